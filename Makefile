@@ -1,0 +1,50 @@
+# Everything is re-runnable. `make help` lists the targets.
+SHELL := /bin/sh
+SAW := .venv/bin/saw
+PYTEST := .venv/bin/pytest
+export SAW_CONTEXT ?= $(CURDIR)/build/lab/context.json
+
+.DEFAULT_GOAL := help
+.PHONY: help workspace test test-unit test-roles test-e2e lint bench image clean start stop rebuild kill destroy tools tools-python
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+tools:
+	@echo "==> what this machine needs"
+	@scripts/bootstrap.sh all
+
+tools-python:
+	@scripts/bootstrap.sh python
+
+workspace: tools ## from an empty machine to a governed workspace; prints the control report (needs root)
+	@echo "==> governed workspace on the embedded default"
+	@$(SAW) lab up
+
+image: tools ## build the golden image, or reuse it when its inputs have not changed
+	@.venv/bin/python -m saw.image.build image --json
+
+start stop rebuild kill destroy: tools-python ## (each) do that to the demonstration workspace
+	@$(SAW) lab $@
+
+test: tools ## all tests: lint, unit and integration, roles on booted hosts, end to end
+	@scripts/test.sh
+
+test-unit: tools ## unit, property and integration tests
+	@scripts/test.sh unit
+
+test-roles: tools ## molecule: every role on booted systemd hosts
+	@scripts/test.sh roles
+
+test-e2e: tools ## `make workspace` from a clean clone, then every failure case
+	@scripts/test.sh e2e
+
+lint: tools-python ## ruff, mypy, yamllint, shellcheck, ansible-lint, packer validate, ansible-test sanity
+	@scripts/lint.sh
+
+bench: tools ## measure; writes build/bench.json (ratios in one run)
+	@.venv/bin/python benchmarks/run.py
+
+clean: ## end everything and remove all state: no process, mount, tap, namespace or nft table stays
+	@if [ -x $(SAW) ]; then $(SAW) lab down --purge; fi
+	@rm -rf build .venv

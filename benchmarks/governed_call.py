@@ -1,0 +1,298 @@
+"""What a governed call costs: ring 1 and ring 2 in a row against two plain Envoy TLS hops, measured in one run (root).
+
+    python benchmarks/governed_call.py [--calls N]
+
+Three private network namespaces, joined as in a workspace: sandbox, VM, perimeter. Both paths lead from a client in the sandbox
+over the same two links to the same far end, on connections that stay open:
+
+- plain: TLS to an Envoy in the VM, TLS to an Envoy at the perimeter, TLS to the far end. Nothing is decided.
+- governed: CONNECT and TLS to ring 1, attribution and decision by saw-decide, mutual TLS and HTTP/2 to ring 2, decision by the
+  gatekeeper, the credential, TLS to the far end.
+
+A second client in the VM calls ring 2 and the second plain hop alone, which splits the cost between the rings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+INTEGRATION = ROOT / "tests" / "integration"
+sys.path[:0] = [str(Path(__file__).parent), str(INTEGRATION / "gateway"), str(INTEGRATION / "ring1")]
+
+import ring1_rig  # noqa: E402 - the rigs lie with the tests
+import ring2_rig  # noqa: E402
+from results import Goal, Result, quantile, result, table  # noqa: E402 - the module beside this one
+from ring2_policy import POLICY  # noqa: E402
+
+from saw.files import write_atomic  # noqa: E402
+from saw.policy.bundle import verify_bundle  # noqa: E402
+from saw.policy.keys import key_id  # noqa: E402
+from saw.runtime import generation, ring1  # noqa: E402
+from saw.runtime.attestd_svid import secret_discovery  # noqa: E402
+from saw.runtime.policyd import content_of  # noqa: E402
+
+ROUND = 50
+RING2 = ("10.210.1.1", 8443)
+FIRST, SECOND = ("10.200.0.1", 9443), ("10.210.1.1", 9444)
+HOST, PATH = "api.example.com", "/v1/things"
+GOAL = Goal("ratio", "most", 1.3)
+
+# Runs with /usr/bin/python3 in a namespace: rounds in turns over all paths, milliseconds of every call as JSON.
+CLIENT = """
+import http.client, json, ssl, sys, time
+task = json.load(sys.stdin)
+links = {}
+for path in task["paths"]:
+    context = ssl.create_default_context(cafile=path["ca"])
+    if path.get("cert"):
+        context.load_cert_chain(path["cert"], path["key"])
+    link = http.client.HTTPSConnection(*path["address"], timeout=20, context=context)
+    if path.get("tunnel"):
+        link.set_tunnel(*path["tunnel"])
+        link.connect()
+    else:
+        import socket
+        raw = socket.create_connection(path["address"], 20)
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        link.sock = context.wrap_socket(raw, server_hostname=path["name"])
+    links[path["label"]] = link, path.get("headers", {})
+def call(link, headers):
+    start = time.perf_counter()
+    link.request("GET", task["path"], headers={"host": task["host"], **headers})
+    answer = link.getresponse()
+    body = answer.read()
+    assert answer.status == 200, (answer.status, body)
+    return (time.perf_counter() - start) * 1000
+times = {label: [] for label in links}
+for label, link in links.items():
+    for _ in range(task["round"]):
+        call(*link)
+while min(map(len, times.values())) < task["calls"]:
+    for label, link in links.items():
+        times[label] += [call(*link) for _ in range(task["round"])]
+print(json.dumps(times))
+"""
+
+
+# What attribution does for every new connection: the kernel walks its whole hash table of connections, however few are in it.
+READ_TABLE = """
+import time
+times = []
+for _ in range(50):
+    start = time.perf_counter()
+    open("/proc/self/net/tcp").read()
+    times.append((time.perf_counter() - start) * 1000)
+print(min(times))
+"""
+
+
+class Chain(ring1_rig.Rig):
+    """Ring 1 whose ring 2 is the real one of ``outer``; the VM's end of the link takes 10.210.1.2 over."""
+
+    def __init__(self, directory: Path, outer: ring2_rig.Rig) -> None:
+        super().__init__(directory, f"b{os.getpid()}")
+        self.outer = outer
+        self.settings = ring1.Ring1(
+            ring2_address=RING2[0],
+            ring2_port=RING2[1],
+            decide_socket=directory / "decide" / "authz.sock",
+            sds_file=self.svid / "sds.json",
+            ca_file=directory / "ca.pem",
+            generations=self.generations,
+        )
+
+    def start_ring2(self) -> None:
+        """Join the VM with the perimeter's bridge and trust its authority, in place of the rig's own far end."""
+        self.identity = self.outer.authority
+        (self.directory / "ca.pem").write_bytes(self.identity.ca_pem)
+        ip = self.outer.namespace.ip
+        ip("addr", "del", "10.210.1.2/30", "dev", "sawbr1")
+        ip("link", "add", "sawtap1", "type", "veth", "peer", "name", "uplink", "netns", self.vm)
+        ip("link", "set", "sawtap1", "master", "sawbr1", "up")
+        ring1_rig.run("ip", "-n", self.vm, "addr", "add", "10.210.1.2/30", "dev", "uplink")
+        ring1_rig.run("ip", "-n", self.vm, "link", "set", "uplink", "up")
+
+    def enforce(self, raw: bytes) -> None:
+        """Take a verified bundle into force and an SVID that names it."""
+        keys = {key_id(key.public_key()): key.public_key() for key in self.outer.signer.keys}
+        content = content_of(verify_bundle(raw, keys, 2, datetime.now(UTC)))
+        made = generation.compile_generation(
+            content, self.generations, self.settings, self.authority, datetime.now(UTC), group=None
+        )
+        generation.place(self.generations, made, content.digest)
+        certificate, key = self.outer.svid_files(digest=content.digest)
+        write_atomic(self.svid / "sds.json", secret_discovery(certificate.read_text(), key.read_text()))
+        generation.switch(self.generations, content.digest)
+        ring1_rig.until(
+            lambda: (self.decide_status() or {}).get("policy_digest") == content.digest, "saw-decide follows"
+        )
+        ring1_rig.until(lambda: self.served() == content.digest, "ring 1 follows")
+
+
+def plain_hop(rig: ring2_rig.Rig, listen: tuple[str, int], onward: tuple[str, int]) -> dict[str, Any]:
+    """Return an Envoy that ends TLS and dials ``onward`` by TLS, and does nothing else."""
+    prefix = "type.googleapis.com/envoy.extensions."
+    files = {
+        "certificate_chain": {"filename": str(rig.directory / "far.pem")},
+        "private_key": {"filename": str(rig.directory / "far.key")},
+    }
+    trusted = {"trusted_ca": {"filename": str(rig.directory / "corporate" / "ca.pem")}}
+    manager = {
+        "@type": prefix + "filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "plain",
+        "http_filters": [{"name": "router", "typed_config": {"@type": prefix + "filters.http.router.v3.Router"}}],
+        "route_config": {
+            "virtual_hosts": [
+                {
+                    "name": "all",
+                    "domains": ["*"],
+                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "next", "timeout": "0s"}}],
+                }
+            ]
+        },
+    }
+    server = {
+        "@type": prefix + "transport_sockets.tls.v3.DownstreamTlsContext",
+        "common_tls_context": {"tls_certificates": [files]},
+    }
+    client = {
+        "@type": prefix + "transport_sockets.tls.v3.UpstreamTlsContext",
+        "sni": HOST,
+        "common_tls_context": {"validation_context": trusted},
+    }
+
+    def place(address: tuple[str, int]) -> dict[str, Any]:
+        return {"socket_address": {"address": address[0], "port_value": address[1]}}
+
+    chain = {
+        "transport_socket": {"name": "tls", "typed_config": server},
+        "filters": [{"name": "http", "typed_config": manager}],
+    }
+    endpoints = [{"lb_endpoints": [{"endpoint": {"address": place(onward)}}]}]
+    cluster = {
+        "name": "next",
+        "type": "STATIC",
+        "connect_timeout": "5s",
+        "transport_socket": {"name": "tls", "typed_config": client},
+        "load_assignment": {"cluster_name": "next", "endpoints": endpoints},
+    }
+    listener = {"name": "in", "address": place(listen), "filter_chains": [chain]}
+    return {"static_resources": {"listeners": [listener], "clusters": [cluster]}}
+
+
+def start_plain(chain: Chain) -> None:
+    """Start the two plain hops, one in each namespace; the rig ends the processes that it spawned."""
+    outer = chain.outer
+    for name, listen, onward in (("second", SECOND, (ring2_rig.FAR, 443)), ("first", FIRST, SECOND)):
+        path = chain.directory / f"{name}.json"
+        path.write_text(json.dumps(plain_hop(outer, listen, onward)))
+        command = (str(ring2_rig.ENVOY), "-c", str(path), "--disable-hot-restart", "--concurrency", "1", "-l", "error")
+        if name == "first":
+            chain.spawn("plain-first", *command)
+        else:
+            chain.processes["plain-second"] = outer.namespace.popen(
+                *command, stdout=outer.envoy_log, stderr=outer.envoy_log
+            )
+            ring2_rig.wait_for(lambda: outer.listens(*SECOND), "the second plain hop")
+
+
+def ask(namespace: str, paths: list[dict[str, Any]], calls: int) -> dict[str, list[float]]:
+    """Run the client in ``namespace``; return the milliseconds of the calls on each path."""
+    task = json.dumps({"paths": paths, "calls": calls, "round": min(ROUND, calls), "host": HOST, "path": PATH})
+    command = ["ip", "netns", "exec", namespace, "/usr/bin/python3", "-I", "-c", CLIENT]
+    done = subprocess.run(command, input=task, capture_output=True, text=True, check=False, timeout=300)
+    if done.returncode:
+        raise RuntimeError(f"the client in {namespace} failed: {done.stderr.strip()[-800:]}")
+    return {label: [float(each) for each in values] for label, values in json.loads(done.stdout).items()}
+
+
+def measure(calls: int) -> list[Result]:
+    """Measure ``calls`` calls on every path."""
+    with ExitStack() as stack:
+        folders = [Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saw-bench-"))) for _ in range(2)]
+        outer = ring2_rig.Rig(stack, folders[0])
+        binaries = 'binaries: [{path: /usr/bin/curl}, {path: "/**/python3*"}]'
+        policy = POLICY.replace("binaries: [{path: /usr/bin/curl}]", binaries)
+        outer.digest, outer.bundle = outer.signer.release(2, policy=policy)
+        outer.reset()
+        outer.settled()
+        chain = Chain(folders[1], outer)
+        stack.callback(chain.stop)
+        chain.start()
+        chain.enforce(outer.bundle)
+        start_plain(chain)
+        url = f"https://{HOST}{PATH}"
+        ring1_rig.until(lambda: chain.curl(url).status == 200, "the first governed call")
+        corporate = str(outer.directory / "corporate" / "ca.pem")
+        plain_url = ("curl", "-s", "-o", "/dev/null", "--cacert", corporate, "--noproxy", "*")
+        resolve = ("--resolve", f"{HOST}:{FIRST[1]}:{FIRST[0]}", f"https://{HOST}:{FIRST[1]}{PATH}")
+        ring1_rig.until(lambda: chain.inside(*plain_url, *resolve, check=False).returncode == 0, "the first plain call")
+        both = ask(
+            chain.sandbox,
+            [
+                {"label": "plain", "address": FIRST, "name": HOST, "ca": corporate},
+                {
+                    "label": "governed",
+                    "address": ("10.200.0.1", 3128),
+                    "tunnel": (HOST, 443),
+                    "ca": str(chain.ca_bundle),
+                },
+            ],
+            calls,
+        )
+        certificate, key = outer.svid_files(digest=outer.digest)
+        facts = {"x-saw-ring1": "allow", "x-saw-binary": "/usr/bin/curl", "x-saw-scheme": "https", "x-saw-port": "443"}
+        trusted = str(outer.directory / "ca" / "ca.pem")
+        alone = ask(
+            chain.vm,
+            [
+                {"label": "plain", "address": SECOND, "name": HOST, "ca": corporate},
+                {
+                    "label": "governed", "address": RING2, "name": "ring2.saw.internal", "ca": trusted,
+                    "cert": str(certificate), "key": str(key), "headers": facts,
+                },
+            ],
+            calls,
+        )  # fmt: skip
+        table_read = float(chain.inside("/usr/bin/python3", "-I", "-c", READ_TABLE).stdout)
+    note = "one read of the socket table at its fastest: ring 1 makes one a connection; grows with the machine's memory"
+    return [*rows(both, alone), result("socket_table_read", table_read, "ms", note=note)]
+
+
+def rows(both: dict[str, list[float]], alone: dict[str, list[float]]) -> list[Result]:
+    """Return the rows for the whole chain, and for ring 2 alone against one plain hop."""
+    made = []
+    count = f"{len(both['governed'])} calls on a kept connection"
+    for share in (0.5, 0.99):
+        value, baseline = (quantile(both[label], share) for label in ("governed", "plain"))
+        label = f"p{round(share * 100)}"
+        note = f"{count}; baseline: two plain Envoy TLS hops; +{value - baseline:.2f} ms"
+        made.append(result(f"governed_call_{label}", value, "ms", baseline=baseline, goal=GOAL, note=note))
+    for share in (0.5, 0.99):
+        value, baseline = (quantile(alone[label], share) for label in ("governed", "plain"))
+        label = f"p{round(share * 100)}"
+        note = f"baseline: one plain Envoy TLS hop; +{value - baseline:.2f} ms"
+        made.append(result(f"ring2_call_{label}", value, "ms", baseline=baseline, note=note))
+    return made
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--calls", type=int, default=1000, help="calls on each path (default 1000)")
+    print(table(measure(parser.parse_args().calls)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

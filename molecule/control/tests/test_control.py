@@ -1,0 +1,34 @@
+"""The control host after its roles."""
+
+from __future__ import annotations
+
+testinfra_hosts = ["control"]
+
+
+def test_the_broker_runs_enabled_as_its_own_user(host):
+    unit = host.service("saw-broker")
+    assert unit.is_running, host.run("journalctl -u saw-broker --no-pager -n 50").stdout
+    assert unit.is_enabled
+    assert host.process.get(user="saw-broker", comm="saw").args.endswith("broker serve --config /etc/saw/broker.json")
+
+
+def test_the_operator_socket_admits_root_and_operators_alone(host):
+    socket = host.file("/run/saw/broker/operator.sock")
+    assert (socket.user, socket.group, socket.mode) == ("saw-broker", "saw-operators", 0o660)
+    answer = host.run("curl --silent --unix-socket /run/saw/broker/operator.sock http://broker/v1/trust")
+    assert '"trust_domain":"saw.example"' in answer.stdout
+    stranger = host.run(
+        "setpriv --reuid nobody --clear-groups curl --silent --unix-socket /run/saw/broker/operator.sock http://broker/"
+    )
+    assert stranger.rc == 7, "an account outside the group reached the operator socket"
+
+
+def test_keys_are_private(host):
+    assert host.file("/var/lib/saw/broker").mode == 0o700
+    assert host.run("find /var/lib/saw/broker/keys -name '*.key' -perm /077").stdout == ""
+
+
+def test_the_unit_is_confined(host):
+    report = host.run("systemd-analyze security --no-pager saw-broker.service | tail -n 1").stdout
+    exposure = float(report.split(":")[1].split()[0])
+    assert exposure < 3.0, report

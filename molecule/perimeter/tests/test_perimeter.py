@@ -1,0 +1,67 @@
+"""The perimeter host after its roles."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+
+testinfra_hosts = ["edge"]
+
+
+def test_gatekeeper_and_ring2_run_enabled_as_their_own_users(host):
+    for unit, user in (("saw-gatekeeper", "saw-gateway"), ("saw-ring2", "saw-ring2")):
+        service = host.service(unit)
+        assert service.is_running, host.run(f"journalctl -u {unit} --no-pager -n 50").stdout
+        assert service.is_enabled
+        assert host.run(f"systemctl show --property=User --value {unit}").stdout.strip() == user
+
+
+def test_the_gatekeeper_is_in_touch_with_the_broker(host):
+    held = json.loads(host.file("/var/lib/saw/gatekeeper/state.json").content_string)
+    assert held, "no state has come from the broker"
+
+
+def test_credentials_are_for_the_gatekeeper_alone(host):
+    folder, file = host.file("/etc/saw/credentials"), host.file("/etc/saw/credentials/git-token")
+    assert (folder.user, folder.mode) == ("saw-gateway", 0o700)
+    assert (file.user, file.mode, file.content_string) == ("saw-gateway", 0o600, "not-a-real-secret")
+    assert host.run("setpriv --reuid saw-ring2 --clear-groups cat /etc/saw/credentials/git-token").rc != 0
+
+
+def test_private_keys_are_for_their_services_alone(host):
+    for path, user in (
+        ("/etc/saw/gatekeeper-tls/key.pem", "saw-gateway"),
+        ("/etc/saw/ring2-tls/server.key", "saw-ring2"),
+    ):
+        key = host.file(path)
+        assert (key.user, key.mode) == (user, 0o400)
+
+
+@pytest.mark.control("NET-01")
+def test_the_packet_filter_drops_by_default(host):
+    rules = json.loads(host.run("nft -j list table inet saw").stdout)["nftables"]
+    policies = {item["chain"]["hook"]: item["chain"]["policy"] for item in rules if "hook" in item.get("chain", {})}
+    assert policies["input"] == "drop"
+    assert policies["forward"] == "drop"
+    assert host.sysctl("net.ipv4.ip_forward") == 0
+
+
+@pytest.mark.control("NET-01")
+def test_only_operator_networks_get_in(host):
+    """A door that no rule names is closed, while SSH from the operators' network (this very test) is open."""
+    host.run("systemd-run --quiet --unit=test-listener python3 -m http.server 8099")
+    try:
+        assert host.run("timeout 10 sh -c 'until curl -s -o /dev/null http://127.0.0.1:8099; do :; done'").rc == 0
+        url = "http://10.79.0.20:8099/"
+        from_outside = subprocess.run(["curl", "-s", "-o", "/dev/null", "--max-time", "2", url], check=False)
+        assert from_outside.returncode == 28, "a port outside the rules answered"
+    finally:
+        host.run("systemctl stop test-listener")
+
+
+def test_units_are_confined(host):
+    for unit, limit in (("saw-gatekeeper", 3.0), ("saw-ring2", 3.0)):
+        report = host.run(f"systemd-analyze security --no-pager {unit}.service | tail -n 1").stdout
+        assert float(report.split(":")[1].split()[0]) < limit, report

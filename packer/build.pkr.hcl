@@ -1,0 +1,30 @@
+build {
+  name    = "workspace"
+  sources = ["source.null.tree"]
+
+  provisioner "ansible" {
+    playbook_file = var.playbook
+    command       = var.ansible_playbook
+    user          = "root"
+    use_proxy     = false
+    groups        = ["workspaces"]
+    ansible_env_vars = [
+      "ANSIBLE_HOST_KEY_CHECKING=True",
+      "ANSIBLE_PIPELINING=True",
+      "ANSIBLE_FORCE_COLOR=0",
+    ]
+    extra_arguments = [
+      "--ssh-extra-args", "-o UserKnownHostsFile=${var.known_hosts_file} -o StrictHostKeyChecking=yes",
+      "--extra-vars", "ansible_python_interpreter=/usr/bin/python3",
+      "--extra-vars", "saw_runtime_wheelhouse=${var.wheelhouse}",
+      "--extra-vars", "sandbox_mcp_servers=${var.mcp_servers}",
+      "--extra-vars", "workspace_converge_image=true",
+    ]
+  }
+
+  provisioner "shell-local" {
+    inline = [
+      "${var.python} -m saw.image.build assemble --root ${var.root_tree} --output ${var.output} --seed ${var.seed}",
+    ]
+  }
+}

@@ -1,0 +1,517 @@
+#!/usr/bin/python
+# Copyright: Secure Agent Workspace maintainers
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""One component on one host: its files and its units, in one step that holds as a whole or leaves the old state."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: component
+short_description: Install one component's files and bring its units to the wanted state
+version_added: 0.1.0
+author: Secure Agent Workspace maintainers (!UNKNOWN)
+description:
+  - Every new content is checked with its own tool before any file is replaced, each file is replaced atomically, and the units
+    that use them are restarted in the same step. A play that stops half-way can therefore not leave new files with an old
+    process.
+  - A unit is also restarted when it has been running since before one of the files, or one of O(watch), was last written.
+  - Where systemd is not running (an image that is being built in a chroot), units are enabled and nothing is started.
+  - Needs nothing but Python's standard library on the host.
+attributes:
+  check_mode:
+    support: full
+    description: Reports what would change; runs the checks of new content too.
+  diff_mode:
+    support: full
+    description: Shows each file's difference, except the content of O(files[].secret).
+  idempotent:
+    support: full
+    description: A second run changes nothing.
+options:
+  files:
+    description: Files in the order in which they are written.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      dest:
+        description: Absolute path on the host. Missing parent directories are made, owned by root with mode 0755.
+        type: path
+        required: true
+      content:
+        description: The file's whole content.
+        type: str
+      secret:
+        description: The same for content that must not be shown anywhere.
+        type: str
+      mode:
+        description: Permission bits, in octal.
+        type: str
+        default: "0644"
+      owner:
+        description: Owning account.
+        type: str
+        default: root
+      group:
+        description: Owning group.
+        type: str
+        default: root
+      validate:
+        description:
+          - Command that must succeed before the file is replaced; C(%s) stands for the new content in a private folder, under its
+            own file name and beside the other new files of the same folder.
+        type: list
+        elements: str
+        default: []
+      apply:
+        description: Command that runs right after the file was replaced, before the next one is written. When it fails, the old
+          content comes back.
+        type: list
+        elements: str
+        default: []
+  exclusive:
+    description: Folders in which no other file than the listed ones may lie; others are removed.
+    type: list
+    elements: path
+    default: []
+  units:
+    description: systemd units in the order in which they are handled.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      name:
+        description: Full name of the unit.
+        type: str
+        required: true
+      enabled:
+        description: Whether it starts at boot. Absent leaves this alone, as a unit without an install section needs.
+        type: bool
+      state:
+        description:
+          - V(started) starts it, and restarts it when something it uses has changed; a unit whose conditions do not hold stays
+            inactive and that is no error.
+          - V(reloaded) is the same with a reload in place of a restart.
+          - V(present) touches it only when it already runs.
+          - V(stopped) stops it.
+        type: str
+        choices: [started, reloaded, present, stopped]
+        default: started
+  watch:
+    description: Other files whose change needs a restart, for example the installed runtime.
+    type: list
+    elements: path
+    default: []
+"""
+
+EXAMPLES = r"""
+- name: Install the broker
+  secure_agent.workspace.component:
+    files:
+      - dest: /etc/systemd/system/saw-broker.service
+        content: "{{ lookup('ansible.builtin.template', 'saw-broker.service.j2') }}"
+        validate: [systemd-analyze, verify, --man=no, "%s"]
+    units:
+      - name: saw-broker.service
+        enabled: true
+    watch: [/opt/saw/requirements.txt]
+"""
+
+RETURN = r"""
+changed_files:
+  description: Paths whose content, mode or owner changed (or would change).
+  type: list
+  elements: str
+  returned: success
+  sample: [/etc/saw/broker.json]
+booted:
+  description: Whether systemd runs on this host.
+  type: bool
+  returned: success
+  sample: true
+units:
+  description: What was found and done for each unit.
+  type: list
+  elements: dict
+  returned: success
+  sample: [{name: saw-broker.service, enabled: true, active: active, conditions: true, actions: [restart]}]
+failure:
+  description: What failed, for programs.
+  type: dict
+  returned: failure
+  sample: {code: unit_failed, details: {unit: saw-broker.service}, cure: read its journal}
+"""
+
+import grp
+import os
+import pwd
+import tempfile
+from datetime import datetime, timezone
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+HIDDEN = "(content not shown)\n"
+
+
+class ComponentError(Exception):
+    """Something that stops the step; carries the machine-readable form."""
+
+    def __init__(self, message: str, code: str, cure: str, **details: Any) -> None:
+        super().__init__(message)
+        self.failure = {"code": code, "details": details, "cure": cure}
+
+
+class ManagedFile:
+    """One wanted file beside what lies on the host."""
+
+    def __init__(self, wanted: dict[str, Any]) -> None:
+        self.dest = wanted["dest"]
+        self.secret = wanted["secret"] is not None
+        self.content = (wanted["secret"] if self.secret else wanted["content"] or "").encode()
+        self.mode = int(wanted["mode"], 8)
+        self.owner = wanted["owner"]
+        self.group = wanted["group"]
+        self.validate = wanted["validate"]
+        self.apply = wanted["apply"]
+        self.before: bytes | None = None
+        self.before_meta: tuple[int, str, str] | None = None
+        self.read()
+
+    def read(self) -> None:
+        """Look at what is there now."""
+        try:
+            status = os.stat(self.dest)
+            with open(self.dest, "rb") as stream:
+                self.before = stream.read()
+        except FileNotFoundError:
+            return
+        self.before_meta = (
+            status.st_mode & 0o7777,
+            name_of(pwd.getpwuid, status.st_uid),
+            name_of(grp.getgrgid, status.st_gid),
+        )
+
+    @property
+    def meta(self) -> tuple[int, str, str]:
+        """Wanted mode, owner and group."""
+        return (self.mode, self.owner, self.group)
+
+    @property
+    def content_changes(self) -> bool:
+        """Whether the content differs."""
+        return self.before != self.content
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything differs."""
+        return self.content_changes or self.before_meta != self.meta
+
+    def diff(self) -> dict[str, str]:
+        """The difference in the form of Ansible's diff mode."""
+
+        def header(meta: tuple[int, str, str] | None) -> str:
+            return self.dest if meta is None else f"{self.dest} ({meta[0]:04o} {meta[1]}:{meta[2]})"
+
+        if self.secret:
+            before, after = ("" if self.before is None else HIDDEN), HIDDEN
+        else:
+            before, after = (self.before or b"").decode(errors="replace"), self.content.decode()
+        return {
+            "before_header": header(self.before_meta),
+            "after_header": header(self.meta),
+            "before": before,
+            "after": after,
+        }
+
+    def write(self, content: bytes, meta: tuple[int, str, str]) -> None:
+        """Replace the file atomically."""
+        folder = os.path.dirname(self.dest)
+        os.makedirs(folder, mode=0o755, exist_ok=True)
+        try:
+            owner, group = pwd.getpwnam(meta[1]).pw_uid, grp.getgrnam(meta[2]).gr_gid
+        except KeyError as error:
+            raise ComponentError(
+                f"{self.dest}: there is no account or group {error.args[0]!r} on this host",
+                "account_missing",
+                "list the file that declares it earlier, or install the role that does",
+                dest=self.dest,
+            ) from error
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(self.dest)}.", dir=folder)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(content)
+                os.fchown(stream.fileno(), owner, group)
+                os.fchmod(stream.fileno(), meta[0])
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, self.dest)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    def restore(self) -> None:
+        """Put the old content back, or take the new file away."""
+        if self.before is None or self.before_meta is None:
+            os.unlink(self.dest)
+        else:
+            self.write(self.before, self.before_meta)
+
+
+def name_of(lookup: Any, number: int) -> str:
+    """Name of a uid or gid, or its number where it has none."""
+    try:
+        return str(lookup(number)[0])
+    except KeyError:
+        return str(number)
+
+
+class Units:
+    """The units of the component, through systemctl."""
+
+    def __init__(self, module: AnsibleModule) -> None:
+        self.module = module
+        self.booted = os.path.isdir("/run/systemd/system")
+        self.offline = [] if self.booted else ["--root=/"]
+
+    def systemctl(self, *arguments: str, check: bool = True) -> tuple[int, str, str]:
+        """Run systemctl; raise :class:`ComponentError` on failure when ``check``."""
+        code, out, err = self.module.run_command(["systemctl", *arguments])
+        if check and code != 0:
+            raise ComponentError(
+                f"systemctl {' '.join(arguments)} failed: {(err or out).strip()}",
+                "systemctl_failed",
+                "read the message; `systemctl status` on the host tells more",
+                command=["systemctl", *arguments],
+            )
+        return code, out.strip(), err.strip()
+
+    def enabled(self, name: str) -> bool:
+        """Whether the unit starts at boot."""
+        return self.systemctl(*self.offline, "is-enabled", name, check=False)[1].startswith(
+            ("enabled", "alias", "linked")
+        )
+
+    def show(self, name: str) -> dict[str, str]:
+        """The properties that the decisions need."""
+        names = (
+            "LoadState,ActiveState,SubState,ConditionResult,NeedDaemonReload,ActiveEnterTimestamp,StateChangeTimestamp"
+        )
+        out = self.systemctl("show", "--timestamp=us+utc", f"--property={names}", name)[1]
+        return dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
+
+    def handle(self, unit: dict[str, Any], newest: float, check: bool) -> dict[str, Any]:
+        """Bring one unit to its state; ``newest`` is when the youngest thing it uses was written (seconds, Unix time)."""
+        name = unit["name"]
+        report: dict[str, Any] = {
+            "name": name,
+            "actions": [],
+            "enabled": self.enabled(name),
+            "active": "",
+            "conditions": True,
+        }
+        if unit["enabled"] is not None and unit["enabled"] != report["enabled"]:
+            verb = "enable" if unit["enabled"] else "disable"
+            report["actions"].append(verb)
+            report["enabled"] = unit["enabled"]
+            if not check:
+                self.systemctl(*self.offline, verb, name)
+        if not self.booted:
+            return report
+        before = self.show(name)
+        report["active"] = before.get("ActiveState", "")
+        verb = self.wanted_verb(unit["state"], before, newest)
+        if verb is None:
+            return report
+        if check:
+            # Only a real start shows whether the unit's conditions hold; what they answered last time is the best forecast.
+            if not (
+                verb == "start"
+                and before.get("ConditionResult") == "no"
+                and before.get("ActiveEnterTimestamp", "") == ""
+                and self.tried(name)
+            ):
+                report["actions"].append(verb)
+            return report
+        self.run(verb, name)
+        after = self.show(name)
+        report["active"] = after.get("ActiveState", "")
+        report["conditions"] = after.get("ConditionResult") != "no"
+        if verb != "start" or report["active"] != before.get("ActiveState"):
+            report["actions"].append(verb)
+        return report
+
+    def tried(self, name: str) -> bool:
+        """Whether systemd has looked at the unit's conditions since the host booted."""
+        out = self.systemctl("show", "--property=ConditionTimestampMonotonic", "--value", name)[1]
+        return out not in ("", "0")
+
+    @staticmethod
+    def wanted_verb(state: str, found: dict[str, str], newest: float) -> str | None:
+        """What systemctl has to do, or None."""
+        running = found.get("ActiveState") in {"active", "activating", "reloading"}
+        if state == "stopped":
+            return "stop" if running else None
+        if not running:
+            return None if state == "present" else "start"
+        # A reload changes the state for a moment, yet leaves the start time as it was.
+        since = found.get("StateChangeTimestamp" if state == "reloaded" else "ActiveEnterTimestamp", "")
+        if found.get("NeedDaemonReload") == "yes" or newest > started_at(since):
+            return "reload-or-restart" if state == "reloaded" else "restart"
+        return None
+
+    def run(self, verb: str, name: str) -> None:
+        """Start, restart, reload or stop; a failure carries the end of the unit's journal."""
+        if verb in {"start", "restart"}:
+            self.systemctl("reset-failed", name, check=False)
+        code, out, err = self.systemctl(verb, name, check=False)
+        if code == 0:
+            return
+        journal = self.module.run_command(["journalctl", "--no-pager", "--output=cat", "--lines=25", f"--unit={name}"])[
+            1
+        ]
+        raise ComponentError(
+            f"{name} could not be brought up ({verb}): {(err or out).strip()}; its journal ends with:\n{journal[-3000:]}",
+            "unit_failed",
+            "correct what the journal names, then run the play again",
+            unit=name,
+            verb=verb,
+        )
+
+
+def started_at(timestamp: str) -> float:
+    """Turn systemd's ``Sun 2026-11-22 10:00:00.123456 UTC`` into Unix time; now when there is none."""
+    try:
+        return datetime.strptime(timestamp, "%a %Y-%m-%d %H:%M:%S.%f UTC").replace(tzinfo=timezone.utc).timestamp()
+    except ValueError:
+        return datetime.now(tz=timezone.utc).timestamp()
+
+
+def validate(module: AnsibleModule, files: list[ManagedFile]) -> None:
+    """Run every file's check on its new content before anything is replaced.
+
+    Files of one folder are staged in one folder too, since units refer to each other by name.
+    """
+    checked = [file for file in files if file.validate and file.content_changes]
+    if not checked:
+        return
+    with tempfile.TemporaryDirectory(prefix="saw-validate-") as root:
+        staged: dict[str, str] = {}
+        for file in files:
+            if file.secret and not file.validate:
+                continue
+            folder = os.path.join(root, os.path.dirname(file.dest).lstrip("/"))
+            os.makedirs(folder, exist_ok=True)
+            staged[file.dest] = os.path.join(folder, os.path.basename(file.dest))
+            with open(os.open(staged[file.dest], os.O_WRONLY | os.O_CREAT, 0o600), "wb") as stream:
+                stream.write(file.content)
+        for file in checked:
+            command = [part.replace("%s", staged[file.dest]) for part in file.validate]
+            code, out, err = module.run_command(command)
+            if code != 0:
+                raise ComponentError(
+                    f"{file.dest}: the new content does not pass `{' '.join(file.validate)}`: {(err or out).strip()[-1500:]}",
+                    "content_refused",
+                    "correct the template or the variable behind the named line; no file was replaced",
+                    dest=file.dest,
+                )
+
+
+def write(module: AnsibleModule, files: list[ManagedFile]) -> None:
+    """Replace what differs, in order."""
+    for file in files:
+        if not file.changes:
+            continue
+        file.write(file.content, file.meta)
+        if not file.apply:
+            continue
+        code, out, err = module.run_command(file.apply)
+        if code != 0:
+            file.restore()
+            raise ComponentError(
+                f"{file.dest}: `{' '.join(file.apply)}` failed: {(err or out).strip()[-1500:]}",
+                "apply_failed",
+                "correct the named line; the file's old content is back in place",
+                dest=file.dest,
+            )
+
+
+def strangers(folders: list[str], files: list[ManagedFile]) -> list[str]:
+    """Files that lie in ``folders`` and are not wanted there."""
+    wanted = {file.dest for file in files}
+    found = [
+        os.path.join(folder, name) for folder in folders if os.path.isdir(folder) for name in sorted(os.listdir(folder))
+    ]
+    return [path for path in found if path not in wanted and not os.path.isdir(path)]
+
+
+def ensure(module: AnsibleModule) -> dict[str, Any]:
+    """Do the step and return the module's result."""
+    files = [ManagedFile(wanted) for wanted in module.params["files"]]
+    changing = [file for file in files if file.changes]
+    removed = strangers(module.params["exclusive"], files)
+    # A unit file's own check looks for the program it starts; in check mode that may not be installed yet.
+    if not module.check_mode:
+        validate(module, files)
+        write(module, files)
+        for path in removed:
+            os.unlink(path)
+    units = Units(module)
+    if units.booted and changing and not module.check_mode:
+        units.systemctl("daemon-reload")
+    watched = [path for path in [*module.params["watch"], *(file.dest for file in files)] if os.path.exists(path)]
+    newest = max((os.stat(path).st_mtime for path in watched), default=0.0)
+    if removed or (module.check_mode and changing):
+        newest = float("inf")
+    reports = [units.handle(unit, newest, module.check_mode) for unit in module.params["units"]]
+    return {
+        "changed": bool(changing or removed) or any(report["actions"] for report in reports),
+        "changed_files": [*(file.dest for file in changing), *removed],
+        "booted": units.booted,
+        "units": reports,
+        "diff": [file.diff() for file in changing],
+    }
+
+
+def main() -> None:
+    """Entry point."""
+    file_options = {
+        "dest": {"type": "path", "required": True},
+        "content": {"type": "str"},
+        "secret": {"type": "str", "no_log": True},
+        "mode": {"type": "str", "default": "0644"},
+        "owner": {"type": "str", "default": "root"},
+        "group": {"type": "str", "default": "root"},
+        "validate": {"type": "list", "elements": "str", "default": []},
+        "apply": {"type": "list", "elements": "str", "default": []},
+    }
+    unit_options = {
+        "name": {"type": "str", "required": True},
+        "enabled": {"type": "bool"},
+        "state": {"type": "str", "default": "started", "choices": ["started", "reloaded", "present", "stopped"]},
+    }
+    module = AnsibleModule(
+        argument_spec={
+            "files": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": file_options,
+                "mutually_exclusive": [("content", "secret")],
+                "required_one_of": [("content", "secret")],
+            },
+            "exclusive": {"type": "list", "elements": "path", "default": []},
+            "units": {"type": "list", "elements": "dict", "default": [], "options": unit_options},
+            "watch": {"type": "list", "elements": "path", "default": []},
+        },
+        supports_check_mode=True,
+    )
+    try:
+        module.exit_json(**ensure(module))
+    except ComponentError as error:
+        module.fail_json(msg=str(error), failure=error.failure)
+
+
+if __name__ == "__main__":
+    main()

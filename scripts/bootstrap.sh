@@ -1,0 +1,56 @@
+#!/bin/sh
+# Install what this repository needs on a Debian machine: packages by name, then a virtual environment locked by hashes.
+# Re-runnable; does nothing when everything is there. Usage: scripts/bootstrap.sh [all|python]
+set -eu
+cd "$(dirname "$0")/.."
+what=${1:-all}
+build=${SAW_BUILD:-build}
+mkdir -p "$build"
+
+say() { printf '%s\n' "    $*"; }
+fail() { printf 'bootstrap: %s\n' "$*" >&2; exit 1; }
+
+packages="debian-archive-keyring dosfstools e2fsprogs eatmydata fdisk git iproute2 libtss2-tcti-swtpm0 mmdebstrap mtools nftables
+ openssh-client openssh-server ovmf packer python3-venv qemu-system-x86 qemu-utils rsync shellcheck swtpm swtpm-tools
+ systemd-container tpm2-tools tmux"
+
+if [ "$what" = all ]; then
+  command -v apt-get >/dev/null || fail "this needs Debian 12 or later (apt-get is missing)"
+  missing=
+  for package in $packages; do
+    dpkg-query -W -f '${db:Status-Status}\n' "$package" 2>/dev/null | grep -qx installed || missing="$missing $package"
+  done
+  if ! command -v npm >/dev/null; then missing="$missing npm"; fi
+  if [ -n "$missing" ]; then
+    [ "$(id -u)" = 0 ] || fail "these packages are missing:$missing - run as root, or: sudo apt-get install$missing"
+    say "installing packages:$missing"
+    log="$build/bootstrap-apt.log"
+    export DEBIAN_FRONTEND=noninteractive # RUNLEVEL=1: no package starts its service here
+    # shellcheck disable=SC2086  # a list of names
+    if ! { apt-get update -q && RUNLEVEL=1 apt-get install -q -y --no-install-recommends $missing; } >"$log" 2>&1; then
+      tail -n 15 "$log" >&2
+      fail "apt-get failed; see $log. Check the machine's mirror and network, then run it again"
+    fi
+  fi
+fi
+
+python=
+for candidate in python3.11 python3.12 python3.13 python3; do
+  if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$candidate; break; fi
+done
+[ -n "$python" ] || fail "Python 3.11 or later with venv is missing: apt-get install python3 python3-venv"
+
+stamp=.venv/.locked
+wanted=$(cat uv.lock pyproject.toml | sha256sum | cut -d' ' -f1)
+if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ] || [ ! -x .venv/bin/saw ]; then
+  say "virtual environment from uv.lock ($("$python" --version))"
+  uv=$(awk '/^name = "uv"$/ { getline; gsub(/[^0-9.]/, ""); print; exit }' uv.lock)
+  if [ ! -x "$build/uv/bin/uv" ]; then
+    "$python" -m venv "$build/uv"
+    "$build/uv/bin/python" -m pip install --quiet --disable-pip-version-check "uv==$uv" ||
+      fail "pip could not install uv; check this machine's package index and network, then run it again"
+  fi
+  UV_PYTHON_DOWNLOADS=never "$build/uv/bin/uv" sync --quiet --frozen --python "$("$python" -c 'import sys; print(sys.executable)')" ||
+    fail "uv sync failed; check this machine's package index and network, then run it again"
+  printf '%s\n' "$wanted" > "$stamp"
+fi

@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# Every static check, fastest first, each with one line of outcome; ends with 1 when one of them failed.
+#   scripts/lint.sh            everything
+#   scripts/lint.sh NAME …     only these: ruff format mypy yamllint shellcheck packer ansible-lint sanity
+# The slow ones (ansible-lint, sanity) remember a passing run by a digest over all that they read and are skipped while
+# nothing of it changed; LINT_FRESH=1 runs them anyway. Results and logs lie in build/lint. VENV names another virtual
+# environment (the second supported pair of Python and ansible-core), LINT_DIR another place for its results.
+# shellcheck disable=SC2317,SC2329 # the checks are called by name
+set -uo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root" || exit 1
+venv=${VENV:-$root/.venv}
+export PATH="$venv/bin:$PATH"
+logs=${LINT_DIR:-$root/build/lint}
+mkdir -p "$logs"
+sanity=$logs/sanity
+collection=$sanity/ansible_collections/secure_agent/workspace
+
+files() { # tracked and new files that match the patterns
+  git ls-files --cached --others --exclude-standard -- "$@" | while IFS= read -r file; do [ ! -e "$file" ] || printf '%s\n' "$file"; done
+}
+
+digest() { # digest over the content of what a check reads, and over the tool's version
+  { "$1" --version 2>/dev/null; shift; files "$@" | sort -u | tr '\n' '\0' | xargs -0 -r sha256sum; } | sha256sum | cut -c1-32
+}
+
+check_ruff() { ruff check --quiet .; }
+check_format() { ruff format --quiet --check .; }
+check_mypy() { mypy; }
+check_yamllint() { files '*.yml' '*.yaml' '.yamllint' '.ansible-lint' | tr '\n' '\0' | xargs -0 -r yamllint --strict; }
+check_shellcheck() { files '*.sh' '.ci/run' | tr '\n' '\0' | xargs -0 -r shellcheck --severity=style; }
+
+check_packer() { # the template's own variables get harmless values where they have no default
+  local failed=0 folder
+  while IFS= read -r folder; do
+    packer validate -syntax-only "$folder" || failed=1
+  done < <(files ':(glob)packer/*.pkr.hcl' | xargs -r -n1 dirname | sort -u)
+  return "$failed"
+}
+
+check_ansible_lint() {
+  ANSIBLE_COLLECTIONS_PATH=$(scripts/collection.sh link) ANSIBLE_HOME=$logs/ansible \
+    ansible-lint --profile production --offline --nocolor -q
+}
+
+check_sanity() { # ansible-test wants the collection at its final path and a Python that is no shim
+  local cache=$sanity/home/.ansible/test/cache version python
+  scripts/collection.sh copy "$sanity" >/dev/null
+  mkdir -p "$cache"
+  for version in 24_2 25_2; do cp scripts/get_pip.py "$cache/get_pip_$version.py"; done
+  python=$(readlink -f "$venv/bin/python")
+  cd "$collection" || return 1
+  env HOME="$sanity/home" ANSIBLE_TEST_CONTENT_ROOT="$PWD" PATH="$venv/bin:$(dirname "$python"):/usr/bin:/bin" \
+    ansible-test sanity --requirements --color no \
+    --python "$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+}
+
+outcome() { # outcome NAME SECONDS WORD
+  printf '%-12s %4ss  %s\n' "$1" "$2" "$3"
+}
+
+run_check() { # run one check, keep its log, report
+  local name=$1 log=$logs/$1.log started=$SECONDS
+  if ("check_${name//-/_}") >"$log" 2>&1; then
+    outcome "$name" $((SECONDS - started)) ok
+    return 0
+  fi
+  outcome "$name" $((SECONDS - started)) FAILED
+  tail -n 60 "$log"
+  return 1
+}
+
+run_remembered() { # run_remembered NAME TOOL PATTERN …
+  local name=$1 stamp
+  shift
+  stamp=$logs/$name.$(digest "$@").ok
+  if [ -e "$stamp" ] && [ -z "${LINT_FRESH:-}" ]; then
+    outcome "$name" 0 "ok (nothing changed since it passed)"
+    return 0
+  fi
+  run_check "$name" || return 1
+  rm -f "$logs/$name".*.ok
+  : >"$stamp"
+}
+
+wanted=("$@")
+[ "$#" -gt 0 ] || wanted=(ruff format yamllint shellcheck packer mypy ansible-lint sanity)
+failed=0
+background=()
+for name in "${wanted[@]}"; do
+  case $name in
+    ruff | format | yamllint | shellcheck | packer | mypy) run_check "$name" || failed=1 ;;
+    ansible-lint)
+      run_remembered ansible-lint ansible-lint roles playbooks plugins meta molecule extensions galaxy.yml .ansible-lint changelogs &
+      background+=($!)
+      ;;
+    sanity)
+      run_remembered sanity ansible-test plugins meta galaxy.yml tests/sanity tests/config.yml changelogs roles playbooks scripts &
+      background+=($!)
+      ;;
+    *)
+      echo "lint.sh: there is no check $name" >&2
+      exit 2
+      ;;
+  esac
+done
+for pid in "${background[@]}"; do
+  wait "$pid" || failed=1
+done
+exit "$failed"

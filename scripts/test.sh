@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# All tests, fastest first, each lane with its own log line and junit file under build/test-results.
+#   scripts/test.sh [lint] [unit] [roles] [e2e]        default: all four
+# Ends with the number of passed and failed tests; leaves no process, mount, namespace or tap behind.
+set -uo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root" || exit 1
+lanes=("$@")
+[ ${#lanes[@]} -gt 0 ] || lanes=(lint unit roles e2e)
+results=$root/build/test-results
+mkdir -p "$results"
+# A virtual environment's own programs come first; real interpreters, never shims, follow.
+export PATH="$root/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:$PATH"
+export PYTHONDONTWRITEBYTECODE=1
+failed=()
+started=$SECONDS
+clone=
+scratch=
+
+clean_up() {
+  if [ -n "$clone" ] && [ -d "$clone" ]; then
+    make -s -C "$clone" clean >/dev/null 2>&1
+  fi
+  if [ -n "$scratch" ]; then rm -rf --one-file-system "$scratch"; fi
+}
+trap clean_up EXIT
+trap 'exit 130' INT TERM
+
+banner() { printf '\n==> [%3ss] %s\n' $((SECONDS - started)) "$*"; }
+
+newer_python() { # an interpreter of 3.12 or later, where one exists: the second supported pair with ansible-core 2.21
+  local candidate
+  for candidate in python3.13 python3.12 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[23].*/bin/python3; do
+    if "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then
+      "$candidate" -c 'import sys; print(sys.executable)'
+      return
+    fi
+  done
+}
+
+newer_environment() { # build/venv-newer with the second supported pair; prints why and fails where there is no such Python
+  local python
+  python=$(newer_python)
+  if [ -z "$python" ]; then
+    printf 'no Python 3.12 or later on this machine: ansible-core 2.21 is not tested here\n'
+    return 1
+  fi
+  if python -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
+    printf 'that was %s already\n' "$(python --version)"
+    return 1
+  fi
+  printf 'once more on %s\n' "$("$python" --version)"
+  UV_PROJECT_ENVIRONMENT=$root/build/venv-newer UV_PYTHON_DOWNLOADS=never uv sync -q --frozen --python "$python" || return 2
+}
+
+lane_lint() {
+  scripts/lint.sh || return 1
+  newer_environment
+  case $? in
+    0) VENV=$root/build/venv-newer LINT_DIR=$root/build/lint-newer scripts/lint.sh ansible-lint sanity ;;
+    1) return 0 ;;
+    *) return 1 ;;
+  esac
+}
+
+lane_unit() {
+  pytest tests/unit tests/integration -q -n 2 --dist loadfile --junitxml="$results/unit.xml" -p no:cacheprovider || return 1
+  newer_environment
+  case $? in
+    0) build/venv-newer/bin/pytest tests/unit -q -n 2 --dist loadfile --junitxml="$results/unit-newer.xml" -p no:cacheprovider ;;
+    1) return 0 ;;
+    *) return 1 ;;
+  esac
+}
+
+lane_roles() {
+  # an interrupted run may have left hosts, or only the belief that they exist
+  molecule destroy -s default >"$results/roles-reset.log" 2>&1 || true
+  PY_COLORS=0 ANSIBLE_FORCE_COLOR=0 molecule test --all >"$results/roles.log" 2>&1
+  local status=$?
+  grep -E '(passed|failed|error).* in [0-9.]+s' "$results/roles.log" || true
+  [ $status = 0 ] || { tail -n 60 "$results/roles.log"; printf 'whole log: %s\n' "$results/roles.log"; }
+  return $status
+}
+
+lane_e2e() {
+  if [ -e /run/netns/sawlab ]; then
+    printf 'e2e: another embedded workspace runs on this machine (namespace sawlab); run "make clean" there first\n' >&2
+    return 1
+  fi
+  scratch=$(mktemp -d "${TMPDIR:-/tmp}/saw-e2e.XXXXXX") || return 1
+  clone=$scratch/checkout
+  git clone -q "$root" "$clone" || return 1
+  SAW_E2E_CHECKOUT=$clone pytest tests/e2e -v -x --junitxml="$results/e2e.xml" -p no:cacheprovider
+  local status=$?
+  [ $status = 0 ] || tail -n 80 build/e2e.log
+  return $status
+}
+
+for lane in "${lanes[@]}"; do
+  banner "$lane"
+  if "lane_$lane"; then banner "$lane: ok"; else failed+=("$lane"); banner "$lane: FAILED"; fi
+done
+
+if [ ${#lanes[@]} -eq 4 ] && [ ${#failed[@]} -eq 0 ]; then
+  banner "controls"
+  python scripts/controls.py --results "$results"/*.xml || failed+=(controls)
+fi
+banner "lanes: ${lanes[*]}; failed: ${failed[*]:-none}"
+[ ${#failed[@]} -eq 0 ]

@@ -1,0 +1,1 @@
+"""Package saw.attest (see docs/architecture.md)."""

@@ -1,0 +1,1 @@
+"""Package saw.broker (see docs/architecture.md)."""

@@ -1,0 +1,158 @@
+"""Certificates on request of an operator or a perimeter: SSH for one session, X.509 for perimeter services."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import timedelta
+from typing import Annotated, Any, Literal
+
+import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
+from saw.broker.clock import iso
+from saw.broker.context import Caller, Services
+from saw.broker.errors import ForbiddenError
+from saw.broker.lifecycle import State
+from saw.broker.registry import get_row, require_state
+from saw.broker.schema import certificates, sessions
+from saw.broker.store import Transaction
+from saw.identity.ssh import SshAuthority
+from saw.identity.x509 import Authority
+
+PERIMETER_TTL = timedelta(days=30)
+Kind = Literal["perimeter", "ring2"]
+
+
+class SshRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A user certificate for one session with one workspace; ``ttl_s`` bounds the time to connect."""
+
+    workspace_id: Annotated[str, msgspec.Meta(max_length=64)]
+    public_key: Annotated[str, msgspec.Meta(max_length=4096)]
+    ttl_s: Annotated[int, msgspec.Meta(ge=10, le=300)] = 120
+    source_address: Annotated[str, msgspec.Meta(max_length=256)] | None = None
+
+
+class X509Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A perimeter (client) or ring 2 (server and client) certificate for the key of ``csr_pem``."""
+
+    csr_pem: Annotated[str, msgspec.Meta(max_length=8192)]
+    kind: Kind
+    name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+
+
+class Renewal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A successor of the caller's own perimeter certificate, or of the ring 2 certificate of the same name."""
+
+    csr_pem: Annotated[str, msgspec.Meta(max_length=8192)]
+    kind: Kind = "perimeter"
+
+
+class Certificates:
+    """Issues and records certificates (control ID-02)."""
+
+    def __init__(self, services: Services, authority: Authority, ssh: SshAuthority, ring2_name: str) -> None:
+        self._s = services
+        self._authority = authority
+        self._ssh = ssh
+        self._ring2_name = ring2_name
+
+    def ssh(self, caller: Caller, body: SshRequest) -> dict[str, Any]:
+        """Issue a user certificate whose only principal is the workspace and whose key id is the session id."""
+        now = self._s.clock()
+        session = self._s.new_id("ses")
+        expires = now + timedelta(seconds=body.ttl_s)
+        with self._s.store.write() as tx:
+            row = get_row(tx.connection, body.workspace_id)
+            admitted = row.state == State.ACTIVE
+            subject = caller.subject(row.id, agent=row.agent_id, policy_digest=row.policy_digest or "")
+            fingerprint = hashlib.sha256(" ".join(body.public_key.split()[:2]).encode()).hexdigest()
+            certificate = ""
+            if admitted:
+                certificate = self._ssh.issue_user(
+                    body.public_key, row.id, session, now, body.ttl_s, source_address=body.source_address
+                )
+                tx.connection.execute(
+                    sessions.insert().values(
+                        id=session,
+                        workspace_id=row.id,
+                        principal=caller.principal,
+                        key_fingerprint=fingerprint,
+                        source_address=body.source_address,
+                        issued_at=iso(now),
+                        expires_at=iso(expires),
+                    )
+                )
+            tx.record(
+                self._s.events.authentication(
+                    now,
+                    subject,
+                    activity="ticket",
+                    outcome="success" if admitted else "failure",
+                    protocol="ssh-certificate",
+                    session_uid=session,
+                    expires=expires,
+                    status_detail="" if admitted else "workspace_not_admitted",
+                    detail={"key_sha256": fingerprint, "source_address": body.source_address or ""},
+                )
+            )
+        require_state(row, frozenset({State.ACTIVE}))
+        return {
+            "certificate": certificate,
+            "host_ca": self._ssh.host_ca,
+            "session_id": session,
+            "number": row.number,
+            "expires_at": iso(expires),
+        }
+
+    def x509(self, caller: Caller, body: X509Request) -> dict[str, Any]:
+        """Issue a certificate for a perimeter service."""
+        now = self._s.clock()
+        if body.kind == "perimeter":
+            pem = self._authority.issue_perimeter(body.csr_pem, body.name, now, PERIMETER_TTL)
+        else:
+            pem = self._authority.issue_server(
+                body.csr_pem, [self._ring2_name], now, PERIMETER_TTL, spiffe_path=f"ring2/{body.name}"
+            )
+        with self._s.store.write() as tx:
+            self._record(tx, caller, body, pem)
+        return {
+            "certificate": pem.decode(),
+            "ca_pem": self._authority.ca_pem.decode(),
+            "expires_at": iso(now + PERIMETER_TTL),
+        }
+
+    def renew(self, caller: Caller, body: Renewal) -> dict[str, Any]:
+        """Issue a successor to a perimeter that still holds a valid certificate; the name stays its own."""
+        kind, _, name = caller.principal.partition(":")
+        if kind != "perimeter":
+            raise ForbiddenError(
+                "only a perimeter renews its certificate", cure="ask the operator", code="not_a_perimeter"
+            )
+        return self.x509(caller, X509Request(csr_pem=body.csr_pem, kind=body.kind, name=name))
+
+    def _record(self, tx: Transaction, caller: Caller, body: X509Request, pem: bytes) -> None:
+        now = self._s.clock()
+        certificate = x509.load_pem_x509_certificate(pem)
+        fingerprint = certificate.fingerprint(hashes.SHA256()).hex()
+        expires = certificate.not_valid_after_utc
+        tx.connection.execute(
+            certificates.insert().values(
+                sha256=fingerprint, kind=body.kind, name=body.name, issued_at=iso(now), expires_at=iso(expires)
+            )
+        )
+        tx.record(
+            self._s.events.authentication(
+                now,
+                caller.subject(),
+                activity="ticket",
+                protocol="x509",
+                message=f"certificate of {body.kind} {body.name} issued",
+                certificate={
+                    "serial_number": f"{certificate.serial_number:x}",
+                    "subject": f"{body.kind}/{body.name}",
+                    "expiration_time": int(expires.timestamp() * 1000),
+                    "fingerprints": [{"value": fingerprint, "algorithm_id": 3}],
+                },
+            )
+        )

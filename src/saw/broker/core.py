@@ -1,0 +1,105 @@
+"""The broker as one object: keys, database and the parts that use them. The two applications are built on it."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+from saw.audit import EventFactory
+from saw.broker.attestation import Attestation
+from saw.broker.certificates import Certificates
+from saw.broker.clock import Clock
+from saw.broker.config import BrokerConfig
+from saw.broker.context import Services
+from saw.broker.images import Images
+from saw.broker.perimeter import Views
+from saw.broker.registry import Registry
+from saw.broker.releases import Releases
+from saw.broker.repository import OnlineKey, Repository
+from saw.broker.rollout_control import Rollouts
+from saw.broker.rollout_views import RolloutViews
+from saw.broker.store import Store
+from saw.broker.trail import Trail
+from saw.broker.wake import Waker
+from saw.identity.ssh import SshAuthority
+from saw.identity.x509 import Authority
+
+RING2_NAME = "ring2.saw.internal"
+
+logger = logging.getLogger("saw.broker")
+
+
+@dataclass(frozen=True)
+class Broker:
+    """Every part, wired."""
+
+    config: BrokerConfig
+    services: Services
+    waker: Waker
+    authority: Authority
+    ssh: SshAuthority
+    repository: Repository
+    registry: Registry
+    images: Images
+    attestation: Attestation
+    releases: Releases
+    rollouts: Rollouts
+    rollout_views: RolloutViews
+    certificates: Certificates
+    views: Views
+    trail: Trail
+
+    @classmethod
+    def open(cls, config: BrokerConfig, clock: Clock, random: Callable[[int], bytes]) -> Self:
+        """Open an initialised state directory (see :mod:`saw.broker.setup`) and bring registry and repository in line."""
+        authority = Authority.load(config.keys / "x509")
+        ssh = SshAuthority.load(config.keys / "ssh")
+        online = OnlineKey.load(config.keys / "tuf-online.key")
+        waker = Waker()
+        store = Store.open_sqlite(config.database, waker)
+        events = EventFactory("saw-broker", host=socket.gethostname(), new_uid=lambda: str(uuid.uuid4()))
+        services = Services(config, store, clock, random, events)
+        repository = Repository(config.tuf_dir, online, config.tuf.timestamp_ttl_s)
+        registry = Registry(services)
+        releases = Releases(services, repository)
+        rollouts = Rollouts(services, repository, releases)
+        broker = cls(
+            config=config,
+            services=services,
+            waker=waker,
+            authority=authority,
+            ssh=ssh,
+            repository=repository,
+            registry=registry,
+            images=Images(services),
+            attestation=Attestation(services, registry, authority, ssh),
+            releases=releases,
+            rollouts=rollouts,
+            rollout_views=RolloutViews(services),
+            certificates=Certificates(services, authority, ssh, RING2_NAME),
+            views=Views(services, releases, rollouts),
+            trail=Trail(services),
+        )
+        for release in releases.synchronise():
+            logger.info("release recorded at start: %s", release)
+        rollouts.act()
+        return broker
+
+    def trust(self) -> dict[str, object]:
+        """Return everything public that others need to trust this broker."""
+        return {
+            "trust_domain": self.config.trust_domain,
+            "ca_pem": self.authority.ca_pem.decode(),
+            "ssh_user_ca": self.ssh.user_ca,
+            "ssh_host_ca": self.ssh.host_ca,
+            "tuf_root": self.releases.tuf_root(),
+        }
+
+    def close(self) -> None:
+        """Wake every poll and close the database."""
+        self.waker.close()
+        self.services.store.close()

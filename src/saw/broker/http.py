@@ -1,0 +1,115 @@
+"""Between Starlette and the broker's parts: bounded bodies, strict JSON, callers, and errors that name their cure."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from saw.broker.context import Caller, new_request_id
+from saw.broker.errors import BrokerError, MalformedError, NotAttestedError, TooLargeError
+from saw.errors import SawError
+
+T = TypeVar("T")
+Endpoint = Callable[[Request], Awaitable[Response]]
+Identify = Callable[[Request], Caller]
+
+DEFAULT_LIMIT = 64 * 1024
+LONGEST_WAIT_S = 30
+
+logger = logging.getLogger("saw.broker")
+
+
+def answer(value: object, status: int = 200) -> Response:
+    """Return ``value`` as JSON."""
+    return Response(msgspec.json.encode(value), status_code=status, media_type="application/json")
+
+
+def refusal(error: SawError, request_id: str = "") -> Response:
+    """Return the body ``{error, code, message, cure, details, request_id}`` (and ``failures`` for an attestation)."""
+    status = error.status if isinstance(error, BrokerError) else 400
+    body: dict[str, Any] = {"error": error.code, **error.as_dict(), "request_id": request_id}
+    if isinstance(error, NotAttestedError):
+        body["failures"] = error.failures
+    return answer(body, status)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Return the body; raise :class:`TooLargeError` as soon as it exceeds ``limit`` bytes."""
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise TooLargeError(f"the body exceeds {limit} bytes", cure="send less")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def decode(raw: bytes, kind: type[T]) -> T:
+    """Parse ``raw`` strictly; raise :class:`MalformedError` naming the field."""
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MalformedError(f"the body is not valid: {error}", cure="correct the named field") from error
+
+
+def whole_number(request: Request, name: str, default: int, largest: int) -> int:
+    """Return query parameter ``name``, capped at ``largest``; raise :class:`MalformedError` unless it is a whole number."""
+    text = request.query_params.get(name, str(default))
+    if not text.isascii() or not text.isdecimal() or len(text) > 18:
+        raise MalformedError(f"{name} must be a whole number", cure=f"use {name}={default}")
+    return min(int(text), largest)
+
+
+def guarded(identify: Identify, handle: Callable[[Request, Caller], Awaitable[Any]]) -> Endpoint:
+    """Return an endpoint: identify the caller first, then handle, then answer; every error becomes a refusal."""
+
+    async def endpoint(request: Request) -> Response:
+        request_id = new_request_id()
+        request.state.request_id = request_id
+        try:
+            response = answer(await handle(request, identify(request)))
+        except SawError as error:
+            response = refusal(error, request_id)
+        except ClientDisconnect:
+            return Response(status_code=400)
+        except Exception:
+            logger.exception("request %s failed", request_id)
+            text = "the broker failed to handle the call"
+            response = refusal(_Internal(text, cure="see the broker's log for the request id"), request_id)
+        response.headers["x-request-id"] = request_id
+        return response
+
+    return endpoint
+
+
+def with_body(
+    kind: type[T], call: Callable[[Caller, T, Request], Any], *, limit: int = DEFAULT_LIMIT
+) -> Callable[[Request, Caller], Awaitable[Any]]:
+    """Return a handler that parses the body as ``kind`` and runs the blocking ``call`` in a thread."""
+
+    async def handle(request: Request, caller: Caller) -> Any:
+        body = decode(await read_body(request, limit), kind)
+        return await run_in_threadpool(call, caller, body, request)
+
+    return handle
+
+
+def without_body(call: Callable[[Caller, Request], Any]) -> Callable[[Request, Caller], Awaitable[Any]]:
+    """Return a handler that runs the blocking ``call`` in a thread."""
+
+    async def handle(request: Request, caller: Caller) -> Any:
+        return await run_in_threadpool(call, caller, request)
+
+    return handle
+
+
+class _Internal(BrokerError):
+    code = "internal"
+    status = 500

@@ -1,0 +1,1 @@
+"""Alembic steps of the broker's database, applied when the broker starts."""

@@ -1,0 +1,328 @@
+"""Workspaces, their agents and endorsement keys: creation, lifecycle steps, the kill switch."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import msgspec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from sqlalchemy import Connection, Row, func, select
+
+from saw.attest.verifier import load_ek
+from saw.broker.clock import iso
+from saw.broker.context import Caller, Services
+from saw.broker.errors import ConflictError, ForbiddenError, MalformedError, NotFoundError
+from saw.broker.lifecycle import State, check_step, parse_state
+from saw.broker.schema import agents, images, workspaces
+from saw.broker.store import Transaction
+from saw.errors import SawError
+
+MAX_NUMBER = 250
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+_IMAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?")
+
+#: Grants that a workspace loses when it leaves ``active``.
+NO_GRANTS: dict[str, None] = {"lease_expires_at": None, "svid_sha256": None}
+
+
+class CreateWorkspace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The profile of a workspace, fixed at creation."""
+
+    id: Name
+    sponsor: Text
+    blueprint: Name
+    ring: Name
+    image: Text
+
+
+class RecordEk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The endorsement key of the workspace's TPM (PEM, RSA 2048)."""
+
+    ek_pub_pem: Annotated[str, msgspec.Meta(max_length=4096)]
+
+
+class Reprovision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The registered image that a workspace is rebuilt from; its data disk and its TPM stay."""
+
+    image: Text
+
+
+class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A lifecycle step and why."""
+
+    to: str
+    reason: Text
+
+
+class Kill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Why everything of a workspace must be refused at once."""
+
+    reason: Text
+
+
+class Registry:
+    """The register of workspaces and agents (controls ID-04, LIF-01, LIF-02)."""
+
+    def __init__(self, services: Services) -> None:
+        self._s = services
+
+    def create(self, caller: Caller, wanted: CreateWorkspace) -> dict[str, Any]:
+        """Register a workspace and its agent; raises :class:`ConflictError` for a used id, even a decommissioned one."""
+        now = self._s.clock()
+        with self._s.store.write() as tx:
+            if tx.connection.execute(select(workspaces.c.id).where(workspaces.c.id == wanted.id)).first():
+                raise ConflictError(
+                    f"workspace {wanted.id} exists",
+                    cure="choose another id; ids are never used again",
+                    code="workspace_exists",
+                )
+            image = newest_image(tx.connection, wanted.image)
+            number = self._free_number(tx.connection)
+            agent = f"agent-{(tx.connection.execute(select(func.count()).select_from(agents)).scalar_one()) + 1}"
+            stamp = iso(now)
+            tx.connection.execute(
+                workspaces.insert().values(
+                    **msgspec.structs.asdict(wanted),
+                    number=number,
+                    image_sha256=image.image_sha256,
+                    agent_id=agent,
+                    state=State.REQUESTED,
+                    state_reason="created",
+                    state_since=stamp,
+                    created_at=stamp,
+                    watch_seq=0,
+                )
+            )
+            tx.connection.execute(
+                agents.insert().values(
+                    id=agent,
+                    workspace_id=wanted.id,
+                    sponsor=wanted.sponsor,
+                    blueprint=wanted.blueprint,
+                    state="registered",
+                    created_at=stamp,
+                )
+            )
+            subject = caller.subject(wanted.id, agent=agent)
+            profile = {**msgspec.structs.asdict(wanted), "number": number, "image_sha256": image.image_sha256}
+            make = self._s.events.entity_management
+            tx.record(
+                make(now, subject, ("workspace", wanted.id), activity="create", detail={"profile": profile}),
+                make(now, subject, ("agent", agent), activity="create", detail={"sponsor": wanted.sponsor}),
+            )
+            tx.touch(wanted.id)
+            return public_view(get_row(tx.connection, wanted.id))
+
+    def show(self, workspace_id: str) -> dict[str, Any]:
+        """Return one workspace as the operator sees it."""
+        with self._s.store.read() as connection:
+            return public_view(get_row(connection, workspace_id))
+
+    def list(self) -> dict[str, Any]:
+        """Return all workspaces by id."""
+        with self._s.store.read() as connection:
+            rows = connection.execute(select(workspaces).order_by(workspaces.c.id)).all()
+        return {"workspaces": [public_view(row) for row in rows]}
+
+    def record_ek(self, caller: Caller, workspace_id: str, body: RecordEk) -> dict[str, Any]:
+        """Record the endorsement key, once. The same key again changes nothing; another one is refused and audited."""
+        pem = normal_ek(body.ek_pub_pem)
+        now = self._s.clock()
+        with self._s.store.write() as tx:
+            row = get_row(tx.connection, workspace_id)
+            subject = caller.subject(workspace_id, agent=row.agent_id)
+            conflict = row.ek_pub_pem is not None and row.ek_pub_pem != pem
+            changed = row.ek_pub_pem is None
+            if conflict:
+                tx.record(
+                    self._s.events.detection_finding(
+                        now,
+                        subject,
+                        kind="ek_change_refused",
+                        title=f"A second endorsement key was offered for {workspace_id}",
+                    )
+                )
+            elif row.state == State.DECOMMISSIONED:
+                raise ConflictError(
+                    f"{workspace_id} is decommissioned", cure="create a new workspace", code="decommissioned"
+                )
+            elif changed:
+                self._set(tx.connection, workspace_id, ek_pub_pem=pem)
+                tx.record(
+                    self._s.events.entity_management(
+                        now, subject, ("workspace", workspace_id), activity="enroll", comment="endorsement key recorded"
+                    )
+                )
+        if conflict:
+            raise ConflictError(
+                f"{workspace_id} already has another endorsement key",
+                cure="a changed TPM means a new workspace",
+                code="ek_recorded",
+            )
+        return {**self.show(workspace_id), "changed": changed}
+
+    def reprovision(self, caller: Caller, workspace_id: str, body: Reprovision) -> dict[str, Any]:
+        """Bind a workspace that does not run to another registered image: its expected measurements change with it.
+
+        Allowed before it first runs and while it is stopped; raises :class:`ConflictError` otherwise (control ISO-01).
+        """
+        now = self._s.clock()
+        with self._s.store.write() as tx:
+            row = get_row(tx.connection, workspace_id)
+            image = newest_image(tx.connection, body.image)
+            changed = (row.image, row.image_sha256) != (body.image, image.image_sha256)
+            if changed and row.state not in {State.REQUESTED, State.PROVISIONING, State.STOPPED}:
+                raise ConflictError(
+                    f"{workspace_id} is {row.state}; its image cannot change now",
+                    cure="stop it first",
+                    code="not_stopped",
+                )
+            if changed:
+                self._set(tx.connection, workspace_id, image=body.image, image_sha256=image.image_sha256)
+                tx.record(
+                    self._s.events.entity_management(
+                        now,
+                        caller.subject(workspace_id, agent=row.agent_id),
+                        ("workspace", workspace_id),
+                        activity="update",
+                        comment="rebuilt from another image",
+                        detail={"from": row.image_sha256, "to": image.image_sha256},
+                    )
+                )
+                tx.touch(workspace_id)
+        return {**self.show(workspace_id), "changed": changed}
+
+    def transition(self, caller: Caller, workspace_id: str, step: Step) -> dict[str, Any]:
+        """Take one lifecycle step. To the present state it changes nothing; a step that is not allowed is refused."""
+        to = parse_state(step.to)
+        with self._s.store.write() as tx:
+            row = get_row(tx.connection, workspace_id)
+            changed = row.state != to
+            if changed:
+                check_step(workspace_id, State(row.state), to)
+                self._move(tx, caller, row, to, step.reason)
+        return {**self.show(workspace_id), "changed": changed}
+
+    def kill(self, caller: Caller, workspace_id: str, reason: str) -> dict[str, Any]:
+        """Quarantine at once: no lease, no SVID, no new nonce; perimeters are woken when this returns."""
+        now = self._s.clock()
+        with self._s.store.write() as tx:
+            row = get_row(tx.connection, workspace_id)
+            if row.state == State.DECOMMISSIONED:
+                raise ConflictError(
+                    f"{workspace_id} is decommissioned", cure="nothing is left to kill", code="decommissioned"
+                )
+            changed = row.state != State.QUARANTINED
+            if changed:
+                self._move(tx, caller, row, State.QUARANTINED, reason)
+            tx.record(
+                self._s.events.api_activity(
+                    now,
+                    caller.subject(workspace_id, agent=row.agent_id, policy_digest=row.policy_digest or ""),
+                    "workspace.kill",
+                    activity="update",
+                    message=reason,
+                    resource=("workspace", workspace_id),
+                )
+            )
+        return {**self.show(workspace_id), "changed": changed}
+
+    def activate(self, tx: Transaction, row: Row[Any]) -> None:
+        """Mark the agent active when its workspace becomes so (called inside the attestation's transaction)."""
+        tx.connection.execute(agents.update().where(agents.c.id == row.agent_id).values(state="active"))
+
+    def _move(self, tx: Transaction, caller: Caller, row: Row[Any], to: State, reason: str) -> None:
+        now = self._s.clock()
+        self._set(tx.connection, row.id, state=to, state_reason=reason, state_since=iso(now), **NO_GRANTS)
+        agent_state = "retired" if to is State.DECOMMISSIONED else "suspended"
+        tx.connection.execute(agents.update().where(agents.c.id == row.agent_id).values(state=agent_state))
+        subject = caller.subject(row.id, agent=row.agent_id, policy_digest=row.policy_digest or "")
+        activity = {State.QUARANTINED: "suspend", State.DECOMMISSIONED: "delete", State.STOPPED: "deactivate"}.get(
+            to, "update"
+        )
+        tx.record(
+            self._s.events.entity_management(
+                now,
+                subject,
+                ("workspace", row.id),
+                activity=activity,  # type: ignore[arg-type]
+                comment=reason,
+                detail={"from": row.state, "to": str(to)},
+            )
+        )
+        tx.touch(row.id)
+
+    @staticmethod
+    def _set(connection: Connection, workspace_id: str, **values: Any) -> None:
+        connection.execute(workspaces.update().where(workspaces.c.id == workspace_id).values(**values))
+
+    @staticmethod
+    def _free_number(connection: Connection) -> int:
+        used = set(
+            connection.execute(select(workspaces.c.number).where(workspaces.c.state != State.DECOMMISSIONED)).scalars()
+        )
+        for number in range(1, MAX_NUMBER + 1):
+            if number not in used:
+                return number
+        raise ConflictError(
+            f"all {MAX_NUMBER} workspace numbers are in use",
+            cure="decommission a workspace first",
+            code="no_free_number",
+        )
+
+
+def newest_image(connection: Connection, name: str) -> Row[Any]:
+    """Return the newest release record of image ``name``; raise an error that names the cure."""
+    if not _IMAGE.fullmatch(name):
+        raise MalformedError(f"{name!r} is not an image name", cure="use the name of a registered image")
+    image = connection.execute(
+        select(images.c.image_sha256).where(images.c.name == name).order_by(images.c.registered_at.desc())
+    ).first()
+    if image is None:
+        raise NotFoundError(
+            f"image {name} is not registered",
+            cure="register its release record: saw image register",
+            code="unknown_image",
+        )
+    return image
+
+
+def get_row(connection: Connection, workspace_id: str) -> Row[Any]:
+    """Return the row of a workspace or raise :class:`NotFoundError`."""
+    row = connection.execute(select(workspaces).where(workspaces.c.id == workspace_id)).one_or_none()
+    if row is None:
+        raise NotFoundError(
+            f"there is no workspace {workspace_id[:64]!r}",
+            cure="saw workspace list shows them",
+            code="unknown_workspace",
+        )
+    return row
+
+
+def require_state(row: Row[Any], allowed: frozenset[State]) -> None:
+    """Raise :class:`ForbiddenError` unless the workspace is in one of ``allowed``."""
+    if State(row.state) not in allowed:
+        raise ForbiddenError(
+            f"{row.id} is {row.state}", cure="the operator decides about its state", code="workspace_not_admitted"
+        )
+
+
+def normal_ek(pem: str) -> str:
+    """Return the endorsement key in one normal PEM form; raise :class:`MalformedError` when it is none."""
+    try:
+        key = load_ek(pem)
+    except SawError as error:
+        raise MalformedError(error.message, cure=error.cure, code="ek_malformed") from error
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+
+
+_HIDDEN = frozenset({"ak_pub", "ek_pub_pem"})
+
+
+def public_view(row: Row[Any]) -> dict[str, Any]:
+    """Return what operators see of a workspace."""
+    view = {key: value for key, value in zip(row._fields, row, strict=True) if key not in _HIDDEN}
+    return {**view, "ek_recorded": row.ek_pub_pem is not None}

@@ -1,0 +1,90 @@
+"""The broker's TUF repository on disk: the store behind ``/tuf``, and the only user of the online key.
+
+What is verified before anything is written is decided in :mod:`saw.policy.tuf_repository`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from saw.policy import tuf_repository
+from saw.policy.keys import load_private_key, public_pem
+
+
+class OnlineKey:
+    """The broker's own TUF key, which signs snapshot and timestamp and nothing else."""
+
+    def __init__(self, key: Ed25519PrivateKey) -> None:
+        self.private = key
+        self.public_pem = public_pem(key.public_key()).decode()
+
+    @classmethod
+    def load(cls, path: Path) -> OnlineKey:
+        """Read the key file; raise ``KeyFileError`` when it is missing or of another kind."""
+        return cls(load_private_key(path))
+
+
+class Repository:
+    """The directory that is served; ``metadata/`` holds consistent snapshots, ``targets/`` the files."""
+
+    def __init__(self, directory: Path, online: OnlineKey, timestamp_ttl_s: int) -> None:
+        self._directory = directory
+        self._timestamp = directory / "metadata" / "timestamp.json"
+        self._online = online
+        self._lifetime = timedelta(seconds=timestamp_ttl_s)
+        self.online_public_pem = online.public_pem
+
+    def root(self) -> bytes | None:
+        """Return the newest trusted root, or None before one is installed."""
+        return tuf_repository.current_root(self._directory) if self._root_versions() else None
+
+    def root_version(self) -> int:
+        """Return the version of the newest root, 0 when there is none."""
+        return max(self._root_versions(), default=0)
+
+    def holds_root(self, raw: bytes) -> bool:
+        """Tell whether ``raw`` is one of the roots that are installed, in whatever formatting."""
+        folder = self._directory / "metadata"
+        return any(_same(raw, (folder / f"{version}.root.json").read_bytes()) for version in self._root_versions())
+
+    def install_root(self, raw: bytes, now: datetime) -> None:
+        """Take the first root; it must be signed by itself and give this broker's key the online roles."""
+        tuf_repository.install_root(self._directory, raw, self._online.private, now)
+
+    def accept(self, metadata: dict[str, bytes], targets: dict[str, bytes], now: datetime) -> None:
+        """Verify and store a publication, then sign snapshot and timestamp; or raise and change nothing."""
+        tuf_repository.accept_publication(
+            self._directory, metadata, targets, self._online.private, now, timestamp_lifetime=self._lifetime
+        )
+
+    def refresh(self, now: datetime) -> bool:
+        """Sign the timestamp (and an ageing snapshot) anew when half of its time has passed; return whether it was."""
+        if not self._timestamp.exists():
+            return False
+        signed = msgspec.json.decode(self._timestamp.read_bytes())["signed"]
+        if datetime.fromisoformat(signed["expires"]) - now > self._lifetime / 2:
+            return False
+        tuf_repository.resign_timestamp(self._directory, self._online.private, now, timestamp_lifetime=self._lifetime)
+        return True
+
+    def current_targets(self) -> Iterator[tuple[str, bytes]]:
+        """Yield path and content of every target that is released, content checked against the signed metadata."""
+        if self.root() is not None:
+            for release in tuf_repository.current_releases(self._directory):
+                yield release.path, tuf_repository.read_target(self._directory, release.path)
+
+    def _root_versions(self) -> list[int]:
+        names = (path.name.partition(".")[0] for path in (self._directory / "metadata").glob("[1-9]*.root.json"))
+        return [int(name) for name in names if name.isdecimal()]
+
+
+def _same(one: bytes, other: bytes) -> bool:
+    try:
+        return bool(one == other or msgspec.json.decode(one) == msgspec.json.decode(other))
+    except msgspec.DecodeError:
+        return False

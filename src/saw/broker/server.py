@@ -1,0 +1,173 @@
+"""Runs the broker: one process, one event loop, a TLS listener and the operator socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import ssl
+import stat
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from saw.broker.apps import operator_app, operator_gid, public_app
+from saw.broker.clock import Clock, utc_now
+from saw.broker.config import BrokerConfig
+from saw.broker.core import Broker
+from saw.broker.notify import notify
+from saw.broker.peer import PeerProtocol
+from saw.broker.setup import renew_server_certificate, server_files
+from saw.errors import UnavailableError
+
+logger = logging.getLogger("saw.broker")
+
+#: How often certificates and the TUF timestamp are looked at.
+UPKEEP = timedelta(minutes=1)
+GRACE_S = 3
+
+
+class _Server(uvicorn.Server):
+    """A server whose signals are handled once for all servers of the process."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def run(config: BrokerConfig, clock: Clock = utc_now, ready: Callable[[int], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT. ``ready`` is called with the TLS port once both sides listen."""
+    broker = Broker.open(config, clock, secrets.token_bytes)
+    try:
+        uvloop.run(_serve(broker, clock, ready))
+    finally:
+        Path(config.operator_socket).unlink(missing_ok=True)
+        broker.close()
+
+
+async def _serve(broker: Broker, clock: Clock, ready: Callable[[int], None] | None) -> None:
+    config = broker.config
+    context = tls_context(broker, clock)
+    tls_socket = _listen_tcp(config.listen.host, config.listen.port)
+    operator_socket = listen_unix(Path(config.operator_socket), operator_gid(config.operator_group))
+    public = _Server(_uvicorn_config(public_app(broker), context))
+    operator = _Server(_uvicorn_config(operator_app(broker), None))
+    servers = (public, operator)
+
+    def stop() -> None:
+        broker.waker.close()
+        for server in servers:
+            server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    upkeep = asyncio.create_task(_upkeep(broker, context, clock))
+    tasks = [
+        asyncio.create_task(public.serve(sockets=[tls_socket])),
+        asyncio.create_task(operator.serve(sockets=[operator_socket])),
+    ]
+    try:
+        while not all(server.started for server in servers):
+            if any(task.done() for task in tasks):
+                break
+            await asyncio.sleep(0.005)  # uvicorn offers no event for "started"
+        else:
+            port = int(tls_socket.getsockname()[1])
+            logger.info("serving on port %d and %s", port, config.operator_socket)
+            notify(f"READY=1\nSTATUS=serving on port {port}", os.environ.get("NOTIFY_SOCKET"))
+            if ready is not None:
+                ready(port)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        stop()
+        await asyncio.gather(*tasks)
+    finally:
+        upkeep.cancel()
+
+
+def tls_context(broker: Broker, clock: Clock) -> ssl.SSLContext:
+    """Return the TLS side's context: our server certificate, TLS 1.2 or later, client certificates of our CA welcome."""
+    certificate, authority = server_files(broker.config)
+    renew_server_certificate(broker.config, broker.authority, clock())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certificate)
+    context.load_verify_locations(authority)
+    context.verify_mode = ssl.CERT_OPTIONAL
+    return context
+
+
+def listen_unix(path: Path, group: int | None) -> socket.socket:
+    """Return a listening Unix socket at ``path``, mode 0660; a socket left by a dead process is replaced."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise UnavailableError(f"{path} exists and is no socket", cure="remove it")
+        path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    old = os.umask(0o117)
+    try:
+        listener.bind(str(path))
+    except OSError as error:
+        raise UnavailableError(f"cannot listen on {path}: {error.strerror}", cure="create its directory") from error
+    finally:
+        os.umask(old)
+    if group is not None:
+        try:
+            os.chown(path, -1, group)
+        except PermissionError:
+            logger.warning("cannot give %s to group %d: only root can use it; add the group to the unit", path, group)
+    listener.listen(128)
+    listener.setblocking(False)
+    return listener
+
+
+def _listen_tcp(host: str, port: int) -> socket.socket:
+    try:
+        listener = socket.create_server((host, port), backlog=512)
+    except OSError as error:
+        raise UnavailableError(f"cannot listen on {host}:{port}: {error.strerror}", cure="free the port") from error
+    listener.setblocking(False)
+    return listener
+
+
+def _uvicorn_config(app: object, context: ssl.SSLContext | None) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        http=PeerProtocol,
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=4096,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=GRACE_S,
+        ssl_context_factory=None if context is None else lambda _config, _default: context,
+    )
+
+
+async def _upkeep(broker: Broker, context: ssl.SSLContext, clock: Clock) -> None:
+    """Keep the server certificate and the TUF timestamp fresh; a failure is logged and tried again."""
+    while True:
+        try:
+            await asyncio.to_thread(upkeep_once, broker, context, clock)
+        except Exception:
+            logger.exception("upkeep failed; trying again in %s", UPKEEP)
+        await asyncio.sleep(UPKEEP.total_seconds())
+
+
+def upkeep_once(broker: Broker, context: ssl.SSLContext, clock: Clock) -> None:
+    """Renew what ends soon (new handshakes use a new certificate at once), and judge rollouts by the time that passed."""
+    if renew_server_certificate(broker.config, broker.authority, clock()):
+        context.load_cert_chain(server_files(broker.config)[0])
+        logger.info("server certificate renewed")
+    broker.repository.refresh(clock())
+    broker.rollouts.tick()

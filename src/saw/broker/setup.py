@@ -1,0 +1,83 @@
+"""``saw broker init``: makes keys, database and server certificate, each only when it is missing."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+
+from saw.broker.config import BrokerConfig
+from saw.broker.store import Store
+from saw.broker.wake import Waker
+from saw.errors import ConfigError
+from saw.files import write_private
+from saw.identity.ssh import SshAuthority
+from saw.identity.x509 import Authority, new_key_and_csr
+from saw.policy.keys import create_key
+
+SERVER_TTL = timedelta(days=30)
+#: A server certificate is renewed when less than this is left.
+RENEW_BEFORE = timedelta(days=10)
+
+
+def initialise(config: BrokerConfig, now: datetime) -> list[str]:
+    """Make what is missing in the state directory and return its names; a second run returns an empty list.
+
+    Needs no officer key: the TUF root is installed later by ``PUT /v1/policy/root`` or by the first publication.
+    """
+    made: list[str] = []
+    for directory, mode in ((config.state, 0o700), (config.keys, 0o700)):
+        if not directory.is_dir():
+            directory.mkdir(mode=mode, parents=True)
+            made.append(directory.name)
+    for directory in (config.tuf_dir / "metadata", config.tuf_dir / "targets"):
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if not (config.keys / "x509" / "ca.pem").exists():
+        Authority.create(config.keys / "x509", config.trust_domain, now)
+        made.append("x509 authority")
+    authority = Authority.load(config.keys / "x509")
+    if authority.trust_domain != config.trust_domain:
+        raise ConfigError(
+            f"the authority in {config.keys} is of {authority.trust_domain}, the configuration says {config.trust_domain}",
+            cure="a trust domain never changes: correct trust_domain",
+        )
+    if not (config.keys / "ssh" / "ssh-user-ca").exists():
+        SshAuthority.create(config.keys / "ssh")
+        made.append("ssh authority")
+    if not (config.keys / "tuf-online.key").exists():
+        create_key(config.keys, "tuf-online")
+        made.append("tuf online key")
+    if not config.database.exists():
+        made.append("database")
+    Store.open_sqlite(config.database, Waker()).close()
+    if renew_server_certificate(config, authority, now):
+        made.append("server certificate")
+    return made
+
+
+def server_files(config: BrokerConfig) -> tuple[Path, Path]:
+    """Return the paths of the server's certificate (with its key in one file) and of the CA certificate."""
+    return config.keys / "server.pem", config.keys / "x509" / "ca.pem"
+
+
+def renew_server_certificate(config: BrokerConfig, authority: Authority, now: datetime) -> bool:
+    """Issue a server certificate when there is none, it ends soon, or its names differ; return whether one was issued."""
+    path, _ = server_files(config)
+    if path.exists() and _still_good(path.read_bytes(), config.server_names, now):
+        return False
+    key, csr = new_key_and_csr(config.server_names[0], config.server_names)
+    certificate = authority.issue_server(csr, config.server_names, now, SERVER_TTL, spiffe_path="service/broker")
+    write_private(path, certificate + key)
+    return True
+
+
+def _still_good(pem: bytes, names: tuple[str, ...], now: datetime) -> bool:
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (ValueError, x509.ExtensionNotFound):
+        return False
+    return certificate.not_valid_after_utc - now > RENEW_BEFORE and set(found.get_values_for_type(x509.DNSName)) == set(
+        names
+    )

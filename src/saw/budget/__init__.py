@@ -1,0 +1,1 @@
+"""Package saw.budget (see docs/architecture.md)."""

@@ -1,0 +1,46 @@
+"""``saw broker``: initialise and run the broker on the control host."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+
+from saw.broker.clock import utc_now
+from saw.broker.config import load_config
+
+
+def main(argv: list[str]) -> int:
+    """Run ``saw broker init`` or ``saw broker serve``."""
+    parser = argparse.ArgumentParser(
+        prog="saw broker", description="Run the broker: registry, attestation, policy repository, audit."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("init", "make keys, database and certificate where they are missing"),
+        ("serve", "serve until stopped"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument(
+            "--config", default="/etc/saw/broker.json", help="configuration file (default: %(default)s)"
+        )
+        command.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    config = load_config(options.config)
+    if options.command == "init":
+        from saw.broker.setup import initialise
+
+        made = initialise(config, utc_now())
+        if options.json:
+            print(json.dumps({"ok": True, "changed": bool(made), "made": made}))
+        else:
+            print(f"made: {', '.join(made)}" if made else "everything is there already")
+        return 0
+    from saw.broker.server import run
+
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("tuf").setLevel(logging.WARNING)  # it reports every absent third signature of 2-of-3
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    run(config)
+    return 0

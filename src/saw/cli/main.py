@@ -1,0 +1,69 @@
+"""Entry point of ``saw``: picks the area by its first word and imports nothing else.
+
+Every area module offers ``main(argv: list[str]) -> int`` and parses its own arguments. Exit codes: 0 done, 1 refused or
+failed with a reason, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+import saw
+from saw.errors import SawError
+
+AREAS: dict[str, tuple[str, str]] = {
+    "policy": ("saw.cli.policy", "author, check, sign, verify and publish policy bundles"),
+    "workspace": ("saw.cli.workspace", "list, create, stop, start, kill and destroy workspaces; bootstrap (in the VM)"),
+    "ssh": ("saw.cli.ssh", "attach to a workspace with a certificate of minutes"),
+    "audit": ("saw.cli.audit", "read and verify the audit trail"),
+    "image": ("saw.cli.image", "golden image records"),
+    "lab": ("saw.cli.lab", "the embedded default: from an empty machine to a governed workspace"),
+    "vm": ("saw.cli.vm", "the qemu driver (on a hypervisor)"),
+    "broker": ("saw.cli.broker", "run the broker"),
+    "gateway": ("saw.cli.gateway", "run the gatekeeper of ring 2"),
+    "policyd": ("saw.cli.policyd", "run the policy agent (in the VM)"),
+    "attestd": ("saw.cli.attestd", "run the attestation agent (in the VM)"),
+    "decide": ("saw.cli.decide", "run the decision service of ring 1 (in the VM)"),
+    "sandbox": ("saw.cli.sandbox", "set up the sandbox and its network (in the VM)"),
+    "run": ("saw.cli.run", "run one command in the sandbox (in the VM)"),
+    "mcp": ("saw.cli.mcp", "run a stdio MCP server behind its argument rules (in the VM)"),
+}
+
+
+def usage() -> str:
+    """Return the overview that ``saw --help`` prints."""
+    lines = ["usage: saw AREA …", "", "areas:"]
+    lines += [f"  {name:<10} {text}" for name, (_, text) in AREAS.items()]
+    return "\n".join([*lines, "", "saw AREA --help tells more; saw --version prints the version."])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``saw`` with ``argv`` (default: the process's arguments) and return its exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in {"-h", "--help", "help"}:
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"saw {saw.__version__}")
+        return 0
+    area = AREAS.get(arguments[0])
+    if area is None:
+        print(f"saw: there is no area {arguments[0]!r}; saw --help lists them", file=sys.stderr)
+        return 2
+    module = importlib.import_module(area[0])
+    try:
+        return int(module.main(arguments[1:]))
+    except SawError as error:
+        if "--json" in arguments:
+            print(json.dumps({"ok": False, "error": error.as_dict()}))
+        print(f"saw {arguments[0]}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"saw {arguments[0]}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""What the operator's commands share: ``--context``, ``--json`` and tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--context`` and ``--json``."""
+    parser.add_argument(
+        "--context", help="context file (default: the file named by SAW_CONTEXT, else this machine's broker)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Return ``rows`` as aligned text under the names of ``columns``; absent values are ``-``."""
+    lines = [[name.upper() for name in columns]]
+    lines += [[_cell(row.get(name)) for name in columns] for row in rows]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def show(value: Mapping[str, Any], text: str, *, as_json: bool) -> None:
+    """Print ``value`` as one JSON line or ``text`` for people."""
+    print(json.dumps({"ok": True, **value}) if as_json else text)
+
+
+def fields(value: Mapping[str, Any]) -> str:
+    """Return ``value`` as one ``name: value`` line for each field."""
+    width = max((len(name) for name in value), default=0)
+    return "\n".join(f"{name + ':':<{width + 1}} {_cell(item)}" for name, item in value.items())
+
+
+def _cell(value: Any) -> str:
+    if value is None or value == "":
+        return "-"
+    text = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+    # Text from elsewhere must not steer the terminal.
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -1,0 +1,80 @@
+"""``saw vm``: the qemu driver on a hypervisor host (root)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from saw.errors import ConfigError
+from saw.vm import measure, qemu
+from saw.vm.spec import STATE, load_spec, parse_spec
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    top = argparse.ArgumentParser(prog="saw vm", description="Virtual machines of this hypervisor.")
+    verbs = top.add_subparsers(dest="verb", required=True)
+    create = verbs.add_parser("create", help="make every missing part of a VM (idempotent); nothing is started")
+    create.add_argument("--spec", required=True, help="file with the specification, or - for standard input")
+    for verb, text in {
+        "start": "start the VM",
+        "stop": "ask the guest to power off, then stop it",
+        "poweroff": "end the VM at once",
+        "destroy": "end the VM and remove disks, vTPM and network",
+        "status": "show one VM",
+        "exec": "run the VM in the foreground (what its unit does)",
+    }.items():
+        verbs.add_parser(verb, help=text).add_argument("id")
+    rebuild = verbs.add_parser("rebuild", help="throw the root disk away; data disk and vTPM stay. The VM must not run")
+    rebuild.add_argument("id")
+    rebuild.add_argument("--image", default="", help="another golden image (default: the present one)")
+    rebuild.add_argument("--image-sha256", default="", help="its SHA-256")
+    verbs.add_parser("list", help="list the VMs")
+    boot = verbs.add_parser("measure", help="boot an image once with a fresh vTPM and print its PCR values")
+    boot.add_argument("--image", type=Path, required=True)
+    boot.add_argument("--patience", type=float, default=300.0)
+    for sub in verbs.choices.values():
+        sub.add_argument("--json", action="store_true", help="machine-readable output")
+    return top
+
+
+def read_input(source: str) -> bytes:
+    """Return the content of the file ``source``, or of standard input for ``-``."""
+    if source == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return Path(source).read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {source}: {error.strerror}", cure="name a file with a specification, or -"
+        ) from error
+
+
+def main(argv: list[str]) -> int:
+    """Run ``saw vm``."""
+    options = parser().parse_args(argv)
+    answer: dict[str, Any]
+    if options.verb == "create":
+        answer = qemu.create(parse_spec(read_input(options.spec)))
+    elif options.verb == "list":
+        names = sorted(path.parent.name for path in STATE.glob("*/spec.json"))
+        answer = {"changed": False, "vms": [qemu.status(load_spec(name)) for name in names]}
+    elif options.verb == "rebuild":
+        answer = qemu.rebuild(load_spec(options.id), options.image, options.image_sha256)
+    elif options.verb == "measure":
+        answer = measure.reference_boot(options.image, patience=options.patience)
+    elif options.verb == "destroy" and not (STATE / options.id / "spec.json").exists():
+        answer = {"changed": False}
+    else:
+        spec = load_spec(options.id)
+        if options.verb == "exec":
+            return qemu.execute(spec)
+        actions = {"start": qemu.start, "stop": qemu.stop, "poweroff": qemu.power_off, "destroy": qemu.destroy}
+        status = options.verb == "status"
+        answer = qemu.status(spec) if status else {"changed": actions[options.verb](spec)}
+    answer.setdefault("changed", False)
+    print(json.dumps({"ok": True, **answer}) if options.json else "\n".join(f"{k}: {v}" for k, v in answer.items()))
+    return 0

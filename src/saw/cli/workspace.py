@@ -1,0 +1,124 @@
+"""``saw workspace``: the register of workspaces for operators; ``bootstrap`` inside the VM.
+
+These commands change the register only. Machines are made, started and destroyed by the playbooks, which call the same API.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+
+from saw.cli.operator_options import add_options, fields, show, table
+
+_COLUMNS = ("id", "number", "state", "sponsor", "blueprint", "ring", "policy_digest", "lease_expires_at")
+#: Command → the state it asks for.
+_STEPS = {"start": "attesting", "stop": "stopped", "decommission": "decommissioned"}
+
+
+def main(argv: list[str]) -> int:
+    """Run one ``saw workspace`` command."""
+    options = _parser().parse_args(argv)
+    if options.command == "bootstrap":
+        return _bootstrap(options)
+    from saw.broker.client import OperatorClient
+
+    client = OperatorClient.from_context(options.context)
+    path = f"/v1/workspaces/{quote(options.id, safe='')}" if "id" in options else "/v1/workspaces"
+    if options.command == "list":
+        answer = client.request("GET", path)
+        show(answer, table(_shorten(answer["workspaces"]), _COLUMNS), as_json=options.json)
+        return 0
+    if options.command == "credential":
+        from saw.broker.vm_credential import vm_credential
+
+        answer = vm_credential(client, options.id)
+        show(answer, msgspec.json.encode(answer).decode(), as_json=options.json)
+        return 0
+    answer = _call(client, path, options)
+    show(answer, fields(answer), as_json=options.json)
+    return 0
+
+
+def _call(client: Any, path: str, options: argparse.Namespace) -> dict[str, Any]:
+    command = options.command
+    if command == "show":
+        answer = client.request("GET", path)
+    elif command == "create":
+        profile = {name: getattr(options, name) for name in ("id", "sponsor", "blueprint", "ring", "image")}
+        answer = client.request("POST", "/v1/workspaces", profile)
+    elif command == "record-ek":
+        answer = client.request("PUT", f"{path}/ek", {"ek_pub_pem": Path(options.file).read_text("ascii")})
+    elif command == "reprovision":
+        answer = client.request("PUT", f"{path}/image", {"image": options.image})
+    elif command == "kill":
+        answer = client.request("POST", f"{path}/kill", {"reason": options.reason})
+    else:
+        to = options.to if command == "transition" else _STEPS[command]
+        answer = client.request("POST", f"{path}/transition", {"to": to, "reason": options.reason})
+    return dict(answer)
+
+
+def _bootstrap(options: argparse.Namespace) -> int:
+    from saw.runtime.bootstrap import bootstrap, credential_path
+
+    source = Path(options.source) if options.source else credential_path(os.environ)
+    written = bootstrap(source, Path(options.directory))
+    show(
+        {"written": [str(path) for path in written]},
+        "\n".join(f"wrote {path}" for path in written),
+        as_json=options.json,
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="saw workspace", description="The register of workspaces.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(name: str, text: str, *, identified: bool = True) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        add_options(command)
+        if identified:
+            command.add_argument("id", help="workspace id")
+        return command
+
+    add("list", "list all workspaces", identified=False)
+    add("show", "show one workspace")
+    add("credential", "print what its VM is told at creation (public data)")
+    create = add("create", "register a workspace; its profile is fixed from then on")
+    for name, text in (
+        ("sponsor", "the employee on whose behalf it runs"),
+        ("blueprint", "policy blueprint"),
+        ("ring", "release ring"),
+        ("image", "name of a registered image"),
+    ):
+        create.add_argument(f"--{name}", required=True, help=text)
+    record = add("record-ek", "record the endorsement key of its TPM, once")
+    record.add_argument("file", help="PEM file of the public key")
+    reprovision = add("reprovision", "bind a stopped workspace to another registered image")
+    reprovision.add_argument("--image", required=True, help="name of a registered image")
+    transition = add("transition", "take one lifecycle step")
+    transition.add_argument("to", help="the state to reach")
+    transition.add_argument("--reason", required=True, help="why; it is audited")
+    for name, text in (
+        ("start", "let a stopped workspace attest again"),
+        ("stop", "take its lease away until it is started"),
+        ("decommission", "end it for good"),
+    ):
+        add(name, text).add_argument("--reason", default=f"{name} by operator", help="why; it is audited")
+    kill = add("kill", "refuse everything of it at once, until it is released")
+    kill.add_argument("--reason", required=True, help="why; it is audited")
+    bootstrap = commands.add_parser("bootstrap", help="in the VM: check what it was told at creation and lay it out")
+    bootstrap.add_argument("--from", dest="source", help="file (default: the systemd credential saw.workspace)")
+    bootstrap.add_argument("--directory", default="/run/saw", help="where to write (default: %(default)s)")
+    bootstrap.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _shorten(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**row, "policy_digest": (row["policy_digest"] or "")[:12]} for row in rows]

@@ -1,0 +1,179 @@
+"""The HTTP side of ext_authz: reads what Envoy sends, has it judged and recorded, answers 200 or 403.
+
+A call is allowed only after its audit row is on disk. Whatever goes wrong here is a refusal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import unquote
+
+from saw.audit.events import EventFactory
+from saw.errors import SawError
+from saw.gateway.envoy_parts import MAX_AUTHZ_BODY
+from saw.gateway.events import event_of
+from saw.gateway.judge import Call, Judge, Verdict
+from saw.gateway.spool import Spool
+
+LOG = logging.getLogger("saw.gateway")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
+
+_CONTROL = frozenset({"x-forwarded-client-cert", "x-envoy-auth-partial-body"})
+_UNAVAILABLE = "the gatekeeper could not decide or record this call, so it is refused"
+_NEXT_STEPS = {
+    "no_identity": "attest again; if it lasts, the workspace is not registered on this network",
+    "lease_expired": "wait for the next attestation",
+    "workspace_not_active": "the workspace was stopped or cut off; ask its sponsor or the security team",
+    "digest_mismatch": "wait for the workspace to attest the policy it loaded",
+    "not_released": "wait for the workspace to load the current release",
+    "gatekeeper_stale": "the perimeter has lost the broker; try again later",
+    "gatekeeper_unavailable": "try again shortly; if it lasts, ask the platform team about saw-gatekeeper",
+    "credential_unavailable": "ask the platform team to place the credential on the perimeter host",
+    "resolution_failed": "check the host name",
+    "destination_blocked": "this destination can never be reached from a workspace",
+    "not_canonical": "send the path and authority in canonical form",
+}
+
+
+def read_call(headers: list[tuple[bytes, bytes]], body: bytes) -> Call:
+    """Return the call that Envoy's check request describes. Absent control headers become empty texts.
+
+    Executables arrive percent-encoded, ancestors as a comma-separated list. A control header that is there twice is
+    worth nothing: its value becomes unusable, which ends in a refusal.
+    """
+    values: dict[str, str] = {}
+    for raw_name, raw_value in headers:
+        name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
+        values[name] = f"{values[name]},{value}" if name in values else value
+    return Call(
+        listener=values.get("x-saw-listener", ""),
+        peer=values.get("x-forwarded-client-cert", ""),
+        scheme=values.get("x-saw-scheme", "https"),
+        authority=values.get("host", ""),
+        port=values.get("x-saw-port", ""),
+        method=values.get("x-saw-method", ""),
+        target=values.get("x-saw-target", ""),
+        binary=unquote(values.get("x-saw-binary", "")),
+        ancestors=tuple(unquote(path) for path in values.get("x-saw-ancestors", "").split(",") if path),
+        request_id=values.get("x-request-id", ""),
+        headers={k: v for k, v in values.items() if k not in _CONTROL and not k.startswith("x-saw-")},
+        body=body,
+        body_complete=values.get("x-envoy-auth-partial-body", "false") == "false",
+    )
+
+
+def refusal_body(verdict: Verdict) -> dict[str, object]:
+    """Return the JSON that the agent gets for a refused call (see ``docs/architecture.md``)."""
+    call, decision = verdict.call, verdict.decision
+    hints = decision.next_steps if decision and not decision.allowed else ()
+    own = _NEXT_STEPS.get(verdict.reason)
+    return {
+        "error": "policy_denied",
+        "layer": "ring2",
+        "reason": verdict.reason,
+        "detail": verdict.detail,
+        "policy_digest": verdict.policy_digest,
+        "policy": decision.policy if decision else "",
+        "rule": decision.rule if decision else "",
+        "host": verdict.host,
+        "port": verdict.port,
+        "method": call.method,
+        "path": call.target,
+        "binary": call.binary,
+        "rule_missing": decision.rule_missing if decision else None,
+        "next_steps": list(hints) or ([own] if own else []),
+        "request_id": call.request_id,
+    }
+
+
+class AuthorizationApp:
+    """An ASGI application; every request to it is one check."""
+
+    def __init__(self, judge: Judge, spool: Spool, factory: EventFactory) -> None:
+        self._judge = judge
+        self._spool = spool
+        self._factory = factory
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one check."""
+        if scope["type"] != "http":
+            return
+        body = await _read_body(receive)
+        if body is None:
+            return
+        status, headers, content = await self.answer(read_call(scope["headers"], body))
+        headers.append((b"content-length", str(len(content)).encode()))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+    async def answer(self, call: Call) -> Answer:
+        """Judge and record one call; return status, headers and body."""
+        try:
+            verdict = await self._judge.decide(call)
+            await self._spool.record(event_of(verdict, self._factory))
+        except asyncio.CancelledError:
+            raise
+        except SawError as error:
+            LOG.critical("call %s is refused: %s", call.request_id, error.message)
+            return _unavailable(call)
+        except Exception as error:  # noqa: BLE001 - any fault of ours must end as a refusal, without its text
+            LOG.critical("call %s is refused: internal fault %s", call.request_id, type(error).__name__)
+            return _unavailable(call)
+        if verdict.dial is None:
+            return _refuse(refusal_body(verdict))
+        dial = verdict.dial
+        headers = [
+            (b"x-saw-upstream", dial.address.encode("latin-1")),
+            (b"x-saw-authority", dial.authority.encode("latin-1")),
+            (b"x-saw-transport", dial.transport.encode("latin-1")),
+            (b"x-saw-path", dial.path.partition("?")[0].encode("latin-1")),
+        ]
+        if dial.inject is not None:
+            headers.append((dial.inject[0].encode("latin-1"), dial.inject[1].encode("latin-1")))
+        if dial.remove:
+            headers.append((b"x-envoy-auth-headers-to-remove", ",".join(dial.remove).encode("latin-1")))
+        return 200, headers, b""
+
+
+def _refuse(body: dict[str, object]) -> Answer:
+    return 403, [(b"content-type", b"application/json")], json.dumps(body).encode()
+
+
+def _unavailable(call: Call) -> Answer:
+    return _refuse(
+        {
+            "error": "policy_denied",
+            "layer": "ring2",
+            "reason": "gatekeeper_unavailable",
+            "detail": _UNAVAILABLE,
+            "host": call.authority,
+            "method": call.method,
+            "path": call.target,
+            "next_steps": [_NEXT_STEPS["gatekeeper_unavailable"]],
+            "request_id": call.request_id,
+        }
+    )
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > 2 * MAX_AUTHZ_BODY:
+            return None
+        if not message.get("more_body", False):
+            return b"".join(parts)

@@ -1,0 +1,121 @@
+"""The configuration of saw-gatekeeper (``/etc/saw/gatekeeper.json``)."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+
+import msgspec
+
+from saw.errors import ConfigError
+from saw.files import load_json
+
+
+class Ring2Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where ring 2's Envoy finds its files and what it listens on.
+
+    ``xds_dir`` holds ``bootstrap.json``, ``lds.json``, ``cds.json`` and ``sds-*.json``; ``tls_dir`` holds
+    ``server.pem``, ``server.key`` and ``ca.pem`` (the authority that workspace SVIDs must chain to), replaced by
+    renames when they are renewed. ``upstream_ca_file`` is what upstream servers must chain to. ``broker_address`` is
+    the ``host:port`` (an IP address) of the TCP pass-through. ``envoy`` is the binary that ``--check`` runs.
+    """
+
+    xds_dir: Path = Path("/var/lib/saw/ring2")
+    tls_dir: Path = Path("/etc/saw/ring2-tls")
+    upstream_ca_file: Path = Path("/etc/ssl/certs/ca-certificates.crt")
+    ingress_address: str = "0.0.0.0"  # noqa: S104 - nftables admits the operator networks alone
+    broker_address: str
+    server_name: str = "ring2.saw.internal"
+    envoy: Path = Path("/opt/saw/bin/envoy")
+
+
+class ResolverConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How names become addresses: an optional hosts file first, then the system's resolver; answers live ``ttl_s``."""
+
+    hosts_file: Path | None = None
+    ttl_s: float = 5.0
+    timeout_s: float = 3.0
+
+
+class NftConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Who may reach the perimeter host itself (``ssh_port``) and the ingress ports: these networks and nobody else."""
+
+    operator_networks: tuple[str, ...] = ()
+    ssh_port: int = 22
+
+
+class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything saw-gatekeeper is told.
+
+    ``stale_after_s`` is the longest time without an answer from the broker after which every call is refused, whatever
+    the leases say. ``release_grace_s`` is how long a workspace may run the release before the current one.
+    ``clock_bound_s`` is how far the clock may step back before calls are refused. ``spool_limit`` is how many events
+    may wait for the broker before calls are refused. ``authz_group`` owns the authorisation socket with the
+    gatekeeper: whoever can write to it can obtain credentials.
+    """
+
+    name: str
+    broker_url: str
+    broker_name: str = "broker.saw.internal"
+    ca_file: Path
+    cert_file: Path
+    key_file: Path
+    tuf_root_file: Path
+    state_dir: Path = Path("/var/lib/saw/gatekeeper")
+    authz_socket: Path = Path("/run/saw/gatekeeper/authz.sock")
+    authz_group: str = ""
+    ring2: Ring2Config
+    credentials_dir: Path = Path("/etc/saw/credentials")
+    stale_after_s: float = 90.0
+    release_grace_s: float = 120.0
+    clock_bound_s: float = 5.0
+    poll_wait_s: int = 10
+    spool_limit: int = 500_000
+    resolver: ResolverConfig = ResolverConfig()
+    nft: NftConfig = NftConfig()
+
+
+def split_address(text: str, name: str) -> tuple[str, int]:
+    """Split ``ip:port`` (``[v6]:port``); raise :class:`ConfigError` that names the field when it is something else."""
+    host, _, port = text.rpartition(":")
+    try:
+        address = str(ipaddress.ip_address(host.strip("[]")))
+        number = int(port)
+    except ValueError:
+        number, address = 0, ""
+    if not 0 < number < 65536:
+        raise ConfigError(f"{name} {text!r} is not an IP address with a port", cure="write it as 192.0.2.1:8443")
+    return address, number
+
+
+def _path(kind: type, value: object) -> Path:
+    if kind is Path and isinstance(value, str) and value.startswith("/"):
+        return Path(value)
+    raise ValueError(f"{value!r} is not an absolute path")
+
+
+def load_config(path: Path | str) -> GatekeeperConfig:
+    """Read and check the configuration; raise :class:`ConfigError` that names the field and the cure."""
+    raw = load_json(path, dict[str, object])
+    try:
+        config = msgspec.convert(raw, GatekeeperConfig, dec_hook=_path)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path} is not valid: {error}", cure="correct the named field") from error
+    split_address(config.ring2.broker_address, "ring2.broker_address")
+    try:
+        ipaddress.ip_address(config.ring2.ingress_address)
+    except ValueError as error:
+        raise ConfigError(f"ring2.ingress_address: {error}", cure="write an address of this host") from error
+    for network in config.nft.operator_networks:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError as error:
+            raise ConfigError(f"nft.operator_networks: {error}", cure="write it as 192.0.2.0/24") from error
+    if not config.broker_url.startswith("https://"):
+        raise ConfigError(f"broker_url {config.broker_url!r} is not https", cure="write https://<address>:<port>")
+    for field in ("stale_after_s", "release_grace_s", "clock_bound_s"):
+        if getattr(config, field) < 0:
+            raise ConfigError(f"{field} is negative", cure="write seconds, 0 or more")
+    if not 1 <= config.poll_wait_s <= 30:
+        raise ConfigError(f"poll_wait_s is {config.poll_wait_s}", cure="write 1 to 30 whole seconds")
+    return config

@@ -1,0 +1,280 @@
+"""The listeners of ring 2's Envoy: what a workspace may speak to, and what is asked before anything passes.
+
+Without the gatekeeper's answer no route leads anywhere: the only other route is a refusal.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from saw.gateway.envoy_parts import (
+    ANSWER_HEADERS,
+    AUTHZ_TIMEOUT,
+    BROKER_PORT,
+    CONNECTION_BUFFER,
+    HOP_HEADERS,
+    HTTP,
+    MAX_AUTHZ_BODY,
+    NETWORK,
+    RING2_PORT,
+    TLS,
+    TYPE,
+    Json,
+    Seat,
+    file_source,
+    resources,
+    socket_address,
+)
+
+REFUSAL = {"error": "policy_denied", "layer": "ring2"}
+ACCESS_FIELDS = {
+    "time": "%START_TIME%",
+    "request_id": "%REQ(X-REQUEST-ID)%",
+    "peer": "%DOWNSTREAM_PEER_URI_SAN%",
+    "method": "%REQ(:METHOD)%",
+    "authority": "%REQ(:AUTHORITY)%",
+    "path": "%PATH(NQ)%",
+    "status": "%RESPONSE_CODE%",
+    "details": "%RESPONSE_CODE_DETAILS%",
+    "flags": "%RESPONSE_FLAGS%",
+    "upstream": "%UPSTREAM_HOST%",
+    "bytes_in": "%BYTES_RECEIVED%",
+    "bytes_out": "%BYTES_SENT%",
+    "duration_ms": "%DURATION%",
+}
+
+
+def listeners(
+    version: str, *, numbers: Iterable[int], credential_headers: Iterable[str], xds_dir: Path, ingress_address: str
+) -> str:
+    """Return the LDS file: three listeners for each workspace number.
+
+    ``credential_headers`` are the names that the loaded releases' credentials use; no other header of the gatekeeper's
+    answer is ever copied into a request.
+    """
+    names = tuple(sorted({"authorization", *(name.lower() for name in credential_headers)} - set(HOP_HEADERS)))
+    items: list[Json] = []
+    for seat in map(Seat, sorted(set(numbers))):
+        items += [
+            _governed(seat, names, xds_dir),
+            _pass_through(f"broker-{seat.number}", seat.gateway, BROKER_PORT, "broker"),
+            _pass_through(f"ingress-{seat.number}", ingress_address, seat.ingress_port, f"ssh-{seat.number}"),
+        ]
+    return resources(version, "envoy.config.listener.v3.Listener", items)
+
+
+def _pass_through(name: str, address: str, port: int, cluster: str) -> Json:
+    proxy: Json = {
+        "name": "envoy.filters.network.tcp_proxy",
+        "typed_config": {
+            "@type": NETWORK + "tcp_proxy.v3.TcpProxy",
+            "stat_prefix": name,
+            "cluster": cluster,
+            "idle_timeout": "0s",
+        },
+    }
+    return _listener(name, address, port, {"filters": [proxy]})
+
+
+def _listener(name: str, address: str, port: int, chain: Json) -> Json:
+    return {
+        "name": name,
+        "address": socket_address(address, port),
+        "freebind": True,
+        "per_connection_buffer_limit_bytes": CONNECTION_BUFFER,
+        "filter_chains": [chain],
+    }
+
+
+def _governed(seat: Seat, credential_headers: tuple[str, ...], xds_dir: Path) -> Json:
+    def secret(name: str) -> Json:
+        return {"name": name, "sds_config": file_source(xds_dir / f"sds-{name}.json")}
+
+    tls: Json = {
+        "name": "envoy.transport_sockets.tls",
+        "typed_config": {
+            "@type": TLS + "DownstreamTlsContext",
+            "require_client_certificate": True,
+            "disable_stateless_session_resumption": True,
+            "disable_stateful_session_resumption": True,
+            "common_tls_context": {
+                "alpn_protocols": ["h2", "http/1.1"],
+                "tls_params": {"tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3"},
+                "tls_certificate_sds_secret_configs": [secret("server")],
+                "validation_context_sds_secret_config": secret("workspaces"),
+            },
+        },
+    }
+    connection_manager: Json = {
+        "name": "envoy.filters.network.http_connection_manager",
+        "typed_config": {
+            "@type": NETWORK + "http_connection_manager.v3.HttpConnectionManager",
+            "stat_prefix": f"ring2-{seat.number}",
+            "codec_type": "AUTO",
+            "use_remote_address": True,
+            "skip_xff_append": True,
+            # No caller counts as internal, so nothing that Envoy lets internal callers set is taken from a workspace.
+            "internal_address_config": {"cidr_ranges": [{"address_prefix": "255.255.255.255", "prefix_len": 32}]},
+            "forward_client_cert_details": "SANITIZE_SET",
+            "set_current_client_cert_details": {"cert": True},
+            # The gatekeeper is the one judge of a path's form: it sees the bytes that would be sent on and refuses
+            # every path that is not canonical, so Envoy must not tidy it up first.
+            "normalize_path": False,
+            "path_with_escaped_slashes_action": "KEEP_UNCHANGED",
+            "server_header_transformation": "PASS_THROUGH",
+            "stream_idle_timeout": "900s",
+            "request_headers_timeout": "10s",
+            "common_http_protocol_options": {
+                "idle_timeout": "900s",
+                "headers_with_underscores_action": "REJECT_REQUEST",
+            },
+            "http2_protocol_options": {"max_concurrent_streams": 128},
+            "early_header_mutation_extensions": [_early(seat)],
+            "access_log": [
+                {
+                    "name": "envoy.access_loggers.stdout",
+                    "typed_config": {
+                        "@type": TYPE + "envoy.extensions.access_loggers.stream.v3.StdoutAccessLog",
+                        "log_format": {"json_format": {**ACCESS_FIELDS, "workspace_number": str(seat.number)}},
+                    },
+                }
+            ],
+            "local_reply_config": _local_replies(),
+            "http_filters": [
+                _authorisation(credential_headers),
+                {
+                    "name": "envoy.filters.http.router",
+                    "typed_config": {"@type": HTTP + "router.v3.Router", "suppress_envoy_headers": True},
+                },
+            ],
+            "route_config": _routes(),
+        },
+    }
+    chain: Json = {"transport_socket": tls, "transport_socket_connect_timeout": "10s", "filters": [connection_manager]}
+    return _listener(f"ring2-{seat.number}", seat.gateway, RING2_PORT, chain)
+
+
+def _early(seat: Seat) -> Json:
+    """Overwrite what the gatekeeper relies on, and drop what only it may say, before anything else looks."""
+
+    def put(key: str, value: str) -> Json:
+        return {
+            "append": {
+                "header": {"key": key, "value": value},
+                "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+                "keep_empty_value": True,
+            }
+        }
+
+    removed: list[Json] = [{"remove": name} for name in ANSWER_HEADERS]
+    return {
+        "name": "envoy.http.early_header_mutation.header_mutation",
+        "typed_config": {
+            "@type": TYPE + "envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
+            "mutations": [
+                *removed,
+                {"remove_on_match": {"key_matcher": {"prefix": "x-envoy-"}}},
+                put("x-saw-listener", str(seat.number)),
+                put("x-saw-target", "%REQ(:PATH)%"),
+                put("x-saw-method", "%REQ(:METHOD)%"),
+            ],
+        },
+    }
+
+
+def _authorisation(credential_headers: tuple[str, ...]) -> Json:
+    def exactly(names: Iterable[str]) -> Json:
+        return {"patterns": [{"exact": name, "ignore_case": True} for name in names]}
+
+    return {
+        "name": "envoy.filters.http.ext_authz",
+        "typed_config": {
+            "@type": HTTP + "ext_authz.v3.ExtAuthz",
+            "transport_api_version": "V3",
+            "http_service": {
+                "server_uri": {"uri": "http://gatekeeper", "cluster": "gatekeeper", "timeout": AUTHZ_TIMEOUT},
+                "authorization_response": {
+                    "allowed_upstream_headers": exactly([*ANSWER_HEADERS, *credential_headers]),
+                    "allowed_client_headers": exactly(["content-type", "x-request-id"]),
+                },
+            },
+            "allowed_headers": {"patterns": [{"safe_regex": {"regex": ".*"}}]},
+            "disallowed_headers": exactly(HOP_HEADERS),
+            "with_request_body": {"max_request_bytes": MAX_AUTHZ_BODY, "allow_partial_message": True},
+            "failure_mode_allow": False,
+            "status_on_error": {"code": "Forbidden"},
+            "clear_route_cache": True,
+            "validate_mutations": True,
+        },
+    }
+
+
+def _routes() -> Json:
+    def onward(transport: str, cluster: str) -> Json:
+        return {
+            "match": {"prefix": "/", "headers": [{"name": "x-saw-transport", "string_match": {"exact": transport}}]},
+            "route": {
+                "cluster": cluster,
+                "host_rewrite_header": "x-saw-authority",
+                # Only the path: Envoy keeps the query as it came.
+                "path_rewrite": "%REQ(X-SAW-PATH)%",
+                "timeout": "0s",
+                "idle_timeout": "900s",
+            },
+        }
+
+    refusal = json.dumps({**REFUSAL, "reason": "host_not_allowed", "detail": "no upstream was authorised"})
+    return {
+        "name": "governed",
+        "virtual_hosts": [
+            {
+                "name": "all",
+                "domains": ["*"],
+                "routes": [
+                    onward("tls", "upstream-tls"),
+                    onward("plain", "upstream-plain"),
+                    {
+                        "match": {"prefix": "/"},
+                        "direct_response": {"status": 403, "body": {"inline_string": refusal}},
+                        "response_headers_to_add": [
+                            {
+                                "header": {"key": "content-type", "value": "application/json"},
+                                "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+                            }
+                        ],
+                    },
+                ],
+            }
+        ],
+    }
+
+
+def _local_replies() -> Json:
+    body = {
+        **REFUSAL,
+        "reason": "gatekeeper_unavailable",
+        "detail": "the gatekeeper did not answer, so nothing is allowed",
+        "host": "%REQ(:AUTHORITY)%",
+        "method": "%REQ(:METHOD)%",
+        "path": "%PATH(NQ)%",
+        "request_id": "%REQ(X-REQUEST-ID)%",
+        "next_steps": ["try again shortly; if it lasts, ask the platform team about saw-gatekeeper"],
+    }
+    return {
+        "mappers": [
+            {
+                "filter": {
+                    "extension_filter": {
+                        "name": "envoy.access_loggers.extension_filters.cel",
+                        "typed_config": {
+                            "@type": TYPE + "envoy.extensions.access_loggers.filters.cel.v3.ExpressionFilter",
+                            "expression": "response.code_details == 'ext_authz_error'",
+                        },
+                    }
+                },
+                "body_format_override": {"json_format": body, "content_type": "application/json"},
+            }
+        ]
+    }

@@ -1,0 +1,84 @@
+"""Names, numbers and small pieces that ring 2's Envoy files share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+Json = dict[str, object]
+
+TYPE = "type.googleapis.com/"
+HTTP = TYPE + "envoy.extensions.filters.http."
+NETWORK = TYPE + "envoy.extensions.filters.network."
+TLS = TYPE + "envoy.extensions.transport_sockets.tls.v3."
+
+RING2_PORT = 8443
+BROKER_PORT = 8444
+INGRESS_BASE = 22000
+SSH_PORT = 22
+MAX_AUTHZ_BODY = 1024 * 1024
+"""How much of a body the gatekeeper sees (bytes); longer bodies are streamed on after the decision."""
+CONNECTION_BUFFER = 2 * MAX_AUTHZ_BODY
+DRAIN_SECONDS = 1
+"""How long Envoy lets connections of a removed listener live; given on its command line."""
+AUTHZ_TIMEOUT = "8s"
+WORKSPACE_SAN = "spiffe://[^/]+/workspace/[^/]+"
+ANSWER_HEADERS = ("x-saw-upstream", "x-saw-authority", "x-saw-transport", "x-saw-path")
+"""What the gatekeeper's answer sets, and a client may never bring."""
+HOP_HEADERS = (
+    "connection",
+    "content-length",
+    "expect",
+    "http2-settings",
+    "keep-alive",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+)
+"""Headers about the connection: not shown to the gatekeeper and never set by a credential."""
+
+
+class Seat(msgspec.Struct, frozen=True, order=True):
+    """One workspace as ring 2's Envoy needs it: its number (1-250) decides addresses and ports."""
+
+    number: int
+
+    @property
+    def gateway(self) -> str:
+        """Return the perimeter's address on this workspace's network."""
+        return f"10.210.{self.number}.1"
+
+    @property
+    def workspace(self) -> str:
+        """Return the VM's address."""
+        return f"10.210.{self.number}.2"
+
+    @property
+    def ingress_port(self) -> int:
+        """Return the port of the perimeter host that passes SSH on to the VM."""
+        return INGRESS_BASE + self.number
+
+
+def socket_address(address: str, port: int) -> Json:
+    """Return an Envoy address."""
+    return {"socket_address": {"address": address, "port_value": port}}
+
+
+def file_source(path: Path) -> Json:
+    """Return a source that re-reads ``path`` whenever something is renamed into its folder."""
+    return {
+        "path_config_source": {"path": str(path), "watched_directory": {"path": str(path.parent)}},
+        "resource_api_version": "V3",
+    }
+
+
+def resources(version: str, kind: str, items: Iterable[Json]) -> str:
+    """Return the text of an xDS file that holds ``items`` of one kind."""
+    body = {"version_info": version, "resources": [{"@type": TYPE + kind, **item} for item in items]}
+    return json.dumps(body, indent=1)

@@ -1,0 +1,56 @@
+"""A verdict as an OCSF HTTP Activity event: who, under which policy, what, why, which credential id, which address."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from saw.audit.events import EventFactory, Subject
+from saw.gateway.judge import Verdict
+
+_PATH = 2048
+_TEXT = 256
+
+
+def event_of(verdict: Verdict, factory: EventFactory) -> dict[str, Any]:
+    """Return the event; texts that the caller chose are cut to a bounded length."""
+    call, entry, decision, dial = verdict.call, verdict.workspace, verdict.decision, verdict.dial
+    subject = Subject(
+        principal=entry.sponsor if entry else "",
+        agent=(entry.agent or "") if entry else "",
+        workspace=verdict.workspace_id,
+        policy_digest=verdict.policy_digest,
+        request_id=call.request_id[:_TEXT],
+        address=f"10.210.{call.listener}.2" if call.listener.isdigit() else "",
+    )
+    detail: dict[str, object] = {
+        "layer": "ring2",
+        "verdict": "allow" if verdict.allowed else "deny",
+        "reason": verdict.reason,
+        "detail": verdict.detail[:_PATH],
+        "revision": verdict.revision,
+        "binary": call.binary[:_TEXT],
+    }
+    if decision is not None:
+        detail |= {
+            "policy": decision.policy,
+            "rule": decision.rule,
+            "action_class": decision.action_class,
+            "credential": decision.credential or "",
+            "inference": decision.inference or "",
+        }
+    if dial is not None:
+        detail |= {"upstream": dial.address, "authority": dial.authority, "injected": dial.inject is not None}
+    return factory.http_activity(
+        verdict.time,
+        subject,
+        method=call.method[:_TEXT],
+        scheme=call.scheme[:16],
+        host=verdict.host[:_TEXT] or "unknown",
+        port=verdict.port,
+        path=call.target[:_PATH],
+        allowed=verdict.allowed,
+        reason=verdict.reason,
+        rule=decision.rule if decision else "",
+        message=f"{'allowed' if verdict.allowed else 'refused'} by ring 2",
+        detail={name: value for name, value in detail.items() if value not in {"", None}},
+    )

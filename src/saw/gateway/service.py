@@ -1,0 +1,160 @@
+"""saw-gatekeeper as a process: the authorisation socket, the broker link and Envoy's files, put together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import grp
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import uvicorn
+
+from saw.audit.events import EventFactory
+from saw.errors import ConfigError
+from saw.gateway.app import AuthorizationApp
+from saw.gateway.clock import Clock
+from saw.gateway.config import GatekeeperConfig
+from saw.gateway.credentials import CredentialStore
+from saw.gateway.judge import Judge
+from saw.gateway.link import BrokerLink
+from saw.gateway.notify import notify
+from saw.gateway.peer import PeerReader
+from saw.gateway.releases import TrustRoot
+from saw.gateway.resolve import Resolver
+from saw.gateway.spool import Spool
+from saw.gateway.state import StateFile
+from saw.gateway.view import View, ViewKeeper
+from saw.gateway.xds import XdsWriter
+
+LOG = logging.getLogger("saw.gateway")
+
+
+def listen(path: Path, group: str) -> socket.socket:
+    """Return a listening Unix socket at ``path`` that only this user and ``group`` can connect to (0660)."""
+    path.unlink(missing_ok=True)
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o117)
+    try:
+        server.bind(str(path))
+    except OSError as error:
+        server.close()
+        raise ConfigError(f"cannot listen on {path}: {error.strerror}", cure="create its folder") from error
+    finally:
+        os.umask(mask)
+    if group:
+        try:
+            os.chown(path, -1, grp.getgrnam(group).gr_gid)
+        except (KeyError, OSError) as error:
+            server.close()
+            raise ConfigError(f"cannot give {path} to group {group}", cure="add this user to the group") from error
+    server.listen(1024)
+    return server
+
+
+class _Server(uvicorn.Server):
+    """Says that it is ready once it accepts checks."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        notify("READY=1")
+
+
+class Gatekeeper:
+    """All parts of one gatekeeper; ``run`` serves until it is told to stop."""
+
+    def __init__(self, config: GatekeeperConfig) -> None:
+        self._config = config
+        config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = StateFile(config.state_dir)
+        self._cache = file.load()
+        saved = self._cache.saved_at.timestamp() if self._cache else 0.0
+        clock = Clock(time.time, time.monotonic, config.clock_bound_s, not_before=saved)
+        self._keeper = ViewKeeper(
+            TrustRoot.load(config.tuf_root_file), clock, file, time.monotonic, config.stale_after_s
+        )
+        self._xds = XdsWriter(config)
+        self._keeper.changed = self._publish
+        self._published: tuple[tuple[int, ...], frozenset[str]] | None = None
+        self._spool = Spool(config.state_dir, config.name, config.spool_limit)
+        self._link = BrokerLink(config, self._keeper, self._spool)
+        judge = Judge(
+            view=lambda: self._keeper.view,
+            doubt=self._keeper.doubt,
+            now=clock.now,
+            peers=PeerReader(config.ca_file.read_bytes()),
+            resolver=Resolver(config.resolver, time.monotonic),
+            credentials=CredentialStore(config.credentials_dir),
+            release_grace_s=config.release_grace_s,
+        )
+        factory = EventFactory("saw-gatekeeper", host=config.name, new_uid=lambda: str(uuid.uuid4()))
+        self._app = AuthorizationApp(judge, self._spool, factory)
+
+    def _publish(self, view: View) -> None:
+        wanted = (view.open_numbers(), view.credential_headers())
+        if wanted == self._published:
+            return
+        try:
+            written = self._xds.write(*wanted)
+        except OSError as error:
+            LOG.critical("Envoy's files in %s cannot be written: %s", self._config.ring2.xds_dir, error)
+            return
+        self._published = wanted
+        if written:
+            LOG.info("wrote %s for %d workspaces", ", ".join(written), len(wanted[0]))
+
+    @contextlib.asynccontextmanager
+    async def _linked(self) -> AsyncIterator[None]:
+        if self._cache is not None:
+            await self._keeper.restore(self._cache)
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(self._link.poll_forever(), name="poll"),
+                group.create_task(self._link.ship_forever(), name="ship"),
+            ]
+            try:
+                yield
+            finally:
+                for task in tasks:
+                    task.cancel()
+        await self._link.close()
+
+    async def run(self) -> None:
+        """Serve until a signal (TERM, INT) ends it; then write what is queued and go."""
+        server = _Server(
+            uvicorn.Config(
+                self._app,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                log_level="warning",
+                server_header=False,
+                date_header=False,
+                timeout_graceful_shutdown=3,
+            )
+        )
+        listener = listen(self._config.authz_socket, self._config.authz_group)
+        try:
+            async with self._linked():
+                await server.serve(sockets=[listener])
+        finally:
+            listener.close()
+            self._config.authz_socket.unlink(missing_ok=True)
+            self._spool.close()
+
+
+def serve(config: GatekeeperConfig) -> int:
+    """Run the gatekeeper on uvloop until it is told to stop; return the exit code."""
+    import uvloop
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+    logging.getLogger("tuf").setLevel(logging.WARNING)  # it reports every absent third signature of 2-of-3
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    uvloop.run(Gatekeeper(config).run())
+    return 0

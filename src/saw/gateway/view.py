@@ -1,0 +1,149 @@
+"""One consistent view of the perimeter's state that a decision is made on, and how a new one takes its place."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from datetime import datetime
+
+import msgspec
+
+from saw.gateway.clock import Clock
+from saw.gateway.releases import Release, TrustRoot, verify_releases
+from saw.gateway.state import OPEN_STATES, Cache, Grace, PerimeterState, StateFile, WorkspaceEntry, next_graces
+
+LOG = logging.getLogger("saw.gateway")
+
+
+class View(msgspec.Struct, frozen=True):
+    """An immutable generation of everything that decisions depend on."""
+
+    seq: int
+    workspaces: Mapping[str, WorkspaceEntry]
+    releases: Mapping[str, Release]
+    graces: Mapping[str, Grace]
+    floors: Mapping[str, int]
+
+    def open_numbers(self) -> tuple[int, ...]:
+        """Return the numbers of the workspaces whose listeners exist."""
+        return tuple(sorted(entry.number for entry in self.workspaces.values() if entry.state in OPEN_STATES))
+
+    def credential_headers(self) -> frozenset[str]:
+        """Return every header name that a loaded release may inject."""
+        return frozenset().union(*(release.credential_headers() for release in self.releases.values()))
+
+
+EMPTY = View(seq=-1, workspaces={}, releases={}, graces={}, floors={})
+
+
+def raise_floors(
+    floors: Mapping[str, int], workspaces: Mapping[str, WorkspaceEntry], releases: Mapping[str, Release]
+) -> dict[str, int]:
+    """Return the floors after these releases: for each workspace the highest released revision it was attested with.
+
+    Not for each ring: during a rollout, and after a halt, workspaces of one ring are given different releases.
+    """
+    raised = dict(floors)
+    for entry in workspaces.values():
+        release = releases.get(entry.policy_digest or "")
+        if release is not None and entry.policy_digest == entry.released_digest:
+            raised[entry.id] = max(raised.get(entry.id, 0), release.revision)
+    return raised
+
+
+class ViewKeeper:
+    """Holds the current :class:`View`, takes in new states, and knows how fresh they are.
+
+    ``changed`` is called, from the event loop, for every state taken in once its releases are verified. ``monotonic``
+    returns seconds.
+    """
+
+    def __init__(
+        self, root: TrustRoot, clock: Clock, file: StateFile, monotonic: Callable[[], float], stale_after_s: float
+    ) -> None:
+        self.view = EMPTY
+        self.changed: Callable[[View], None] = lambda _view: None
+        self._root = root
+        self._clock = clock
+        self._file = file
+        self._monotonic = monotonic
+        self._stale_after_s = stale_after_s
+        self._heard: float | None = None
+        self._told: dict[str, str] = {}
+        self._started = monotonic()
+
+    def doubt(self) -> str:
+        """Return why the state as a whole cannot be relied on now, or an empty text."""
+        if self.view is EMPTY:
+            return "the broker has not told anything yet"
+        silence = self._monotonic() - (self._started if self._heard is None else self._heard)
+        if silence > self._stale_after_s:
+            return f"the broker has not answered for {silence:.0f} s"
+        return self._clock.doubt
+
+    async def restore(self, cache: Cache) -> None:
+        """Start from what was saved; leases in it end when they said, whether or not the broker answers again."""
+        workspaces = {entry.id: entry for entry in cache.state.workspaces}
+        releases, refused = await asyncio.to_thread(verify_releases, cache.state, {}, self._root, self._clock.now())
+        self._tell(refused)
+        self.view = View(cache.state.seq, workspaces, releases, cache.graces, cache.floors)
+        self.changed(self.view)
+
+    async def take(self, state: PerimeterState) -> None:
+        """Make ``state`` the current one: workspaces at once, new releases as soon as they are verified."""
+        self._heard = self._monotonic()
+        self._clock.confirm(state.now)
+        before = self.view
+        known_seq = state.seq == before.seq and before is not EMPTY
+        if known_seq and state.releases.keys() <= before.releases.keys():
+            return
+        now = self._clock.now()
+        workspaces = {entry.id: entry for entry in state.workspaces}
+        graces = next_graces(before.graces, state.workspaces, now)
+        known = {digest: before.releases[digest] for digest in state.releases if digest in before.releases}
+        floors = raise_floors(before.floors, workspaces, known)
+        self.view = view = View(state.seq, workspaces, known, graces, floors)
+        if len(known) < len(state.releases):
+            releases, refused = await asyncio.to_thread(verify_releases, state, known, self._root, now)
+            self._tell(refused)
+            floors = raise_floors(floors, workspaces, releases)
+            self.view = view = View(state.seq, workspaces, releases, graces, floors)
+        self.changed(view)
+        await asyncio.to_thread(self._file.save, state, graces, floors, now)
+
+    def _tell(self, refused: Mapping[str, str]) -> None:
+        for digest, why in refused.items():
+            if self._told.get(digest) != why:
+                LOG.error("release %s is refused: %s", digest, why)
+        self._told = dict(refused)
+
+
+def release_for(view: View, entry: WorkspaceEntry, svid_digest: str, now: datetime, grace_s: float) -> Release | str:
+    """Return the release that judges a call of ``entry``, or why there is none.
+
+    The digest attested in the SVID must be the digest loaded, and that the digest released: or the one released just
+    before, for ``grace_s`` seconds. A text starts with the reason, a colon and a space.
+    """
+    if not entry.policy_digest or svid_digest != entry.policy_digest:
+        return "digest_mismatch: the certificate attests another policy than the one reported as loaded"
+    if entry.policy_digest != entry.released_digest:
+        grace = view.graces.get(entry.id)
+        in_grace = (
+            grace is not None
+            and grace.previous == entry.policy_digest
+            and grace.current == entry.released_digest
+            and (now - grace.since).total_seconds() <= grace_s
+        )
+        if not in_grace:
+            return "not_released: the loaded policy is not the current release of this workspace's ring"
+    release = view.releases.get(entry.policy_digest)
+    if release is None:
+        return "not_released: the release could not be verified against the trusted keys"
+    if release.blueprint != entry.blueprint:
+        return f"not_released: the release is for blueprint {release.blueprint}"
+    if now >= release.not_after:
+        return "not_released: the release's signature has expired"
+    if entry.policy_digest == entry.released_digest and release.revision < view.floors.get(entry.id, 0):
+        return "not_released: this workspace ran a newer revision before"
+    return release

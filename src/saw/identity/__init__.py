@@ -1,0 +1,1 @@
+"""Package saw.identity (see docs/architecture.md)."""

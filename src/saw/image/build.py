@@ -1,0 +1,237 @@
+"""Build the golden workspace image: base tree → Packer and Ansible on the tree → disk; or reuse it, and say why.
+
+    python -m saw.image.build image --repository . --build build      # what the image_build playbook calls
+    python -m saw.image.build assemble --root TREE --output FILE --seed DIGEST   # what Packer calls at its end
+    python -m saw.image.build wheelhouse --repository . --build build
+    python -m saw.image.build host-tar --repository . --build build
+
+Result: ``build/images/workspace-<digest12>/{image.qcow2, vmlinuz, inputs.json, build.json}``. ``build.json`` is written last:
+a directory without it is an unfinished build and is thrown away by the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from saw.errors import SawError
+from saw.files import write_atomic
+from saw.image import inputs as image_inputs
+from saw.image.base import base_tar
+from saw.image.disk import ImageError, assemble, free_space_needed, run
+from saw.image.wheelhouse import wheelhouse
+from saw.lab.nspawn import LabNetwork, LightHost, known_hosts, login_key_of
+
+Say = Callable[[str], None]
+
+
+class GoldenImage(msgspec.Struct, frozen=True):
+    """A finished image on this machine."""
+
+    name: str
+    directory: str
+    image: str
+    image_sha256: str
+    inputs_digest: str
+    created: str
+    seconds: float
+    kernel: str
+
+
+@dataclass(frozen=True)
+class ImageBuild:
+    """One build: where the repository and the build directory are, and how to report progress."""
+
+    repository: Path
+    build: Path
+    say: Say = print
+    network: LabNetwork = LabNetwork("sawimg", "10.78.0")  # noqa: RUF009 - frozen value object
+
+    @property
+    def images(self) -> Path:
+        """Directory of finished images."""
+        return self.build / "images"
+
+    def latest(self) -> tuple[GoldenImage, image_inputs.Inputs] | None:
+        """Return the newest finished image and its inputs, or None."""
+        found = []
+        for record in self.images.glob("workspace-*/build.json"):
+            try:
+                image = msgspec.json.decode(record.read_bytes(), type=GoldenImage)
+                inputs = msgspec.json.decode(record.with_name("inputs.json").read_bytes(), type=image_inputs.Inputs)
+            except (OSError, msgspec.DecodeError):
+                continue
+            if Path(image.image).exists():
+                found.append((image.created, image, inputs))
+        return max(found, key=lambda item: item[0])[1:] if found else None
+
+    def ensure(self) -> tuple[GoldenImage, str]:
+        """Return the image for the present inputs and the reason why it was built or reused."""
+        inputs = image_inputs.collect(self.repository)
+        newest = self.latest()
+        if newest and newest[1].digest == inputs.digest:
+            return newest[0], f"reused: the inputs have not changed (digest {inputs.digest[:12]})"
+        if newest:
+            changed = inputs.changed_since(newest[1])
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+            reason = f"rebuilt: {', '.join(changed[:5])}{more} changed"
+        else:
+            reason = "built: there is no finished image yet"
+        self.say(f"golden image will be {reason}")
+        return self.make(inputs), reason
+
+    def make(self, inputs: image_inputs.Inputs) -> GoldenImage:
+        """Build the image for ``inputs``."""
+        begin = time.monotonic()
+        name = f"workspace-{inputs.digest[:12]}"
+        target = self.images / name
+        if target.exists():
+            shutil.rmtree(target)
+        free_space_needed(self.build, 6 * 1024**3)
+        cache = self.build / "cache"
+        cache.mkdir(parents=True, exist_ok=True)
+        packages = self.repository / "packer/packages/workspace.txt"
+        self.say("  base tree from the distribution's packages")
+        base = base_tar(packages, cache)
+        self.say("  offline wheelhouse for /opt/saw")
+        wheels = wheelhouse(self.repository, cache)
+        self.say("  MCP servers")
+        servers = self.mcp_servers(cache)
+        self.say("  Packer: Ansible roles on the tree, then the disk")
+        host = LightHost("image", self.network.prefix + ".10", self.build / "image-tree", self.network, booted=False)
+        host.down(purge=True)
+        try:
+            host.up(base)
+            work = target.with_name(f".{name}.partial")
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            self.packer(host, wheels, servers, inputs.digest, work / "image.qcow2")
+            disk = json.loads((work / "image.disk.json").read_text(encoding="utf-8"))
+            shutil.copyfile(host.root / f"boot/vmlinuz-{disk['kernel']}", work / "vmlinuz")
+            write_atomic(work / "inputs.json", msgspec.json.encode(inputs))
+        finally:
+            host.down(purge=True)
+            self.network.down()
+        os.replace(work, target)
+        image = GoldenImage(
+            name, str(target), str(target / "image.qcow2"), disk["sha256"], inputs.digest,
+            datetime.now(UTC).isoformat(timespec="seconds"), round(time.monotonic() - begin, 1), disk["kernel"],
+        )  # fmt: skip
+        write_atomic(target / "build.json", msgspec.json.format(msgspec.json.encode(image)))
+        self.prune(keep=target)
+        return image
+
+    def prune(self, keep: Path) -> None:
+        """Keep the two newest images; throw away what interrupted builds left."""
+        for unfinished in self.images.glob(".workspace-*.partial"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        finished = sorted(self.images.glob("workspace-*"), key=lambda path: path.stat().st_mtime)
+        for old in finished[:-2]:
+            if old != keep:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def mcp_servers(self, cache: Path) -> Path:
+        """Install the locked MCP servers (npm) once per lock content; return the directory with node_modules."""
+        lock = self.repository / "packer/mcp/package-lock.json"
+        target = cache / f"mcp-{hashlib.sha256(lock.read_bytes()).hexdigest()[:16]}"
+        if target.exists():
+            return target
+        work = cache / f".{target.name}.partial"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        for name in ("package.json", "package-lock.json"):
+            shutil.copyfile(lock.with_name(name), work / name)
+        run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(work))
+        os.replace(work, target)
+        return target
+
+    def link_collection(self) -> Path:
+        """Make this repository visible as an installed collection; return the collections path."""
+        path = self.build / "installed"
+        link = path / "ansible_collections/secure_agent/workspace"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink() or link.resolve() != self.repository:
+            link.unlink(missing_ok=True)
+            link.symlink_to(self.repository)
+        return path
+
+    def packer(self, host: LightHost, wheels: Path, servers: Path, seed: str, output: Path) -> None:
+        """Run ``packer build`` against ``host``; its output goes to ``build/packer.log``."""
+        values = {
+            "ssh_host": host.address, "ssh_key_file": login_key_of(host.lab), "known_hosts_file": known_hosts(host.lab, [host]),
+            "root_tree": host.root, "output": output, "seed": seed, "wheelhouse": wheels, "mcp_servers": servers,
+            "python": sys.executable, "ansible_playbook": Path(sys.executable).with_name("ansible-playbook"),
+            "playbook": os.environ.get("SAW_IMAGE_PLAYBOOK", str(self.repository / "playbooks/workspace_converge.yml")),
+        }  # fmt: skip
+        options = [option for key, value in values.items() for option in ("-var", f"{key}={value}")]
+        log = self.build / "packer.log"
+        environment = {
+            **os.environ, "ANSIBLE_COLLECTIONS_PATH": str(self.link_collection()), "CHECKPOINT_DISABLE": "1",
+            "ANSIBLE_CONFIG": str(self.repository / "ansible.cfg"),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }  # fmt: skip
+        with log.open("wb") as stream:
+            done = subprocess.run(
+                ["packer", "build", "-color=false", "-timestamp-ui", *options, str(self.repository / "packer")],
+                stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment, check=False, cwd=self.repository,
+            )  # fmt: skip
+        if done.returncode:
+            tail = log.read_text(encoding="utf-8", errors="replace")[-3000:]
+            raise ImageError(f"packer failed ({done.returncode}):\n{tail}", cure=f"read {log}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line of this module (see its text)."""
+    parser = argparse.ArgumentParser(prog="python -m saw.image.build")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb in ("image", "wheelhouse", "host-tar"):
+        sub = verbs.add_parser(verb)
+        sub.add_argument("--repository", type=Path, default=Path())
+        sub.add_argument("--build", type=Path, default=Path("build"))
+        sub.add_argument("--json", action="store_true")
+    disk = verbs.add_parser("assemble")
+    disk.add_argument("--root", type=Path, required=True)
+    disk.add_argument("--output", type=Path, required=True)
+    disk.add_argument("--seed", required=True)
+    options = parser.parse_args(argv)
+    try:
+        if options.verb == "assemble":
+            made = assemble(options.root, options.output, seed=options.seed)
+            print(f"{made.path}: sha256 {made.sha256}")
+            return 0
+        repository, build = options.repository.resolve(), options.build.resolve()
+        if options.verb == "wheelhouse":
+            print(wheelhouse(repository, build / "cache"))
+        elif options.verb == "host-tar":
+            (build / "cache").mkdir(parents=True, exist_ok=True)
+            print(base_tar(repository / "packer/packages/host.txt", build / "cache"))
+        else:
+            quiet: Say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+            image, reason = ImageBuild(repository, build, quiet).ensure()
+            answer = {
+                "ok": True,
+                "changed": not reason.startswith("reused"),
+                "reason": reason,
+                **msgspec.to_builtins(image),
+            }
+            print(json.dumps(answer) if options.json else f"{image.image}\n{reason}")
+    except SawError as error:
+        print(f"image build: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The offline wheelhouse of ``/opt/saw``: every wheel that a host needs, locked by hash, our own included."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from saw.files import write_atomic
+from saw.image.disk import ImageError, digest_of, run
+
+PYTHON = "3.13"
+PLATFORMS = ("2_34", "2_31", "2_28", "2_17")
+
+
+def uv() -> str:
+    """Return the ``uv`` program next to this interpreter, or the one on PATH."""
+    beside = Path(sys.executable).parent / "uv"
+    found = str(beside) if beside.exists() else shutil.which("uv")
+    if not found:
+        raise ImageError("uv is not installed", cure="run `make workspace`, which installs it into the environment")
+    return found
+
+
+def third_party(repository: Path, cache: Path) -> Path:
+    """Download the locked runtime dependencies for Python 3.13 once per lock content; return their directory."""
+    requirements = run(
+        uv(), "export", "--quiet", "--frozen", "--no-dev", "--no-emit-project", "--no-header", "--no-annotate",
+        "--directory", str(repository),
+    )  # fmt: skip
+    digest = hashlib.sha256(requirements.encode()).hexdigest()
+    target = cache / f"wheels-{digest[:16]}"
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory(prefix=".wheels-", dir=cache) as scratch:
+        work = Path(scratch, "wheels")
+        work.mkdir()
+        listing = work / "requirements.txt"
+        listing.write_text(requirements, encoding="utf-8")
+        platforms = [option for name in PLATFORMS for option in ("--platform", f"manylinux_{name}_x86_64")]
+        run(
+            sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+            "--require-hashes", "--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp",
+            *platforms, "-d", str(work), "-r", str(listing),
+        )  # fmt: skip
+        os.replace(work, target)
+    return target
+
+
+def wheelhouse(repository: Path, cache: Path) -> Path:
+    """Return a directory with all wheels and a ``requirements.txt`` that names each by hash; named after its content."""
+    cache.mkdir(parents=True, exist_ok=True)
+    source = third_party(repository, cache)
+    with tempfile.TemporaryDirectory(prefix=".own-", dir=cache) as scratch:
+        epoch = {"SOURCE_DATE_EPOCH": "1767225600"}
+        run(uv(), "build", "--quiet", "--wheel", "--out-dir", scratch, str(repository), env=epoch)
+        wheel = next(Path(scratch).glob("*.whl"))
+        own = digest_of(wheel)
+        listing = (source / "requirements.txt").read_text(encoding="utf-8")
+        name, version = wheel.name.split("-")[:2]
+        listing += f"{name.replace('_', '-')}=={version} --hash=sha256:{own}\n"
+        target = cache / f"wheelhouse-{hashlib.sha256(listing.encode()).hexdigest()[:16]}"
+        if target.exists():
+            return target
+        work = Path(scratch, "wheelhouse")
+        work.mkdir()
+        for path in source.glob("*.whl"):
+            os.link(path, work / path.name)
+        shutil.copyfile(wheel, work / wheel.name)
+        write_atomic(work / "requirements.txt", listing)
+        os.replace(work, target)
+    for old in sorted(cache.glob("wheelhouse-*"), key=lambda path: path.stat().st_mtime)[:-3]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target

@@ -1,0 +1,1 @@
+"""Package saw.lab (see docs/architecture.md)."""

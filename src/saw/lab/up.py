@@ -1,0 +1,367 @@
+"""The main job: from an empty machine to a governed workspace, step by step.
+
+Every step ensures a state and may be repeated: after Ctrl-C or kill -9 the next run goes on where things stand.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from saw.attest.verifier import RELEASED_PCRS
+from saw.broker.client import BrokerRefusal, OperatorClient
+from saw.errors import SawError, UnavailableError
+from saw.files import write_atomic
+from saw.image.base import base_tar
+from saw.image.build import GoldenImage, ImageBuild
+from saw.image.wheelhouse import wheelhouse
+from saw.lab import demo_pki
+from saw.lab.nspawn import login_key_of
+from saw.lab.playbook import PlaybookRun, run_playbook
+from saw.lab.process import end_strays, run
+from saw.lab.report import Report
+from saw.lab.steps import Progress
+from saw.lab.topology import ENTERPRISE_NAMES, TRUST_DOMAIN, WORKSPACE, Lab
+
+PROGRAMS = {
+    "packer": "packer",
+    "mmdebstrap": "mmdebstrap",
+    "qemu-img": "qemu-utils",
+    "systemd-nspawn": "systemd-container",
+    "ip": "iproute2",
+    "ssh": "openssh-client",
+    "mkfs.vfat": "dosfstools",
+    "mcopy": "mtools",
+    "sfdisk": "fdisk",
+    "npm": "npm",
+}
+NEED_BYTES = 12 * 1024**3
+
+
+class LabBusy(SawError):
+    """Another run holds the lab."""
+
+    code = "lab_busy"
+
+
+@contextmanager
+def exclusive(lab: Lab) -> Iterator[None]:
+    """Hold the lab's lock; a second run ends with a message instead of a mess."""
+    try:
+        lab.build.mkdir(parents=True, exist_ok=True)
+        lock = (lab.build / ".lock").open("w", encoding="ascii")
+    except OSError as error:
+        raise UnavailableError(
+            f"cannot write in {lab.build}: {error.strerror}", cure="run it with sudo, and look at the disk's free space"
+        ) from error
+    with lock as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LabBusy("another run uses this build directory", cure="wait for it, or end it") from error
+        end_strays(str(lab.build), ("ansible-playbook", "packer"))
+        yield
+
+
+def preflight(lab: Lab) -> None:
+    """Check what the whole needs, and say all that is missing at once, each with its cure."""
+    problems = []
+    if os.geteuid() != 0:
+        problems.append("root is needed (namespaces, nspawn, taps): run it with sudo")
+    missing = sorted({package for program, package in PROGRAMS.items() if shutil.which(program) is None})
+    if missing:
+        problems.append(f"programs are missing: apt-get install {' '.join(missing)}")
+    if not Path("/dev/net/tun").exists():
+        problems.append("/dev/net/tun is missing: modprobe tun")
+    free = shutil.disk_usage(lab.build).free
+    if free < NEED_BYTES:
+        problems.append(
+            f"{lab.build} has {free // 1024**2} MiB free, {NEED_BYTES // 1024**2} MiB are needed: "
+            "free disk space, or set SAW_BUILD to a directory on a larger disk"
+        )
+    problems += taken_addresses(lab)
+    if problems:
+        raise UnavailableError("this machine is not ready:\n  - " + "\n  - ".join(problems), cure="then run it again")
+
+
+def taken_addresses(lab: Lab) -> list[str]:
+    """Return a problem for each network of the lab that something else on this machine already uses."""
+    problems: list[str] = []
+    if shutil.which("ip") is None:
+        return problems
+    routes = run("ip", "-4", "route", "show").splitlines()
+    for prefix in (f"{lab.network.prefix}.", "10.210."):
+        problems += [
+            f"network {prefix}0 is already in use here ({route.strip()}): remove that route or interface"
+            for route in routes
+            if route.startswith(prefix) and lab.network.uplink not in route
+        ]
+    return problems
+
+
+class Bringup:
+    """One run of the main job on ``lab``."""
+
+    def __init__(self, lab: Lab, progress: Progress) -> None:
+        self.lab = lab
+        self.progress = progress
+        self.hosts = {host.name: host for host in lab.hosts()}
+        self.client = OperatorClient
+
+    def playbook(self, name: str, variables: dict[str, Any] | None = None) -> PlaybookRun:
+        """Run a playbook with progress."""
+        return run_playbook(self.lab, name, variables, say=self.progress.say)
+
+    def saw(self, *argv: str) -> dict[str, Any]:
+        """Run ``saw`` with ``--json`` and return its answer."""
+        command = [str(Path(sys.executable).with_name("saw")), *argv, "--json"]
+        environment = {**os.environ, "SAW_CONTEXT": str(self.lab.context_file)}
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment, stdin=subprocess.DEVNULL
+        )
+        try:
+            answer = json.loads(done.stdout or "{}")
+        except ValueError:
+            answer = {}
+        if done.returncode:
+            raise UnavailableError(f"`saw {' '.join(argv[:2])}` failed: {(done.stderr or done.stdout).strip()[-1200:]}")
+        return dict(answer)
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def image(self, *, keep: bool = False) -> GoldenImage:
+        """Build or reuse the golden image; ``keep`` takes the newest finished one as it is."""
+        build = ImageBuild(self.lab.repository, self.lab.build, self.progress.say)
+        newest = build.latest() if keep else None
+        image, reason = (newest[0], "kept as asked") if newest else build.ensure()
+        self.progress.say(f"golden image {image.name}: {reason}")
+        return image
+
+    def start_hosts(self) -> Path:
+        """Start the light hosts; return the wheelhouse."""
+        cache = self.lab.build / "cache"
+        cache.mkdir(parents=True, exist_ok=True)
+        tar = base_tar(self.lab.repository / "packer/packages/host.txt", cache)
+        wheels = wheelhouse(self.lab.repository, cache)
+        for host in self.hosts.values():
+            host.up(tar)
+            self.progress.say(f"host {host.name} answers at {host.address}")
+        return wheels
+
+    def write_files(self, wheels: Path) -> None:
+        """Write inventory and context."""
+        pki = demo_pki.ensure(self.lab.directory / "enterprise-tls", ENTERPRISE_NAMES)
+        credentials = self.lab.credentials()
+        self.lab.write_files(
+            {
+                "saw_runtime_wheelhouse": str(wheels),
+                "broker_trust_domain": TRUST_DOMAIN,
+                "perimeter_broker_address": f"{self.hosts['control'].address}:8443",
+                "perimeter_operator_networks": [f"{self.lab.network.prefix}.0/24"],
+                "perimeter_ingress_address": self.hosts["edge"].address,
+                "perimeter_upstream_ca_file": "/etc/saw-enterprise-ca.pem",
+                "perimeter_hosts_file": "/etc/saw-enterprise-hosts",
+                "perimeter_credentials": credentials,
+                "demo_enterprise_credentials": credentials,
+                "demo_enterprise_tls": str(pki),
+                "demo_enterprise_names": list(ENTERPRISE_NAMES),
+                "demo_enterprise_address": self.hosts["enterprise"].address,
+            }
+        )
+
+    def publish(self) -> dict[str, Any]:
+        """Sign the example blueprint with two of three keys made on the spot and publish it, unless it is in force."""
+        from saw.lab.release import publish_blueprint
+
+        return publish_blueprint(self.lab, self.saw, self.progress.say)
+
+    def register_image(self, image: GoldenImage) -> dict[str, Any]:
+        """Boot the image once on the hypervisor, record what it measures, and register the release record."""
+        record_file = Path(image.directory) / "release.json"
+        known = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
+        if not all(str(pcr) in known.get("boot", {}).get("pcrs", {}) for pcr in RELEASED_PCRS):
+            self.progress.say("reference boot on the hypervisor (its measurements become the expected ones)")
+            path = f"/var/lib/saw/images/{image.name}/image.qcow2"
+            answer = json.loads(
+                self.on_host("edge", "/opt/saw/bin/saw", "vm", "measure", "--image", path, "--json").splitlines()[-1]
+            )
+            self.progress.say(
+                f"reference boot took {answer['seconds']} s ({answer['accel']['name']}: {answer['accel']['reason']})"
+            )
+            write_atomic(record_file.with_name("reference.json"), json.dumps({"seconds": answer["seconds"]}) + "\n")
+            record = {
+                "format": "saw-image-release/1", "name": image.name, "image_sha256": image.image_sha256,
+                "inputs_digest": image.inputs_digest, "created": image.created,
+                "boot": {"pcrs": {number: value for number, value in answer["pcrs"].items() if int(number) <= 13}},
+            }  # fmt: skip
+            write_atomic(record_file, json.dumps(record, indent=2) + "\n")
+        self.saw("image", "register", str(record_file))
+        return dict(json.loads(record_file.read_text(encoding="utf-8")))
+
+    def on_host(self, name: str, *command: str, timeout: float = 600) -> str:
+        """Run a command on a light host over SSH and return its output."""
+        trusted = self.lab.directory / "ssh/known_hosts"
+        return run(
+            "ssh", "-i", str(login_key_of(self.lab.directory)), "-o", f"UserKnownHostsFile={trusted}", "-o", "BatchMode=yes",
+            "-o", "StrictHostKeyChecking=yes", f"root@{self.hosts[name].address}", "--", *command, timeout=timeout,
+        )  # fmt: skip
+
+    def workspace_id(self) -> str:
+        """Return the id of the demonstration workspace: the live one, or the next free one after a decommissioning."""
+        known = {row["id"]: row["state"] for row in self.saw("workspace", "list")["workspaces"]}
+        for number in range(1, 250):
+            name = WORKSPACE if number == 1 else f"{WORKSPACE}-{number}"
+            if known.get(name) != "decommissioned":
+                return name
+        raise UnavailableError("250 demonstration workspaces were used up", cure="make clean")
+
+    def create_workspace(self, image: GoldenImage) -> str:
+        """Create and start the workspace and wait until it is active; one of another image is rebuilt and keeps its data."""
+        name = self.workspace_id()
+        profile = {
+            "workspace_id": name,
+            "workspace_image": image.name,
+            "workspace_image_path": f"/var/lib/saw/images/{image.name}/image.qcow2",
+            "workspace_image_sha256": image.image_sha256,
+        }
+        known = {row["id"]: row for row in self.saw("workspace", "list")["workspaces"]}.get(name)
+        if known and known["state"] == "quarantined":
+            raise UnavailableError(
+                f"workspace {name} is quarantined ({known.get('state_reason', 'killed')})",
+                cure=f"release it: saw workspace stop {name}, or remove it: make destroy",
+            )
+        if known and known.get("image") != image.name and known["ek_recorded"]:
+            self.progress.say(f"rebuilding {name} on image {image.name}; its data disk stays")
+            self.playbook("workspace_stop", {"workspace_id": name, "workspace_reason": "new golden image"})
+            self.saw("workspace", "reprovision", name, "--image", image.name)
+        self.playbook(
+            "workspace_create",
+            {
+                **profile,
+                "workspace_sponsor": "demo.user@example.com",
+                "workspace_blueprint": "coding",
+                "workspace_ring": "stable",
+            },
+        )
+        return name
+
+    def engagement(self, workspace: str) -> list[dict[str, Any]]:
+        """Run the demonstration engagement in the sandbox and judge what arrived at the far end."""
+        from saw.lab.demo import run_engagement
+
+        return run_engagement(self, workspace)
+
+    def attach(self, workspace: str) -> dict[str, Any]:
+        """Attach with a certificate of minutes: a command, and the persistent multiplexer."""
+        from saw.lab.demo import check_attach
+
+        return check_attach(self, workspace)
+
+
+def boot_seconds(job: Bringup, shown: dict[str, Any], begin: datetime) -> float | None:
+    """Return the seconds from the start of the VM to its first attestation; None when it ran before ``begin``."""
+    unit = f"saw-vm@{shown['id']}.service"
+    told = job.on_host(
+        "edge", "systemctl", "show", "--timestamp=unix", "--property=ActiveEnterTimestamp", "--value", unit
+    )
+    started = datetime.fromtimestamp(int(told.strip().lstrip("@") or 0), UTC)
+    attested = datetime.fromisoformat(str(shown["state_since"]))
+    return round((attested - started).total_seconds(), 1) if begin < started < attested else None
+
+
+def lifecycle(job: Bringup, verb: str, reason: str) -> str:
+    """Start, stop, rebuild, kill or destroy the demonstration workspace with its playbook; return the workspace's id."""
+    name = job.workspace_id()
+    job.playbook(f"workspace_{verb}", {"workspace_id": name, "workspace_reason": reason})
+    if verb in {"start", "rebuild"}:
+        from saw.lab.demo import wait_shell
+
+        wait_shell(job, name)
+    return name
+
+
+def bring_up(lab: Lab, *, keep_image: bool = False) -> int:
+    """Run the whole; write ``build/report.json``; return the exit code."""
+    progress = Progress(total=10)
+    report = Report(ok=False, steps=progress.steps, calls=[], attestation={}, audit={})
+    begin, started = time.monotonic(), datetime.now(UTC)
+    try:
+        with exclusive(lab):
+            with progress.step("check this machine"):
+                preflight(lab)
+            job = Bringup(lab, progress)
+            with progress.step("golden image (Packer, Ansible)"):
+                image = job.image(keep=keep_image)
+            with progress.step("light hosts for control plane, perimeter and far end"):
+                job.write_files(job.start_hosts())
+            with progress.step("control plane, perimeter, hypervisor and far-end services (Ansible)"):
+                job.playbook("demo_enterprise")
+                job.playbook("control_plane")
+            with progress.step("sign the blueprint with 2 of 3 keys and publish it"):
+                release = job.publish()
+                job.playbook("control_plane")
+            with progress.step("release record of the image"):
+                job.register_image(image)
+            with progress.step("workspace: create, boot, attest, activate"):
+                workspace = job.create_workspace(image)
+                shown = job.saw("workspace", "show", workspace)
+                boot = boot_seconds(job, shown, started)
+            with progress.step("attach with a certificate of minutes"):
+                attached = job.attach(workspace)
+            with progress.step("demonstration engagement in the sandbox"):
+                report.calls = job.engagement(workspace)
+            with progress.step("audit trail"):
+                report.audit = job.saw("audit", "verify")
+            report.workspace = {**shown, "attach": attached, "boot_seconds": boot}
+            report.image = msgspec.to_builtins(image)
+            shown = job.saw("workspace", "show", workspace)
+            report.attestation = {
+                "verdict": "attested" if shown.get("state") == "active" else "not_attested",
+                "policy_digest": shown.get("policy_digest"),
+                "released_digest": release["policy_digest"],
+                "lease_expires_at": shown.get("lease_expires_at"),
+            }
+            report.ok = (
+                all(call["ok"] for call in report.calls)
+                and bool(report.calls)
+                and bool(report.audit.get("complete"))
+                and report.attestation["policy_digest"] == release["policy_digest"]
+                and bool(attached.get("ok"))
+            )
+    except (SawError, BrokerRefusal) as error:
+        print(f"\n{error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the next `make workspace` goes on from here", file=sys.stderr)
+        report.write(lab.build / "report.json")
+        return 130
+    report.write(lab.build / "report.json")
+    print(report.table())
+    print(f"{time.monotonic() - begin:.0f} s; report: {lab.build / 'report.json'}")
+    return 0 if report.ok else 1
+
+
+def tear_down(lab: Lab, *, purge: bool) -> None:
+    """End everything of the lab; with ``purge`` remove its state too. Safe on a half-made lab."""
+    with exclusive(lab):
+        for host in reversed(lab.hosts()):
+            host.down(purge=purge)
+        lab.network.down()
+        build = ImageBuild(lab.repository, lab.build)
+        from saw.lab.nspawn import LightHost
+
+        LightHost("image", "", lab.build / "image-tree", build.network, booted=False).down(purge=True)
+        build.network.down()
+        if purge:
+            shutil.rmtree(lab.directory, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Package saw.policy (see docs/architecture.md)."""

@@ -1,0 +1,154 @@
+"""The action class of an allowed call: ``auto``, ``staged``, ``review`` or ``deny``.
+
+The first rule of ``governance.yaml`` that matches decides; for a push each ref is classed by itself and the strictest class
+counts. What no rule names: reads are ``auto``, writes ``review``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable, Mapping
+
+import msgspec
+
+from saw.policy import globs
+from saw.policy.gitproto import PushUnreadable, RefUpdate, push_updates
+from saw.policy.globset import BORDER, BitTable, GlobSet, address_segments, bits_of, path_segments, places_of
+from saw.policy.governance import Action, ActionClass, Governance
+from saw.policy.model import READ_METHODS, Request
+
+_STRICTNESS: Mapping[str, int] = {"auto": 0, "staged": 1, "review": 2, "deny": 3}
+RECEIVE_PACK = "receive-pack"
+UPLOAD_PACK = "upload-pack"
+
+
+class Classified(msgspec.Struct, frozen=True):
+    """The class of a call, which rule gave it, and what a person should know."""
+
+    action_class: ActionClass
+    rule: str
+    detail: str = ""
+
+
+class _Rule(msgspec.Struct, frozen=True):
+    label: str
+    ref: re.Pattern[str] | None
+    operations: frozenset[str]
+    action_class: ActionClass
+
+    def fits(self, update: RefUpdate | None) -> bool:
+        """Return whether the rule is about this change of a ref; without one, whatever it says of refs."""
+        if update is None:
+            return True
+        if self.operations and update.operation not in self.operations:
+            return False
+        return self.ref is None or self.ref.match("/" + update.ref) is not None
+
+
+def git_service(method: str, path: str) -> str:
+    """Return the smart HTTP service a request runs (``receive-pack``, ``upload-pack``), or ``""``."""
+    if method == "POST":
+        if path.endswith("/git-receive-pack"):
+            return RECEIVE_PACK
+        if path.endswith("/git-upload-pack"):
+            return UPLOAD_PACK
+    return ""
+
+
+class ActionTable:
+    """The action rules, compiled. Immutable."""
+
+    __slots__ = ("_by_place", "_git_globs", "_git_names", "_methods", "_ports", "_services", "_set")
+
+    def __init__(self, governance: Governance) -> None:
+        actions = governance.actions
+        self._set = GlobSet([address_segments(action.match.host.lower(), action.match.path) for action in actions])
+        rules = (_compile(index, action) for index, action in enumerate(actions))
+        self._by_place = dict(zip(self._set.accepts, rules, strict=True))
+        matches = [(place, action.match) for place, action in zip(self._set.accepts, actions, strict=True)]
+        self._ports = self._table((place, [] if m.port is None else [m.port]) for place, m in matches)
+        self._services = self._table((place, [m.git.service] if m.git else []) for place, m in matches)
+        self._methods = self._table((place, _methods(m.method)) for place, m in matches)
+        hosts = dict.fromkeys(m.host.lower() for _, m in matches if m.git)
+        self._git_names = frozenset(host for host in hosts if globs.is_exact(host))
+        self._git_globs = tuple(globs.host_glob(host) for host in hosts if not globs.is_exact(host))
+
+    def _table(self, wanted: Iterable[tuple[int, Iterable[Hashable]]]) -> BitTable:
+        """Return which rules each key fits; a rule that names no key fits all of them."""
+        places: dict[Hashable, list[int]] = {}
+        everything: list[int] = []
+        for place, keys in wanted:
+            named = list(keys)
+            if not named:
+                everything.append(place)
+            for key in named:
+                places.setdefault(key, []).append(place)
+        width = self._set.width
+        return BitTable(places, width, bits_of(everything, width))
+
+    def is_git_host(self, host: str) -> bool:
+        """Return whether an action rule says that ``host`` speaks Git."""
+        return host in self._git_names or any(pattern.fullmatch(host) for pattern in self._git_globs)
+
+    def _about(self, request: Request, host: str, path: str, service: str) -> list[_Rule]:
+        """Return the rules that are about this call, whatever they say of refs, in order."""
+        if not self._by_place:
+            return []
+        found = self._ports.get(request.port) & self._services.get(service) & self._methods.get(request.method.upper())
+        if found:
+            segments = [*host.split("."), BORDER, *path_segments(path)]
+            found &= self._set.walk(self._set.start, segments)
+        return [self._by_place[place] for place in places_of(found)]
+
+    def classify(self, request: Request, host: str, path: str, *, fetch_is_read: bool) -> Classified:
+        """Return the class of an allowed ``request``; ``path`` is canonical and without the query.
+
+        ``fetch_is_read``: the policy knows that a POST to ``git-upload-pack`` is a fetch here; so do rules about Git there.
+        """
+        method = request.method.upper()
+        service = git_service(method, path)
+        if service == RECEIVE_PACK:
+            return self._push(request, host, path)
+        for rule in self._about(request, host, path, service):
+            return Classified(rule.action_class, rule.label)
+        if method in READ_METHODS or (service == UPLOAD_PACK and (fetch_is_read or self.is_git_host(host))):
+            return Classified("auto", "default: reads are auto")
+        return Classified("review", "default: writes are reviewed")
+
+    def _push(self, request: Request, host: str, path: str) -> Classified:
+        try:
+            updates = push_updates(
+                request.body,
+                complete=request.body_complete,
+                encoding=request.headers.get("content-encoding", ""),
+            )
+        except PushUnreadable as error:
+            return Classified("deny", "git receive-pack", f"the push cannot be read: {error}")
+        strictest = Classified("auto", "git probe", "flush packet without commands")
+        rules = self._about(request, host, path, RECEIVE_PACK)
+        for update in updates:
+            detail = f"{update.operation} of {update.ref}"
+            rule = next((rule for rule in rules if rule.fits(update)), None)
+            if rule is not None:
+                found = Classified(rule.action_class, rule.label, detail)
+            else:
+                found = Classified("review", "default: writes are reviewed", detail)
+            if strictest.rule == "git probe" or _STRICTNESS[found.action_class] > _STRICTNESS[strictest.action_class]:
+                strictest = found
+        return strictest
+
+
+def _methods(written: tuple[str, ...]) -> set[str]:
+    """Return the methods that a rule is about: HEAD where GET is."""
+    return {*written, "HEAD"} if "GET" in written else set(written)
+
+
+def _compile(index: int, action: Action) -> _Rule:
+    match = action.match
+    git = match.git
+    return _Rule(
+        label=f"actions[{index}]",
+        ref=globs.ref_glob(git.ref) if git and git.ref != "**" else None,
+        operations=frozenset(git.operation) if git else frozenset(),
+        action_class=action.class_,
+    )

@@ -1,0 +1,286 @@
+"""What ``governance.yaml`` must fulfil beyond its types, and what the two files must agree on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from saw.policy import globs
+from saw.policy.addresses import is_blocked_host
+from saw.policy.checks_policy import StructureReport, check_absolute, check_host_glob, check_path_glob, port_is_valid
+from saw.policy.decode import Checks, Report
+from saw.policy.governance import (
+    Action,
+    ActionMatch,
+    Argument,
+    Blueprint,
+    Credential,
+    GitMatch,
+    Governance,
+    InferenceRoute,
+    Inject,
+    LandlockFloor,
+    Lease,
+    Mcp,
+    McpServer,
+    Reviewers,
+    Tool,
+    duration,
+)
+from saw.policy.linear_regex import LinearRegex, RegexError
+
+_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}\Z")
+_VERSION = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+(?:[-+][A-Za-z0-9.+-]+)?\Z")
+_TOOL = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
+_HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,63}\Z")
+_REFERENCE = re.compile(r"[a-z][a-z0-9+-]*:[A-Za-z0-9_./{}-]{1,200}\Z")
+_FORMAT = re.compile(r"[ -~]*\Z")
+_B64 = re.compile(r"\{b64:[^{}]*\{secret\}[^{}]*\}")
+_FORBIDDEN_HEADERS = frozenset(
+    {"host", "content-length", "transfer-encoding", "connection", "upgrade", "te", "trailer", "expect"}
+)
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Return host and port of ``host:port``; raise ``ValueError`` for other forms."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or not port_is_valid(int(port)):
+        raise ValueError(f"{text!r} is not host:port")
+    return host.lower(), int(port)
+
+
+def _address(value: str, report: Report) -> None:
+    try:
+        host, _ = parse_address(value)
+    except ValueError as error:
+        report(str(error), "write for example api.example.com:443")
+        return
+    if not globs.is_exact(host):
+        report(f"{value!r} has a wildcard", "name the exact host")
+    else:
+        check_host_glob(host, report)
+
+
+def _addresses(values: tuple[str, ...], report: Report) -> None:
+    for value in values:
+        _address(value, report)
+
+
+def _paths(values: tuple[str, ...], report: Report) -> None:
+    if not values:
+        report("the list is empty, so the credential would never be used", "add /** or remove the field")
+    for value in values:
+        check_path_glob(value, report)
+
+
+def _duration(value: str, report: Report) -> None:
+    try:
+        duration(value)
+    except ValueError as error:
+        report(str(error), "write a number with s, m, h or d")
+
+
+def _matches(pattern: re.Pattern[str], what: str, cure: str) -> Callable[[str, Report], None]:
+    def check(value: str, report: Report) -> None:
+        if not pattern.match(value):
+            report(f"{value!r} is not {what}", cure)
+
+    return check
+
+
+def _lease(lease: Lease, report: StructureReport) -> None:
+    if not 30 <= lease.ttl_s <= 3600:
+        report("ttl", f"a lease of {lease.ttl} is outside 30s to 1h", "use 120s")
+    if duration(lease.offline_ttl):
+        report("offline_ttl", "time offline is not enforced by this version", "write 0s")
+
+
+def _landlock(value: LandlockFloor, report: StructureReport) -> None:
+    if not 1 <= value.minimum_abi <= 16:
+        report("minimum_abi", f"{value.minimum_abi} is not an ABI version", "write 4")
+
+
+def _header(value: str, report: Report) -> None:
+    if not _HEADER.match(value) or value.lower() in _FORBIDDEN_HEADERS or value.lower().startswith("x-saw-"):
+        report(f"{value!r} cannot carry a credential", "use Authorization or a header of the service")
+
+
+def _format(value: str, report: Report) -> None:
+    if not _FORMAT.match(value):
+        report("the format has characters outside printable ASCII", "write a header value")
+    elif value.count("{secret}") != 1 or "{" in _B64.sub("", value).replace("{secret}", "", 1):
+        report("the format must hold {secret} or {b64:text{secret}} once, and no other braces", "see docs/policy.md")
+
+
+def _upstream(value: str, report: Report) -> None:
+    try:
+        parts = urlsplit(value)
+        port = parts.port or 443
+    except ValueError as error:
+        report(f"{value!r} is not a URL: {error}", "write https://host/path")
+        return
+    host = parts.hostname or ""
+    if parts.scheme != "https" or not host or parts.query or parts.fragment or "@" in parts.netloc:
+        report("the upstream must be https://host[:port]/path and nothing else", "correct the URL")
+        return
+    check_host_glob(host, report)
+    if not globs.is_exact(host) or not port_is_valid(port):
+        report("the upstream needs one exact host and a valid port", "correct the URL")
+    if parts.path:
+        check_path_glob(parts.path, report)
+
+
+def _route(route: InferenceRoute, report: StructureReport) -> None:
+    if not port_is_valid(route.port):
+        report("port", f"{route.port} is not a port", "write 443")
+    if not globs.is_exact(route.alias) or is_blocked_host(route.alias):
+        report("alias", "the alias must be one exact host name", "write inference.local")
+
+
+def _globs(values: tuple[str, ...], report: Report) -> None:
+    if not values:
+        report("the list is empty", "list at least one glob")
+    for value in values:
+        try:
+            globs.flat_glob(value)
+        except globs.GlobError as error:
+            report(str(error), "write literal text with * as the wildcard")
+
+
+def _ref(value: str, report: Report) -> None:
+    try:
+        globs.ref_glob(value)
+    except globs.GlobError as error:
+        report(str(error), "write for example refs/heads/agent/**")
+
+
+def _methods(values: tuple[str, ...], report: Report) -> None:
+    for value in values:
+        if not re.match(r"[A-Z][A-Z-]{0,31}\Z", value):
+            report(f"{value!r} is not an upper-case HTTP method", "write for example POST")
+
+
+def _action(action: Action, report: StructureReport) -> None:
+    if action.reviewers is not None and action.class_ != "review":
+        report("reviewers", f"reviewers have no part in class {action.class_}", "remove them or use class review")
+    if action.match.git is not None and action.match.method:
+        report("match", "a git match already implies the method", "remove method")
+
+
+def _reviewers(value: Reviewers, report: StructureReport) -> None:
+    if not 1 <= value.quorum <= 16:
+        report("quorum", f"a quorum of {value.quorum} is outside 1 to 16", "write 1")
+
+
+def _server(server: McpServer, report: StructureReport) -> None:
+    if server.transport == "http":
+        report("transport", "MCP over HTTP is not enforced by this version", "use stdio")
+    if not server.command or not server.command[0]:
+        report("command", "a stdio server needs a command", "write the executable and its arguments")
+
+
+def _argument(argument: Argument, report: StructureReport) -> None:
+    kind = argument.type
+    if argument.items is not None and kind != "array":
+        report("items", f"items do not apply to {kind}", "use type: array")
+    if kind == "array" and argument.items is None:
+        report("type", "an array needs items", "say what each element may be")
+    if kind == "object":
+        report("type", "the content of objects is not enforced by this version", "remove the argument")
+    if kind != "string" and (argument.under is not None or argument.regex is not None):
+        report("type", f"under and regex do not apply to {kind}", "use type: string")
+    if kind not in {"integer", "number"} and (argument.min is not None or argument.max is not None):
+        report("type", f"min and max do not apply to {kind}", "use type: integer")
+    if kind not in {"string", "array"} and argument.max_length is not None:
+        report("type", f"max_length does not apply to {kind}", "remove it")
+
+
+def _under(value: str, report: Report) -> None:
+    check_absolute(value, report)
+
+
+def _regex(value: str, report: Report) -> None:
+    try:
+        LinearRegex(value)
+    except RegexError as error:
+        report(str(error), "use literals, classes, groups, |, *, +, ? and {m,n}")
+
+
+def _tool_name(value: str, report: Report) -> None:
+    if not _TOOL.match(value):
+        report(f"{value!r} is not a tool name", "use letters, digits, underscore, dot and dash, at most 128")
+
+
+def _governance(value: Governance, report: StructureReport) -> None:
+    ids = [credential.id for credential in value.credentials]
+    for identifier in sorted({name for name in ids if ids.count(name) > 1}):
+        report("credentials", f"the id {identifier} is used twice", "give each credential its own id")
+    aliases = [(route.alias.lower(), route.port) for route in value.inference.routes]
+    if len(set(aliases)) != len(aliases):
+        report("inference", "two routes have the same alias and port", "give each route its own alias")
+    for route in value.inference.routes:
+        if route.credential is not None and route.credential not in ids:
+            report("inference", f"route {route.alias} names the unknown credential {route.credential}", "add it")
+    for index, left in enumerate(value.credentials):
+        for right in value.credentials[index + 1 :]:
+            shared = {host.lower() for host in left.hosts} & {host.lower() for host in right.hosts}
+            if shared and any(globs.may_overlap(a, b) for a in left.paths for b in right.paths):
+                where = ", ".join(sorted(shared))
+                report("credentials", f"{left.id} and {right.id} both apply on {where}", "make their paths disjoint")
+    plain = {host.lower() for host in value.plaintext}
+    for credential in value.credentials:
+        for host in credential.hosts:
+            if host.lower() in plain:
+                report("plaintext", f"credential {credential.id} would travel unencrypted to {host}", "remove it")
+
+
+_LATER = "this field is not enforced by this version"
+
+GOVERNANCE_CHECKS = Checks(
+    fields={
+        (Blueprint, "name"): _matches(_ID, "a blueprint name", "use lower-case letters, digits and dashes"),
+        (Blueprint, "version"): _matches(_VERSION, "a version", "write for example 1.0.0"),
+        (Lease, "ttl"): _duration,
+        (Lease, "offline_ttl"): _duration,
+        (Governance, "plaintext"): _addresses,
+        (Credential, "id"): _matches(_ID, "an id", "use lower-case letters, digits and dashes"),
+        (Credential, "ref"): _matches(_REFERENCE, "a reference", "write store:path, never the secret itself"),
+        (Credential, "hosts"): _addresses,
+        (Credential, "paths"): _paths,
+        (Inject, "header"): _header,
+        (Inject, "format"): _format,
+        (InferenceRoute, "alias"): check_host_glob,
+        (InferenceRoute, "models"): _globs,
+        (InferenceRoute, "upstream"): _upstream,
+        (GitMatch, "ref"): _ref,
+        (ActionMatch, "host"): check_host_glob,
+        (ActionMatch, "path"): check_path_glob,
+        (ActionMatch, "method"): _methods,
+        (Action, "expires"): _duration,
+        (Argument, "under"): _under,
+        (Argument, "regex"): _regex,
+    },
+    structures={
+        Lease: _lease,
+        LandlockFloor: _landlock,
+        InferenceRoute: _route,
+        Action: _action,
+        Reviewers: _reviewers,
+        McpServer: _server,
+        Argument: _argument,
+        Governance: _governance,
+    },
+    keys={
+        (Mcp, "servers"): _matches(_ID, "a server name", "use lower-case letters, digits and dashes"),
+        (McpServer, "tools"): _tool_name,
+        (Tool, "args"): _tool_name,
+    },
+    unsupported={
+        (Governance, "budgets"): (_LATER, "remove it; budgets come with metering"),
+        (Governance, "data_classes"): (_LATER, "remove it"),
+        (Governance, "delegation"): (_LATER, "remove it"),
+        (InferenceRoute, "budget"): (_LATER, "remove it; budgets come with metering"),
+        (McpServer, "url"): (_LATER, "use a stdio server"),
+    },
+)

@@ -1,0 +1,272 @@
+"""What ``policy.yaml`` must fulfil beyond its types, and which public fields this version refuses.
+
+A field that is not enforced is refused by name: a policy that loads is a policy that holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from ipaddress import IPv4Network, ip_network
+from typing import Any
+
+from saw.policy import globs
+from saw.policy.addresses import blocked_networks, is_blocked_host
+from saw.policy.decode import Checks, Report
+from saw.policy.errors import NotCanonical
+from saw.policy.model import (
+    AnyOf,
+    Binary,
+    Endpoint,
+    FilesystemPolicy,
+    Match,
+    NetworkRule,
+    Policy,
+    Process,
+)
+from saw.policy.paths import canonicalise_path
+
+StructureReport = Callable[[str, str, str], None]
+
+MAX_DIRECTORIES = 256
+"""Most directories of a file system policy, read-only and read-write together."""
+
+_METHOD = re.compile(r"(?:\*|[A-Za-z][A-Za-z-]{0,31})\Z")
+_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
+_ACCOUNT = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")
+
+
+def check_path_glob(value: str, report: Report, *, what: str = "path") -> None:
+    """Report a path glob that is not a glob over canonical paths."""
+    try:
+        globs.path_glob(value)
+    except globs.GlobError as error:
+        report(str(error), "write for example /v1/** or /v1/*/items")
+        return
+    try:
+        canonical = canonicalise_path(value, allow_encoded_slash=True)
+    except NotCanonical as error:
+        report(f"no request can match: {error.message}", f"write the {what} in canonical form")
+        return
+    if canonical != value:
+        report(f"no request can match: the canonical form is {canonical}", f"write {canonical}")
+
+
+def check_host_glob(value: str, report: Report) -> None:
+    """Report a host that is not a host name or glob, or that may never be dialled."""
+    if ":" in value:
+        report("the host holds a colon", "name a host or an IPv4 address; the port has its own field")
+        return
+    try:
+        globs.host_glob(value)
+    except globs.GlobError as error:
+        report(str(error), "name a host such as api.example.com or *.example.com")
+        return
+    blocked = is_blocked_host(value.replace("*", "x"))
+    if blocked:
+        report(blocked, "name another host")
+
+
+def check_absolute(value: str, report: Report) -> None:
+    """Report a directory or file name that is not absolute and plain."""
+    if not value.startswith("/"):
+        report(f"{value!r} is not absolute", "start it with /")
+    elif any(part in {"..", "."} for part in value.split("/")) or "//" in value:
+        report(f"{value!r} has dot or empty segments", "write the plain path")
+    elif not value.isprintable() or any(char in value for char in "*?[]{}\\"):
+        report(f"{value!r} has wildcards or control characters", "list directories one by one")
+
+
+def _each(check: Callable[..., None]) -> Callable[[Any, Report], None]:
+    def run(values: tuple[str, ...], report: Report) -> None:
+        for value in values:
+            check(value, report)
+
+    return run
+
+
+def _read_write(values: tuple[str, ...], report: Report) -> None:
+    for value in values:
+        check_absolute(value, report)
+        if value.rstrip("/") == "":
+            report("the whole file system would be writable", "list the directories to write to")
+
+
+def _binary(value: str, report: Report) -> None:
+    if any(part in {"..", "."} for part in value.split("/")) or "//" in value:
+        report(f"{value!r} has dot or empty segments", "write the resolved path of the executable")
+        return
+    try:
+        globs.path_glob(value)
+    except globs.GlobError as error:
+        report(str(error), "write an absolute path or glob such as /usr/bin/git")
+
+
+def _account(value: str, report: Report) -> None:
+    if value in {"root", "toor"}:
+        report("the sandbox never runs as root", "name an unprivileged account")
+    elif not _ACCOUNT.match(value):
+        report(f"{value!r} is not the name of an account", "write a lower-case name such as agent (no number)")
+
+
+def _method(value: str, report: Report) -> None:
+    if not _METHOD.match(value):
+        report(f"{value!r} is not an HTTP method", "write a method such as GET, or *")
+    elif value.upper() in {"TRACE", "TRACK", "CONNECT"}:
+        report(f"{value} reflects or tunnels requests", "remove the rule; it is always denied")
+
+
+def _query(values: Mapping[str, str | AnyOf], report: Report) -> None:
+    for key, value in values.items():
+        if isinstance(value, AnyOf) and not value.any:
+            report(f"query.{key}.any is empty", "list at least one glob")
+        for glob in value.any if isinstance(value, AnyOf) else (value,):
+            try:
+                globs.flat_glob(glob)
+            except globs.GlobError as error:
+                report(f"query.{key}: {error}", "write literal text with * as the wildcard")
+
+
+def port_is_valid(port: int) -> bool:
+    """Return whether ``port`` is a TCP port."""
+    return 1 <= port <= 65535
+
+
+def _port(value: int | None, report: Report) -> None:
+    if value is not None and not port_is_valid(value):
+        report(f"{value} is not a port", "write a number from 1 to 65535")
+
+
+def _ports(values: tuple[int, ...], report: Report) -> None:
+    if not values:
+        report("the list of ports is empty", "list at least one port")
+    for value in values:
+        _port(value, report)
+
+
+def _allowed_ips(values: tuple[str, ...], report: Report) -> None:
+    if not values:
+        report("the list is empty", "list networks such as 10.20.0.0/16, or remove the field")
+    for value in values:
+        try:
+            network = ip_network(value)
+        except ValueError as error:
+            report(f"{value!r} is not a network: {error}", "write for example 10.20.0.0/16")
+            continue
+        for blocked in blocked_networks():
+            same_family = isinstance(network, IPv4Network) == isinstance(blocked, IPv4Network)
+            if same_family and network.overlaps(blocked):
+                report(f"{value} holds addresses of {blocked}, which are always blocked", "list smaller networks")
+                break
+
+
+def _protocol(value: str, report: Report) -> None:
+    if value not in {"", "rest"}:
+        report(f"protocol {value} is not enforced by this version", "use rest, or remove the endpoint")
+
+
+def _tls(value: str, report: Report) -> None:
+    if value in {"skip", "passthrough"}:
+        report("uninspected TLS is not carried: every call is decided by host, method and path", "remove tls")
+
+
+def _host(value: str, report: Report) -> None:
+    if not value:
+        report("an endpoint without a host is not enforced by this version", "name the host; keep allowed_ips")
+    else:
+        check_host_glob(value, report)
+
+
+def _endpoint(endpoint: Endpoint, report: StructureReport) -> None:
+    if not endpoint.host:
+        report("host", "an endpoint without a host is not enforced by this version", "name the host")
+    if not endpoint.all_ports:
+        report("", "the endpoint has neither port nor ports", "add port: 443")
+    if endpoint.access and endpoint.rules is not None:
+        report("access", "access and rules exclude each other", "keep one of the two")
+    if endpoint.rules is not None and not endpoint.rules:
+        report("rules", "the list of rules is empty, so nothing would be allowed", "add a rule or remove the endpoint")
+    base = bool(endpoint.access) or bool(endpoint.rules)
+    if endpoint.deny_rules is not None:
+        if not endpoint.deny_rules:
+            report("deny_rules", "the list is empty", "add a rule or remove the field")
+        if not endpoint.protocol or not base:
+            report("deny_rules", "deny_rules need a protocol and access or rules to narrow", "add them")
+    if not endpoint.protocol and base:
+        report("protocol", "access and rules need a protocol", "add protocol: rest")
+    if endpoint.protocol == "rest" and not base:
+        report("protocol", "a rest endpoint needs access or rules", "add access: read-only, or rules")
+
+
+def _network_rule(rule: NetworkRule, report: StructureReport) -> None:
+    if not rule.endpoints:
+        report("endpoints", "the list is empty", "add an endpoint or remove the rule")
+    if not rule.binaries:
+        report("binaries", "the list is empty, so no process could use this rule", "list the executables")
+
+
+def _filesystem(value: FilesystemPolicy, report: StructureReport) -> None:
+    count = len(value.read_only) + len(value.read_write)
+    if count > MAX_DIRECTORIES:
+        report("", f"{count} directories are listed", f"list at most {MAX_DIRECTORIES}")
+
+
+def _rule_key(value: str, report: Report) -> None:
+    if value.startswith("_provider_"):
+        report("names that start with _provider_ are reserved", "choose another name")
+    elif not _KEY.match(value):
+        report(f"{value!r} is not a name", "use letters, digits, dot, dash and underscore")
+
+
+_LATER = "this field is not enforced by this version"
+_REMOVE = "remove it"
+
+POLICY_CHECKS = Checks(
+    fields={
+        (FilesystemPolicy, "read_only"): _each(check_absolute),
+        (FilesystemPolicy, "read_write"): _read_write,
+        (Process, "run_as_user"): _account,
+        (Process, "run_as_group"): _account,
+        (Binary, "path"): _binary,
+        (Match, "method"): _method,
+        (Match, "path"): check_path_glob,
+        (Match, "query"): _query,
+        (Endpoint, "host"): _host,
+        (Endpoint, "port"): _port,
+        (Endpoint, "ports"): _ports,
+        (Endpoint, "path"): check_path_glob,
+        (Endpoint, "protocol"): _protocol,
+        (Endpoint, "tls"): _tls,
+        (Endpoint, "allowed_ips"): _allowed_ips,
+    },
+    structures={
+        Endpoint: _endpoint,
+        NetworkRule: _network_rule,
+        FilesystemPolicy: _filesystem,
+    },
+    keys={(Policy, "network_policies"): _rule_key},
+    unsupported={
+        (Policy, "network_middlewares"): (_LATER, _REMOVE),
+        **{
+            (Endpoint, field): (_LATER, _REMOVE)
+            for field in (
+                "persisted_queries",
+                "graphql_persisted_queries",
+                "graphql_max_body_bytes",
+                "mcp",
+                "json_rpc",
+                "request_body_credential_rewrite",
+                "websocket_credential_rewrite",
+                "allow_uninspected_credentials",
+                "credential_signing",
+                "signing_service",
+                "signing_region",
+                "credential_binding",
+            )
+        },
+        **{
+            (Match, field): (_LATER, _REMOVE)
+            for field in ("operation_type", "operation_name", "fields", "tool", "params")
+        },
+    },
+)

@@ -1,0 +1,91 @@
+"""Routed inference: the local alias, the calls it takes, and the models that may be asked."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from saw.policy import globs, strict_json
+from saw.policy.governance import InferenceRoute
+from saw.policy.model import ALLOW, DENY, Decision, Request
+
+_POST = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1/responses"})
+_GET = frozenset({"/v1/models"})
+MAX_BODY = 64 * 1024 * 1024
+"""Largest request body that is parsed (bytes)."""
+
+
+class Unreadable(ValueError):
+    """The body does not name a model in a way that every parser reads alike."""
+
+
+def requested_model(body: bytes | None, *, complete: bool, encoding: str = "") -> str:
+    """Return the ``model`` of a JSON request body; raise :class:`Unreadable` when two parsers could disagree on it.
+
+    Duplicate keys, spellings of ``model`` in other case, other encodings than plain UTF-8 and incomplete bodies are refused.
+    """
+    if body is None or not complete:
+        raise Unreadable("the whole body was not seen, so the model is not known")
+    if encoding.strip().lower() not in {"", "identity"}:
+        raise Unreadable("the body is compressed")
+    try:
+        value = strict_json.loads(body, limit=MAX_BODY)
+    except strict_json.NotStrict as error:
+        raise Unreadable(f"the body cannot be read: {error}") from error
+    if not isinstance(value, dict) or not isinstance(value.get("model"), str):
+        raise Unreadable("the body has no text field model")
+    if any(key != "model" and key.casefold() == "model" for key in value):
+        raise Unreadable("the body has the field model in two spellings")
+    return str(value["model"])
+
+
+class CompiledRoute(msgspec.Struct, frozen=True):
+    """One inference route, ready to decide."""
+
+    route: InferenceRoute
+    models: tuple[re.Pattern[str], ...]
+
+    @classmethod
+    def compile(cls, route: InferenceRoute) -> CompiledRoute:
+        """Return the compiled form of ``route``."""
+        return cls(route, tuple(globs.flat_glob(glob) for glob in route.models))
+
+    def decide(self, request: Request, method: str, target: str) -> Decision:
+        """Return the decision on a call to this alias; ``target`` is canonical, with the query."""
+        route = self.route
+        path = target.partition("?")[0]
+        if method == "POST" and path in _POST:
+            try:
+                model = requested_model(
+                    request.body, complete=request.body_complete, encoding=request.headers.get("content-encoding", "")
+                )
+            except Unreadable as error:
+                return self._deny("model_not_allowed", str(error), target, "send one plain JSON object with one model")
+            if not any(pattern.fullmatch(model) for pattern in self.models):
+                allowed = ", ".join(route.models)
+                detail = f"the model {model[:80]!r} is not among {allowed}"
+                return self._deny("model_not_allowed", detail, target, f"use one of the models {allowed}")
+        elif not (method == "GET" and path in _GET):
+            detail = f"{method} {path} is not a call of an inference route"
+            return self._deny("method_or_path_not_allowed", detail, target, f"use POST {', '.join(sorted(_POST))}")
+        return Decision(
+            verdict=ALLOW,
+            policy="inference",
+            rule=route.alias,
+            credential=route.credential,
+            inference=route.alias,
+            canonical_path=target,
+        )
+
+    def _deny(self, reason: str, detail: str, target: str, step: str) -> Decision:
+        return Decision(
+            verdict=DENY,
+            reason=reason,
+            detail=detail,
+            policy="inference",
+            rule=self.route.alias,
+            inference=self.route.alias,
+            canonical_path=target,
+            next_steps=(step,),
+        )

@@ -1,0 +1,177 @@
+"""Compare what is not a call: directories, the sandbox's account and Landlock, the lease, and fields not known here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import msgspec
+
+from saw.policy import governance as words
+from saw.policy import model
+from saw.policy.governance import Governance, duration
+from saw.policy.model import Policy
+from saw.policy.reach_item import Item, Region, Risk, Witness
+
+Access = Literal["read", "write"]
+
+_KNOWN: dict[type, frozenset[str]] = {
+    kind: frozenset(fields.split())
+    for kind, fields in {
+        model.Policy: "version filesystem_policy landlock process network_policies",
+        model.FilesystemPolicy: "include_workdir read_only read_write",
+        model.Landlock: "compatibility",
+        model.Process: "run_as_user run_as_group",
+        model.AnyOf: "any",
+        model.Match: "method path query",
+        model.AllowRule: "allow",
+        model.Endpoint: (
+            "host port ports path protocol tls enforcement access rules deny_rules allowed_ips allow_encoded_slash"
+        ),
+        model.Binary: "path",
+        model.NetworkRule: "endpoints binaries name",
+        words.Governance: "schema blueprint lease landlock allow_audit plaintext credentials inference actions mcp",
+        words.Blueprint: "name version owner incident_contact review_days",
+        words.Lease: "ttl offline_ttl",
+        words.LandlockFloor: "minimum_abi allow_best_effort",
+        words.Credential: "id ref inject hosts paths",
+        words.Inject: "header format",
+        words.Inference: "routes",
+        words.InferenceRoute: "alias models upstream credential port",
+        words.Action: "match class reviewers expires",
+        words.ActionMatch: "host port method path git",
+        words.GitMatch: "service ref operation",
+        words.Reviewers: "group quorum",
+        words.Mcp: "servers",
+        words.McpServer: "transport command tools",
+        words.Tool: "class args",
+        words.Argument: "type required under regex enum min max max_length items",
+    }.items()
+}
+"""Every field whose meaning for reach is known; a field beyond these counts as wider whenever it changes."""
+
+
+def inside(path: str, directory: str) -> bool:
+    """Return whether ``path`` is ``directory`` or below it; both are absolute and plain."""
+    root = directory.rstrip("/")
+    return path.rstrip("/") == root or path.startswith(root + "/")
+
+
+def directories(policy: Policy, access: Access) -> tuple[str, ...]:
+    """Return the directories open for ``access``; what may be written may be read."""
+    files = policy.filesystem_policy
+    workdir = (f"/home/{policy.process.run_as_user}/project",) if files.include_workdir else ()
+    writable = (*files.read_write, *workdir)
+    return writable if access == "write" else (*files.read_only, *writable)
+
+
+def permits(policy: Policy, access: Access, path: str) -> bool:
+    """Return whether the sandbox may ``access`` the file ``path``."""
+    return any(inside(path, directory) for directory in directories(policy, access))
+
+
+def compare_directories(old: Policy, new: Policy) -> list[Item]:
+    """Return the directories that ``new`` opens beyond ``old``."""
+    items: list[Item] = []
+    files = new.filesystem_policy
+    table: tuple[tuple[Access, Risk, tuple[str, ...]], ...] = (
+        ("write", "critical", files.read_write),
+        ("read", "medium", files.read_only),
+    )
+    for access, risk, opened in table:
+        for directory in sorted(set(opened)):
+            if permits(old, access, directory):
+                continue
+            may = "read only" if access == "write" and permits(old, "read", directory) else "closed"
+            file = f"{directory.rstrip('/')}/x"
+            items.append(
+                Item(
+                    "disk",
+                    access,
+                    f"{access} {directory}",
+                    f"was {may}",
+                    Region(directory=directory),
+                    risk,
+                    (f"filesystem_policy.read_{'write' if access == 'write' else 'only'}",),
+                    witness=Witness(file=file, old=f"deny: {may}", new=f"allow: {access}"),
+                )
+            )
+    if new.filesystem_policy.include_workdir and not old.filesystem_policy.include_workdir:
+        why = "the project folder of the account is opened, wherever its home is"
+        region = Region(setting="include_workdir")
+        what = "write the project folder of the account"
+        items.append(
+            Item("disk", "write", what, why, region, "critical", ("filesystem_policy.include_workdir",), exact=False)
+        )
+    return items
+
+
+def _knobs(old: tuple[Policy, Governance], new: tuple[Policy, Governance]) -> Iterator[tuple[str, str, str, Risk]]:
+    """Yield name, old value, new value and risk of each setting that was loosened."""
+    (policy, rules), (policy_2, rules_2) = old, new
+    for field in ("run_as_user", "run_as_group"):
+        before, after = getattr(policy.process, field), getattr(policy_2.process, field)
+        if before != after:
+            yield f"process.{field}", before, after, "high"
+    before_abi = 0 if policy.landlock.compatibility == "best_effort" else rules.landlock.minimum_abi
+    after_abi = 0 if policy_2.landlock.compatibility == "best_effort" else rules_2.landlock.minimum_abi
+    if after_abi < before_abi:
+        yield "landlock", _abi(before_abi), _abi(after_abi), "high"
+    for name, was, now in (
+        ("ttl", rules.lease.ttl, rules_2.lease.ttl),
+        ("offline_ttl", rules.lease.offline_ttl, rules_2.lease.offline_ttl),
+    ):
+        if duration(now) > duration(was):
+            yield f"lease.{name}", was, now, "high" if name == "offline_ttl" else "medium"
+    if rules_2.allow_audit and not rules.allow_audit:
+        yield "allow_audit", "false", "true", "low"
+    if rules_2.landlock.allow_best_effort and not rules.landlock.allow_best_effort:
+        yield "landlock.allow_best_effort", "false", "true", "low"
+
+
+def _abi(version: int) -> str:
+    return f"at least ABI {version}" if version else "best effort"
+
+
+def _unknown(value: object, where: str) -> Iterator[tuple[str, object]]:
+    """Yield place and value of every field that :data:`_KNOWN` does not list."""
+    if isinstance(value, msgspec.Struct):
+        known = _KNOWN.get(type(value), frozenset())
+        for name, field in zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True):
+            place = f"{where}.{name}" if where else name
+            inner = getattr(value, field)
+            if name not in known:
+                yield place, msgspec.to_builtins(inner)
+            else:
+                yield from _unknown(inner, place)
+    elif isinstance(value, dict):
+        for name, inner in sorted(value.items()):
+            yield from _unknown(inner, f"{where}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _unknown(inner, f"{where}[{index}]")
+
+
+def compare_settings(old: tuple[Policy, Governance], new: tuple[Policy, Governance]) -> list[Item]:
+    """Return the settings that ``new`` loosens, and every change of a field whose meaning is not known here."""
+    items = [
+        Item(
+            "setting",
+            "setting",
+            f"{name}: {after}",
+            f"was {before}",
+            Region(setting=name),
+            risk,
+            (name,),
+        )
+        for name, before, after, risk in _knobs(old, new)
+    ]
+    before_fields = {place: value for part in old for place, value in _unknown(part, "")}
+    after_fields = {place: value for part in new for place, value in _unknown(part, "")}
+    for place in sorted({*before_fields, *after_fields}):
+        if before_fields.get(place) != after_fields.get(place):
+            why = "the field changed, and what it means for reach is not known to this version"
+            what = f"{place}: {str(after_fields.get(place, 'removed'))[:200]}"
+            region = Region(setting=place)
+            items.append(Item("setting", "possibly", what, why, region, "high", (place,), exact=False))
+    return items

@@ -1,0 +1,146 @@
+"""Compare the MCP tools of two bundles: servers, tools, classes and the values that arguments may have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from saw.policy.governance import Governance, Tool
+from saw.policy.mcp import decide_tool
+from saw.policy.reach_arguments import NOTHING, find
+from saw.policy.reach_automata import Budget, TooLarge
+from saw.policy.reach_calls import verdict
+from saw.policy.reach_item import Item, Region, Risk, Witness
+from saw.policy.reach_side import LEVELS, REFUSED, REVIEW
+
+_ABSENT = Tool()
+_LONG = 300
+
+
+def level(tool: Tool) -> int:
+    """Return how much a tool's class allows, as an index of :data:`saw.policy.reach_side.LEVELS`."""
+    return REFUSED if tool.class_ == "deny" else LEVELS.index(tool.class_)
+
+
+def sample(tool: Tool, budget: Budget) -> dict[str, object] | None:
+    """Return the smallest arguments that ``tool`` accepts, or ``None`` when it accepts none."""
+    result: dict[str, object] = {}
+    for name, rule in sorted(tool.args.items()):
+        if rule.required:
+            value = find((rule,), (), budget)
+            if value is NOTHING:
+                return None
+            result[name] = value
+    return result
+
+
+def arguments_text(arguments: Mapping[str, object]) -> str:
+    """Return ``arguments`` as JSON; values that are too long for a report are cut and marked."""
+    return json.dumps(
+        {name: _short(value) for name, value in sorted(arguments.items())}, ensure_ascii=True, default=str
+    )
+
+
+def _short(value: object) -> object:
+    if isinstance(value, str) and len(value) > _LONG:
+        return f"{value[:40]}… ({len(value)} characters)"
+    if isinstance(value, list) and len(value) > _LONG:
+        return f"a list of {len(value)} elements like {json.dumps(value[0], default=str)[:80]}"
+    return value
+
+
+def wider_arguments(old: Tool, new: Tool, budget: Budget) -> list[tuple[str, dict[str, object]]]:
+    """Return for each argument that ``new`` takes and ``old`` refuses: its name and arguments that show it."""
+    base = sample(new, budget)
+    if base is None:
+        return []
+    found: list[tuple[str, dict[str, object]]] = []
+    for name in sorted({*old.args, *new.args}):
+        before, after = old.args.get(name), new.args.get(name)
+        if after is not None:
+            value = find((after,), (before,) if before is not None else (), budget)
+            if value is not NOTHING:
+                found.append((name, {**base, name: value}))
+                continue
+        if before is not None and before.required and (after is None or not after.required):
+            found.append((name, {key: value for key, value in base.items() if key != name}))
+    return found
+
+
+class _Comparison:
+    def __init__(self, old: Governance, new: Governance, budget: Budget) -> None:
+        self.old = old
+        self.new = new
+        self.budget = budget
+        self.items: list[Item] = []
+
+    def _add(
+        self, place: tuple[str, str, str], kind: str, risk: Risk, why: str, arguments: Mapping[str, object]
+    ) -> None:
+        server, tool, name = place
+        before = decide_tool(self.old, server, tool, arguments)
+        after = decide_tool(self.new, server, tool, arguments)
+        witness = Witness(
+            server=server, tool=tool, arguments=arguments_text(arguments), old=verdict(before), new=verdict(after)
+        )
+        class_ = self.new.mcp.servers[server].tools[tool].class_
+        region = Region(server=server, tool=tool, argument=name, action_class=class_)
+        what = f"tool {server}.{tool}" + (f" argument {name}" if name else "")
+        rules = (f"mcp.servers.{server}.tools.{tool}" + (f".args.{name}" if name else ""),)
+        self.items.append(Item("tool", kind, what, why, region, risk, rules, exact=True, witness=witness))
+
+    def _unknown(self, server: str, tool: str) -> None:
+        rules = (f"mcp.servers.{server}.tools.{tool}",)
+        region = Region(server=server, tool=tool)
+        why = "its arguments differ, and an exact answer is out of bounds"
+        self.items.append(
+            Item("tool", "possibly", f"tool {server}.{tool}", why, region, "critical", rules, exact=False)
+        )
+
+    def tool(self, server: str, name: str, old: Tool, new: Tool) -> None:
+        """Compare one tool."""
+        if old == new or level(new) == REFUSED:
+            return
+        base = sample(new, self.budget)
+        if base is None:
+            return
+        usable = level(old) != REFUSED and sample(old, self.budget) is not None
+        if not usable:
+            review = level(new) == REVIEW
+            why = "was refused and may now be asked of a reviewer" if review else "could not be called"
+            self._add((server, name, ""), "tool", "medium" if review else "high", why, base)
+            return
+        if level(new) > level(old):
+            lifted = level(old) == REVIEW
+            why = f"was of class {old.class_} and is of class {new.class_} now"
+            kind = "review-lifted" if lifted else "class"
+            self._add((server, name, ""), kind, "critical" if lifted else "high", why, base)
+        for argument, arguments in wider_arguments(old, new, self.budget):
+            risk: Risk = "medium" if level(new) == REVIEW else "high"
+            self._add((server, name, argument), "argument", risk, "was refused with this argument", arguments)
+
+    def run(self) -> list[Item]:
+        """Compare all servers and tools."""
+        for server, now in sorted(self.new.mcp.servers.items()):
+            before = self.old.mcp.servers.get(server)
+            if before is None or (before.command, before.transport) != (now.command, now.transport):
+                region = Region(server=server, setting="command")
+                why = "runs another program" if before is not None else "did not run"
+                what = f"MCP server {server}: {' '.join(now.command)}"
+                rules = (f"mcp.servers.{server}.command",)
+                self.items.append(Item("tool", "server", what, why, region, "high", rules))
+            for name, tool in sorted(now.tools.items()):
+                old = _ABSENT if before is None else before.tools.get(name, _ABSENT)
+                try:
+                    self.tool(server, name, old, tool)
+                except TooLarge:
+                    self._unknown(server, name)
+        return self.items
+
+
+def compare_tools(old: Governance, new: Governance, budget: Budget) -> list[Item]:
+    """Return what tools of ``new`` take that those of ``old`` refuse."""
+    return _Comparison(old, new, budget).run()
+
+
+__all__ = ["arguments_text", "compare_tools", "level", "sample", "wider_arguments"]

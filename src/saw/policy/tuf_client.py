@@ -1,0 +1,134 @@
+"""The workspace's side of the TUF repository: refresh, fetch, and errors that say what an attacker (or a fault) did.
+
+The work is python-tuf's ``Updater``; this module pins TLS, bounds time, and turns exceptions into codes.
+"""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from securesystemslib.exceptions import UnverifiedSignatureError
+from tuf.api import exceptions
+from tuf.ngclient import Updater, UpdaterConfig  # type: ignore[attr-defined]
+from tuf.ngclient.fetcher import FetcherInterface
+
+from saw.policy.bundle import MAX_BUNDLE
+from saw.policy.errors import RepositoryError
+
+_CHUNK = 65536
+
+
+class PinnedFetcher(FetcherInterface):
+    """Downloads over TLS that only the deployment's CA can vouch for, whatever address is dialled.
+
+    ``server_name`` is the name in the server's certificate; ``deadline`` bounds each download in seconds on ``clock``.
+    """
+
+    def __init__(
+        self,
+        ca_pem: str,
+        server_name: str,
+        *,
+        timeout: float = 10.0,
+        deadline: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        context = ssl.create_default_context(cadata=ca_pem)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        self._client = httpx.Client(verify=context, timeout=timeout, trust_env=False, follow_redirects=False)
+        self._extensions = {"sni_hostname": server_name}
+        self._headers = {"host": server_name}
+        self._deadline = deadline
+        self._clock = clock
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _fetch(self, url: str) -> Iterator[bytes]:
+        end = self._clock() + self._deadline
+        try:
+            with self._client.stream("GET", url, headers=self._headers, extensions=self._extensions) as answer:
+                if answer.status_code != httpx.codes.OK:
+                    raise exceptions.DownloadHTTPError(f"{url}: status {answer.status_code}", answer.status_code)
+                for chunk in answer.iter_bytes(_CHUNK):
+                    if self._clock() > end:
+                        raise exceptions.SlowRetrievalError(f"{url} took longer than {self._deadline} s")
+                    yield chunk
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise exceptions.DownloadError(f"{url}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _coded() -> Iterator[None]:
+    """Turn the exceptions of python-tuf into :class:`RepositoryError` with a code."""
+    try:
+        yield
+    except exceptions.ExpiredMetadataError as error:
+        cure = "the repository is frozen or the clock is wrong; check the broker and the time"
+        raise RepositoryError("freeze", f"the repository's metadata is too old: {error}", cure=cure) from error
+    except exceptions.BadVersionNumberError as error:
+        cure = "somebody serves an old state; restore the broker's repository"
+        raise RepositoryError("rollback", f"the repository went backwards: {error}", cure=cure) from error
+    except (exceptions.UnsignedMetadataError, UnverifiedSignatureError) as error:
+        cure = "the trusted officers did not sign this; find out who did"
+        raise RepositoryError("threshold", f"the metadata lacks good signatures: {error}", cure=cure) from error
+    except exceptions.LengthOrHashMismatchError as error:
+        cure = "the repository is inconsistent or a file was changed"
+        raise RepositoryError("mix_and_match", f"a file is not the one that was signed: {error}", cure=cure) from error
+    except exceptions.DownloadLengthMismatchError as error:
+        raise RepositoryError("malformed", f"the answer is too long: {error}", cure="check the broker") from error
+    except exceptions.DownloadError as error:
+        cure = "check the link to the broker"
+        raise RepositoryError("unreachable", f"the repository cannot be reached: {error}", cure=cure) from error
+    except (exceptions.RepositoryError, ValueError, KeyError) as error:
+        raise RepositoryError("malformed", f"the metadata cannot be used: {error}", cure="check the broker") from error
+
+
+def refresh(
+    metadata_dir: Path | str, targets_dir: Path | str, base_url: str, root: bytes, fetcher: FetcherInterface
+) -> Updater:
+    """Return an ``Updater`` whose metadata is verified, fresh, and not older than what ``metadata_dir`` remembers.
+
+    ``base_url`` is the URL below which ``metadata/`` and ``targets/`` lie; ``root`` the trusted root. Raises
+    :class:`RepositoryError` with code ``freeze``, ``rollback``, ``threshold``, ``mix_and_match``, ``unreachable`` or
+    ``malformed``.
+    """
+    for directory in (metadata_dir, targets_dir):
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    base = base_url.rstrip("/")
+    with _coded():
+        updater = Updater(
+            metadata_dir=str(metadata_dir),
+            metadata_base_url=f"{base}/metadata/",
+            target_dir=str(targets_dir),
+            target_base_url=f"{base}/targets/",
+            fetcher=fetcher,
+            config=UpdaterConfig(max_delegations=1),
+            bootstrap=root,
+        )
+        updater.refresh()
+    return updater
+
+
+def fetch_target(updater: Updater, path: str) -> tuple[bytes, dict[str, object]]:
+    """Return the target's bytes, verified against the signed metadata, and its ``custom`` data.
+
+    Raises :class:`RepositoryError`: ``not_found`` when the repository does not release ``path``, else as :func:`refresh`.
+    """
+    with _coded():
+        info = updater.get_targetinfo(path)
+        if info is None:
+            raise RepositoryError("not_found", f"the repository does not release {path}", cure="publish it first")
+        if info.length > MAX_BUNDLE:
+            raise RepositoryError("malformed", f"{path} is larger than a bundle may be", cure="check the release")
+        local = updater.find_cached_target(info) or updater.download_target(info)
+        raw = Path(local).read_bytes()
+        info.verify_length_and_hashes(raw)
+    custom = info.custom
+    return raw, dict(custom) if isinstance(custom, dict) else {}

@@ -1,0 +1,1 @@
+"""Package saw.runtime (see docs/architecture.md)."""

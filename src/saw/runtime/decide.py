@@ -1,0 +1,315 @@
+"""The decision service of ring 1: Envoy asks it about every CONNECT and every request of the sandbox.
+
+It answers with the same matcher that ring 2 uses, and adds what only the workspace can see: which process asks. Its answer
+carries the headers ring 2 expects; ring 2 then decides again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+
+from saw.policy.matcher import Matcher
+from saw.policy.model import Decision, Request
+from saw.runtime import ring1_settings as facts
+from saw.runtime.attribution import Attribution, Caller
+from saw.runtime.decide_state import Generations, Heartbeat, Lease
+from saw.runtime.generation import Loaded
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+_AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s\[\]:@/\\?#%\x00-\x20\x7f-\U0010ffff]+)(?::([0-9]{1,5}))?")
+_REFUSED_AT_CONNECT = frozenset({"host_not_allowed", "binary_not_allowed", "destination_blocked", "not_canonical"})
+
+
+class DecideConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``/etc/saw/decide.json``; every value has the default of the architecture page."""
+
+    socket: str = "/run/saw/decide/authz.sock"
+    generations: str = "/run/saw/generations"
+    lease: str = "/run/saw/svid/lease.json"
+    heartbeat: str = "/run/saw/policy/heartbeat"
+    heartbeat_limit_s: float = 15.0
+    netns: str = "/run/netns/saw-sandbox"
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """One question of Envoy, with the facts that Envoy itself stated."""
+
+    stage: str
+    method: str
+    authority: str
+    path: str
+    source: str = ""
+    connect: str = ""
+    server_name: str = ""
+    upgrade: str = ""
+    request_id: str = ""
+    headers: Mapping[str, str] = {}
+    body: bytes | None = None
+    body_complete: bool = True
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """The answer: 200 with the headers for ring 2, or 403 with the reason as JSON."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+    log: dict[str, object]
+
+
+class Target(msgspec.Struct, frozen=True):
+    """Where a request goes: scheme, host in lower case, port."""
+
+    scheme: str
+    host: str
+    port: int
+
+
+class Refused(Exception):
+    """A refusal that was decided before the matcher was asked."""
+
+    def __init__(self, reason: str, detail: str, *steps: str) -> None:
+        super().__init__(detail)
+        self.decision = Decision(verdict="deny", reason=reason, detail=detail, next_steps=steps)
+
+
+class Decider:
+    """Decides with one immutable generation per question."""
+
+    def __init__(self, generations: Generations, lease: Lease, heartbeat: Heartbeat, attribution: Attribution) -> None:
+        self._generations = generations
+        self._lease = lease
+        self._heartbeat = heartbeat
+        self._attribution = attribution
+
+    def status(self) -> dict[str, object]:
+        """Return what is loaded, for policyd's read-back."""
+        loaded = self._generations.get()
+        return {
+            "policy_digest": loaded.digest if loaded else "",
+            "revision": loaded.revision if loaded else 0,
+            "problem": self._generations.problem,
+        }
+
+    def decide(self, asked: Asked) -> Answer:
+        """Return the answer to one question; never raises for what a client sent."""
+        loaded = self._generations.get()
+        caller: Caller | None = None
+        target: Target | None = None
+        granted: str | None = None
+        try:
+            target = target_of(asked)
+            if loaded is None:
+                raise Refused(
+                    "not_released",
+                    self._generations.problem or "no verified policy is loaded in this workspace yet",
+                    "wait for the workspace to receive its policy, or ask the platform team",
+                )
+            for refusal in (self._lease.refusal(), self._heartbeat.refusal()):
+                if refusal:
+                    raise Refused("lease_expired", refusal, "wait for the workspace to attest again")
+            caller = self._attribution.caller(asked.source)
+            decision, granted = self._match(loaded, asked, target, caller)
+        except Refused as refused:
+            decision = refused.decision
+        return _answer(asked, target, granted or (caller.binary if caller else None), decision, loaded)
+
+    def _match(
+        self, loaded: Loaded, asked: Asked, target: Target, caller: Caller | None
+    ) -> tuple[Decision, str | None]:
+        """Return the decision and, when allowed, the executable that the policy grants it to."""
+        if asked.upgrade:
+            raise Refused(
+                "method_or_path_not_allowed",
+                f"an upgrade to {asked.upgrade[:40]!r} is not decided call by call, so it is never allowed",
+                "use plain HTTP requests",
+            )
+        request = Request(
+            scheme=target.scheme,
+            host=target.host,
+            port=target.port,
+            method=asked.method,
+            path=asked.path,
+            binary=caller.binary if caller else None,
+            ancestors=caller.ancestors if caller else (),
+            headers=asked.headers,
+            body=asked.body,
+            body_complete=asked.body_complete,
+        )
+        if asked.stage == "connect":
+            return _tunnel(loaded.matcher, request), request.binary
+        decision = loaded.matcher.decide(request)
+        if not decision.allowed:
+            return decision, request.binary
+        # Ring 2 knows one executable only: name the one that is granted the call, be it the caller or a parent of it.
+        for binary in (request.binary, *request.ancestors):
+            alone = msgspec.structs.replace(request, binary=binary, ancestors=())
+            if loaded.matcher.decide(alone).allowed:
+                return decision, binary
+        return decision, request.binary
+
+
+def _tunnel(matcher: Matcher, request: Request) -> Decision:
+    """Decide on a CONNECT: it may be opened to every destination of the policy; what is asked inside is decided there."""
+    decision = Decision(verdict="deny", reason="host_not_allowed")
+    for scheme in ("https", "http"):
+        inner = msgspec.structs.replace(request, scheme=scheme, method="GET", path="/", body=None)
+        decision = matcher.decide(inner)
+        if decision.reason not in _REFUSED_AT_CONNECT:
+            return Decision(verdict="allow", policy=decision.policy)
+        if decision.reason != "host_not_allowed":
+            break
+    missing = {**decision.rule_missing, "method": "CONNECT"} if decision.rule_missing else None
+    return msgspec.structs.replace(decision, rule_missing=missing)
+
+
+def target_of(asked: Asked) -> Target:
+    """Return where ``asked`` goes, or raise :class:`Refused` when its several statements of that disagree.
+
+    CONNECT authority, server name and Host must name one host and port (``3-policy``: CONNECT = SNI = Host).
+    """
+    host, port = _parse_authority(asked.authority)
+    if asked.stage == "connect":
+        if port is None:
+            raise Refused("not_canonical", "a CONNECT request must name a port", "use host:port")
+        return Target("https", host, port)
+    if asked.stage == "plain":
+        return Target("http", host, port or 80)
+    scheme = "https" if asked.stage == "tls" else "http"
+    tunnel_host, tunnel_port = _parse_authority(asked.connect)
+    stated = {"CONNECT": tunnel_host, "Host": host}
+    if scheme == "https":
+        stated["SNI"] = asked.server_name.lower()
+    if len(set(stated.values())) != 1 or tunnel_port is None or port not in {None, tunnel_port}:
+        names = ", ".join(f"{key} {value or 'none'}" for key, value in stated.items())
+        raise Refused(
+            "host_not_allowed",
+            f"one connection must name one destination, but it named: {names}",
+            "send the same host in CONNECT, TLS server name and Host",
+        )
+    return Target(scheme, tunnel_host, tunnel_port)
+
+
+def _parse_authority(text: str) -> tuple[str, int | None]:
+    match = _AUTHORITY.fullmatch(text)
+    port = int(match[2]) if match and match[2] else None
+    if match is None or (port is not None and not 0 < port < 65536):
+        raise Refused("not_canonical", f"the destination {text!r} is not a host name with an optional port")
+    return match[1].lower(), port
+
+
+def _answer(
+    asked: Asked, target: Target | None, binary: str | None, decision: Decision, loaded: Loaded | None
+) -> Answer:
+    shown = {
+        "policy_digest": loaded.digest if loaded else "",
+        "policy": decision.policy,
+        "rule": decision.rule,
+        "host": target.host if target else asked.authority,
+        "port": target.port if target else None,
+        "method": "CONNECT" if asked.stage == "connect" else asked.method,
+        "path": "" if asked.stage == "connect" else asked.path.partition("?")[0],
+        "binary": binary,
+        "request_id": asked.request_id,
+    }
+    log: dict[str, object] = {
+        "event": "ring1_decision",
+        "verdict": decision.verdict,
+        "reason": decision.reason,
+        **shown,
+    }
+    if decision.verdict == "allow" and target is not None:
+        headers = [("x-saw-ring1", "allow")]
+        if asked.stage != "connect":
+            headers += [
+                ("x-saw-scheme", target.scheme),
+                ("x-saw-port", str(target.port)),
+                (facts.ANSWER_AUTHORITY, target.host),
+                (facts.ANSWER_PATH, decision.canonical_path),
+            ]
+            if binary is not None:
+                # An agent may name its executables as it likes; nothing of that may become header syntax.
+                headers.append(("x-saw-binary", quote(binary, safe="/-_.+@:,=")))
+        return Answer(200, tuple(headers), b"", log)
+    body = {
+        "error": "policy_denied",
+        "layer": "ring1",
+        "protocol": target.scheme if target else "",
+        "reason": decision.reason or "host_not_allowed",
+        "detail": decision.detail,
+        **shown,
+        "rule_missing": decision.rule_missing,
+        "next_steps": list(decision.next_steps),
+    }
+    return Answer(403, (("content-type", "application/json"),), json.dumps(body).encode() + b"\n", log)
+
+
+class DecideService:
+    """ASGI application on the Unix socket: ``/decide`` for Envoy, ``/status`` for policyd."""
+
+    def __init__(self, decider: Decider, log: Callable[[dict[str, object]], None]) -> None:
+        self._decider = decider
+        self._log = log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one HTTP request (ASGI)."""
+        if scope["type"] != "http":
+            return
+        chunks: list[bytes] = []
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            chunks.append(message.get("body", b""))
+            more = message.get("more_body", False)
+        if scope["path"] == "/decide":
+            answer = self._decider.decide(_asked(scope, b"".join(chunks)))
+            self._log(answer.log)
+            await _respond(send, answer.status, answer.headers, answer.body)
+        elif scope["path"] == "/status":
+            body = json.dumps(self._decider.status()).encode()
+            await _respond(send, 200, (("content-type", "application/json"),), body)
+        else:
+            await _respond(send, 404, (), b"")
+
+
+def journal(line: dict[str, object]) -> None:
+    """Write one decision to the journal, as one JSON line. It names no query, header or body."""
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+def _asked(scope: Scope, body: bytes) -> Asked:
+    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+    return Asked(
+        stage=headers.get(facts.FACT_STAGE, ""),
+        method=scope["method"],
+        authority=headers.get("host", ""),
+        path=headers.get(facts.FACT_PATH, ""),
+        source=headers.get(facts.FACT_SOURCE, ""),
+        connect=headers.get(facts.FACT_CONNECT, ""),
+        server_name=headers.get(facts.FACT_SNI, ""),
+        upgrade=headers.get(facts.FACT_UPGRADE, ""),
+        request_id=headers.get("x-request-id", ""),
+        headers={name: headers[name] for name in facts.POLICY_HEADERS if name in headers},
+        body=body or None,
+        body_complete=headers.get("x-envoy-auth-partial-body", "false") == "false",
+    )
+
+
+async def _respond(send: Send, status: int, headers: tuple[tuple[str, str], ...], body: bytes) -> None:
+    encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+    encoded.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})

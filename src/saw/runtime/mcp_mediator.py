@@ -1,0 +1,177 @@
+"""The MCP mediator process: a Unix socket for the agent, one server instance per session, the policy between them.
+
+It runs as a user of its own outside the sandbox. Clients (the sandbox's ``saw-mcp-connect``) connect to
+``/run/saw/mcp/NAME.sock``; each connection is paired with a new connection to ``/run/saw/mcp-server/NAME.sock``, for which
+systemd starts a confined instance of the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from saw.errors import SawError
+from saw.policy.governance import Governance, McpServer
+from saw.policy.model import Decision
+from saw.runtime.mcp_protocol import MAX_MESSAGE, Json, Out, Session
+
+MAX_SESSIONS = 16
+DRAIN_S = 5.0
+
+DecideTool = Callable[[Governance, str, str, Json], Decision]
+
+
+class MediatorError(SawError):
+    """The mediator cannot serve the MCP server that was named."""
+
+    code = "mcp_mediator"
+
+
+@dataclass
+class GovernanceSource:
+    """The loaded generation's ``governance.yaml``, read again whenever another generation is switched in.
+
+    ``load`` parses the file's bytes. A file that cannot be read or parsed makes :meth:`server` raise, so calls are denied.
+    """
+
+    path: Path
+    name: str
+    load: Callable[[bytes], Governance]
+    _stamp: tuple[int, int, int] | None = None
+    _governance: Governance | None = None
+
+    def current(self) -> Governance:
+        """Return the current governance; raise :class:`MediatorError` when there is none."""
+        try:
+            status = self.path.stat()
+            stamp = (status.st_dev, status.st_ino, status.st_mtime_ns)
+            if self._governance is None or stamp != self._stamp:
+                self._governance, self._stamp = self.load(self.path.read_bytes()), stamp
+        except OSError as error:
+            raise MediatorError(f"{self.path}: {error.strerror}", cure="see `systemctl status saw-policyd`") from error
+        return self._governance
+
+    def server(self) -> McpServer:
+        """Return the entry of this server; raise :class:`MediatorError` when the policy has none."""
+        found = self.current().mcp.servers.get(self.name)
+        if found is None or found.transport != "stdio":
+            raise MediatorError(
+                f"the policy has no stdio MCP server {self.name!r}", cure="add it under mcp.servers in governance.yaml"
+            )
+        return found
+
+
+def log_line(record: Json) -> None:
+    """Write one decision record as a JSON line on stderr (the journal, from where it is collected)."""
+    print(json.dumps({"component": "saw-mcp", **record}, separators=(",", ":")), file=sys.stderr, flush=True)
+
+
+@dataclass
+class Mediator:
+    """Serves sessions on ``listen_path``; see the module's text. ``client_uids`` may connect."""
+
+    name: str
+    listen_path: str
+    server_path: str
+    source: GovernanceSource
+    decide_tool: DecideTool
+    client_uids: frozenset[int]
+    log: Callable[[Json], None] = log_line
+    maximum: int = MAX_MESSAGE
+    _active: int = field(default=0, init=False)
+
+    def decide(self, tool: str, arguments: Json) -> Decision:
+        """Judge a call by the current generation; anything that goes wrong is a denial."""
+        try:
+            self.source.server()
+            return self.decide_tool(self.source.current(), self.name, tool, arguments)
+        except Exception as error:  # noqa: BLE001 - the fail-closed edge
+            return Decision(
+                verdict="deny", reason="tool_not_allowed", detail=f"the policy could not be consulted: {error}"
+            )
+
+    async def serve(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Listen until cancelled; the socket is mode 0660 and replaces a stale one."""
+        Path(self.listen_path).unlink(missing_ok=True)  # noqa: ASYNC240 - before anything is served
+        before = os.umask(0o117)
+        try:
+            listening = await asyncio.start_unix_server(self._client, self.listen_path, limit=self.maximum)
+        finally:
+            os.umask(before)
+        ready()
+        async with listening:
+            await listening.serve_forever()
+
+    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        uid = struct.unpack(
+            "3i", writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        )[1]
+        if uid not in self.client_uids or self._active >= MAX_SESSIONS:
+            reason = "too many sessions" if uid in self.client_uids else f"uid {uid} may not connect"
+            self.log({"event": "session_refused", "server": self.name, "reason": reason})
+            writer.close()
+            return
+        self._active += 1
+        try:
+            await self._session(reader, writer)
+        except (OSError, SawError) as error:
+            self.log({"event": "session_failed", "server": self.name, "reason": str(error)})
+        finally:
+            self._active -= 1
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    async def _session(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.source.server()
+        server_reader, server_writer = await asyncio.open_unix_connection(self.server_path, limit=self.maximum)
+        session = Session(self.name, self.source.server, self.decide, self.log)
+        writers = {"client": writer, "server": server_writer}
+        from_client = asyncio.create_task(self._pump(reader, session.from_client, writers, "client"))
+        from_server = asyncio.create_task(self._pump(server_reader, session.from_server, writers, "server"))
+        try:
+            await asyncio.wait({from_client, from_server}, return_when=asyncio.FIRST_COMPLETED)
+            if from_client.done() and not from_server.done():
+                if server_writer.can_write_eof():
+                    server_writer.write_eof()
+                await asyncio.wait({from_server}, timeout=DRAIN_S)
+        finally:
+            for task in (from_client, from_server):
+                task.cancel()
+            await asyncio.gather(from_client, from_server, return_exceptions=True)
+            server_writer.close()
+            with contextlib.suppress(OSError):
+                await server_writer.wait_closed()
+
+    async def _pump(
+        self,
+        reader: asyncio.StreamReader,
+        judge: Callable[[bytes], list[Out]],
+        writers: dict[str, asyncio.StreamWriter],
+        side: str,
+    ) -> None:
+        while True:
+            try:
+                line = await reader.readuntil(b"\n")
+            except asyncio.IncompleteReadError:
+                return
+            except asyncio.LimitOverrunError:
+                self.log({"event": "message_refused", "server": self.name, "from": side, "reason": "message too large"})
+                if side == "client":
+                    text = f'{{"jsonrpc":"2.0","id":null,"error":{{"code":-32600,"message":"over {self.maximum} bytes"}}}}\n'
+                    writers["client"].write(text.encode())
+                    await writers["client"].drain()
+                return
+            if not line.strip():
+                continue
+            for to, out in judge(line):
+                writers[to].write(out)
+                await writers[to].drain()

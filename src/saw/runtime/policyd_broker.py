@@ -1,0 +1,150 @@
+"""policyd's calls to the broker: TUF files, the wake-up long-poll, and reports.
+
+The broker is reached through the perimeter under an address; its certificate is checked for its name, against the
+workspace's own CA and nothing else. TUF verifies content, so a lying broker can at most withhold.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import ssl
+from pathlib import Path
+
+import httpx
+import msgspec
+
+from saw.errors import UnavailableError
+from saw.policy.tuf_client import PinnedFetcher
+from saw.runtime.policyd_config import Workspace
+
+
+class BrokerUnreachable(UnavailableError):
+    """The broker gave no usable answer."""
+
+    code = "broker_unreachable"
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """Which release the broker gives this workspace; it can hold a signed release back with it, never replace one.
+
+    ``policy_digest`` is None when there is none for it, and empty when the broker does not say: then the newest counts.
+    """
+
+    seq: int
+    policy_digest: str | None = ""
+    revision: int | None = 0
+
+
+class Given(msgspec.Struct, frozen=True):
+    """The bundle of the release that this workspace is given, base64, None when there is none."""
+
+    bundle: str | None = None
+
+
+class PolicyBroker:
+    """One workspace's client of the broker; ``fetcher`` is for the TUF client."""
+
+    def __init__(self, workspace: Workspace, run_dir: Path, timeout: float = 15.0) -> None:
+        self._workspace = workspace
+        self._svid = run_dir / "svid"
+        self._ca = run_dir / "ca.pem"
+        self._timeout = timeout
+        self._extensions = {"sni_hostname": workspace.broker_name}
+        self._client = self._open(identified=False)
+        self.fetcher = PinnedFetcher(workspace.ca_pem, workspace.broker_name, timeout=timeout)
+
+    @property
+    def tuf_url(self) -> str:
+        """Base of the TUF repository."""
+        return f"{self._workspace.broker_url}/tuf"
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+        self.fetcher.close()
+
+    def watch(self, after: int, wait: float) -> int:
+        """Return the broker's sequence number once it differs from ``after``, or ``after`` when ``wait`` s passed."""
+        return self._ask(after, wait).seq
+
+    def offer(self) -> Offer:
+        """Return what this workspace is offered now; raises :class:`BrokerUnreachable`."""
+        return self._ask(0, 0)
+
+    def given_bundle(self) -> bytes:
+        """Return the bundle of the release that this workspace is given, nothing of it verified; empty for none.
+
+        For a workspace that is held on an earlier release and has no copy of it: TUF names the newest one alone.
+        """
+        path = "/v1/workspace/bundle"
+        try:
+            answer = self._client.get(
+                path, params={"workspace_id": self._workspace.workspace_id}, extensions=self._extensions
+            )
+            answer.raise_for_status()
+            text = msgspec.json.decode(answer.content, type=Given).bundle
+            return base64.b64decode(text, validate=True) if text else b""
+        except (httpx.HTTPError, msgspec.MsgspecError, binascii.Error) as error:
+            raise _unreachable(path, error) from error
+
+    def _ask(self, after: int, wait: float) -> Offer:
+        query: dict[str, str | int] = {
+            "workspace_id": self._workspace.workspace_id,
+            "after": after,
+            "wait": int(max(0, min(30, wait))),
+        }
+        try:
+            answer = self._client.get(
+                "/v1/workspace/watch", params=query, timeout=wait + self._timeout, extensions=self._extensions
+            )
+            answer.raise_for_status()
+            return msgspec.json.decode(answer.content, type=Offer) if answer.content else Offer(after)
+        except (httpx.HTTPError, msgspec.MsgspecError) as error:
+            raise _unreachable("/v1/workspace/watch", error) from error
+
+    def report(
+        self, kind: str, state: str, *, reason: str = "", policy_digest: str = "", revision: int = 0, detail: str = ""
+    ) -> None:
+        """Report a policy state or a finding, under the workspace's identity when it holds one."""
+        body = {
+            "workspace_id": self._workspace.workspace_id,
+            "kind": kind,
+            "state": state,
+            "reason": reason,
+            "policy_digest": policy_digest,
+            "revision": revision,
+            "detail": detail[:1000],
+        }
+        # An identity that ended this moment must not hide what there is to say: the second try goes without one.
+        for identified in (True, False):
+            try:
+                with self._open(identified=identified) as client:
+                    client.post("/v1/workspace/report", json=body, extensions=self._extensions).raise_for_status()
+            except httpx.HTTPError as error:
+                if not identified:
+                    raise _unreachable("/v1/workspace/report", error) from error
+            else:
+                return
+
+    def _open(self, *, identified: bool) -> httpx.Client:
+        context = ssl.create_default_context(cafile=str(self._ca))
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        if identified:
+            # Without an identity, or while it is being replaced, the broker records the report as unverified.
+            with contextlib.suppress(OSError, ssl.SSLError):
+                context.load_cert_chain(self._svid / "svid.pem", self._svid / "key.pem")
+        return httpx.Client(
+            base_url=self._workspace.broker_url,
+            verify=context,
+            timeout=self._timeout,
+            trust_env=False,
+            headers={"host": self._workspace.broker_name},
+        )
+
+
+def _unreachable(what: str, error: Exception) -> BrokerUnreachable:
+    return BrokerUnreachable(
+        f"{what}: {type(error).__name__}: {error}"[:300], cure="check the link to the broker and its certificate"
+    )

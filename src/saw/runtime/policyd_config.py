@@ -1,0 +1,117 @@
+"""Configuration of policyd and what the workspace was told at its creation."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from saw.errors import ConfigError
+from saw.files import load_json
+from saw.runtime.ring1 import Ring1
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
+
+
+class PolicydConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``/etc/saw/policyd.json``; every value has the default of the architecture page. Times are in seconds.
+
+    ``nv_index`` (for example ``0x01500010``) adds a revision floor in the TPM. ``attest_socket`` null measures nothing; the
+    broker then issues no identity for the policy.
+    """
+
+    run_dir: str = "/run/saw"
+    state_dir: str = "/var/lib/saw/policyd"
+    attest_socket: str | None = "/run/saw/attest/attest.sock"
+    decide_socket: str = "/run/saw/decide/authz.sock"
+    system_bundle: str = "/etc/ssl/certs/ca-certificates.crt"
+    envoy: str = "/opt/saw/bin/envoy"
+    egress_group: str | None = "saw-egress"
+    listen_address: str = "10.200.0.1"
+    listen_port: Annotated[int, msgspec.Meta(gt=0, lt=65536)] = 3128
+    poll_s: Seconds = 10.0
+    heartbeat_s: Seconds = 5.0
+    stall_s: Seconds = 180.0
+    readback_s: Seconds = 30.0
+    validate_s: Seconds = 120.0
+    measure_s: Seconds = 60.0
+    nv_index: str | None = None
+    tcti: str | None = None
+
+    @property
+    def run(self) -> Path:
+        """The runtime directory shared by all parts of the workspace."""
+        return Path(self.run_dir)
+
+    @property
+    def state(self) -> Path:
+        """What survives a reboot."""
+        return Path(self.state_dir)
+
+    @property
+    def generations(self) -> Path:
+        """Where generations are compiled and switched."""
+        return self.run / "generations"
+
+
+class Workspace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``/run/saw/workspace.json``: what the VM was told at creation. All of it is public."""
+
+    workspace_id: Name
+    number: Annotated[int, msgspec.Meta(ge=1, le=250)]
+    trust_domain: str
+    broker_url: Annotated[str, msgspec.Meta(pattern=r"^https://[^\s/]+$")]
+    broker_name: str
+    ring2: str
+    ring2_name: str
+    ca_pem: str
+    tuf_root: dict[str, Any]
+    blueprint: Name
+    ring: Name
+
+    @property
+    def target(self) -> str:
+        """The TUF target path of this workspace's policy."""
+        return f"rings/{self.ring}/{self.blueprint}.bundle.json"
+
+
+def load_workspace(config: PolicydConfig) -> Workspace:
+    """Read the workspace's facts; raises :class:`ConfigError`."""
+    return load_json(config.run / "workspace.json", Workspace)
+
+
+def ring1_settings(config: PolicydConfig, workspace: Workspace) -> Ring1:
+    """Return ring 1's settings for this workspace; raises :class:`ConfigError` on a ring 2 address that is none."""
+    host, _, port = workspace.ring2.rpartition(":")
+    try:
+        address = str(ipaddress.ip_address(host.strip("[]")))
+        number = int(port)
+    except ValueError as error:
+        raise ConfigError(
+            f"workspace.json: ring2 {workspace.ring2!r} is not address:port", cure="recreate the workspace"
+        ) from error
+    return Ring1(
+        ring2_address=address,
+        ring2_port=number,
+        ring2_name=workspace.ring2_name,
+        **_own(config),
+    )
+
+
+def bootstrap_settings(config: PolicydConfig) -> Ring1:
+    """Return settings enough for the static part, which is the same for every workspace."""
+    return Ring1(ring2_address="", ring2_port=0, **_own(config))
+
+
+def _own(config: PolicydConfig) -> dict[str, Any]:
+    return {
+        "listen_address": config.listen_address,
+        "listen_port": config.listen_port,
+        "decide_socket": Path(config.decide_socket),
+        "sds_file": config.run / "svid" / "sds.json",
+        "ca_file": config.run / "ca.pem",
+        "generations": config.generations,
+    }

@@ -1,0 +1,169 @@
+"""Make the host ready for a compiled sandbox: directories, protected places in the home, launch files, command shims."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import py_compile
+import stat
+import tempfile
+from pathlib import Path
+
+from saw.files import write_atomic
+from saw.runtime.sandbox import (
+    LAUNCH_DIRECTORY,
+    PROTECTED_DIRECTORIES,
+    PROTECTED_FILES,
+    RuntimePaths,
+    SandboxError,
+    SandboxSpec,
+)
+from saw.runtime.sandbox_units import MEDIATOR_USER, compile_launch_files, compile_units
+
+SHIMS = {"saw-run": "shell_client.py", "saw-mcp-connect": "mcp_connect.py"}
+
+
+def prepare(
+    spec: SandboxSpec, *, launch_directory: str = LAUNCH_DIRECTORY, unit_directory: str | None = None
+) -> list[str]:
+    """Write launch files (and units, when a directory is given) and create what they bind; return what changed.
+
+    Runs as root. Raises :class:`SandboxError` when a place in the home directory is not what it must be.
+    """
+    changed: list[str] = []
+    for path in (launch_directory, "/run/saw/shell", "/run/saw/mcp", "/run/saw/mcp-server"):
+        Path(path).mkdir(mode=0o755, parents=True, exist_ok=True)
+    os.chown("/run/saw/shell", spec.uid, spec.gid)
+    if spec.mcp_servers:
+        os.chown("/run/saw/mcp", _uid(MEDIATOR_USER), spec.gid)
+    changed += _write_changed(launch_directory, compile_launch_files(spec))
+    if unit_directory is not None:
+        changed += _write_changed(unit_directory, {name: text.encode() for name, text in compile_units(spec).items()})
+    for path in spec.read_write:
+        if path.startswith(spec.home) and not Path(path).exists():
+            _make_below_home(spec, path)
+            changed.append(path)
+    return changed + protect_home(spec)
+
+
+def protect_home(spec: SandboxSpec) -> list[str]:
+    """Create the protected places of the home directory as root's (files 0644, directories 0755); return what changed.
+
+    Opens every component without following links, since the home belongs to the agent. What the agent put at a protected
+    place before is set aside under ``NAME.saw-replaced``.
+    """
+    if not spec.protected:
+        return []
+    places = [(name, False) for name in PROTECTED_FILES] + [(name, True) for name in PROTECTED_DIRECTORIES]
+    ours = [(name, directory) for name, directory in places if f"{spec.home}/{name}" in spec.protected]
+    return [f"{spec.home}/{name}" for name, directory in ours if _protect(spec, name, directory=directory)]
+
+
+def write_shims(directory: Path, paths: RuntimePaths) -> list[str]:
+    """Write ``saw-run``, ``saw-mcp-connect`` and ``saw-attach`` into ``directory``; return what changed.
+
+    The two Python programs are compiled beforehand, which saves 2 ms at each start; run this again after an upgrade, with
+    the interpreter of ``paths``.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    changed: list[str] = []
+    for name, module in SHIMS.items():
+        compiled = directory / f".{name}.pyc"
+        with tempfile.TemporaryDirectory(prefix="saw-shim-") as folder:
+            source, target = f"{paths.package}/{module}", f"{folder}/compiled"
+            mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+            py_compile.compile(source, cfile=target, doraise=True, invalidation_mode=mode)
+            changed += _write_changed(str(directory), {compiled.name: Path(target).read_bytes()})
+        text = f'#!/bin/sh\nexec {paths.python} -I -S {compiled} "$@"\n'
+        changed += _write_changed(str(directory), {name: text.encode()}, mode=0o755)
+    attach = (Path(paths.package) / "shell_attach.sh").read_bytes()
+    return changed + _write_changed(str(directory), {"saw-attach": attach}, mode=0o755)
+
+
+def login_shell_problem(user: str) -> str | None:
+    """Return why the login shell of ``user`` would run the agent's own files outside the sandbox, or None.
+
+    ``sshd`` runs the forced command by ``SHELL -c``; Debian's bash then reads ``~/.bashrc`` when it finds itself under sshd.
+    """
+    try:
+        shell = pwd.getpwnam(user).pw_shell
+    except KeyError:
+        return f"user {user!r} does not exist"
+    if Path(shell).resolve().name in {"sh", "dash", "nologin", "false"}:
+        return None
+    return f"the login shell of {user} is {shell}, which reads files of the home directory; set it to /bin/sh"
+
+
+def _write_changed(directory: str, files: dict[str, bytes], *, mode: int = 0o644) -> list[str]:
+    changed = []
+    for name, content in files.items():
+        path = Path(directory, name)
+        if not path.is_file() or path.read_bytes() != content:
+            write_atomic(path, content, mode=mode)
+            changed.append(str(path))
+    return changed
+
+
+def _uid(user: str) -> int:
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except KeyError:
+        raise SandboxError(f"user {user!r} does not exist", cure="create it as a system user") from None
+
+
+def _open_directory(name: str, parent: int | None = None) -> int:
+    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+
+
+def _walk(spec: SandboxSpec, parts: list[str]) -> int:
+    """Return a descriptor of home/parts, making missing directories the agent's; raise when a component is a link."""
+    descriptor = _open_directory(spec.home)
+    for part in parts:
+        try:
+            try:
+                os.mkdir(part, 0o755, dir_fd=descriptor)
+                os.chown(part, spec.uid, spec.gid, dir_fd=descriptor, follow_symlinks=False)
+            except FileExistsError:
+                pass
+            following = _open_directory(part, descriptor)
+        except OSError as error:
+            raise SandboxError(
+                f"{spec.home}/{'/'.join(parts)} cannot be prepared: {error.strerror}",
+                cure="remove the link or file there",
+            ) from error
+        finally:
+            os.close(descriptor)
+        descriptor = following
+    return descriptor
+
+
+def _make_below_home(spec: SandboxSpec, path: str) -> None:
+    os.close(_walk(spec, list(Path(path).relative_to(spec.home).parts)))
+
+
+def _protect(spec: SandboxSpec, name: str, *, directory: bool) -> bool:
+    *parents, last = name.split("/")
+    parent = _walk(spec, parents)
+    try:
+        try:
+            found = os.stat(last, dir_fd=parent, follow_symlinks=False)
+            right_kind = (
+                stat.S_ISDIR(found.st_mode) if directory else stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+            )
+            if right_kind and found.st_uid == 0 and not found.st_mode & 0o022:
+                return False
+            os.rename(last, f"{last}.saw-replaced", src_dir_fd=parent, dst_dir_fd=parent)
+        except FileNotFoundError:
+            pass
+        if directory:
+            os.mkdir(last, 0o755, dir_fd=parent)
+        else:
+            os.close(os.open(last, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o644, dir_fd=parent))
+    except OSError as error:
+        raise SandboxError(
+            f"{spec.home}/{name} cannot be protected: {error.strerror}",
+            cure=f"remove {name}.saw-replaced and try again",
+        ) from error
+    finally:
+        os.close(parent)
+    return True

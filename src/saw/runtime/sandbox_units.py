@@ -1,0 +1,298 @@
+"""systemd units compiled from a :class:`~saw.runtime.sandbox.SandboxSpec`.
+
+Directives and their meaning: systemd.exec(5), systemd.resource-control(5). The root of every sandbox is an empty, read-only
+tmpfs into which only the listed paths are bound, so an unlisted path does not exist rather than being forbidden.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+from saw.runtime.sandbox import (
+    BASE_READ_WRITE,
+    LAUNCH_DIRECTORY,
+    UNREACHABLE,
+    McpServerSpec,
+    SandboxError,
+    SandboxSpec,
+    encode_launch,
+)
+
+NETNS_PATH = "/run/netns/saw-sandbox"
+MEDIATOR_USER = "saw-mcp"
+MINIMUM_SYSTEMD_PRIVATE_PIDS = 257
+
+_ALLOWED_CALLS = "landlock_create_ruleset landlock_add_rule landlock_restrict_self seccomp"
+_REFUSED_CALLS = (
+    "@clock @cpu-emulation @debug @keyring @module @mount @obsolete @raw-io @reboot @swap chroot",
+    "io_uring_setup io_uring_enter io_uring_register userfaultfd perf_event_open bpf ptrace process_vm_readv process_vm_writev",
+    "pidfd_getfd kcmp name_to_handle_at open_by_handle_at",
+)
+Properties = list[tuple[str, str]]
+
+
+def common_properties(spec: SandboxSpec, *, systemd: int = 257) -> Properties:
+    """Return the properties that every sandbox unit carries, without paths, user and network. ``systemd`` is its version."""
+    properties: Properties = [
+        ("NoNewPrivileges", "yes"),
+        ("CapabilityBoundingSet", ""),
+        ("AmbientCapabilities", ""),
+        ("PrivateTmp", "yes"),
+        ("PrivateDevices", "yes"),
+        ("DevicePolicy", "closed"),
+        ("PrivateIPC", "yes"),
+        ("ProtectProc", "invisible"),
+        ("ProtectClock", "yes"),
+        ("ProtectControlGroups", "yes"),
+        ("ProtectHostname", "yes"),
+        ("ProtectKernelLogs", "yes"),
+        ("ProtectKernelModules", "yes"),
+        ("ProtectKernelTunables", "yes"),
+        ("RestrictAddressFamilies", "AF_INET AF_INET6 AF_UNIX"),
+        ("RestrictNamespaces", "yes"),
+        ("RestrictRealtime", "yes"),
+        ("RestrictSUIDSGID", "yes"),
+        ("LockPersonality", "yes"),
+        ("RemoveIPC", "yes"),
+        ("KeyringMode", "private"),
+        ("SystemCallArchitectures", "native"),
+        ("SystemCallErrorNumber", "EPERM"),
+        ("SystemCallFilter", f"@system-service {_ALLOWED_CALLS}"),
+        *[("SystemCallFilter", f"~{calls}") for calls in _REFUSED_CALLS],
+        ("MemoryMax", str(spec.limits.memory_max)),
+        ("MemorySwapMax", "0"),
+        ("TasksMax", str(spec.limits.tasks_max)),
+        ("LimitCORE", "0"),
+        ("UMask", "0027"),
+    ]
+    if systemd >= MINIMUM_SYSTEMD_PRIVATE_PIDS:
+        properties.append(("PrivatePIDs", "yes"))
+    return properties
+
+
+def view_properties(
+    read_only: tuple[str, ...], read_write: tuple[str, ...], protected: tuple[str, ...] = ()
+) -> Properties:
+    """Return the properties that make the file system view: an empty root and the listed paths.
+
+    Read-only paths may be missing on the host; writable and ``protected`` ones must exist, else the unit does not start.
+    """
+    own = ("/tmp", "/var/tmp", "/dev", "/proc")  # noqa: S108
+    properties: Properties = [("TemporaryFileSystem", "/:ro,mode=0755")]
+    properties += [("BindReadOnlyPaths", f"-{p}") for p in dict.fromkeys(read_only) if p not in own]
+    properties += [("BindPaths", p) for p in dict.fromkeys(read_write) if p not in own and not p.startswith("/dev/")]
+    properties += [("BindReadOnlyPaths", p) for p in protected]
+    listed = [Path(p) for p in (*read_only, *read_write)]
+    covered = [p for p in UNREACHABLE if any(Path(p).is_relative_to(q) for q in listed)]
+    return properties + [("InaccessiblePaths", f"-{p}") for p in covered]
+
+
+def _unit(sections: dict[str, Properties]) -> str:
+    lines = ["# Written by saw from the loaded policy generation; changes here are overwritten."]
+    for section, properties in sections.items():
+        lines += ["", f"[{section}]", *(f"{name}={value}" for name, value in properties)]
+    return "\n".join(lines) + "\n"
+
+
+def _launcher(spec: SandboxSpec, launch: str, command: tuple[str, ...]) -> str:
+    words = (
+        spec.paths.python,
+        "-I",
+        "-m",
+        "saw.runtime.launcher",
+        "--launch",
+        f"{LAUNCH_DIRECTORY}/{launch}",
+        "--",
+        *command,
+    )
+    return " ".join(_quote(word) for word in words)
+
+
+def _quote(word: str) -> str:
+    if any(ord(character) < 32 for character in word):
+        raise SandboxError(f"{word!r} has control characters", cure="correct the command in governance.yaml")
+    escaped = word.replace("%", "%%").replace("$", "$$")
+    if re.fullmatch(r"[A-Za-z0-9_@%+=:,./$-]+", escaped):
+        return escaped
+    return '"' + escaped.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def shell_unit(spec: SandboxSpec, *, systemd: int = 257) -> str:
+    """Return ``saw-shell.service``: the sandbox of the agent, holding tmux and the command daemon."""
+    execd = (spec.paths.python, "-I", "-S", f"{spec.paths.package}/shell_execd.py", "--directory", "/run/saw/shell")
+    service: Properties = [
+        ("Type", "exec"),
+        ("User", spec.user),
+        ("Group", spec.group),
+        ("WorkingDirectory", "/"),
+        ("RuntimeDirectory", "saw/shell"),
+        ("RuntimeDirectoryMode", "0750"),
+        ("ExecStart", _launcher(spec, "shell.json", execd)),
+        ("Restart", "always"),
+        ("RestartSec", "1s"),
+        ("KillMode", "control-group"),
+        ("TimeoutStopSec", "5s"),
+        ("NetworkNamespacePath", NETNS_PATH),
+        *common_properties(spec, systemd=systemd),
+        *view_properties((*spec.base_read_only, *spec.read_only), (*BASE_READ_WRITE, *spec.read_write), spec.protected),
+    ]
+    return _unit(
+        {
+            "Unit": [
+                ("Description", "Agent sandbox: persistent shell and command daemon"),
+                ("Requires", "saw-sandbox-net.service"),
+                ("After", "saw-sandbox-net.service saw-ring1.service"),
+                ("StartLimitIntervalSec", "0"),
+            ],
+            "Service": service,
+            "Install": [("WantedBy", "multi-user.target")],
+        }
+    )
+
+
+def mcp_units(spec: SandboxSpec, server: McpServerSpec, *, systemd: int = 257) -> dict[str, str]:
+    """Return the three units of one stdio MCP server, by name.
+
+    ``saw-mcp-server-NAME.socket`` and its per-connection service run the server in a sandbox of its own;
+    ``saw-mcp-NAME.service`` is the mediator, a different user outside the agent's reach, and the only one that may
+    connect to that socket.
+    """
+    name = server.name
+    base = tuple(p for p in spec.base_read_only if p != "/run/saw/mcp")
+    protected = tuple(p for p in spec.protected if any(Path(p).is_relative_to(q) for q in server.read_write))
+    instance = _unit(
+        {
+            "Unit": [("Description", f"MCP server {name} in its own sandbox"), ("CollectMode", "inactive-or-failed")],
+            "Service": [
+                ("Type", "exec"),
+                ("User", spec.user),
+                ("Group", spec.group),
+                ("StandardInput", "socket"),
+                ("StandardOutput", "socket"),
+                ("StandardError", "journal"),
+                ("ExecStart", _launcher(spec, f"mcp-{name}.json", server.command)),
+                ("PrivateNetwork", "yes"),
+                ("TimeoutStopSec", "5s"),
+                *common_properties(spec, systemd=systemd),
+                *view_properties((*base, *server.read_only), server.read_write, protected),
+            ],
+        }
+    )
+    socket = _unit(
+        {
+            "Unit": [("Description", f"MCP server {name}: one instance per mediated session")],
+            "Socket": [
+                ("ListenStream", f"/run/saw/mcp-server/{name}.sock"),
+                ("Accept", "yes"),
+                ("SocketUser", MEDIATOR_USER),
+                ("SocketMode", "0600"),
+                ("DirectoryMode", "0755"),
+                ("MaxConnections", "16"),
+            ],
+            "Install": [("WantedBy", "sockets.target")],
+        }
+    )
+    mediator = _unit(
+        {
+            "Unit": [
+                ("Description", f"MCP mediator for {name}"),
+                ("Requires", f"saw-mcp-server-{name}.socket"),
+                ("After", f"saw-mcp-server-{name}.socket saw-policyd.service"),
+            ],
+            "Service": [
+                ("Type", "exec"),
+                ("User", MEDIATOR_USER),
+                ("Group", spec.group),
+                ("ExecStart", f"{spec.paths.python} -I -m saw.cli.main mcp run {name}"),
+                ("Restart", "always"),
+                ("RestartSec", "1s"),
+                ("TimeoutStopSec", "3s"),
+                ("PrivateNetwork", "yes"),
+                *common_properties(spec, systemd=systemd),
+                ("ReadWritePaths", "/run/saw/mcp"),
+                ("InaccessiblePaths", "/home -/root"),
+                ("UMask", "0007"),
+            ],
+            "Install": [("WantedBy", "multi-user.target")],
+        }
+    )
+    return {
+        f"saw-mcp-server-{name}@.service": instance,
+        f"saw-mcp-server-{name}.socket": socket,
+        f"saw-mcp-{name}.service": mediator,
+    }
+
+
+def net_unit(spec: SandboxSpec) -> str:
+    """Return ``saw-sandbox-net.service``, which holds the sandbox's network up."""
+    saw = f"{spec.paths.python} -I -m saw.cli.main sandbox"
+    return _unit(
+        {
+            "Unit": [
+                ("Description", "Network of the agent sandbox"),
+                ("After", "saw-bootstrap.service"),
+                ("Before", "saw-shell.service saw-ring1.service"),
+            ],
+            "Service": [
+                ("Type", "oneshot"),
+                ("RemainAfterExit", "yes"),
+                ("ExecStart", f"{saw} net-up"),
+                ("ExecStop", f"{saw} net-down"),
+            ],
+            "Install": [("WantedBy", "multi-user.target")],
+        }
+    )
+
+
+def compile_units(spec: SandboxSpec, *, systemd: int = 257) -> dict[str, str]:
+    """Return every unit of the generation as name → text."""
+    units = {"saw-shell.service": shell_unit(spec, systemd=systemd), "saw-sandbox-net.service": net_unit(spec)}
+    for server in spec.mcp_servers:
+        units |= mcp_units(spec, server, systemd=systemd)
+    return units
+
+
+def compile_launch_files(spec: SandboxSpec) -> dict[str, bytes]:
+    """Return every launch file of the generation as name (below ``/run/saw/sandbox``) → content."""
+    files = {"shell.json": encode_launch(spec.shell_launch())}
+    files |= {f"mcp-{server.name}.json": encode_launch(spec.mcp_launch(server)) for server in spec.mcp_servers}
+    return files
+
+
+def systemd_version() -> int:
+    """Return the major version of the installed systemd; raise :class:`SandboxError` without one."""
+    try:
+        answer = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, check=True, timeout=20)
+        return int(answer.stdout.split()[1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        raise SandboxError(
+            f"systemd's version is unknown: {error}", cure="run this where systemd is installed"
+        ) from error
+
+
+def verify_units(units: dict[str, str], *, timeout: float = 60) -> None:
+    """Check ``units`` with ``systemd-analyze verify`` in a directory of their own; raise :class:`SandboxError` with its words.
+
+    Nothing is installed. Messages about other units of the host are not ours and are left out.
+    """
+    with tempfile.TemporaryDirectory(prefix="saw-units-") as folder:
+        for name, text in units.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        names = [f"{folder}/{name}" for name in sorted(units)]
+        command = ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", *names]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise SandboxError(f"systemd-analyze could not check the units: {error}", cure="install systemd") from error
+    ours = [line for line in answer.stderr.splitlines() if any(name in line for name in units)]
+    problems = [
+        line for line in ours if re.search(r"Unknown|Invalid|Failed|not executable|ignoring|Refusing|bad", line)
+    ]
+    if problems or (answer.returncode != 0 and ours):
+        raise SandboxError(
+            "systemd refuses the compiled units: " + "; ".join(problems or ours),
+            cure="correct the policy, or report this",
+        )

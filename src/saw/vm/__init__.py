@@ -1,0 +1,1 @@
+"""Package saw.vm (see docs/architecture.md)."""

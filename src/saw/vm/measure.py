@@ -1,0 +1,106 @@
+"""Reference boot of a golden image: what the firmware and the boot stub really measure on this hypervisor.
+
+The image's ``saw-boot-report.service`` runs only when the systemd credential ``saw.measure`` is present; it prints the PCR
+values between two marker lines on the console and powers off. A workspace never gets that credential.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from saw.image.disk import digest_of
+from saw.vm import qemu
+from saw.vm.accel import probe
+from saw.vm.spec import RUNTIME, VmError, VmSpec
+
+LINE = re.compile(r"^\s*(\d{1,2})\s*:\s*0x([0-9A-Fa-f]{64})\s*$")
+
+
+def parse_report(console: str) -> dict[str, str]:
+    """Return ``{pcr: lower-case hex}`` out of the console text, or an empty mapping while the report is not complete."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.replace("\r", ""))
+    begin, marker, rest = text.partition("SAW-BOOT-REPORT-BEGIN")
+    if not marker or "SAW-BOOT-REPORT-END" not in rest:
+        return {}
+    del begin
+    body = rest.partition("SAW-BOOT-REPORT-END")[0]
+    return {match[1]: match[2].lower() for line in body.splitlines() if (match := LINE.match(line))}
+
+
+def reference_boot(image: Path, *, patience: float) -> dict[str, Any]:
+    """Boot ``image`` with a fresh vTPM and return ``{image_sha256, pcrs, seconds, accel}``; raises :class:`VmError`."""
+    spec = VmSpec(
+        id="measure", number=250, image=str(image), image_sha256=digest_of(image), data_disk_mib=64,
+        credentials={"saw.measure": "1"}, network=False,
+    )  # fmt: skip
+    with ExitStack() as cleanup:
+        shutil.rmtree(spec.directory, ignore_errors=True)
+        cleanup.callback(shutil.rmtree, spec.directory, ignore_errors=True)
+        cleanup.callback(shutil.rmtree, spec.runtime, ignore_errors=True)
+        qemu.create(spec)
+        spec.runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+        accel = probe(image.with_name("vmlinuz"), RUNTIME / "accel.json")
+        for attempt in (1, 2):
+            started = time.monotonic()
+            report = one_boot(spec, accel.name, patience)
+            if report:
+                kept = {number: report[number] for number in sorted(report, key=int) if int(number) <= 14}
+                return {
+                    "image_sha256": spec.image_sha256,
+                    "pcrs": kept,
+                    "seconds": round(time.monotonic() - started, 1),
+                    "accel": msgspec.to_builtins(accel),
+                }
+            print(f"reference boot {attempt}: no report; console kept in the error below", file=sys.stderr)
+        console = (spec.directory / "console.log").read_bytes()[-1500:].decode("utf-8", "replace")
+        raise VmError(f"the image did not report its boot measurements; its console ends with:\n{console}")
+
+
+def one_boot(spec: VmSpec, accel: str, patience: float) -> dict[str, str]:
+    """Start swtpm and qemu once, wait for the report or the end of ``patience``, and end both."""
+    socket_path = spec.runtime / "tpm.sock"
+    socket_path.unlink(missing_ok=True)
+    console = spec.directory / "console.log"
+    console.unlink(missing_ok=True)
+    tpm = subprocess.Popen(
+        [
+            "swtpm",
+            "socket",
+            "--tpm2",
+            "--tpmstate",
+            f"dir={spec.directory / 'tpm'}",
+            "--ctrl",
+            f"type=unixio,path={socket_path}",
+        ],
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        while not socket_path.exists() and tpm.poll() is None:
+            time.sleep(0.05)
+        machine = subprocess.Popen(qemu.command_line(spec, accel), stdin=subprocess.DEVNULL)
+        try:
+            begin = time.monotonic()
+            while time.monotonic() - begin < patience:
+                text = console.read_bytes().decode("utf-8", "replace") if console.exists() else ""
+                report = parse_report(text)
+                if report or machine.poll() is not None:
+                    return report
+                if not text and time.monotonic() - begin > qemu.SILENCE:
+                    return {}
+                time.sleep(0.3)
+            return {}
+        finally:
+            machine.kill()
+            machine.wait()
+    finally:
+        tpm.terminate()
+        tpm.wait()

@@ -1,0 +1,120 @@
+"""What a virtual machine is made of: the driver contract's input, read strictly.
+
+Every VM driver takes this specification and offers the same verbs (``create, start, stop, destroy, status``) with the same
+JSON answers; ``saw.vm.qemu`` is the driver for plain qemu on a hypervisor host.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from saw.errors import ConfigError, SawError
+
+STATE = Path("/var/lib/saw/vms")
+RUNTIME = Path("/run/saw/vm")
+NAME = re.compile(r"^[a-z0-9][a-z0-9-]{0,40}$")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+CREDENTIAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class VmError(SawError):
+    """A virtual machine cannot be brought to the wanted state."""
+
+    code = "vm_failed"
+
+
+class VmSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One virtual machine.
+
+    ``number`` (1–250) fixes its private network 10.210.<number>.0/30; ``image`` is a qcow2 golden image on the hypervisor;
+    ``credentials`` are systemd credentials handed over through SMBIOS type 11 — public data only, never a secret.
+    """
+
+    id: str
+    number: int
+    image: str
+    image_sha256: str
+    memory_mib: int = 1536
+    cpus: int = 2
+    data_disk_mib: int = 2048
+    credentials: dict[str, str] = {}
+    accel: Literal["auto", "kvm", "tcg"] = "auto"
+    network: bool = True
+
+    @property
+    def directory(self) -> Path:
+        """State of this VM on the hypervisor."""
+        return STATE / self.id
+
+    @property
+    def runtime(self) -> Path:
+        """Sockets of this VM while it runs."""
+        return RUNTIME / self.id
+
+    @property
+    def bridge(self) -> str:
+        """Bridge whose address is the VM's only gateway."""
+        return f"sawbr{self.number}"
+
+    @property
+    def tap(self) -> str:
+        """Tap device of the VM."""
+        return f"sawtap{self.number}"
+
+    @property
+    def gateway(self) -> str:
+        """The perimeter's address on the VM's network."""
+        return f"10.210.{self.number}.1"
+
+    @property
+    def address(self) -> str:
+        """The VM's address."""
+        return f"10.210.{self.number}.2"
+
+
+def parse_spec(raw: bytes) -> VmSpec:
+    """Read a specification; raise :class:`ConfigError` that names field, reason and cure."""
+    try:
+        spec = msgspec.json.decode(raw, type=VmSpec)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"the VM specification is not valid: {error}", cure="correct the named field") from error
+    if not NAME.fullmatch(spec.id):
+        raise ConfigError(
+            f"VM id {spec.id!r} is not valid", cure="use lower-case letters, digits and dashes, at most 41"
+        )
+    if not 1 <= spec.number <= 250:
+        raise ConfigError(f"VM number {spec.number} is not in 1–250", cure="take the number that the broker assigned")
+    if not SHA256.fullmatch(spec.image_sha256):
+        raise ConfigError(
+            f"image_sha256 of VM {spec.id} is no SHA-256",
+            cure="give 64 lower-case hex digits, as in the image's build.json",
+        )
+    if not spec.image.startswith("/") or set("\0\n") & set(spec.image):
+        raise ConfigError(
+            f"image {spec.image!r} of VM {spec.id} is no absolute path", cure="give the path on the hypervisor"
+        )
+    for name in spec.credentials:
+        if not CREDENTIAL.fullmatch(name):
+            raise ConfigError(
+                f"credential name {name!r} of VM {spec.id} is not valid",
+                cure="use letters, digits, dots, dashes and underscores, at most 64",
+            )
+    if spec.memory_mib < 512 or spec.cpus < 1 or spec.data_disk_mib < 64:
+        raise ConfigError(f"VM {spec.id} is too small", cure="give at least 512 MiB, 1 CPU and a 64 MiB data disk")
+    return spec
+
+
+def load_spec(vm_id: str) -> VmSpec:
+    """Return the stored specification of ``vm_id``; raise :class:`VmError` when there is no such VM."""
+    if not NAME.fullmatch(vm_id):
+        raise ConfigError(f"VM id {vm_id!r} is not valid", cure="use lower-case letters, digits and dashes, at most 41")
+    try:
+        return parse_spec((STATE / vm_id / "spec.json").read_bytes())
+    except FileNotFoundError as error:
+        raise VmError(
+            f"there is no VM {vm_id} on this hypervisor", cure="create it with the workspace_create playbook"
+        ) from error

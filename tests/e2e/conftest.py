@@ -1,0 +1,65 @@
+"""End to end on a real VM: everything runs against the checkout that ``SAW_E2E_CHECKOUT`` names (``make test-e2e`` makes it).
+
+The tests build on one another in the order of their files: bring-up, attack as root in the VM, lease and kill, rebuild,
+clean-up. Each states a promise of the product; none of them sleeps where it can wait for a state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vm_access import Workspace
+
+CHECKOUT = os.environ.get("SAW_E2E_CHECKOUT", "")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a checkout there is nothing to test against."""
+    for item in items:
+        item.add_marker(pytest.mark.e2e)
+        if not CHECKOUT:
+            item.add_marker(pytest.mark.skip(reason="run `make test-e2e`: it brings a workspace up from a clean clone"))
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The clean clone."""
+    return Path(CHECKOUT)
+
+
+@pytest.fixture(scope="session")
+def log(checkout: Path) -> Iterator[Any]:
+    """Output of the long commands; kept in the outer checkout's build directory."""
+    path = Path("build/e2e.log")
+    path.parent.mkdir(exist_ok=True)
+    with path.open("ab") as stream:
+        yield stream
+
+
+@pytest.fixture(scope="session")
+def report(checkout: Path) -> dict[str, Any]:
+    """The control report of the bring-up."""
+    path = checkout / "build/report.json"
+    if not path.exists():
+        pytest.fail("there is no report: the bring-up failed")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def workspace(report: dict[str, Any], checkout: Path) -> Workspace:
+    """The demonstration workspace."""
+    return Workspace(checkout, report["workspace"]["id"], int(report["workspace"]["number"]))
+
+
+def run(checkout: Path, *argv: str, log: Any = None, timeout: float = 1500) -> int:
+    """Run a command of the clone; return its exit code."""
+    done = subprocess.run(
+        argv, cwd=checkout, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=timeout, check=False
+    )
+    return done.returncode

@@ -1,0 +1,159 @@
+"""Ways into a running workspace for tests: as the agent (``saw ssh``), and as root through an implant on the stopped disk.
+
+The product offers no root in the VM. The implant is what an attacker who got root would leave: a unit that runs scripts
+it finds in the agent's home. It is written into the stopped VM's root file system with debugfs, so that the boot itself,
+and with it every measurement, stays what it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+UNIT = """[Unit]
+Description=implant
+After=home.mount
+[Service]
+ExecStart=/bin/sh -c 'cd /home/agent; mkdir -p .implant; chown agent: .implant; while :; do \
+for f in .implant/*.sh; do [ -e "$$f" ] || continue; n=$${f%%.sh}; sh "$$f" >$$n.tmp 2>&1; echo "rc=$$?" >>$$n.tmp; \
+rm -f "$$f"; chmod 644 $$n.tmp; mv $$n.tmp $$n.out; done; sleep 0.3; done'
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+@dataclass
+class Workspace:
+    """The workspace ``id`` of the lab in ``checkout``."""
+
+    checkout: Path
+    id: str
+    number: int
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment of the ``saw`` command."""
+        return {**os.environ, "SAW_CONTEXT": str(self.checkout / "build/lab/context.json")}
+
+    def saw(
+        self, *argv: str, check: bool = True, timeout: float = 300, stdin: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the clone's ``saw``."""
+        done = subprocess.run(
+            [str(self.checkout / ".venv/bin/saw"), *argv], cwd=self.checkout, env=self.environment, input=stdin,
+            capture_output=True, text=True, errors="replace", timeout=timeout, check=False,
+        )  # fmt: skip
+        if check and done.returncode:
+            raise AssertionError(
+                f"saw {' '.join(argv)}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            )
+        return done
+
+    def show(self) -> dict[str, Any]:
+        """What the broker holds."""
+        return dict(json.loads(self.saw("workspace", "show", self.id, "--json").stdout))
+
+    def events(self, source: str = "broker", after: int = 0) -> list[dict[str, Any]]:
+        """The audit chain of ``source`` (``broker``, or ``edge`` for the perimeter) behind sequence number ``after``."""
+        answer = self.saw(
+            "audit", "events", "--source", source, "--after", str(after), "--limit", "1000", "--json"
+        ).stdout
+        return list(json.loads(answer)["events"])
+
+    def agent(self, command: str, *, timeout: float = 300, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        """Run a shell command in the sandbox."""
+        return self.saw(
+            "ssh", self.id, "--", "sh", "-c", shlex.quote(command), check=False, timeout=timeout, stdin=stdin
+        )
+
+    def call(self, url: str = "https://api.example.com/v1/items", *options: str) -> tuple[int, dict[str, Any]]:
+        """A governed call with curl in the sandbox: HTTP status and JSON body (empty when it is none)."""
+        words = " ".join(
+            shlex.quote(word) for word in ("curl", "-s", "-m", "20", "-w", "\\n%{http_code}", *options, url)
+        )
+        text, _, status = self.agent(words).stdout.strip().rpartition("\n")
+        try:
+            body = json.loads(text)
+        except ValueError:
+            body = {}
+        return int(status or 0), body
+
+    def host(self, name: str, script: str, *, stdin: str = "", timeout: float = 300) -> str:
+        """Run a shell script on a light host as root."""
+        lab = self.checkout / "build/lab"
+        address = {"control": "10.77.0.10", "edge": "10.77.0.20", "enterprise": "10.77.0.30"}[name]
+        done = subprocess.run(
+            ["ssh", "-i", str(lab / "ssh/controller"), "-o", f"UserKnownHostsFile={lab}/ssh/known_hosts", "-o", "BatchMode=yes",
+             f"root@{address}", "sh", "-ec", shlex.quote(script)],
+            input=stdin, capture_output=True, text=True, errors="replace", timeout=timeout, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise AssertionError(f"on {name}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        return done.stdout
+
+    def secrets(self) -> list[str]:
+        """The real credentials that the perimeter injects."""
+        return [path.read_text(encoding="ascii") for path in sorted((self.checkout / "build/lab/secrets").iterdir())]
+
+    def implant(self) -> None:
+        """Write the implant into the stopped VM's root file system."""
+        script = f"""
+cd /var/lib/saw/vms/{self.id}
+qemu-img convert -O raw root.qcow2 root.raw
+offset=$(python3 -c 'import struct; f = open("root.raw", "rb"); f.seek(1024 + 128 + 32); print(struct.unpack("<Q", f.read(8))[0] * 512)')
+cat > /run/implant.service
+printf 'cd /etc/systemd/system\\nrm implant.service\\nwrite /run/implant.service implant.service\\ncd multi-user.target.wants\\nrm implant.service\\nsymlink implant.service /etc/systemd/system/implant.service\\n' > /run/implant.debugfs
+debugfs -w -f /run/implant.debugfs "root.raw?offset=$offset"
+qemu-img convert -O qcow2 root.raw root.qcow2.new
+mv root.qcow2.new root.qcow2
+rm root.raw
+"""  # noqa: E501
+        self.host("edge", script, stdin=UNIT)
+
+    def home_file(self, path: str) -> str:
+        """Read a file of the stopped VM's data disk; ``path`` is relative to /home."""
+        return self.host("edge", f"debugfs -R 'cat {path}' /var/lib/saw/vms/{self.id}/data.img 2>/dev/null")
+
+    def leave_script(self, name: str, script: str) -> None:
+        """Put a script where the implant of the stopped VM finds and runs it at the next boot."""
+        folder = "cd agent/.implant"
+        self.host(
+            "edge",
+            f"cat > /run/left.sh; printf '{folder}\\nwrite /run/left.sh {name}.sh\\n' | "
+            f"debugfs -w -f - /var/lib/saw/vms/{self.id}/data.img; rm /run/left.sh",
+            stdin=script,
+        )
+
+    def root(self, script: str, *, timeout: float = 240) -> tuple[int, str]:
+        """Run ``script`` as root in the VM through the implant; return its exit code and output."""
+        name = f"/home/agent/.implant/{uuid.uuid4().hex}"
+        command = (
+            f"cat > {name}.part && mv {name}.part {name}.sh && "
+            f"for i in $(seq {int(timeout * 3)}); do "
+            f"if [ -e {name}.out ]; then cat {name}.out; exit 0; fi; sleep 0.3; done; exit 9"
+        )
+        done = self.agent(command, timeout=timeout + 60, stdin=script)
+        if done.returncode:
+            raise AssertionError(f"the implant gave no answer: {done.returncode} {done.stderr[-800:]}")
+        text, _, code = done.stdout.rpartition("rc=")
+        return int(code), text
+
+
+def wait_until(what: str, condition: Callable[[], Any], *, patience: float, interval: float = 1.0) -> Any:
+    """Return the first true value of ``condition()``; fail the test after ``patience`` seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not happen within {patience:.0f} s")
+        time.sleep(interval)

@@ -1,0 +1,234 @@
+"""A real broker process on private paths and ports, with officers, a signed policy and clients for every side."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from saw.attest.verifier import RELEASED_PCRS
+from saw.broker.client import BrokerContext, Context, OperatorClient
+from saw.broker.config import BrokerConfig, Listen, TufSettings
+from saw.broker.setup import initialise
+from saw.identity.x509 import new_key_and_csr
+from saw.policy.bundle import build_manifest, policy_digest, sign
+from saw.policy.loader import load_bundle_folder
+from saw.policy.tuf_repository import Publication, cosign_publication, init_repository, stage_publication
+
+NAME = "broker.saw.internal"
+PCRS = {str(pcr): f"{pcr:064x}" for pcr in RELEASED_PCRS}
+
+POLICY = """\
+version: 1
+network_policies:
+  git:
+    name: git
+    endpoints:
+      - {host: git.example.com, port: 443, protocol: rest, access: read-only}
+    binaries:
+      - {path: "/usr/bin/**"}
+"""
+GOVERNANCE = """\
+schema: 1
+blueprint: {name: coding, version: 1.0.0, owner: platform}
+lease: {ttl: 90s}
+"""
+
+
+def image_record(name: str = "workspace", digest: str = "1" * 64, pcrs: dict[str, str] | None = None) -> dict[str, Any]:
+    return {
+        "format": "saw-image-release/1",
+        "name": name,
+        "image_sha256": digest,
+        "inputs_digest": "inputs",
+        "created": "2026-11-23T00:00:00Z",
+        "boot": {"pcrs": pcrs or PCRS},
+    }
+
+
+def encode(publication: Publication) -> dict[str, Any]:
+    """The body of ``POST /v1/policy/publish``."""
+    b64 = {path: base64.b64encode(raw).decode() for path, raw in publication.targets.items()}
+    return {
+        "metadata": {name: base64.b64encode(raw).decode() for name, raw in publication.metadata.items()},
+        "targets": b64,
+    }
+
+
+class Officers:
+    """Three officers, two of whom sign, with their copy of the repository."""
+
+    def __init__(self, directory: Path, online_pem: bytes) -> None:
+        self.keys = [Ed25519PrivateKey.generate() for _ in range(3)]
+        self.directory = directory / "officers"
+        self.directory.mkdir()
+        online = serialization.load_pem_public_key(online_pem)
+        self.root = init_repository(
+            self.directory, self.keys, online, threshold=2, now=datetime.now(UTC) - timedelta(minutes=1)
+        )
+
+    def bundle(self, revision: int, content: str = POLICY, governance: str = GOVERNANCE) -> tuple[str, bytes]:
+        """Return digest and signed file of a bundle."""
+        with tempfile.TemporaryDirectory() as name:
+            (Path(name) / "policy.yaml").write_text(content)
+            (Path(name) / "governance.yaml").write_text(governance)
+            bundle = load_bundle_folder(Path(name))
+        now = datetime.now(UTC).replace(microsecond=0)
+        manifest = build_manifest(bundle, revision, now - timedelta(minutes=1), now + timedelta(days=30))
+        return policy_digest(manifest), sign(manifest, bundle.members, self.keys[:2])
+
+    def publication(
+        self, revision: int, ring: str = "stable", base: Path | None = None, **text: str
+    ) -> tuple[str, Publication]:
+        digest, raw = self.bundle(revision, **text)
+        staged = stage_publication(
+            base or self.directory, f"rings/{ring}/coding.bundle.json", raw, self.keys[:1], datetime.now(UTC)
+        )
+        return digest, cosign_publication(staged, self.keys[1:2])
+
+
+class Lab:
+    """One broker process. ``directory`` is readable by others so that another user can reach the socket."""
+
+    def __init__(self, directory: Path, operator_group: str | None = None) -> None:
+        self.directory = directory
+        directory.chmod(0o755)
+        (directory / "run").mkdir()
+        self.config = BrokerConfig(
+            trust_domain="saw.example",
+            state_dir=str(directory / "state"),
+            operator_socket=str(directory / "run" / "operator.sock"),
+            server_names=(NAME,),
+            listen=Listen("127.0.0.1", 0),
+            operator_group=operator_group,
+            tuf=TufSettings(3600),
+        )
+        self.config_file = directory / "broker.json"
+        self.config_file.write_bytes(msgspec.json.encode(self.config))
+        initialise(self.config, datetime.now(UTC))
+        self.officers = Officers(directory, (self.config.keys / "tuf-online.pub").read_bytes())
+        self.ca_file = self.config.keys / "x509" / "ca.pem"
+        self.port = 0
+        self.process: subprocess.Popen[bytes] | None = None
+        self.operator = OperatorClient(Context(BrokerContext(socket=self.config.operator_socket)))
+
+    def start(self) -> None:
+        """Start the broker and wait until it tells (sd_notify) that it serves."""
+        with ready_socket(self.directory / "run" / "notify.sock") as (name, wait):
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "saw.cli.main", "broker", "serve", "--config", str(self.config_file)],
+                env={**os.environ, "NOTIFY_SOCKET": name},
+                stderr=(self.directory / "broker.log").open("ab"),
+            )
+            self.port = wait(self.process)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            assert self.process.wait(15) == 0, self.log()
+            self.process = None
+
+    def log(self) -> str:
+        return (self.directory / "broker.log").read_text()
+
+    @contextmanager
+    def tls(
+        self, kind: str | None = None, name: str = "", pair: tuple[bytes, bytes] | None = None
+    ) -> Iterator[httpx.Client]:
+        """A client of the TLS side; with ``kind`` it holds a certificate of that kind issued by the operator API."""
+        context = ssl.create_default_context(cafile=str(self.ca_file))
+        if kind is not None:
+            key, csr = new_key_and_csr(name)
+            body = {"csr_pem": csr.decode(), "kind": kind, "name": name}
+            pair = (key, self.operator.request("POST", "/v1/certificates/x509", body)["certificate"].encode())
+        if pair is not None:
+            with tempfile.NamedTemporaryFile() as file:
+                file.write(pair[1] + pair[0])
+                file.flush()
+                context.load_cert_chain(file.name)
+        # The server's name is not in DNS: connect by address, check the certificate against the name.
+        with httpx.Client(
+            verify=context, timeout=40, trust_env=False, base_url=f"https://127.0.0.1:{self.port}"
+        ) as client:
+            client.event_hooks = {"request": [_server_name]}
+            yield client
+
+    def workspace(
+        self, name: str, *, to: str | None = None, ring: str = "stable", image: str = "workspace"
+    ) -> dict[str, Any]:
+        """Register a workspace and, with ``to``, walk it there."""
+        self.operator.request("PUT", "/v1/images", image_record(image))
+        body = {"id": name, "sponsor": "ada@example.com", "blueprint": "coding", "ring": ring, "image": image}
+        answer = self.operator.request("POST", "/v1/workspaces", body)
+        for state in {None: [], "attesting": ["provisioning", "attesting"]}[to]:
+            answer = self.step(name, state)
+        return answer
+
+    def step(self, name: str, to: str) -> dict[str, Any]:
+        return self.operator.request("POST", f"/v1/workspaces/{name}/transition", {"to": to, "reason": "test"})
+
+    def events(self, source: str = "broker") -> list[dict[str, Any]]:
+        """Every stored event of a chain."""
+        events: list[dict[str, Any]] = []
+        with self.operator.session() as client:
+            while True:
+                after = events[-1]["seq"] if events else 0
+                page = client.request("GET", f"/v1/audit/events?source={source}&after={after}&limit=1000")["events"]
+                events += page
+                if len(page) < 1000:
+                    return events
+
+
+def _server_name(request: httpx.Request) -> None:
+    request.extensions["sni_hostname"] = NAME
+
+
+@contextmanager
+def ready_socket(path: Path) -> Iterator[tuple[str, Any]]:
+    """A socket for sd_notify; gives its name and a function that waits for readiness and returns the port."""
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(path))
+        listener.settimeout(0.2)
+
+        def wait(process: subprocess.Popen[bytes]) -> int:
+            for _ in range(300):
+                try:
+                    lines = listener.recv(4096).decode().splitlines()
+                except TimeoutError:
+                    assert process.poll() is None, "the broker ended while starting"
+                    continue
+                assert lines[0] == "READY=1"
+                return int(lines[1].rpartition(" ")[2])
+            raise AssertionError("the broker was not ready in time")
+
+        yield str(path), wait
+
+
+def cli(lab: Lab, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``saw`` against the lab's broker."""
+    context = lab.directory / "context.json"
+    context.write_text(json.dumps({"broker": {"socket": lab.config.operator_socket, "ssh": None}}))
+    return subprocess.run(
+        [sys.executable, "-m", "saw.cli.main", *arguments],
+        env={**os.environ, "SAW_CONTEXT": str(context)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )

@@ -1,0 +1,150 @@
+"""The far side of the perimeter's broker link: states as a test wants them, and the events that arrived."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import ssl
+import threading
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import uvicorn
+
+from saw.audit.chain import ChainedEvent
+
+
+class Uvicorn:
+    """A uvicorn server in a thread of its own, on a socket that was made in some namespace."""
+
+    def __init__(self, app: Any, sock: Any, **options: Any) -> None:
+        config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none", http="httptools", **options)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [sock]}, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop and join."""
+        self._server.should_exit = True
+        self._server.force_exit = True
+        self._thread.join(10)
+
+
+def mutual_tls(certificate: Any, key: Any, authority: Any) -> dict[str, Any]:
+    """Return uvicorn options for a server that demands a client certificate of ``authority``."""
+    return {
+        "ssl_certfile": str(certificate),
+        "ssl_keyfile": str(key),
+        "ssl_ca_certs": str(authority),
+        "ssl_cert_reqs": ssl.CERT_REQUIRED,
+    }
+
+
+class Broker:
+    """An ASGI application with the two perimeter calls of docs/architecture.md."""
+
+    def __init__(self) -> None:
+        self.seq = 0
+        self.workspaces: dict[str, dict[str, Any]] = {}
+        self.releases: dict[str, bytes] = {}
+        self.events: list[ChainedEvent] = []
+        self.answering = True
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def close(self) -> None:
+        """Let nobody wait any longer."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def put(self, workspace_id: str, **fields: Any) -> None:
+        """Change one workspace and raise the sequence number."""
+        with self._changed:
+            self.workspaces[workspace_id] = {**self.workspaces.get(workspace_id, {"id": workspace_id}), **fields}
+            self.seq += 1
+            self._changed.notify_all()
+
+    def state(self) -> dict[str, Any]:
+        """Return the state as the broker states it; leases given as seconds become times."""
+        now = datetime.now(UTC)
+        workspaces = []
+        for entry in self.workspaces.values():
+            lease = entry.get("lease_expires_at")
+            if isinstance(lease, int | float):
+                entry["lease_expires_at"] = lease = (now + timedelta(seconds=lease)).isoformat()
+            workspaces.append({**entry, "lease_expires_at": lease})
+        return {
+            "seq": self.seq,
+            "now": now.isoformat(),
+            "workspaces": workspaces,
+            "releases": {digest: base64.b64encode(raw).decode() for digest, raw in self.releases.items()},
+            "policy_keys": {"threshold": 1, "keys": {"forged": "never to be believed"}},
+        }
+
+    def _wait(self, after: int, wait: float) -> dict[str, Any]:
+        with self._changed:
+            self._changed.wait_for(lambda: self.seq != after or self._closed, timeout=wait)
+            return self.state()
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
+        """Serve one call."""
+        body = b""
+        more = True
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        status, answer = 503, {}
+        if self.answering and scope["path"] == "/v1/perimeter/state":
+            query = dict(pair.split("=") for pair in scope["query_string"].decode().split("&"))
+            assert query["after"].isdecimal()
+            assert query["wait"].isdecimal()
+            status, answer = 200, await asyncio.to_thread(self._wait, int(query["after"]), float(query["wait"]))
+        elif self.answering and scope["path"] == "/v1/perimeter/events":
+            status, answer = 200, self._accept(json.loads(body))
+        raw = json.dumps(answer).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": raw})
+
+    def _accept(self, shipment: dict[str, Any]) -> dict[str, Any]:
+        known = {event.seq for event in self.events}
+        for item in shipment["events"]:
+            event = ChainedEvent(**item)
+            if event.seq not in known:
+                self.events.append(event)
+        return {"accepted": max((event.seq for event in self.events), default=0)}
+
+
+class FarEnd:
+    """An upstream service: it remembers every request that arrived and answers with a text."""
+
+    def __init__(self) -> None:
+        self.arrived: list[dict[str, Any]] = []
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
+        """Record one request."""
+        size, more, start = 0, True, b""
+        while more:
+            message = await receive()
+            chunk = message.get("body", b"")
+            start = start or chunk[:200]
+            size += len(chunk)
+            more = message.get("more_body", False)
+        self.arrived.append(
+            {
+                "method": scope["method"],
+                "target": (
+                    scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
+                ).decode(),
+                "headers": [(name.decode(), value.decode()) for name, value in scope["headers"]],
+                "size": size,
+                "start": start,
+                "at": scope["server"][0],
+            }
+        )
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
+        await send({"type": "http.response.body", "body": b"from the far end"})

@@ -1,0 +1,533 @@
+"""A release on its way through a ring: offers, last words, limits, halt, rollback in escrow, resume, and crashes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import msgspec
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqlalchemy import select
+
+from saw.audit import Chain, EventFactory, Head, Subject
+from saw.broker.config import BrokerConfig, RolloutSettings
+from saw.broker.context import Caller
+from saw.broker.core import Broker
+from saw.broker.errors import BrokerError
+from saw.broker.perimeter import Report, Shipment
+from saw.broker.releases import Publication as Body
+from saw.broker.rollout_control import Deposit, Order
+from saw.broker.rollout_limits import Calls, Counts, crossed
+from saw.broker.schema import images, workspaces
+from saw.broker.setup import initialise
+from saw.errors import SawError
+from saw.policy.bundle import build_manifest, policy_digest, sign
+from saw.policy.keys import load_public_key
+from saw.policy.loader import load_members
+from saw.policy.tuf_changes import roll_back
+from saw.policy.tuf_draft import contribute
+from saw.policy.tuf_repository import (
+    Publication,
+    adopt_publication,
+    init_repository,
+    stage_publication,
+)
+from saw.policy.tuf_rings import held_revision
+
+OPERATOR = Caller("operator:ada", "operator-socket", "r-1")
+RING = "stable"
+START = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
+POLICY = """version: 1
+network_policies:
+  git:
+    endpoints: [{host: git.example.com, port: 443, protocol: rest, access: read-only}]
+    binaries: [{path: "/usr/bin/gitN"}]
+"""
+GOVERNANCE = "schema: 1\nblueprint: {name: coding, version: 1.0.0, owner: team}\n"
+
+
+class World:
+    """A broker without network, its officers, and workspaces whose attestation is written straight into the register."""
+
+    def __init__(self, directory: Path, **limits: object) -> None:
+        self.directory = directory
+        self.now = START
+        self.config = BrokerConfig(
+            "saw.example",
+            str(directory / "state"),
+            str(directory / "o.sock"),
+            ("b.saw.internal",),
+            rollout=RolloutSettings(**limits),
+        )
+        initialise(self.config, self.now)
+        self.keys = [Ed25519PrivateKey.generate() for _ in range(3)]
+        self.officers = directory / "officers"
+        online = load_public_key(self.config.keys / "tuf-online.pub")
+        self.root = init_repository(self.officers, self.keys, online, 2, now=self.now)
+        self.open()
+        with self.broker.services.store.write() as tx:
+            tx.connection.execute(
+                images.insert().values(name="i", image_sha256="1" * 64, record="{}", registered_at="2026")
+            )
+        self.digests: dict[int, str] = {}
+        self.chain = Chain("edge", Head())
+
+    def open(self) -> None:
+        self.broker = Broker.open(self.config, lambda: self.now, os.urandom)
+
+    def restart(self) -> None:
+        self.broker.close()
+        self.open()
+
+    def publication(self, revision: int, content: int | None = None) -> Publication:
+        members = {
+            "policy.yaml": POLICY.replace("gitN", f"git{content or revision}").encode(),
+            "governance.yaml": GOVERNANCE.encode(),
+        }
+        manifest = build_manifest(load_members(members), revision, self.now, self.now + timedelta(days=30))
+        self.digests[revision] = policy_digest(manifest)
+        raw = sign(manifest, members, self.keys[:2])
+        return stage_publication(self.officers, f"rings/{RING}/coding.bundle.json", raw, self.keys[:2], self.now)
+
+    def publish(self, revision: int, content: int | None = None) -> str:
+        made = self.publication(revision, content)
+        self.broker.releases.publish(OPERATOR, as_body(made))
+        adopt_publication(self.officers, made)
+        return self.digests[revision]
+
+    def rollback(self, to: int) -> Publication:
+        old = held_revision(self.officers, RING, "coding", to)
+        draft = roll_back(self.officers, RING, "coding", old, now=self.now, validity=timedelta(days=30))
+        return contribute(draft, self.keys[:2]).publication
+
+    def deposit(self, to: int) -> bool:
+        made = self.rollback(to)
+        return self.broker.rollouts.deposit(OPERATOR, RING, msgspec.convert(msgspec.to_builtins(made), Deposit))
+
+    def workspace(self, name: str, digest: str | None = None, state: str = "active") -> None:
+        from saw.broker.registry import CreateWorkspace
+
+        self.broker.registry.create(OPERATOR, CreateWorkspace(name, "ada@example.com", "coding", RING, "i"))
+        self.attest(name, digest, state)
+
+    def attest(self, name: str, digest: str | None, state: str = "active") -> None:
+        with self.broker.services.store.write() as tx:
+            where = workspaces.c.id == name
+            tx.connection.execute(workspaces.update().where(where).values(policy_digest=digest, state=state))
+
+    def say(self, name: str, state: str, digest: str, reason: str = "", *, verified: bool = True) -> None:
+        caller = Caller(f"workspace:{name}" if verified else "anonymous:", "10.0.0.1", "r-2")
+        report = Report(name, "policy_state", state, 0, reason, digest)
+        self.broker.views.report(caller, report, verified=verified)
+
+    def load(self, name: str, digest: str) -> None:
+        self.say(name, "offered", digest)
+        self.say(name, "verified", digest)
+        self.attest(name, digest)
+        self.say(name, "loaded", digest)
+
+    def given(self, name: str) -> str | None:
+        answer = self.broker.views.watch(name)["policy_digest"]
+        stated = {w["id"]: w["released_digest"] for w in self.broker.views.perimeter_state()["workspaces"]}
+        assert stated[name] == answer, "perimeters and workspaces are told the same"
+        return answer
+
+    def view(self, revision: int | None = None):
+        found = self.broker.rollout_views.ring(RING)["rollouts"]
+        return next(one for one in found if revision in {None, one.revision})
+
+    def findings(self) -> list[str]:
+        events = self.broker.trail.page("broker", 0, 1000)["events"]
+        return [e.event["finding_info"]["types"][0] for e in events if e.event["class_uid"] == 2004]
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+        self.broker.rollouts.tick()
+
+    def calls(
+        self, workspace: str, digest: str, allowed: int, denied: int, reason: str = "host_not_allowed"
+    ) -> Shipment:
+        factory = EventFactory("saw-gatekeeper", host="edge", new_uid=lambda: "u")
+        events = []
+        for number in range(allowed + denied):
+            good = number < allowed
+            event = factory.http_activity(
+                self.now,
+                Subject(workspace=workspace, policy_digest=digest),
+                method="GET",
+                scheme="https",
+                host="h",
+                port=443,
+                path="/",
+                allowed=good,
+                reason="" if good else reason,
+            )
+            events.append(self.chain.append(event))
+        return Shipment("edge", tuple(events))
+
+    def ship(self, shipment: Shipment) -> None:
+        self.broker.views.accept_events(Caller("perimeter:edge", "10.0.0.2", "r-3"), shipment)
+
+
+def as_body(made: Publication) -> Body:
+    return msgspec.json.decode(msgspec.json.encode({"metadata": made.metadata, "targets": made.targets}), type=Body)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Make worlds that are closed at the end."""
+    made: list[World] = []
+
+    def build(**limits: object) -> World:
+        made.append(World(tmp_path / str(len(made)), **limits))
+        return made[-1]
+
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").mkdir()
+    yield build
+    for world in made:
+        world.broker.close()
+
+
+@pytest.fixture
+def ring(make):
+    """Revision 1 complete on three workspaces, revision 2 just published."""
+
+    def build(**limits: object) -> World:
+        world = make(**limits)
+        first = world.publish(1)
+        for name in ("a", "b", "c"):
+            world.workspace(name, first)
+            world.load(name, first)
+        world.pass_time(world.config.rollout.soak_s + 1)
+        assert world.view(1).state == "complete"
+        world.publish(2)
+        return world
+
+    return build
+
+
+@pytest.mark.control("POL-02")
+def test_a_release_is_complete_when_everyone_loaded_it_for_the_soak_time(ring):
+    world = ring()
+    new = world.digests[2]
+    assert [world.given(name) for name in "abc"] == [new] * 3
+    for name in "abc":
+        assert not world.view().all_loaded
+        world.load(name, new)
+    assert world.view().all_loaded
+    assert (world.view().counts.loaded, world.view().state) == (3, "running")
+    world.pass_time(601)
+    assert world.view().state == "complete"
+    assert world.findings() == []
+
+
+@pytest.mark.control("POL-02")
+def test_loaded_counts_only_under_the_workspaces_identity_and_with_the_attested_digest(ring):
+    world = ring()
+    new = world.digests[2]
+    world.attest("a", new)
+    world.say("a", "loaded", new, verified=False)
+    assert world.view().counts.loaded == 0
+    world.say("b", "loaded", new)
+    assert (world.view().counts.loaded, world.findings()) == (0, ["loaded_not_attested"])
+    world.say("a", "loaded", new)
+    assert world.view().counts.loaded == 1
+
+
+@pytest.mark.control("POL-02")
+def test_a_refusal_that_anybody_could_have_sent_halts_nothing(ring):
+    world = ring()
+    world.say("a", "refused", world.digests[2], "validate_failed", verified=False)
+    assert world.view().state == "running"
+    assert world.broker.rollout_views.workspace("a")["history"][0]["verified"] is False
+    world.say("a", "refused", world.digests[2], "validate_failed")
+    assert world.view().state == "halted"
+
+
+@pytest.mark.control("POL-02")
+def test_a_refusal_halts_and_only_who_loaded_the_release_goes_on_with_it(ring):
+    world = ring()
+    old, new = world.digests[1], world.digests[2]
+    world.load("a", new)
+    world.say("b", "refused", new, "validate_failed")
+    view = world.view()
+    assert (view.state, view.state_by) == ("halted", "service:saw-broker")
+    assert "max_refused: 1" in view.reason
+    assert [world.given(name) for name in "abc"] == [new, old, old]
+    assert "rollout_halted" in world.findings()
+    assert view.prepare_rollback.startswith(f"saw policy rollback --repository OFFICERS_COPY --ring {RING}")
+    assert "--to 1" in view.prepare_rollback
+    # One that was attested with it and did not say so yet is past the point of return.
+    world.attest("c", new)
+    assert world.given("c") == new
+    world.workspace("d")
+    assert world.given("d") == old
+    assert world.broker.rollout_views.bundle("d")["policy_digest"] == old
+
+
+def test_as_many_refusals_as_allowed_halt_nothing(ring):
+    world = ring(max_refused=1)
+    world.say("a", "refused", world.digests[2], "validate_failed")
+    assert world.view().state == "running"
+    world.say("b", "refused", world.digests[2], "validate_failed")
+    assert world.view().state == "halted"
+
+
+@pytest.mark.control("POL-02")
+def test_a_workspace_that_says_nothing_is_a_finding_and_halts(ring):
+    world = ring(max_silent_s=60)
+    world.load("a", world.digests[2])
+    world.load("b", world.digests[2])
+    world.pass_time(60)
+    assert world.view().state == "running"
+    world.pass_time(2)
+    assert world.findings() == ["policy_silent", "rollout_halted"]
+    assert [m.workspace for m in world.view().members if m.silent] == ["c"]
+
+
+def test_a_workspace_that_is_stopped_is_not_silent(ring):
+    world = ring(max_silent_s=60)
+    world.attest("c", world.digests[1], "stopped")
+    for name in "ab":
+        world.load(name, world.digests[2])
+    world.pass_time(1000)
+    assert world.view().state == "complete"
+
+
+@pytest.mark.control("POL-02")
+def test_a_deny_rate_above_the_one_before_halts_and_each_event_counts_once(ring):
+    world = ring(min_calls=10, max_deny_rate_increase=0.2)
+    old, new = world.digests[1], world.digests[2]
+    world.ship(world.calls("a", old, 9, 1))
+    world.load("a", new)
+    again = world.calls("a", new, 7, 2)
+    world.ship(again)
+    world.ship(again)
+    assert (world.view().calls.allowed, world.view().calls.denied, world.view().state) == (7, 2, "running")
+    # What has nothing to do with the policy does not count.
+    world.ship(world.calls("a", new, 0, 5, "lease_expired"))
+    assert world.view().calls.denied == 2
+    world.ship(world.calls("a", new, 0, 1))
+    assert world.view().state == "running"  # 30 % of 10 calls, not above 10 % + 20 %
+    world.ship(world.calls("a", new, 0, 2))
+    assert world.view().state == "halted"
+    assert "max_deny_rate_increase" in world.view().reason
+
+
+@pytest.mark.control("LIF-03")
+def test_a_halt_publishes_the_rollback_in_escrow_and_everyone_returns(ring):
+    world = ring()
+    new = world.digests[2]
+    assert world.deposit(1)
+    world.load("a", new)
+    world.say("b", "refused", new, "validate_failed")
+    view = world.view()
+    assert (view.revision, view.returns_to, view.state) == (3, 1, "running")
+    assert world.view(2).rollback.state == "published"
+    assert {world.given(name) for name in "abc"} == {view.policy_digest} - {new}
+    # Going back is never halted itself: there is nothing behind it.
+    world.say("c", "refused", view.policy_digest, "validate_failed")
+    assert (world.view().state, world.findings()[-1]) == ("running", "rollout_limit")
+
+
+@pytest.mark.control("LIF-03")
+def test_a_rollback_is_taken_only_when_it_would_be_accepted_and_really_goes_back(ring):
+    world = ring()
+    good = world.rollback(1)
+
+    def refused(made: Publication) -> str:
+        with pytest.raises(SawError) as caught:
+            world.broker.rollouts.deposit(OPERATOR, RING, msgspec.convert(msgspec.to_builtins(made), Deposit))
+        return caught.value.code
+
+    old = held_revision(world.officers, RING, "coding", 1)
+    alone = roll_back(world.officers, RING, "coding", old, now=world.now, validity=timedelta(days=1))
+    assert refused(contribute(alone, world.keys[:1]).publication) == "threshold"
+    assert refused(world.publication(3)) == "not_a_rollback"
+    assert refused(world.publication(3, content=2)) == "not_a_rollback"
+    stale = Publication({**good.metadata}, dict(good.targets))
+    assert world.broker.rollouts.deposit(OPERATOR, RING, msgspec.convert(msgspec.to_builtins(good), Deposit))
+    assert not world.broker.rollouts.deposit(OPERATOR, RING, msgspec.convert(msgspec.to_builtins(good), Deposit))
+    world.publish(3)
+    assert refused(stale) == "stale_base"
+
+
+@pytest.mark.control("LIF-03")
+def test_a_rollback_that_another_publication_made_useless_is_told_before_it_is_needed(ring):
+    world = ring()
+    world.deposit(1)
+    other = stage_publication(
+        world.officers,
+        "rings/canary/coding.bundle.json",
+        world.publication(3).targets[f"rings/{RING}/coding.bundle.json"],
+        world.keys[:2],
+        world.now,
+    )
+    world.broker.releases.publish(OPERATOR, as_body(other))
+    world.pass_time(1)
+    assert (world.view(2).rollback.state, world.findings()) == ("stale", ["rollback_stale"])
+
+
+def killed(world: World, moment: str) -> None:
+    """Have another process take in a refusal and be killed with SIGKILL at ``moment``."""
+    world.broker.close()
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            world.open()
+            whom = {
+                "halting": (world.broker.rollouts._audit, "finding"),
+                "halted": (world.broker.repository, "accept"),
+                "published": (world.broker.releases, "synchronise"),
+            }
+            part, name = whom[moment]
+            object.__setattr__(part, name, lambda *_a, **_n: os.kill(os.getpid(), signal.SIGKILL))
+            world.say("b", "refused", world.digests[2], "validate_failed")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.control("LIF-03")
+@pytest.mark.parametrize("moment", ["halted", "published"])
+def test_a_broker_killed_during_the_rollback_finishes_it_at_its_next_start(ring, moment):
+    world = ring()
+    world.deposit(1)
+    killed(world, moment)
+    world.open()
+    assert (world.view().revision, world.view().returns_to) == (3, 1)
+    assert (world.view(2).state, world.view(2).rollback.state) == ("halted", "published")
+    assert world.findings() == ["rollout_halted"]
+    assert world.broker.trail.verify()["complete"]
+    world.restart()
+    assert world.view().revision == 3
+
+
+def test_a_broker_killed_while_it_halts_has_halted_or_not_and_its_trail_says_which(ring):
+    world = ring()
+    killed(world, "halting")
+    world.open()
+    assert (world.view().state, world.findings()) == ("running", [])
+    assert world.broker.trail.verify()["complete"]
+    world.say("b", "refused", world.digests[2], "validate_failed")
+    assert (world.view().state, world.findings()) == ("halted", ["rollout_halted"])
+
+
+def test_a_manual_halt_holds_back_and_resume_offers_again(ring):
+    world = ring()
+    old, new = world.digests[1], world.digests[2]
+    world.deposit(1)
+    assert world.broker.rollouts.halt(OPERATOR, RING, Order("look first")) == 2
+    assert world.broker.rollouts.halt(OPERATOR, RING, Order("look first")) == 2
+    assert [world.given(name) for name in "abc"] == [old] * 3
+    world.restart()
+    assert (world.view().state, world.view().reason, world.view().state_by) == ("halted", "look first", "operator:ada")
+    world.broker.rollouts.resume(OPERATOR, RING, Order("it was the network"))
+    assert [world.given(name) for name in "abc"] == [new] * 3
+    with pytest.raises(BrokerError, match="nothing rolls out"):
+        world.broker.rollouts.halt(OPERATOR, "other", Order("x"))
+    world.broker.rollouts.halt(OPERATOR, RING, Order("back", roll_back=True))
+    assert world.view().returns_to == 1
+
+
+def test_resume_forgives_what_was_and_counts_anew(ring):
+    world = ring()
+    world.say("a", "refused", world.digests[2], "validate_failed")
+    world.broker.rollouts.resume(OPERATOR, RING, Order("envoy was replaced"))
+    assert (world.view().state, world.view().counts.refused, world.view().counts.waiting) == ("running", 0, 3)
+    for name in "abc":
+        world.load(name, world.digests[2])
+    assert world.view().all_loaded
+    world.pass_time(601)
+    with pytest.raises(BrokerError, match="not halted"):
+        world.broker.rollouts.resume(OPERATOR, RING, Order("again"))
+
+
+def test_waves_go_on_when_the_one_before_has_loaded(ring):
+    world = ring(first_wave=1)
+    old, new = world.digests[1], world.digests[2]
+    assert [world.given(name) for name in "abc"] == [new, old, old]
+    world.load("a", new)
+    assert [world.given(name) for name in "abc"] == [new, new, old]
+    world.load("b", new)
+    assert [world.given(name) for name in "abc"] == [new] * 3
+    world.load("c", new)
+    assert world.view().all_loaded
+
+
+def test_a_wave_that_refuses_spares_the_rest(ring):
+    world = ring(first_wave=1)
+    world.say("a", "refused", world.digests[2], "validate_failed")
+    assert [m.workspace for m in world.view().members] == ["a"]
+    assert [world.given(name) for name in "abc"] == [world.digests[1]] * 3
+
+
+@pytest.mark.control("LIF-03")
+def test_where_a_rollback_is_required_nobody_is_offered_anything_before(ring):
+    world = ring(require_rollback=True)
+    old, new = world.digests[1], world.digests[2]
+    assert [world.given(name) for name in "abc"] == [old] * 3
+    world.deposit(1)
+    assert [world.given(name) for name in "abc"] == [new] * 3
+
+
+def test_the_first_release_of_a_ring_is_never_halted_by_itself(make):
+    world = make()
+    first = world.publish(1)
+    world.workspace("a")
+    world.say("a", "refused", first, "validate_failed")
+    assert (world.view().state, world.findings(), world.given("a")) == ("running", ["rollout_limit"], first)
+
+
+@pytest.mark.control("POL-02")
+def test_the_history_keeps_every_word_and_the_trail_too(ring):
+    world = ring()
+    world.load("a", world.digests[2])
+    world.say("a", "loaded", world.digests[2])
+    status = world.broker.rollout_views.workspace("a")
+    words = [(entry["revision"], entry["state"]) for entry in reversed(status["history"])]
+    assert words == [(revision, state) for revision in (1, 2) for state in ("offered", "verified", "loaded")]
+    assert (status["given_revision"], status["attested_digest"]) == (2, world.digests[2])
+    events = world.broker.trail.page("broker", 0, 1000)["events"]
+    told = [e.event.get("message", "") for e in events if e.event.get("device", {}).get("uid") == "a"]
+    assert [text for text in told if text.startswith("policy ")][-4:] == [
+        "policy offered",
+        "policy verified",
+        "policy loaded",
+        "policy loaded",
+    ]
+
+
+@given(
+    st.builds(Counts, refused=st.integers(0, 5), silent=st.integers(0, 3), loaded=st.integers(0, 5)),
+    st.builds(Calls, st.integers(0, 50), st.integers(0, 50)),
+    st.builds(Calls, st.integers(0, 50), st.integers(0, 50)),
+    st.integers(0, 5),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_limit_is_crossed_exactly_when_it_is_exceeded(counts, calls, before, allowed) -> None:
+    limits = RolloutSettings(max_refused=allowed, min_calls=10, max_deny_rate_increase=0.1)
+    found = {reason.partition(":")[0] for reason in crossed(limits, counts, calls, before)}
+    assert ("max_refused" in found) == (counts.refused > allowed)
+    assert ("max_silent_s" in found) == (counts.silent > 0)
+    enough = calls.total >= 10 and before.total >= 10
+    assert ("max_deny_rate_increase" in found) == (enough and calls.deny_rate - before.deny_rate > 0.1)
+
+
+def test_a_row_lost_between_repository_and_register_does_not_begin_a_second_rollout(ring):
+    world = ring()
+    world.say("a", "offered", world.digests[2])
+    from saw.broker.schema import releases, rollouts
+
+    with world.broker.services.store.write() as tx:
+        tx.connection.execute(releases.delete().where(releases.c.revision == 2))
+    world.restart()
+    with world.broker.services.store.read() as connection:
+        assert len(connection.execute(select(rollouts)).all()) == 2
+    assert world.view().counts.offered == 1

@@ -1,0 +1,117 @@
+"""``saw gateway``: what it prepares on a perimeter host, and what it prints for others to load."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saw.cli.gateway import initialise, main
+from saw.errors import ConfigError
+from saw.gateway.config import load_config
+from saw.gateway.notify import notify
+from saw.gateway.service import listen
+from saw.gateway.xds import XdsWriter, envoy_arguments
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    config: dict[str, Any] = {
+        "name": "edge",
+        "broker_url": "https://10.77.0.10:8443",
+        "ca_file": f"{tmp_path}/tls/ca.pem",
+        "cert_file": f"{tmp_path}/tls/cert.pem",
+        "key_file": f"{tmp_path}/tls/key.pem",
+        "tuf_root_file": f"{tmp_path}/tls/root.json",
+        "state_dir": f"{tmp_path}/state",
+        "credentials_dir": f"{tmp_path}/credentials",
+        "ring2": {
+            "broker_address": "10.77.0.10:8443",
+            "xds_dir": f"{tmp_path}/xds",
+            "tls_dir": f"{tmp_path}/ring2-tls",
+        },
+        "nft": {"operator_networks": ["10.77.0.0/24"], "ssh_port": 2222},
+    }
+    file = tmp_path / "gatekeeper.json"
+    file.write_text(json.dumps(config))
+    return file
+
+
+def test_init_makes_what_is_missing_once(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "--json", "--config", str(path)]) == 0
+    first = json.loads(capsys.readouterr().out)
+    root = path.parent
+    assert {f"{root}/tls/key.pem", f"{root}/ring2-tls/server.key", f"{root}/xds/bootstrap.json"} <= set(
+        first["changed"]
+    )
+    assert first["csr"] == [f"{root}/tls/key.csr", f"{root}/ring2-tls/server.csr"]
+    assert len(first["missing"]) == 3
+    for key in ("tls/key.pem", "ring2-tls/server.key"):
+        assert (root / key).stat().st_mode & 0o777 == 0o600
+    assert initialise(load_config(path))["changed"] == []
+
+
+def test_init_leaves_the_listeners_of_running_workspaces(path: Path) -> None:
+    config = load_config(path)
+    initialise(config)
+    XdsWriter(config).write((3,), ())
+    assert initialise(config)["changed"] == []
+    assert "10.210.3.1" in (config.ring2.xds_dir / "lds.json").read_text()
+
+
+def test_files_are_written_only_when_they_change_and_cuts_go_first(path: Path) -> None:
+    config = load_config(path)
+    initialise(config)
+    writer = XdsWriter(config)
+    assert writer.write((1, 2), ("private-token",)) == ["cds.json", "lds.json"]
+    assert writer.write((2, 1), ("private-token",)) == []
+    assert writer.write((1,), ("private-token",)) == ["lds.json", "cds.json"]
+    text = (config.ring2.xds_dir / "lds.json").read_text()
+    assert "private-token" in text
+    assert "10.210.2.1" not in text
+
+
+def test_a_credential_header_about_the_connection_is_never_copied(path: Path) -> None:
+    text = XdsWriter(load_config(path)).render((1,), ("Content-Length", "X-Api-Key"))["lds.json"]
+    listener = json.loads(text)["resources"][0]
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    answer = manager["http_filters"][0]["typed_config"]["http_service"]["authorization_response"]
+    names = {pattern["exact"] for pattern in answer["allowed_upstream_headers"]["patterns"]}
+    assert {"authorization", "x-api-key", "x-saw-upstream"} <= names
+    assert "content-length" not in names
+
+
+def test_render_and_nft_print_what_they_are_asked_for(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["render", "--numbers", "1,7", "--config", str(path)]) == 0
+    assert {"cds.json", "lds.json"} <= json.loads(capsys.readouterr().out).keys()
+    assert main(["nft", "--config", str(path)]) == 0
+    rules = capsys.readouterr().out
+    assert "ip saddr { 10.77.0.0/24 } tcp dport 2222" in rules
+
+
+def test_removed_listeners_drain_at_once(path: Path) -> None:
+    arguments = envoy_arguments(load_config(path))
+    assert arguments[arguments.index("--drain-time-s") + 1] == "1"
+    assert arguments[arguments.index("--drain-strategy") + 1] == "immediate"
+
+
+@pytest.mark.control("CRED-01")
+def test_only_its_user_and_group_can_reach_the_authorisation_socket(tmp_path: Path) -> None:
+    server = listen(tmp_path / "authz.sock", "root")
+    assert (tmp_path / "authz.sock").stat().st_mode & 0o777 == 0o660
+    server.close()
+    with pytest.raises(ConfigError, match="group"):
+        listen(tmp_path / "authz.sock", "no-such-group")
+    with pytest.raises(ConfigError, match="cannot listen"):
+        listen(tmp_path / "missing" / "authz.sock", "")
+
+
+def test_the_service_manager_is_told(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        assert notify("READY=1", {"NOTIFY_SOCKET": str(tmp_path / "notify")})
+        assert manager.recv(100) == b"READY=1"
+    assert not notify("READY=1", {})

@@ -1,0 +1,251 @@
+"""The order of ring 2's decision, without Envoy: doubt, certificate age, and that no input makes it raise or allow."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+import pytest
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.x509 import load_pem_x509_certificate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saw.audit.events import EventFactory
+from saw.gateway.app import read_call
+from saw.gateway.config import ResolverConfig
+from saw.gateway.credentials import CredentialStore
+from saw.gateway.events import event_of
+from saw.gateway.judge import Call, Judge, destination
+from saw.gateway.peer import PeerReader
+from saw.gateway.releases import Release
+from saw.gateway.resolve import Resolver
+from saw.gateway.state import Grace, WorkspaceEntry
+from saw.gateway.view import EMPTY, View, raise_floors, release_for
+from saw.identity.x509 import Authority, new_key_and_csr
+from saw.policy.loader import load_governance, load_policy
+from saw.policy.matcher import Matcher
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+DIGEST, OLDER = "aa" * 32, "bb" * 32
+POLICY = b"""
+version: 1
+network_policies:
+  api:
+    endpoints:
+      - {host: api.example.com, port: 443, protocol: rest, rules: [{allow: {method: GET, path: "/v1/**"}}]}
+    binaries: [{path: /usr/bin/curl}]
+"""
+GOVERNANCE = b"schema: 1\nblueprint: {name: coding, version: 1.0.0, owner: team-x}\n"
+
+
+def release(digest: str = DIGEST, revision: int = 2, days: int = 1) -> Release:
+    governance = load_governance(GOVERNANCE)
+    matcher = Matcher.compile(load_policy(POLICY), governance)
+    return Release(digest, revision, "coding", NOW + timedelta(days=days), governance, matcher)
+
+
+def entry(**fields: Any) -> WorkspaceEntry:
+    base = WorkspaceEntry(
+        id="ws-1", number=1, state="active", sponsor="mia", blueprint="coding", ring="stable",
+        lease_expires_at=NOW + timedelta(seconds=60), policy_digest=DIGEST, released_digest=DIGEST,
+    )  # fmt: skip
+    return msgspec.structs.replace(base, **fields)
+
+
+def view(
+    workspace: WorkspaceEntry, releases: Mapping[str, Release], grace: Grace | None = None, floor: int = 0
+) -> View:
+    return View(1, {"ws-1": workspace}, releases, {"ws-1": grace} if grace else {}, {"ws-1": floor})
+
+
+class Bench:
+    """A judge on one view, with a certificate to call with."""
+
+    def __init__(self, directory: Path) -> None:
+        self.now, self.doubt = NOW, ""
+        self.view = view(entry(), {DIGEST: release()})
+        authority = Authority.create(directory / "ca", "saw.test", NOW - timedelta(days=1))
+        _, csr = new_key_and_csr("ws-1")
+        certificate = authority.issue_svid(csr, "ws-1", DIGEST, NOW, 300)
+        digest = load_pem_x509_certificate(certificate).fingerprint(SHA256()).hex()
+        self.peer = f'Hash={digest};Cert="{quote(certificate.decode(), safe="")}"'
+        self.judge = Judge(
+            view=lambda: self.view, doubt=lambda: self.doubt, now=lambda: self.now, peers=PeerReader(authority.ca_pem),
+            resolver=Resolver(ResolverConfig(), lambda: 0.0, lambda _host: ["192.0.2.1"]),
+            credentials=CredentialStore(directory), release_grace_s=60,
+        )  # fmt: skip
+
+    def outcome(self, **changes: Any) -> str:
+        verdict = asyncio.run(self.judge.decide(msgspec.structs.replace(self.call(), **changes)))
+        assert verdict.allowed == (verdict.dial is not None)
+        return "allow" if verdict.allowed else verdict.reason
+
+    def call(self) -> Call:
+        return Call(
+            listener="1", peer=self.peer, scheme="https", authority="api.example.com", port="443", method="GET",
+            target="/v1/x", binary="/usr/bin/curl", ancestors=(), request_id="r-1", headers={}, body=b"",
+            body_complete=True,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("judge")
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+@pytest.mark.control("POL-04")
+def test_the_certificate_is_checked_on_every_call_and_not_only_at_the_handshake(bench: Bench) -> None:
+    assert bench.outcome() == "allow"
+    bench.now = NOW + timedelta(seconds=299)
+    bench.view = view(entry(lease_expires_at=NOW + timedelta(hours=1)), {DIGEST: release()})
+    assert bench.outcome() == "allow"
+    bench.now = NOW + timedelta(seconds=301)
+    assert bench.outcome() == "no_identity"
+
+
+@pytest.mark.control("POL-04")
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda _peer: "",
+        lambda peer: peer + "," + peer,
+        lambda peer: peer.replace("Hash=", "Hash=0", 1),
+        lambda peer: "Hash=" + "0" * 64 + peer[69:],
+        lambda peer: peer.replace("Cert=", "URI="),
+        lambda peer: f"By=spiffe://saw.example/perimeter/edge;{peer},{peer}",
+        lambda peer: peer[:200] + peer[210:],
+    ],
+)
+def test_a_peer_that_is_not_one_good_certificate_is_no_identity(bench: Bench, forge: Any) -> None:
+    assert bench.outcome(peer=forge(bench.peer)) == "no_identity"
+    assert bench.outcome() == "allow"
+
+
+@pytest.mark.control("POL-04")
+def test_the_uri_of_ring_2_itself_in_the_peer_header_changes_nothing(bench: Bench) -> None:
+    assert bench.outcome(peer=f"By=spiffe://saw.example/perimeter/edge;{bench.peer}") == "allow"
+
+
+@pytest.mark.control("POL-05")
+def test_doubt_about_state_or_clock_refuses(bench: Bench) -> None:
+    bench.doubt = "the broker has not answered for 99 s"
+    assert bench.outcome() == "gatekeeper_stale"
+    bench.doubt = ""
+    assert bench.outcome() == "allow"
+    bench.view = EMPTY
+    assert bench.outcome() == "no_identity"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"port": "8443"}, "host_not_allowed"),
+        ({"port": "x"}, "not_canonical"),
+        ({"port": "٤٤٣"}, "not_canonical"),
+        ({"authority": "api.example.com:8443"}, "not_canonical"),
+        ({"scheme": "ftp"}, "not_canonical"),
+        ({"scheme": "http"}, "host_not_allowed"),
+        ({"listener": ""}, "no_identity"),
+        ({"listener": "1,1"}, "no_identity"),
+        ({"method": "CONNECT"}, "method_or_path_not_allowed"),
+        ({"target": ""}, "not_canonical"),
+        ({"headers": {"x-http-method-override": "DELETE"}}, "method_or_path_not_allowed"),
+    ],
+)
+def test_forms_that_could_be_read_in_two_ways_are_refused(bench: Bench, changes: dict[str, Any], reason: str) -> None:
+    assert bench.outcome(**changes) == reason
+
+
+def test_authorities() -> None:
+    call = Call("1", "", "https", "", "", "GET", "/", "", (), "", {}, b"", body_complete=True)
+
+    def parsed(authority: str, port: str = "") -> tuple[str, int] | None:
+        return destination(msgspec.structs.replace(call, authority=authority, port=port))
+
+    assert parsed("API.example.com") == ("api.example.com", 443)
+    assert parsed("a:8080", "8080") == ("a", 8080)
+    assert parsed("[2001:db8::1]:8080") == ("[2001:db8::1]", 8080)
+    for authority in ("", "a b", "a@b", "a/b", "a:0", "a:99999", "a.", "a:80:80", "[::1", "a\\b", "ä.example.com"):
+        assert parsed(authority) is None, authority
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    headers=st.lists(
+        st.tuples(
+            st.sampled_from(
+                [b"host", b"x-saw-listener", b"x-saw-target", b"x-saw-method", b"x-saw-port", b"x-saw-scheme",
+                 b"x-saw-binary", b"x-forwarded-client-cert", b"x-request-id", b"x-envoy-auth-partial-body"]
+            ),
+            st.binary(max_size=40),
+        )
+    ),
+    body=st.binary(max_size=40),
+)  # fmt: skip
+def test_no_input_is_allowed_without_a_certificate_and_each_has_an_event(
+    directory: Path, headers: list[tuple[bytes, bytes]], body: bytes
+) -> None:
+    judge = Judge(
+        view=lambda: view(entry(), {}), doubt=lambda: "", now=lambda: NOW, peers=PeerReader(b""),
+        resolver=Resolver(ResolverConfig(), lambda: 0.0, lambda _host: []),
+        credentials=CredentialStore(directory), release_grace_s=60,
+    )  # fmt: skip
+    verdict = asyncio.run(judge.decide(read_call(headers, body)))
+    assert (verdict.allowed, verdict.reason) == (False, "no_identity")
+    event_of(verdict, EventFactory("saw-gatekeeper", host="edge", new_uid=lambda: "u"))
+
+
+def test_the_release_before_counts_within_its_grace_only() -> None:
+    releases = {DIGEST: release(), OLDER: release(OLDER, 1)}
+    workspace = entry(policy_digest=OLDER)
+    grace = Grace(DIGEST, OLDER, NOW)
+
+    def outcome(seconds: int, known: Grace | None = grace) -> str:
+        found = release_for(view(workspace, releases, known, 2), workspace, OLDER, NOW + timedelta(seconds=seconds), 60)
+        return found if isinstance(found, str) else found.digest
+
+    assert outcome(60) == OLDER
+    assert outcome(61).startswith("not_released")
+    assert outcome(0, None).startswith("not_released")
+    assert outcome(0, Grace(DIGEST, "cc" * 32, NOW)).startswith("not_released")
+
+
+@pytest.mark.control("POL-04")
+def test_a_release_that_expired_is_of_another_blueprint_or_older_than_the_floor_judges_nothing() -> None:
+    workspace = entry()
+
+    def outcome(found: Release, floor: int = 0, who: WorkspaceEntry = workspace) -> str:
+        result = release_for(view(who, {DIGEST: found}, floor=floor), who, DIGEST, NOW, 60)
+        return result.split(":")[0] if isinstance(result, str) else "ok"
+
+    assert outcome(release(), 2) == "ok"
+    assert outcome(release(), 3) == "not_released"
+    assert outcome(release(days=-1)) == "not_released"
+    assert outcome(release(), who=entry(blueprint="other")) == "not_released"
+    assert outcome(release(), who=entry(policy_digest=None)) == "digest_mismatch"
+
+
+@pytest.mark.control("POL-04")
+def test_workspaces_of_one_ring_may_be_held_on_an_earlier_release_but_none_that_ran_the_newer_goes_back() -> None:
+    older, newer = release(OLDER, 1), release(DIGEST, 2)
+    releases = {OLDER: older, DIGEST: newer}
+    ahead, held = entry(), entry(id="ws-2", number=2, policy_digest=OLDER, released_digest=OLDER)
+    floors = raise_floors({}, {"ws-1": ahead, "ws-2": held}, releases)
+    assert floors == {"ws-1": 2, "ws-2": 1}
+    seen = View(1, {"ws-1": ahead, "ws-2": held}, releases, {}, floors)
+    assert release_for(seen, held, OLDER, NOW, 60) == older
+    back = entry(policy_digest=OLDER, released_digest=OLDER)
+    assert str(release_for(seen, back, OLDER, NOW, 60)).startswith("not_released")
+    # What a workspace was merely offered does not bind it: a halt may take the offer back.
+    assert raise_floors({}, {"ws-2": entry(id="ws-2", policy_digest=OLDER)}, releases) == {}

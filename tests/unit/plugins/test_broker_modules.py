@@ -1,0 +1,241 @@
+"""The modules of the group ``broker`` against a real broker: check run, run, second run, and every refusal by its text."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from ansible_collections.secure_agent.workspace.plugins.modules import (
+    broker_certificate,
+    image_release,
+    policy_release,
+    workspace_info,
+    workspace_registration,
+)
+from broker_rig import image_record
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from saw.identity.x509 import Authority, new_key_and_csr
+
+PROFILE = {"sponsor": "dana@example.com", "blueprint": "coding", "ring": "stable", "image": "workspace"}
+
+
+def endorsement_key() -> str:
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048).public_key()
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+
+
+# --- workspace_registration -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.control("ID-04")
+def test_registration_is_checked_made_and_then_left_alone(broker_context, run_module):
+    wanted = {"context": broker_context.context, "id": "ws-one", **PROFILE}
+    forecast = run_module(workspace_registration, check=True, **wanted)
+    assert forecast["changed"]
+    assert run_module(workspace_info, context=broker_context.context, id="ws-one")["workspaces"] == []
+    made = run_module(workspace_registration, **wanted)
+    assert made["changed"]
+    assert made["workspace"]["state"] == "requested"
+    assert made["workspace"]["number"] >= 1
+    again = run_module(workspace_registration, **wanted)
+    assert not again["changed"]
+    assert again["workspace"] == made["workspace"]
+    assert not run_module(workspace_registration, check=True, **wanted)["changed"]
+
+
+def test_a_new_workspace_needs_its_whole_profile(broker_context, run_module):
+    outcome = run_module(workspace_registration, context=broker_context.context, id="ws-bare", blueprint="coding")
+    assert outcome["msg"] == "workspace ws-bare does not exist and sponsor, ring, image is missing"
+    assert outcome["failure"]["code"] == "profile_missing"
+
+
+def test_another_profile_is_refused_and_nothing_changes(broker_context, run_module):
+    context = broker_context.context
+    run_module(workspace_registration, context=context, id="ws-fixed", **PROFILE)
+    outcome = run_module(workspace_registration, context=context, id="ws-fixed", **{**PROFILE, "ring": "canary"})
+    assert outcome["failure"] == {
+        "code": "profile_fixed",
+        "details": {"ring": {"is": "stable", "wanted": "canary"}},
+        "cure": "a change of profile means a new workspace",
+    }
+    assert run_module(workspace_info, context=context, id="ws-fixed")["workspaces"][0]["ring"] == "stable"
+
+
+def test_the_endorsement_key_is_recorded_once(broker_context, run_module):
+    key = endorsement_key()
+    wanted = {"context": broker_context.context, "id": "ws-key", **PROFILE}
+    assert run_module(workspace_registration, **wanted, ek_pub_pem=key)["workspace"]["ek_recorded"]
+    assert not run_module(workspace_registration, **wanted, ek_pub_pem=key)["changed"]
+    other = run_module(workspace_registration, **wanted, ek_pub_pem=endorsement_key())
+    assert other["failure"]["code"] == "ek_recorded"
+    assert "ws-key already has another endorsement key" in other["msg"]
+
+
+def test_steps_are_taken_once_and_refused_ones_say_why(broker_context, run_module):
+    wanted = {"context": broker_context.context, "id": "ws-steps", **PROFILE}
+    assert run_module(workspace_registration, **wanted, state="provisioning")["workspace"]["state"] == "provisioning"
+    assert run_module(workspace_registration, check=True, **wanted, state="attesting")["changed"]
+    assert run_module(workspace_registration, **wanted, state="attesting")["changed"]
+    assert not run_module(workspace_registration, **wanted, state="attesting")["changed"]
+    # It is past provisioning; asking for it again does not take it back.
+    assert not run_module(workspace_registration, **wanted, state="provisioning")["changed"]
+    assert run_module(workspace_registration, **wanted, state="decommissioned")["changed"]
+    refused = run_module(workspace_registration, **wanted, state="attesting")
+    assert refused["msg"].startswith("ws-steps is decommissioned and cannot become attesting")
+    assert refused["failure"]["code"] == "transition_refused"
+
+
+@pytest.mark.control("LIF-02")
+def test_quarantined_is_the_kill_switch(broker_context, run_module):
+    wanted = {"context": broker_context.context, "id": "ws-kill", **PROFILE}
+    assert run_module(workspace_registration, **wanted, state="quarantined", reason="incident")["changed"]
+    assert not run_module(workspace_registration, **wanted, state="quarantined", reason="incident")["changed"]
+    events = broker_context.operator.request("GET", "/v1/audit/events?after=0&limit=500")
+    assert "workspace.kill" in json.dumps(events)
+
+
+def test_decommissioning_what_the_broker_does_not_know_changes_nothing(broker_context, run_module):
+    outcome = run_module(workspace_registration, context=broker_context.context, id="ws-nobody", state="decommissioned")
+    assert not outcome["changed"]
+
+
+def test_a_broker_that_is_away_is_named_with_the_cure(tmp_path, run_module):
+    context = tmp_path / "context.json"
+    context.write_text(json.dumps({"broker": {"socket": str(tmp_path / "nobody.sock")}}))
+    outcome = run_module(workspace_info, context=str(context))
+    assert outcome["failure"]["code"] == "unavailable"
+    assert "the broker does not answer" in outcome["msg"]
+
+
+# --- image_release ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.control("P0-04")
+def test_an_image_is_registered_once(broker_context, run_module, tmp_path):
+    record = tmp_path / "image.release.json"
+    record.write_text(json.dumps(image_record("second", "2" * 64)))
+    arguments = {"context": broker_context.context, "record": str(record)}
+    assert run_module(image_release, check=True, **arguments)["changed"]
+    assert run_module(image_release, **arguments)["changed"]
+    assert not run_module(image_release, **arguments)["changed"]
+    assert not run_module(image_release, check=True, **arguments)["changed"]
+
+
+def test_an_incomplete_release_record_is_refused(broker_context, run_module, tmp_path):
+    record = tmp_path / "image.release.json"
+    record.write_text(json.dumps(image_record("third", "3" * 64, pcrs={"0": "0" * 64})))
+    outcome = run_module(image_release, context=broker_context.context, record=str(record))
+    assert outcome["failure"]["code"] == "record_incomplete"
+    record.write_text("{}")
+    assert (
+        run_module(image_release, context=broker_context.context, record=str(record))["failure"]["code"]
+        == "record_unreadable"
+    )
+
+
+# --- broker_certificate -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def certificate(broker_context, run_module):
+    """Ask for the certificate of the perimeter ``edge``."""
+
+    def ask(csr: bytes, present: str = "", **more):
+        return run_module(
+            broker_certificate,
+            context=broker_context.context,
+            kind="perimeter",
+            name="edge",
+            csr=csr.decode(),
+            certificate=present,
+            **more,
+        )
+
+    return ask
+
+
+def test_a_certificate_is_issued_once_and_renewed_when_it_ends_soon(certificate):
+    _key, csr = new_key_and_csr("edge")
+    forecast = certificate(csr, check=True)
+    assert forecast["changed"]
+    assert forecast["certificate"] == ""
+    first = certificate(csr)
+    assert first["reason"] == "there is none"
+    again = certificate(csr, first["certificate"])
+    assert not again["changed"]
+    assert again["certificate"] == first["certificate"]
+    renewed = certificate(csr, first["certificate"], renew_days=31)
+    assert renewed["reason"] == "it ends within 31 days"
+    assert renewed["certificate"] != first["certificate"]
+
+
+def test_a_certificate_for_another_key_or_of_another_authority_is_replaced(certificate, tmp_path):
+    _key, csr = new_key_and_csr("edge")
+    _other, other_csr = new_key_and_csr("edge")
+    mine = certificate(csr)["certificate"]
+    assert certificate(other_csr, mine)["reason"] == "it is for another key"
+    foreign = Authority.create(tmp_path / "foreign", "saw.example", datetime.now(UTC))
+    theirs = foreign.issue_perimeter(csr, "edge", datetime.now(UTC), 3600)
+    assert certificate(csr, theirs.decode())["reason"] == "it is not from this authority"
+    assert certificate(csr, "garbage")["reason"] == "it is not from this authority"
+
+
+def test_an_empty_request_is_refused_outside_check_mode(certificate):
+    outcome = certificate(b"")
+    assert outcome["failure"]["code"] == "csr_missing"
+    assert certificate(b"", check=True)["changed"]
+
+
+# --- policy_release ---------------------------------------------------------------------------------------------------
+
+
+def lay_out(publication, folder: Path) -> str:
+    for part, files in (("metadata", publication.metadata), ("targets", publication.targets)):
+        for name, raw in files.items():
+            path = folder / part / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(raw)
+    return str(folder)
+
+
+@pytest.mark.control("POL-01")
+def test_a_publication_is_released_once(broker_context, run_module, tmp_path):
+    digest, publication = broker_context.officers.publication(1)
+    arguments = {"context": broker_context.context, "publication": lay_out(publication, tmp_path / "one")}
+    forecast = run_module(policy_release, check=True, **arguments)
+    assert forecast["changed"]
+    assert forecast["releases"] == []
+    released = run_module(policy_release, **arguments, repository=str(broker_context.officers.directory))
+    assert released["changed"]
+    assert [(one["ring"], one["revision"], one["policy_digest"]) for one in released["releases"]] == [
+        ("stable", 1, digest)
+    ]
+    assert not run_module(policy_release, **arguments)["changed"]
+    assert not run_module(policy_release, check=True, **arguments)["changed"]
+
+
+@pytest.mark.control("POL-01")
+def test_a_publication_that_one_officer_signed_is_refused(broker_context, run_module, tmp_path):
+    from saw.policy.tuf_repository import stage_publication
+
+    _digest, raw = broker_context.officers.bundle(9)
+    keys = broker_context.officers.keys[:1]
+    alone = stage_publication(
+        broker_context.officers.directory, "rings/lone/coding.bundle.json", raw, keys, datetime.now(UTC)
+    )
+    outcome = run_module(policy_release, context=broker_context.context, publication=lay_out(alone, tmp_path / "alone"))
+    assert outcome.failed
+    assert outcome["failure"]["code"]
+    assert outcome["failure"]["cure"]
+    rings = {one["ring"] for one in broker_context.operator.request("GET", "/v1/policy/state")["releases"]}
+    assert "lone" not in rings
+
+
+def test_a_folder_without_publication_is_named(broker_context, run_module, tmp_path):
+    outcome = run_module(policy_release, context=broker_context.context, publication=str(tmp_path))
+    assert outcome["msg"] == f"{tmp_path} holds no publication"
+    assert outcome["failure"]["code"] == "publication_missing"

@@ -1,0 +1,34 @@
+"""The roles' argument specifications are the one description of their variables: defaults and docs/roles.md follow them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[3]
+ROLES = sorted(path.parent.parent for path in ROOT.glob("roles/*/meta/argument_specs.yml"))
+
+
+def test_every_role_has_a_specification():
+    assert [path.name for path in ROLES] == sorted(path.name for path in (ROOT / "roles").iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("role", ROLES, ids=lambda path: path.name)
+def test_defaults_are_what_the_specification_says(role):
+    options = yaml.safe_load((role / "meta/argument_specs.yml").read_text())["argument_specs"]["main"].get(
+        "options", {}
+    )
+    defaults = yaml.safe_load((role / "defaults/main.yml").read_text()) or {}
+    assert set(defaults) <= set(options), "a variable without description"
+    described = {name: option["default"] for name, option in options.items() if "default" in option}
+    assert {name: described.get(name, value) for name, value in defaults.items()} == defaults
+    assert all(name.startswith(f"{role.name}_") for name in options)
+
+
+def test_the_page_of_roles_is_current():
+    done = subprocess.run([sys.executable, ROOT / "scripts/role_docs.py", "--check"], check=False)
+    assert done.returncode == 0, "run `python scripts/role_docs.py`"

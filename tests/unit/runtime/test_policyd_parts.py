@@ -1,0 +1,111 @@
+"""Floors, leaf certificates and the switch of generations, each by itself."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from saw.runtime import generation
+from saw.runtime.leaf import LeafAuthority, san_of
+from saw.runtime.policyd_floor import FileFloor, FloorError, Floors, TpmFloor
+
+NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
+
+
+@pytest.fixture
+def tcti():
+    """A software TPM on a private socket."""
+    with tempfile.TemporaryDirectory(prefix="saw-nv-") as directory:
+        path = Path(directory) / "tpm"
+        process = subprocess.Popen(
+            [
+                *("swtpm", "socket", "--tpm2", "--tpmstate", f"dir={directory}"),
+                *("--flags", "not-need-init,startup-clear"),
+                *("--server", f"type=unixio,path={path}", "--ctrl", f"type=unixio,path={path}.ctrl"),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 10
+        while not (path.exists() and Path(f"{path}.ctrl").exists()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield f"swtpm:path={path}"
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.mark.control("POL-02")
+def test_the_floor_in_the_tpm_survives_a_wiped_disk(tcti, tmp_path):
+    file = tmp_path / "floor.json"
+
+    def floors() -> Floors:
+        return Floors([FileFloor(file), TpmFloor("0x01500010", tcti)])
+
+    assert floors().get() == 0
+    floors().raise_to(7)
+    floors().raise_to(5)
+    file.unlink()
+    assert floors().get() == 7
+    floors().raise_to(8)
+    assert (FileFloor(file).get(), floors().get()) == (8, 8)
+
+
+def test_a_tpm_that_does_not_answer_is_an_error(tmp_path):
+    with pytest.raises(FloorError):
+        TpmFloor("0x01500010", f"swtpm:path={tmp_path / 'none'}").get()
+
+
+def test_an_unreadable_floor_is_an_error_and_not_zero(tmp_path):
+    path = tmp_path / "floor.json"
+    path.write_text("{")
+    with pytest.raises(FloorError, match="unreadable"):
+        FileFloor(path).get()
+
+
+@pytest.mark.parametrize(
+    ("host", "san"),
+    [
+        ("A.example.com", "a.example.com"),
+        ("*.example.com", "*.example.com"),
+        ("**.example.com", "*.example.com"),
+        ("10.0.0.1", None),
+        ("", None),
+        ("fd00::1", None),
+    ],
+)
+def test_policy_hosts_become_names_of_the_leaf(host, san):
+    assert san_of(host) == san
+
+
+def test_an_authority_lasts_for_the_boot_and_knows_its_leaves(tmp_path):
+    first, again = (LeafAuthority.ensure(tmp_path / "ca", NOW) for _ in range(2))
+    other = LeafAuthority.ensure(tmp_path / "other", NOW)
+    leaf, _ = first.issue(["a.example.com", "b.example.com"], NOW)
+    names = x509.load_pem_x509_certificate(leaf).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["a.example.com", "b.example.com"]
+    assert first.ca_pem == again.ca_pem
+    assert again.issued(leaf)
+    assert not other.issued(leaf)
+    assert not first.issued(b"no certificate")
+
+
+def test_a_placed_generation_is_exchanged_in_one_step(tmp_path):
+    for content in ("one", "two"):
+        directory = tmp_path / ".new"
+        directory.mkdir()
+        (directory / "file").write_text(content)
+        generation.place(tmp_path, directory, "name")
+        assert (tmp_path / "name" / "file").read_text() == content
+        assert not directory.exists()
+    generation.switch(tmp_path, "name")
+    assert str((tmp_path / "current").readlink()) == generation.current(tmp_path) == "name"
+    (tmp_path / ".compiling.x").mkdir()
+    generation.prune(tmp_path, {"name"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "name"]

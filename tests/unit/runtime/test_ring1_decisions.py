@@ -1,0 +1,150 @@
+"""What saw-decide makes of what Envoy tells it, and the clocks it trusts."""
+
+from __future__ import annotations
+
+import json
+import socket
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from saw.runtime.attribution import Attribution
+from saw.runtime.decide import Asked, Refused, target_of
+from saw.runtime.decide_state import Heartbeat, Lease
+
+NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
+
+
+def asked(stage: str = "tls", **facts: str) -> Asked:
+    names = {"authority": "a.example.com", "connect": "a.example.com:443", "server_name": "a.example.com", **facts}
+    return Asked(stage=stage, method="GET", path="/", **names)
+
+
+@pytest.mark.control("RUN-01")
+@pytest.mark.parametrize(
+    ("question", "port"),
+    [
+        (asked(), 443),
+        (asked(authority="A.example.com:443", server_name="A.EXAMPLE.com"), 443),
+        (asked(connect="a.example.com:8443", authority="a.example.com:8443"), 8443),
+        (asked("plain", authority="a.example.com"), 80),
+        (asked("tunnel", connect="a.example.com:8080", server_name=""), 8080),
+        (asked("connect", authority="a.example.com:443"), 443),
+    ],
+)
+def test_one_destination_named_everywhere_is_taken(question, port):
+    target = target_of(question)
+    assert (target.host, target.port) == ("a.example.com", port)
+
+
+@pytest.mark.control("RUN-01")
+@pytest.mark.parametrize(
+    "question",
+    [
+        asked(server_name="b.example.com"),
+        asked(server_name=""),
+        asked(authority="b.example.com"),
+        asked(authority="a.example.com:444"),
+        asked(connect=""),
+        asked(connect="a.example.com"),
+        asked("connect", authority="a.example.com"),
+        asked("connect", authority="user@a.example.com:443"),
+        asked("connect", authority="a.example.com:443:443"),
+        asked("connect", authority="a.example.com:0"),
+        asked("connect", authority="a.example.com:99999"),
+        asked("connect", authority="ａ.example.com:443"),
+        asked("plain", authority="a.example.com\\@b.example.com"),
+        asked("plain", authority="a.example.com#"),
+        asked("plain", authority=""),
+        asked("", authority="a.example.com"),
+    ],
+)
+def test_what_names_two_destinations_or_none_is_refused(question):
+    if question.stage == "":
+        question = asked("", connect="", authority=question.authority)
+    with pytest.raises(Refused):
+        target_of(question)
+
+
+class Clock:
+    wall = NOW
+    boot = 100.0
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def lease(tmp_path, clock):
+    path = tmp_path / "lease.json"
+    path.write_text(
+        json.dumps({"expires_at": (NOW + timedelta(seconds=60)).isoformat(), "ttl_s": 60, "policy_digest": ""})
+    )
+    return Lease(path, lambda: clock.wall, lambda: clock.boot)
+
+
+@pytest.mark.control("POL-05")
+def test_a_lease_runs_until_its_end(lease, clock):
+    assert lease.refusal() == ""
+    clock.wall, clock.boot = NOW + timedelta(seconds=59), 159.0
+    assert lease.refusal() == ""
+    clock.wall, clock.boot = NOW + timedelta(seconds=60), 160.0
+    assert "ended" in lease.refusal()
+
+
+@pytest.mark.control("POL-05")
+def test_setting_the_clock_back_does_not_lengthen_a_lease(lease, clock):
+    assert lease.refusal() == ""
+    clock.wall, clock.boot = NOW - timedelta(days=1), 161.0
+    assert "ended" in lease.refusal()
+
+
+@pytest.mark.control("POL-05")
+def test_setting_the_clock_forward_ends_a_lease(lease, clock):
+    clock.wall = NOW + timedelta(hours=1)
+    assert lease.refusal()
+
+
+@pytest.mark.control("POL-05")
+@pytest.mark.parametrize("content", ["", "{}", '{"expires_at": 5}', '{"expires_at": "2026-11-23T13:00:00"}', "\x00"])
+def test_a_lease_that_cannot_be_read_is_none(tmp_path, clock, content):
+    path = tmp_path / "lease.json"
+    path.write_text(content)
+    assert Lease(path, lambda: clock.wall, lambda: clock.boot).refusal()
+
+
+@pytest.mark.control("POL-05")
+@pytest.mark.parametrize(("beat", "alive"), [(100.0, True), (90.0, True), (89.0, False), (101.0, False), (None, False)])
+def test_a_heartbeat_counts_for_a_while(tmp_path, clock, beat, alive):
+    path = tmp_path / "heartbeat"
+    if beat is not None:
+        path.write_text(json.dumps({"boottime": beat}))
+    assert (Heartbeat(path, 10.0, lambda: clock.boot).refusal() == "") is alive
+
+
+@pytest.mark.control("RUN-01")
+def test_a_connection_is_attributed_to_the_process_that_holds_it():
+    attribution = Attribution(Path("/proc/self/ns/net"))
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        host, port = client.getsockname()
+        caller = attribution.caller(f"{host}:{port}")
+        assert caller is not None
+        assert caller.binary == str(Path("/proc/self/exe").resolve())
+        assert attribution.caller(f"{host}:{port}") == caller
+        assert attribution.caller(f"127.0.0.2:{port}") is None
+    assert attribution.caller(f"{host}:{port}") is None
+
+
+@pytest.mark.parametrize("source", ["", "x:1", "127.0.0.1:0", "127.0.0.1:x", "1.2.3:4", "[::1]:5"])
+def test_what_is_no_source_address_has_no_caller(source):
+    assert Attribution(Path("/proc/self/ns/net")).caller(source) is None
+
+
+def test_v4_mapped_sockets_are_found():
+    attribution = Attribution(Path("/proc/self/ns/net"))
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_INET6) as client:
+        client.connect(("::ffff:127.0.0.1", server.getsockname()[1]))
+        assert attribution.caller(f"127.0.0.1:{client.getsockname()[1]}") is not None

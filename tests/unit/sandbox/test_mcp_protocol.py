@@ -1,0 +1,146 @@
+"""What one mediated MCP session lets through, message by message."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saw.policy.loader import load_governance
+from saw.policy.mcp import decide_tool
+from saw.runtime.mcp_protocol import MessageInvalid, Session, parse
+
+GOVERNANCE = load_governance(b"""
+schema: 1
+blueprint: {name: coding, version: 1.0.0, owner: team}
+mcp:
+  servers:
+    files:
+      transport: stdio
+      command: [server]
+      tools:
+        read_file: {class: auto, args: {path: {under: /srv/tree, required: true}}}
+        remove: {class: deny}
+""")
+
+
+@pytest.fixture
+def session():
+    records = []
+    made = Session(
+        "files",
+        lambda: GOVERNANCE.mcp.servers["files"],
+        lambda tool, arguments: decide_tool(GOVERNANCE, "files", tool, arguments),
+        records.append,
+    )
+    made.records = records
+    return made
+
+
+def line(**message):
+    return json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n"
+
+
+def call(tool, arguments, number=1):
+    return line(id=number, method="tools/call", params={"name": tool, "arguments": arguments})
+
+
+def only(outs):
+    (out,) = outs
+    return out.to, json.loads(out.line)
+
+
+@pytest.mark.control("RUN-05")
+def test_an_allowed_call_reaches_the_server_and_is_logged(session):
+    to, message = only(session.from_client(call("read_file", {"path": "/srv/tree/a"})))
+    assert (to, message["params"]["arguments"]) == ("server", {"path": "/srv/tree/a"})
+    assert session.records[-1]["verdict"] == "allow"
+    assert "/srv/tree/a" not in json.dumps(session.records)
+
+
+@pytest.mark.control("RUN-05")
+@pytest.mark.parametrize(
+    ("tool", "arguments", "reason"),
+    [
+        ("read_file", {"path": "/etc/passwd"}, "argument_not_allowed"),
+        ("read_file", {"path": "/srv/tree/../etc/passwd"}, "argument_not_allowed"),
+        ("read_file", {"path": "/srv/tree/a", "extra": 1}, "argument_not_allowed"),
+        ("remove", {}, "tool_not_allowed"),
+        ("other", {}, "tool_not_allowed"),
+    ],
+)
+def test_a_denied_call_is_answered_and_never_forwarded(session, tool, arguments, reason):
+    to, message = only(session.from_client(call(tool, arguments)))
+    assert to == "client"
+    assert message["error"]["data"]["reason"] == reason
+    assert message["error"]["data"]["error"] == "policy_denied"
+
+
+@pytest.mark.control("RUN-05")
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"remove","name":"read_file"}}\n',
+        b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]\n',
+        b'{"jsonrpc":"2.0","id":1.0,"method":"ping"}\n',
+        b'{"jsonrpc":"2.0","id":true,"method":"ping"}\n',
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","result":{}}\n',
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":NaN}}\n',
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","extra":1}\n',
+        b'{"id":1,"method":"ping"}\n',
+        b"\xff\n",
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","params":' + b"[" * 100 + b"]" * 100 + b"}\n",
+        b"[" * 200000 + b"\n",
+    ],
+)
+def test_ambiguous_messages_are_refused(session, raw):
+    to, message = only(session.from_client(raw))
+    assert to == "client"
+    assert "error" in message
+    assert only(session.from_client(line(id=1, method="ping")))[0] == "server"
+
+
+@pytest.mark.control("RUN-05")
+def test_only_allowed_tools_are_listed(session):
+    session.from_client(line(id="a", method="tools/list"))
+    tools = [{"name": name} for name in ("read_file", "remove", "other")]
+    to, message = only(session.from_server(line(id="a", result={"tools": tools})))
+    assert (to, [tool["name"] for tool in message["result"]["tools"]]) == ("client", ["read_file"])
+
+
+@pytest.mark.control("RUN-05")
+def test_responses_only_for_outstanding_ids(session):
+    assert session.from_server(line(id=5, result={})) == []
+    session.from_client(line(id=5, method="ping"))
+    assert session.from_server(line(id="5", result={})) == []
+    assert only(session.from_server(line(id=5, result={})))[0] == "client"
+    assert session.from_server(line(id=5, result={})) == []
+    assert session.from_client(line(id=9, result={})) == []
+
+
+@pytest.mark.control("RUN-05")
+def test_the_client_cannot_move_roots_and_the_server_cannot_ask_for_more(session):
+    opening = line(id=0, method="initialize", params={"capabilities": {"roots": {"listChanged": True}, "sampling": {}}})
+    assert only(session.from_client(opening))[1]["params"]["capabilities"] == {}
+    answer = line(id=0, result={"capabilities": {"tools": {}, "resources": {}}})
+    assert only(session.from_server(answer))[1]["result"]["capabilities"] == {"tools": {}}
+    assert session.from_client(line(method="notifications/roots/list_changed")) == []
+    for method in ("sampling/createMessage", "roots/list", "elicitation/create"):
+        assert only(session.from_server(line(id=1, method=method)))[0] == "server"
+    assert only(session.from_server(line(id=2, method="ping")))[0] == "client"
+    assert only(session.from_client(line(id=3, method="resources/read", params={})))[1]["error"]["code"] == -32601
+
+
+def test_an_outstanding_id_cannot_be_used_twice(session):
+    session.from_client(line(id=1, method="ping"))
+    assert "outstanding" in only(session.from_client(line(id=1, method="ping")))[1]["error"]["message"]
+
+
+@given(st.binary(max_size=200))
+def test_parse_accepts_or_refuses_and_never_breaks(raw):
+    try:
+        assert parse(raw)["jsonrpc"] == "2.0"
+    except MessageInvalid as problem:
+        assert problem.code < 0

@@ -1,0 +1,123 @@
+"""The control list, the marks and the matrix agree, and each way in which they could not is found."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TEST = 'import pytest\n\n@pytest.mark.control("{mark}")\ndef test_refused():\n    pass\n'
+LIST = "- {{id: NET-01, title: Egress is denied, phase: I, state: {state}, tests: [{tests}], note: {note}}}\n"
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("saw_controls", ROOT / "scripts/controls.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+controls = load_script()
+
+
+def repository(
+    root: Path, *, state: str = "enforced", tests: str = "tests/test_net.py", mark: str = "NET-01", note: str = "some"
+) -> Path:
+    (root / "docs").mkdir()
+    (root / "tests").mkdir()
+    (root / "docs/controls.yml").write_text(LIST.format(state=state, tests=tests, note=note))
+    (root / "tests/test_net.py").write_text(TEST.format(mark=mark))
+    (root / "README.md").write_text(f"# Title\n{controls.BEGIN}\n{controls.END}\nrest\n")
+    assert controls.main(["--write"], root) == 0
+    return root
+
+
+def junit(root: Path, inner: str) -> str:
+    path = root / "results.xml"
+    case = f'<testcase classname="tests.test_net" name="test_refused[one]">{inner}</testcase>'
+    path.write_text(f"<testsuites><testsuite>{case}</testsuite></testsuites>")
+    return str(path)
+
+
+def test_this_repository_is_consistent(capsys: pytest.CaptureFixture[str]) -> None:
+    status = controls.main(["--check"])
+    assert status == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mark": "NET-99", "tests": ""}, "there is no control 'NET-99'"),
+        ({"tests": ""}, "enforced without a marked test"),
+        ({"tests": "tests/test_other.py"}, "does not exist or lacks the mark"),
+        ({"tests": "tests/test_net.py::test_absent"}, "does not exist or lacks the mark"),
+        ({"state": "planned"}, "called planned and lists tests"),
+        ({"state": "partial", "note": "''"}, "note must say what is missing"),
+    ],
+)
+def test_a_list_that_says_more_than_the_tests_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, str], words: str
+) -> None:
+    assert controls.main(["--check"], repository(tmp_path, **change)) == 1
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tests", ["tests/test_net.py", "tests/test_net.py::test_refused"])
+def test_a_true_list_passes(tmp_path: Path, tests: str) -> None:
+    assert controls.main(["--check"], repository(tmp_path, tests=tests)) == 0
+
+
+def test_a_stale_matrix_is_found_and_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = repository(tmp_path)
+    readme = root / "README.md"
+    readme.write_text(readme.read_text().replace("| enforced |", "| planned |"))
+    assert controls.main(["--check"], root) == 1
+    assert "not current" in capsys.readouterr().err
+    assert controls.main(["--write", "--check"], root) == 0
+    assert readme.read_text().startswith("# Title\n")
+    assert readme.read_text().endswith("\nrest\n")
+
+
+def test_marks_of_modules_classes_and_parameters_count(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_many.py").write_text(
+        'pytestmark = [pytest.mark.control("A")]\n'
+        '@pytest.mark.control("B")\nclass TestIt:\n    def test_one(self): ...\n    def helper(self): ...\n'
+        '@pytest.mark.parametrize("x", [pytest.param(1, marks=pytest.mark.control("C"))])\nasync def test_two(x): ...\n'
+    )
+    found = {(test.name, test.control) for test in controls.marked_tests(tmp_path)}
+    assert found == {("test_one", "A"), ("test_one", "B"), ("test_two", "A"), ("test_two", "C")}
+
+
+@pytest.mark.parametrize(
+    ("inner", "status", "words"),
+    [
+        ("", 0, ""),
+        ("<failure/>", 1, "its tests failed: test_net::test_refused"),
+        ("<error/>", 1, "its tests failed"),
+        ("<skipped/>", 1, "none of its tests ran and passed"),
+    ],
+)
+def test_an_enforced_control_needs_a_passing_test(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], inner: str, status: int, words: str
+) -> None:
+    root = repository(tmp_path)
+    assert controls.main(["--results", junit(root, inner)], root) == status
+    assert words in capsys.readouterr().err
+
+
+def test_a_partial_control_needs_none(tmp_path: Path) -> None:
+    root = repository(tmp_path, state="partial")
+    assert controls.main(["--results", junit(root, "<failure/>")], root) == 0
+
+
+def test_a_missing_report_is_no_proof(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert controls.main(["--results", str(tmp_path / "absent.xml")], repository(tmp_path)) == 1
+    assert "no such file" in capsys.readouterr().err

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saw.cli import vm as vm_cli
+from saw.vm import measure, qemu, spec
+
+SYSTEMCTL = """#!/bin/sh
+echo "$@" >> "{log}"
+case "$1" in
+  is-active) [ -e "{flag}" ] ;;
+  start) : > "{flag}" ;;
+  stop) rm -f "{flag}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def hypervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Private state and runtime directories of the driver; the service manager at the far end is a small program."""
+    state, runtime = tmp_path / "lib/vms", tmp_path / "run"
+    for module in (spec, qemu, vm_cli, measure):
+        for name, value in (("STATE", state), ("RUNTIME", runtime)):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    state.mkdir(parents=True)
+    firmware = tmp_path / "vars.fd"
+    firmware.write_bytes(b"factory")
+    monkeypatch.setattr(qemu, "FIRMWARE_VARS", firmware)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    fake = tools / "systemctl"
+    fake.write_text(SYSTEMCTL.format(log=tmp_path / "systemctl.log", flag=tmp_path / "active"))
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def made_tpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vTPM that the driver manufactured once for all tests that are not about its making."""
+    place = tmp_path_factory.mktemp("tpm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spec, "STATE", place / "vms")
+        patch.setattr(qemu, "STATE", place / "vms")
+        vm = spec.VmSpec(id="template", number=1, image="/none", image_sha256="0" * 64)
+        vm.directory.mkdir(parents=True)
+        assert qemu.make_tpm(vm)
+        return vm.directory / "tpm"
+
+
+@pytest.fixture
+def make_spec(hypervisor: Path, request: pytest.FixtureRequest) -> Callable[..., spec.VmSpec]:
+    """Make a specification on a real (empty) golden image; ``name`` picks the image, ``tpm`` places a made vTPM."""
+
+    def make(*, name: str = "golden", tpm: bool = False, **fields: Any) -> spec.VmSpec:
+        image = hypervisor / f"{name}.qcow2"
+        if not image.exists():
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), "64M"], check=True)
+        digest = ("a" if name == "golden" else "b") * 64
+        vm = spec.VmSpec(
+            **{"id": "ws-t", "number": 7, "image": str(image), "image_sha256": digest, "data_disk_mib": 64, **fields}
+        )
+        if tpm:
+            shutil.copytree(request.getfixturevalue("made_tpm"), vm.directory / "tpm")
+        return vm
+
+    return make
