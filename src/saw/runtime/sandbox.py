@@ -113,9 +113,13 @@ class RuntimePaths:
 
 @dataclass(frozen=True)
 class Limits:
-    """Resource limits: bytes, tasks, and POSIX limits per process by name (``nofile``, ``core``, …)."""
+    """Resource limits: bytes, tasks, and POSIX limits per process by name (``nofile``, ``core``, …).
+
+    ``shm_max`` bounds the private ``/dev/shm``; what lies there counts as memory of the unit as well.
+    """
 
     memory_max: int = 3 * 1024**3
+    shm_max: int = 512 * 1024**2
     tasks_max: int = 1024
     rlimits: tuple[tuple[str, int], ...] = (("core", 0), ("nofile", 8192), ("memlock", 8 * 1024**2))
 
@@ -188,7 +192,7 @@ class SandboxSpec:
         return replace(
             self.shell_launch(),
             read_only=(*base, *server.read_only),
-            read_write=("/tmp", *server.read_write),  # noqa: S108
+            read_write=("/tmp", "/dev/shm", *server.read_write),  # noqa: S108
             connect_ports=(),
             environment={"HOME": self.home, "PATH": self.environment["PATH"], "LANG": "C.UTF-8"},
             workdir=(*server.read_write, *server.read_only, "/")[0],

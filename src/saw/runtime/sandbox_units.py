@@ -44,6 +44,8 @@ def common_properties(spec: SandboxSpec, *, systemd: int = 257) -> Properties:
         ("PrivateDevices", "yes"),
         ("DevicePolicy", "closed"),
         ("PrivateIPC", "yes"),
+        # PrivateDevices= binds the host's /dev/shm into the unit's /dev, and PrivateIPC= leaves it there.
+        ("TemporaryFileSystem", f"/dev/shm:rw,nosuid,nodev,mode=1777,size={spec.limits.shm_max},nr_inodes=65536"),  # noqa: S108
         ("ProtectProc", "invisible"),
         ("ProtectClock", "yes"),
         ("ProtectControlGroups", "yes"),

@@ -83,6 +83,19 @@ def write(path: str, flags: int = 0) -> Callable[[], None]:
     return case
 
 
+def replace(path: str) -> Callable[[], None]:
+    """Return a case that renames ``path`` onto itself, which needs the right to replace it and changes nothing."""
+    return lambda: os.rename(path, path)  # noqa: PTH104
+
+
+def replace_own() -> None:
+    """Replace a file of our own (the twin of every replacement that is refused)."""
+    descriptor = os.open("/tmp/saw-probe-own", os.O_WRONLY | os.O_CREAT, 0o600)
+    os.close(descriptor)
+    replace("/tmp/saw-probe-own")()
+    os.unlink("/tmp/saw-probe-own")  # noqa: PTH108
+
+
 def machine_code(code: bytes) -> Callable[[], None]:
     """Return a case that executes raw instructions."""
 
@@ -198,12 +211,24 @@ CASES: dict[str, Callable[[], None]] = {
     "write-etc": write("/etc/saw-probe"),
     "write-cron": write("/etc/cron.d/saw-probe"),
     "write-tmp": write("/tmp/saw-probe"),
+    "write-shm": write("/dev/shm/saw-probe"),
+    "read-host-shm": read("/dev/shm/saw-probe-host"),
+    "write-generation": write("/run/saw/generations/saw-probe"),
+    "replace-generation": replace("/run/saw/generations/current"),
+    "write-ring1-ca": write("/run/saw/ring1-ca/saw-probe"),
+    "read-ring1-ca": read("/run/saw/ring1-ca/ca.key"),
+    "replace-ca-bundle": replace("/run/saw/sandbox/ca-bundle.pem"),
+    "read-ca-bundle": read("/run/saw/sandbox/ca-bundle.pem"),
+    "write-unit": write("/run/systemd/system/saw-probe.service"),
+    "write-unit-etc": write("/etc/systemd/system/saw-probe.service"),
+    "replace-own-file": replace_own,
     "make-device": device,
     # sockets
     "raw": sock(socket.AF_INET, socket.SOCK_RAW, 1),
     "ping": sock(socket.AF_INET, socket.SOCK_DGRAM, 1),
     "packet": sock(socket.AF_PACKET, socket.SOCK_RAW, 0),
     "netlink": sock(socket.AF_NETLINK, socket.SOCK_RAW, 0),
+    "netlink-nft": sock(socket.AF_NETLINK, socket.SOCK_RAW, 12),
     "netlink-audit": sock(socket.AF_NETLINK, socket.SOCK_RAW, 9),
     "vsock": sock(40, socket.SOCK_STREAM),
     "alg": sock(38, 5),

@@ -163,6 +163,10 @@ def launch(networked):
     networked.run("install", "-d", "-o", "2000", "-g", "2000", "/run/home", "/run/saw/shell")
     networked.write("/run/saw/sandbox/shell.json", encode_launch(spec.shell_launch()))
     networked.write("/run/saw/sandbox/probe.py", PROBE.read_bytes())
+    networked.write("/run/saw/sandbox/ca-bundle.pem", b"public\n")
+    networked.write("/run/saw/ring1-ca/ca.key", b"secret\n")
+    networked.run("install", "-d", "/run/saw/generations", "/run/systemd/system")
+    networked.run("ln", "-s", "closed", "/run/saw/generations/current")
     return "/run/saw/sandbox/shell.json"
 
 

@@ -53,6 +53,14 @@ REFUSED = dict.fromkeys(CALLS, "EPERM") | {
     "metadata": "EACCES",
     "abstract-unix": "EPERM",
     "setuid": "EPERM",
+    "netlink-nft": "EPERM",
+    "write-generation": "EACCES",
+    "replace-generation": "EACCES",
+    "write-ring1-ca": "EACCES",
+    "read-ring1-ca": "EACCES",
+    "replace-ca-bundle": "EACCES",
+    "write-unit": "EACCES",
+    "write-unit-etc": "EACCES",
 }
 ALLOWED = (
     "native-entry",
@@ -64,6 +72,9 @@ ALLOWED = (
     "unix-pair",
     "read-passwd",
     "write-tmp",
+    "write-shm",
+    "read-ca-bundle",
+    "replace-own-file",
     "proxy",
     "udp-loopback",
 )

@@ -1,0 +1,177 @@
+"""The compiled units on a host with a booted systemd: each profile starts and keeps its shared memory to itself.
+
+The host is a container without Landlock, so what is refused here is refused by the units alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import PROBE, PYTHON, ROOT, SOURCE, wait_until
+
+from saw.lab.nspawn import LabNetwork, LightHost
+from saw.lab.process import recall
+from saw.runtime import sandbox_units
+from saw.runtime.sandbox import RuntimePaths
+
+sys.path.insert(0, str(ROOT / "tests" / "unit" / "sandbox"))
+TARS = sorted((ROOT / "build/cache").glob("base-host-*.tar"), key=lambda path: path.stat().st_mtime)
+PACKAGES = "/usr/lib/python3/dist-packages"
+CLIENT = f"{PACKAGES}/saw/runtime/shell_client.py"
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root to boot a host"),
+    pytest.mark.skipif(not TARS, reason="no base tree in build/cache: run `make workspace` once"),
+]
+
+
+class Booted:
+    """Commands on the booted host, by its namespaces."""
+
+    def __init__(self, pid: int) -> None:
+        self.prefix = ["nsenter", "-t", str(pid), "-a", "--"]
+
+    def run(self, *command: str, check: bool = True, data: bytes = b"") -> str:
+        done = subprocess.run([*self.prefix, *command], input=data, capture_output=True, check=False, timeout=60)
+        if check and done.returncode:
+            log = subprocess.run(
+                [*self.prefix, "journalctl", "-n", "30", "--no-pager"], capture_output=True, check=False
+            )
+            raise AssertionError(f"{command}: {done.stderr.decode()}\n{log.stdout.decode()}")
+        return done.stdout.decode()
+
+    def write(self, path: str, content: bytes, mode: str = "644") -> None:
+        self.run("sh", "-ec", 'mkdir -p "${1%/*}"; cat >"$1"; chmod "$2" "$1"', "sh", path, mode, data=content)
+
+
+@pytest.fixture(scope="module")
+def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Booted]:
+    """A booted host with the sandbox's units of a compiled policy running."""
+    from test_sandbox_spec import build
+
+    number = os.getpid() % 100000
+    lan = LabNetwork(f"sawu{number}", f"10.95.{number % 250}")
+    host = LightHost("units", f"{lan.prefix}.10", tmp_path_factory.mktemp("lab"), lan, "all")
+    try:
+        host.unpack(TARS[-1])
+        shutil.copytree(SOURCE / "saw", Path(f"{host.root}{PACKAGES}/saw"))
+        (host.root / "etc/passwd").open("a").write(
+            "agent:x:2000:2000::/home/agent:/bin/sh\nsaw-mcp:x:2001:2001::/var/empty:/bin/sh\n"
+        )
+        (host.root / "etc/group").open("a").write("agent:x:2000:\nsaw-mcp:x:2001:\n")
+        project = host.root / "home/agent/project"
+        project.mkdir(parents=True)
+        for path in (project.parent, project):
+            os.chown(path, 2000, 2000)
+        host.up(TARS[-1], patience=90)
+        yield _bring_up(host, build)
+    finally:
+        host.down(purge=True)
+        lan.down()
+
+
+def _bring_up(host: LightHost, build: Callable) -> Booted:
+    nspawn = recall(host.pid_file)
+    children = Path(f"/proc/{nspawn}/task/{nspawn}/children").read_text(encoding="ascii").split()
+    machine = Booted(int(children[0]))
+    version = int(machine.run("systemctl", "--version").split()[1])
+    spec = build(compatibility="best_effort", best_effort="true")
+    server = replace(spec.mcp_servers[0], command=(PYTHON, "/run/saw/sandbox/probe.py", *MCP_CASES))
+    spec = replace(spec, paths=RuntimePaths(PYTHON, f"{PACKAGES}/saw/runtime"), mcp_servers=(server,))
+    machine.run("install", "-d", "-o", "2000", "-g", "2000", "/run/saw/shell")
+    machine.run("install", "-d", "/run/saw/mcp", "/run/saw/mcp-server", "/run/saw/generations", "/run/saw/ring1-ca")
+    machine.run("ip", "netns", "add", "saw-sandbox")
+    for name, content in sandbox_units.compile_launch_files(spec).items():
+        machine.write(f"/run/saw/sandbox/{name}", content)
+    machine.write("/run/saw/sandbox/probe.py", PROBE.read_bytes())
+    machine.write("/run/saw/sandbox/ca-bundle.pem", b"public\n")
+    machine.write("/run/saw/ring1-ca/ca.key", b"secret\n", "600")
+    machine.run("ln", "-s", "closed", "/run/saw/generations/current")
+    machine.write("/dev/shm/saw-probe-host", b"the host's\n", "666")
+    units = sandbox_units.compile_units(spec, systemd=version)
+    units["saw-sandbox-net.service"] = "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\n"
+    for name, text in units.items():
+        machine.write(f"/run/systemd/system/{name}", text.encode())
+    for path in spec.protected:
+        kind = "d" if path in {f"{spec.home}/{name}" for name in _directories()} else "f"
+        machine.run("sh", "-ec", f'mkdir -p "${{1%/*}}"; {"mkdir -p" if kind == "d" else "touch"} "$1"', "sh", path)
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "start", "saw-shell.service", "saw-mcp-server-files.socket")
+    wait_until(lambda: machine.run("sh", "-c", "test -S /run/saw/shell/exec.sock && echo 1", check=False))
+    return machine
+
+
+def _directories() -> tuple[str, ...]:
+    from saw.runtime.sandbox import PROTECTED_DIRECTORIES
+
+    return PROTECTED_DIRECTORIES
+
+
+MCP_CASES = ("read-host-shm", "write-shm", "write-tmp")
+RELAY = """
+import socket
+with socket.socket(socket.AF_UNIX) as s:
+    s.connect("/run/saw/mcp-server/files.sock")
+    s.settimeout(30)
+    print(s.makefile().read())
+"""
+
+
+def probe(machine: Booted, profile: str, *cases: str) -> dict[str, str]:
+    """Run the probe in one profile of the sandbox, or on the host itself, as root."""
+    words = (PYTHON, "/run/saw/sandbox/probe.py", *cases)
+    if profile == "host":
+        return json.loads(machine.run(*words))
+    if profile == "MCP server":
+        return json.loads(machine.run(PYTHON, "-c", RELAY))
+    if profile == "shell":  # what the interactive shell sees: the view of the unit's main process, as the agent
+        main = machine.run("systemctl", "show", "--property=MainPID", "--value", "saw-shell.service").strip()
+        entered = ("nsenter", "-t", main, "-m", "--", "setpriv", "--reuid=2000", "--regid=2000", "--clear-groups")
+        return json.loads(machine.run(*entered, *words))
+    return json.loads(machine.run(PYTHON, "-I", "-S", CLIENT, "--", *words))
+
+
+@pytest.mark.control("RUN-03")
+@pytest.mark.parametrize("profile", ["shell", "one-shot run", "MCP server"])
+def test_shared_memory_is_the_units_own(booted: Booted, profile: str) -> None:
+    inside = probe(booted, profile, *MCP_CASES)
+    assert inside == {"read-host-shm": "ENOENT", "write-shm": "ok", "write-tmp": "ok"}
+    assert probe(booted, "host", "read-host-shm") == {"read-host-shm": "ok"}
+
+
+@pytest.mark.control("RUN-03")
+def test_shared_memory_has_an_end_and_is_not_seen_by_the_host(booted: Booted) -> None:
+    def shell(script: str) -> str:
+        return booted.run(PYTHON, "-I", "-S", CLIENT, "--", "/bin/sh", "-c", script, check=False)
+
+    assert shell("head -c 1000000 /dev/zero >/dev/shm/some && stat -c %s /dev/shm/some").strip() == "1000000"
+    assert booted.run("ls", "/dev/shm").split() == ["saw-probe-host"]
+    assert shell("head -c 600M /dev/zero >/dev/shm/more 2>/dev/null || echo full; rm /dev/shm/*").strip() == "full"
+
+
+OUR_FILES = {
+    "write-generation": "ENOENT",
+    "replace-generation": "ENOENT",
+    "write-ring1-ca": "ENOENT",
+    "read-ring1-ca": "ENOENT",
+    "replace-ca-bundle": "EROFS",
+    "write-unit": "ENOENT",
+    "write-unit-etc": "ENOENT",
+    "netlink-nft": "EPERM",
+}
+
+
+@pytest.mark.control("POL-05")
+def test_the_agent_cannot_edit_policy_authority_units_or_packet_filter(booted: Booted) -> None:
+    assert probe(booted, "one-shot run", *OUR_FILES) == OUR_FILES
+    allowed = ("replace-own-file", "read-ca-bundle", "tcp-socket")
+    assert probe(booted, "one-shot run", *allowed) == dict.fromkeys(allowed, "ok")
+    assert probe(booted, "host", *OUR_FILES) == dict.fromkeys(OUR_FILES, "ok")
