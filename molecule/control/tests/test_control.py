@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 testinfra_hosts = ["control"]
 
 
@@ -32,3 +34,16 @@ def test_the_unit_is_confined(host):
     report = host.run("systemd-analyze security --no-pager saw-broker.service | tail -n 1").stdout
     exposure = float(report.split(":")[1].split()[0])
     assert exposure < 3.0, report
+
+
+def test_the_broker_runs_with_the_limits_of_rollouts_that_it_was_given(host):
+    answer = host.run("curl --silent --unix-socket /run/saw/broker/operator.sock http://broker/v1/policy/rollouts")
+    assert json.loads(answer.stdout)["limits"] == {
+        "max_refused": 0,
+        "max_silent_s": 120,
+        "max_deny_rate_increase": 0.25,
+        "min_calls": 20,
+        "first_wave": 2,
+        "soak_s": 600,
+        "require_rollback": True,
+    }

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, select
+from sqlalchemy import Connection, Row, and_, or_, select
 
 from saw.broker.clock import iso
 from saw.broker.config import RolloutSettings
@@ -125,14 +125,16 @@ def open_rollout(
 ) -> None:
     """Begin the rollout of a release that was recorded in this transaction, and offer it to the first workspaces.
 
-    A release that returns to the content of an earlier one goes to everyone at once: going back must not wait.
+    A release that returns to the content of an earlier one goes to everyone at once: going back must not wait. One that
+    renews the content before it needs no rollback in escrow: going back from it would change nothing.
     """
     if find_rollout(tx.connection, ring, bundle.blueprint, bundle.revision) is not None:
         return  # the release was recorded before and its row was restored from the repository
     mine = (rollouts.c.ring == ring) & (rollouts.c.blueprint == bundle.blueprint)
-    previous = _previous(tx.connection, ring, bundle)
+    previous = standing_release(tx.connection, ring, bundle.blueprint, before=bundle.revision)
     returns_to = earlier_content(tx.connection, ring, bundle.blueprint, bundle.revision, raw)
-    waiting = settings.require_rollback and previous is not None and returns_to is None
+    renews = previous is not None and describe(previous.bundle)[1].members == describe(raw)[1].members
+    waiting = settings.require_rollback and previous is not None and returns_to is None and not renews
     everyone = not waiting and (settings.first_wave == 0 or returns_to is not None or previous is None)
     tx.connection.execute(
         rollouts.update()
@@ -248,17 +250,19 @@ def earlier_content(connection: Connection, ring: str, blueprint: str, revision:
     return None
 
 
-def _previous(connection: Connection, ring: str, bundle: VerifiedBundle) -> Row[Any] | None:
-    """Return the newest earlier release that was not halted."""
+def standing_release(
+    connection: Connection, ring: str, blueprint: str, *, before: int | None = None
+) -> Row[Any] | None:
+    """Return the newest release (revision, policy_digest, bundle) that was not halted, ``before`` a revision."""
+    where = (releases.c.ring == ring) & (releases.c.blueprint == blueprint)
+    if before is not None:
+        where &= releases.c.revision < before
     query = (
-        select(releases.c.revision, releases.c.policy_digest, rollouts.c.state)
+        select(releases.c.revision, releases.c.policy_digest, releases.c.bundle)
         .select_from(releases.outerjoin(rollouts, _KEY))
-        .where(
-            releases.c.ring == ring,
-            releases.c.blueprint == bundle.blueprint,
-            releases.c.revision < bundle.revision,
-        )
+        .where(where, or_(rollouts.c.state.is_(None), rollouts.c.state != Course.HALTED))
         .order_by(releases.c.revision.desc())
+        .limit(1)
     )
-    found: list[Any] = [row for row in connection.execute(query) if row.state != Course.HALTED]
+    found: list[Any] = list(connection.execute(query))
     return found[0] if found else None

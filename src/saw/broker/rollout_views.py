@@ -10,7 +10,15 @@ from sqlalchemy import Connection, Row, select
 from saw.broker.config import RolloutSettings
 from saw.broker.context import Services
 from saw.broker.registry import get_row
-from saw.broker.rollout import FINAL, Course, Word, assigned_release, live_workspaces, of_rollout
+from saw.broker.rollout import (
+    FINAL,
+    Course,
+    Word,
+    assigned_release,
+    live_workspaces,
+    of_rollout,
+    standing_release,
+)
 from saw.broker.rollout_calls import calls_under
 from saw.broker.rollout_escrow import command_for, kept
 from saw.broker.rollout_limits import Calls, Counts, count, crossed
@@ -55,6 +63,15 @@ class RollbackView(msgspec.Struct, frozen=True):
     deposited_by: str
 
 
+class Standing(msgspec.Struct, frozen=True):
+    """The newest release of a ring and blueprint that is not halted."""
+
+    ring: str
+    blueprint: str
+    revision: int
+    policy_digest: str
+
+
 class RolloutView(msgspec.Struct, frozen=True, kw_only=True):
     """One release in one ring. ``held`` are the workspaces that are not offered it.
 
@@ -94,7 +111,10 @@ class RolloutViews:
         self._s = services
 
     def ring(self, ring: str | None) -> dict[str, Any]:
-        """Return the last rollouts of ``ring`` (None: of all rings), newest first for each blueprint."""
+        """Return the limits in force, what stands in ``ring`` (None: in all rings), and its last rollouts.
+
+        ``standing`` is for each blueprint the release that the next one would go back to; rollouts are newest first.
+        """
         query = select(rollouts).order_by(rollouts.c.ring, rollouts.c.blueprint, rollouts.c.revision.desc())
         if ring is not None:
             query = query.where(rollouts.c.ring == ring)
@@ -104,7 +124,16 @@ class RolloutViews:
                 held = found.setdefault((row.ring, row.blueprint), [])
                 if len(held) < SHOWN_ROLLOUTS:
                     held.append(_view(connection, self._s.config.rollout, row, newest=not held))
-        return {"rollouts": [view for held in found.values() for view in held]}
+            standing = [
+                Standing(*key, release.revision, release.policy_digest)
+                for key in found
+                if (release := standing_release(connection, *key)) is not None
+            ]
+        return {
+            "limits": self._s.config.rollout,
+            "standing": standing,
+            "rollouts": [view for held in found.values() for view in held],
+        }
 
     def workspace(self, workspace_id: str) -> dict[str, Any]:
         """Return which release a workspace is given, which it was attested with, and all that it said."""

@@ -477,6 +477,25 @@ def test_where_a_rollback_is_required_nobody_is_offered_anything_before(ring):
     assert [world.given(name) for name in "abc"] == [new] * 3
 
 
+def test_a_renewal_needs_no_rollback_and_what_stands_is_told(make):
+    world = make(require_rollback=True)
+    first = world.publish(1)
+    world.workspace("a", first)
+    world.load("a", first)
+    renewed = world.publish(2, content=1)
+    assert world.given("a") == renewed
+    world.publish(3)
+    assert world.given("a") == renewed, "a change waits"
+    told = world.broker.rollout_views.ring("stable")
+    assert told["limits"].require_rollback
+    assert [(one.blueprint, one.revision) for one in told["standing"]] == [("coding", 3)]
+    world.broker.rollouts.halt(OPERATOR, RING, Order("no"))
+    [standing] = world.broker.rollout_views.ring("stable")["standing"]
+    assert (standing.revision, standing.policy_digest) == (2, renewed)
+    world.publish(4, content=3)
+    assert world.given("a") == renewed, "the content that was halted is no renewal of what stands"
+
+
 def test_the_first_release_of_a_ring_is_never_halted_by_itself(make):
     world = make()
     first = world.publish(1)
