@@ -19,8 +19,8 @@ MAX_EVIDENCE = 1024 * 1024
 #: Failure code that tells the agent to enrol its attestation key again.
 AK_UNKNOWN = "ak_unknown"
 
-WorkspaceId = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
-Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+WorkspaceId = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?\Z")]
+Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class EvidenceError(SawError):

@@ -38,7 +38,7 @@ class X509Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     csr_pem: Annotated[str, msgspec.Meta(max_length=8192)]
     kind: Kind
-    name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+    name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")]
 
 
 class Renewal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -14,7 +14,7 @@ from saw.broker.context import Caller, Services
 from saw.broker.errors import MalformedError
 from saw.broker.schema import images
 
-Hex = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+Hex = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -27,7 +27,7 @@ class ReleaseRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``<image>.release.json``."""
 
     format: Literal["saw-image-release/1"]
-    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?$")]
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?\Z")]
     image_sha256: Hex
     inputs_digest: Annotated[str, msgspec.Meta(max_length=128)]
     created: Annotated[str, msgspec.Meta(max_length=40)]

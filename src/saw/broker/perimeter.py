@@ -33,14 +33,14 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     state: Literal["offered", "verified", "loaded", "refused", ""] = ""
     revision: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
     reason: Text = ""
-    policy_digest: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?$")] | None = ""
+    policy_digest: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")] | None = ""
     detail: Any = None
 
 
 class Shipment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Chained events of one gatekeeper, ascending by ``seq``."""
 
-    source: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
+    source: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?\Z")]
     events: Annotated[tuple[ChainedEvent, ...], msgspec.Meta(max_length=2048)]
 
 

@@ -20,8 +20,10 @@ from saw.errors import SawError
 
 MAX_NUMBER = 250
 
-Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+#: Workspace ids are DNS labels: the id is also the VM's name and its host name. ``saw.vm.spec`` takes the same.
+_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _IMAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?")
 
 #: Grants that a workspace loses when it leaves ``active``.
@@ -31,7 +33,7 @@ NO_GRANTS: dict[str, None] = {"lease_expires_at": None, "svid_sha256": None}
 class CreateWorkspace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The profile of a workspace, fixed at creation."""
 
-    id: Name
+    id: Text
     sponsor: Text
     blueprint: Name
     ring: Name
@@ -70,7 +72,17 @@ class Registry:
         self._s = services
 
     def create(self, caller: Caller, wanted: CreateWorkspace) -> dict[str, Any]:
-        """Register a workspace and its agent; raises :class:`ConflictError` for a used id, even a decommissioned one."""
+        """Register a workspace and its agent.
+
+        Raises :class:`MalformedError` for an id that no VM can have, :class:`ConflictError` for a used one, even a
+        decommissioned one.
+        """
+        if not _ID.fullmatch(wanted.id):
+            raise MalformedError(
+                f"workspace id {wanted.id!r} is not valid",
+                cure="use at most 63 lower-case letters, digits and dashes, no dash at either end",
+                code="id_refused",
+            )
         now = self._s.clock()
         with self._s.store.write() as tx:
             if tx.connection.execute(select(workspaces.c.id).where(workspaces.c.id == wanted.id)).first():

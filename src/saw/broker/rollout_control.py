@@ -40,7 +40,7 @@ from saw.broker.store import Transaction
 from saw.errors import SawError
 
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-BlueprintName = Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)?$")]
+BlueprintName = Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)?\Z")]
 
 logger = logging.getLogger("saw.broker")
 

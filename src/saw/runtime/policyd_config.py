@@ -12,7 +12,7 @@ from saw.errors import ConfigError
 from saw.files import load_json
 from saw.runtime.ring1 import Ring1
 
-Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
 
 
@@ -63,7 +63,7 @@ class Workspace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     workspace_id: Name
     number: Annotated[int, msgspec.Meta(ge=1, le=250)]
     trust_domain: str
-    broker_url: Annotated[str, msgspec.Meta(pattern=r"^https://[^\s/]+$")]
+    broker_url: Annotated[str, msgspec.Meta(pattern=r"^https://[^\s/]+\Z")]
     broker_name: str
     ring2: str
     ring2_name: str

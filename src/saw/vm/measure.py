@@ -2,26 +2,34 @@
 
 The image's ``saw-boot-report.service`` runs only when the systemd credential ``saw.measure`` is present; it prints the PCR
 values between two marker lines on the console and powers off. A workspace never gets that credential.
+
+Its disks lie outside the folder of the workspaces, whose names are free: one may be called ``measure``.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from saw.image.disk import digest_of
-from saw.vm import qemu
+from saw.vm import golden, qemu
 from saw.vm.accel import probe
 from saw.vm.spec import RUNTIME, VmError, VmSpec
 
+PLACE = Path("/var/lib/saw/measure")
+RUNTIME_PLACE = Path("/run/saw/measure")
+#: Ends swtpm and qemu with this process, however it ends.
+BOUND = ("setpriv", "--pdeathsig", "KILL")
 LINE = re.compile(r"^\s*(\d{1,2})\s*:\s*0x([0-9A-Fa-f]{64})\s*$")
 
 
@@ -36,16 +44,58 @@ def parse_report(console: str) -> dict[str, str]:
     return {match[1]: match[2].lower() for line in body.splitlines() if (match := LINE.match(line))}
 
 
+class ReferenceVm(VmSpec, frozen=True, forbid_unknown_fields=True):
+    """The VM of a reference boot: no workspace, so it lies in none of the workspaces' places."""
+
+    @property
+    def directory(self) -> Path:
+        """Its disks and its vTPM."""
+        return PLACE / "vm"
+
+    @property
+    def runtime(self) -> Path:
+        """Its sockets."""
+        return RUNTIME_PLACE
+
+
+@contextmanager
+def alone(patience: float) -> Iterator[None]:
+    """Hold the hypervisor's one place for reference boots; raise :class:`VmError` when it is not free in ``patience`` seconds."""
+    PLACE.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = os.open(PLACE / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise VmError(
+                        "another reference boot runs on this hypervisor", cure="run this again when it has ended"
+                    ) from error
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(lock)
+
+
 def reference_boot(image: Path, *, patience: float) -> dict[str, Any]:
-    """Boot ``image`` with a fresh vTPM and return ``{image_sha256, pcrs, seconds, accel}``; raises :class:`VmError`."""
-    spec = VmSpec(
-        id="measure", number=250, image=str(image), image_sha256=digest_of(image), data_disk_mib=64,
-        credentials={"saw.measure": "1"}, network=False,
-    )  # fmt: skip
-    with ExitStack() as cleanup:
+    """Boot ``image`` with a fresh vTPM and return ``{image_sha256, pcrs, seconds, accel}``; raises :class:`VmError`.
+
+    ``patience`` in seconds holds for each attempt, and for another reference boot to end.
+    """
+    with alone(patience), ExitStack() as cleanup:
+        hashed = golden.hash_image(image)
+        golden.matches(hashed, hashed.sha256)
+        spec = ReferenceVm(
+            id="reference-boot", number=250, image=str(image), image_sha256=hashed.sha256, data_disk_mib=64,
+            credentials={"saw.measure": "1"}, network=False,
+        )  # fmt: skip
         shutil.rmtree(spec.directory, ignore_errors=True)
         cleanup.callback(shutil.rmtree, spec.directory, ignore_errors=True)
         cleanup.callback(shutil.rmtree, spec.runtime, ignore_errors=True)
+        golden.remember(spec, hashed)
         qemu.create(spec)
         spec.runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
         accel = probe(image.with_name("vmlinuz"), RUNTIME / "accel.json")
@@ -73,6 +123,7 @@ def one_boot(spec: VmSpec, accel: str, patience: float) -> dict[str, str]:
     console.unlink(missing_ok=True)
     tpm = subprocess.Popen(
         [
+            *BOUND,
             "swtpm",
             "socket",
             "--tpm2",
@@ -86,7 +137,7 @@ def one_boot(spec: VmSpec, accel: str, patience: float) -> dict[str, str]:
     try:
         while not socket_path.exists() and tpm.poll() is None:
             time.sleep(0.05)
-        machine = subprocess.Popen(qemu.command_line(spec, accel), stdin=subprocess.DEVNULL)
+        machine = subprocess.Popen([*BOUND, *qemu.command_line(spec, accel)], stdin=subprocess.DEVNULL)
         try:
             begin = time.monotonic()
             while time.monotonic() - begin < patience:

@@ -25,7 +25,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from saw.files import write_atomic
+from saw.vm import golden
 from saw.vm.accel import probe
+from saw.vm.programs import run
 from saw.vm.spec import RUNTIME, STATE, VmError, VmSpec, parse_spec
 
 FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
@@ -34,23 +36,13 @@ SILENCE = 60.0
 """Seconds without a byte on the console after which a start counts as stuck."""
 
 
-def run(*argv: str, timeout: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run ``argv``; raise :class:`VmError` with the end of its error output unless ``check`` is false."""
-    try:
-        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=timeout)
-    except FileNotFoundError as error:
-        raise VmError(f"{argv[0]} is not installed", cure="run the hypervisor role on this host") from error
-    except subprocess.TimeoutExpired as error:
-        raise VmError(f"`{' '.join(argv[:2])}` did not end within {timeout:.0f} s") from error
-    if check and done.returncode:
-        raise VmError(f"`{' '.join(argv)}` failed ({done.returncode}): {(done.stderr or done.stdout).strip()[-600:]}")
-    return done
+def create(spec: VmSpec, *, renew: bool = False) -> dict[str, Any]:
+    """Make every part of the VM that is missing; return ``{changed, ek_pub_pem, directory}``. Nothing is started.
 
-
-def create(spec: VmSpec) -> dict[str, Any]:
-    """Make every part of the VM that is missing; return ``{changed, ek_pub_pem, directory}``. Nothing is started."""
+    The image file must have the digest of ``spec``, else :class:`golden.ImageRefusedError` and nothing changes. ``renew`` makes
+    the root disk again and reads the image again.
+    """
     directory, changed = spec.directory, False
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     encoded = msgspec.json.format(msgspec.json.encode(spec))
     spec_file = directory / "spec.json"
     stored = spec_file.read_bytes() if spec_file.exists() else b""
@@ -60,7 +52,9 @@ def create(spec: VmSpec) -> dict[str, Any]:
                 f"VM {spec.id} has number {old.number}, not {spec.number}", cure="destroy the workspace first"
             )
         changed = True
-    changed |= make_root_disk(spec)
+    golden.verify(spec, again=renew)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    changed |= make_root_disk(spec, renew=renew)
     changed |= make_data_disk(spec)
     changed |= make_tpm(spec)
     variables = directory / "vars.fd"
@@ -80,10 +74,7 @@ def rebuild(spec: VmSpec, image: str = "", image_sha256: str = "") -> dict[str, 
         raise VmError("an image needs its SHA-256 and the other way round", cure="give both or none")
     fresh = msgspec.structs.replace(spec, image=image, image_sha256=image_sha256) if image else spec
     fresh = parse_spec(msgspec.json.encode(fresh))
-    if not Path(fresh.image).exists():
-        raise VmError(f"image {fresh.image} is not on this hypervisor", cure="run the image_build playbook")
-    (spec.directory / "root.image").unlink(missing_ok=True)
-    return {**create(fresh), "changed": True}
+    return {**create(fresh, renew=True), "changed": True}
 
 
 def copy(source: Path, target: Path) -> None:
@@ -94,21 +85,45 @@ def copy(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def make_root_disk(spec: VmSpec) -> bool:
-    """Make the overlay on the golden image; a different image (rebuild) throws the old overlay and firmware state away."""
+def make_root_disk(spec: VmSpec, *, renew: bool = False) -> bool:
+    """Make the overlay on the golden image; a different image, or ``renew``, throws old overlay and firmware state away.
+
+    The old ones stay until the new overlay is complete.
+    """
     disk, marker = spec.directory / "root.qcow2", spec.directory / "root.image"
-    wanted = f"{spec.image_sha256} {spec.image}\n"
-    if disk.exists() and marker.exists() and marker.read_text(encoding="utf-8") == wanted:
+    if not renew and root_disk_fits(spec):
         return False
-    if not Path(spec.image).exists():
-        raise VmError(f"image {spec.image} is not on this hypervisor", cure="run the image_build playbook")
-    marker.unlink(missing_ok=True)
     temporary = spec.directory / "root.qcow2.new"
     run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", spec.image, str(temporary))
+    marker.unlink(missing_ok=True)
     os.replace(temporary, disk)
     (spec.directory / "vars.fd").unlink(missing_ok=True)
-    write_atomic(marker, wanted)
+    write_atomic(marker, root_disk_of(spec))
     return True
+
+
+def root_disk_of(spec: VmSpec) -> str:
+    """Return what ``root.image`` holds beside a root disk that lies on the image of ``spec``."""
+    return f"{spec.image_sha256} {spec.image}\n"
+
+
+def root_disk_fits(spec: VmSpec) -> bool:
+    """Tell whether there is a root disk and it lies on the image of ``spec``."""
+    try:
+        held = (spec.directory / "root.image").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+    return held == root_disk_of(spec) and (spec.directory / "root.qcow2").exists()
+
+
+def startable(spec: VmSpec) -> None:
+    """Raise :class:`VmError` unless the root disk is whole and lies on an image file that has the digest of ``spec``."""
+    if not root_disk_fits(spec):
+        raise VmError(
+            f"the root disk of {spec.id} was not finished or lies on another image",
+            cure="finish what made it: playbook workspace_rebuild (or workspace_create)",
+        )
+    golden.verify(spec)
 
 
 def make_data_disk(spec: VmSpec) -> bool:
@@ -258,6 +273,7 @@ def network_credentials(spec: VmSpec) -> dict[str, str]:
 
 def execute(spec: VmSpec) -> int:
     """Run qemu in the foreground under a watchdog; the unit's main process. A start without console output is killed."""
+    startable(spec)
     spec.runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
     accel = spec.accel
     if accel == "auto":
@@ -328,6 +344,7 @@ def start(spec: VmSpec) -> bool:
     """Start the VM; return whether anything changed."""
     if active(spec.id):
         return False
+    startable(spec)
     run("systemctl", "reset-failed", unit(spec.id), check=False)
     run("systemctl", "start", unit(spec.id), timeout=120)
     return True

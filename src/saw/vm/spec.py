@@ -16,7 +16,9 @@ from saw.errors import ConfigError, SawError
 
 STATE = Path("/var/lib/saw/vms")
 RUNTIME = Path("/run/saw/vm")
-NAME = re.compile(r"^[a-z0-9][a-z0-9-]{0,40}$")
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+"""Workspace ids, as the broker's registry takes them: a DNS label, since the id is also the guest's host name."""
+NAME_CURE = "use at most 63 lower-case letters, digits and dashes, no dash at either end"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CREDENTIAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -83,9 +85,7 @@ def parse_spec(raw: bytes) -> VmSpec:
     except msgspec.DecodeError as error:
         raise ConfigError(f"the VM specification is not valid: {error}", cure="correct the named field") from error
     if not NAME.fullmatch(spec.id):
-        raise ConfigError(
-            f"VM id {spec.id!r} is not valid", cure="use lower-case letters, digits and dashes, at most 41"
-        )
+        raise ConfigError(f"VM id {spec.id!r} is not valid", cure=NAME_CURE)
     if not 1 <= spec.number <= 250:
         raise ConfigError(f"VM number {spec.number} is not in 1–250", cure="take the number that the broker assigned")
     if not SHA256.fullmatch(spec.image_sha256):
@@ -111,7 +111,7 @@ def parse_spec(raw: bytes) -> VmSpec:
 def load_spec(vm_id: str) -> VmSpec:
     """Return the stored specification of ``vm_id``; raise :class:`VmError` when there is no such VM."""
     if not NAME.fullmatch(vm_id):
-        raise ConfigError(f"VM id {vm_id!r} is not valid", cure="use lower-case letters, digits and dashes, at most 41")
+        raise ConfigError(f"VM id {vm_id!r} is not valid", cure=NAME_CURE)
     try:
         return parse_spec((STATE / vm_id / "spec.json").read_bytes())
     except FileNotFoundError as error:

@@ -12,6 +12,7 @@ from broker_rig import cli, image_record
 
 from saw.broker.client import BrokerRefusal
 from saw.identity.x509 import new_key_and_csr
+from saw.vm.spec import NAME as VM_NAME
 
 PROBE = """
 import socket, sys
@@ -96,6 +97,39 @@ def test_an_image_must_be_registered_and_its_record_whole(broker) -> None:
     assert broker.operator.request("PUT", "/v1/images", record)["changed"]
     assert not broker.operator.request("PUT", "/v1/images", record)["changed"]
     assert broker.operator.request("POST", "/v1/workspaces", {**body, "image": "whole"})["image_sha256"] == "2" * 64
+
+
+@pytest.mark.control("ID-04")
+@pytest.mark.parametrize(
+    ("name", "valid"),
+    [
+        ("measure", True),
+        ("0", True),
+        ("a" * 63, True),
+        ("a" * 64, False),
+        ("", False),
+        ("ws-", False),
+        ("-ws", False),
+        ("WS", False),
+        ("ws_1", False),
+        ("ws.1", False),
+        ("ws\n", False),
+        ("../ws", False),
+    ],
+)
+def test_an_id_is_registered_exactly_when_a_vm_can_have_it(broker, name: str, valid: bool) -> None:
+    body = {"id": name, "sponsor": "ada", "blueprint": "coding", "ring": "stable", "image": "ids"}
+    broker.operator.request("PUT", "/v1/images", image_record("ids", "3" * 64))
+    assert bool(VM_NAME.fullmatch(name)) == valid
+    if valid:
+        assert broker.operator.request("POST", "/v1/workspaces", body)["id"] == name
+        return
+    with pytest.raises(BrokerRefusal) as caught:
+        broker.operator.request("POST", "/v1/workspaces", body)
+    if name:
+        assert caught.value.code == "id_refused"
+        assert caught.value.message == f"workspace id {name!r} is not valid"
+        assert "at most 63" in caught.value.cure
 
 
 @pytest.mark.control("ID-04")

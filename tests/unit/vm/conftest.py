@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -30,6 +31,8 @@ def hypervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for name, value in (("STATE", state), ("RUNTIME", runtime)):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(measure, "PLACE", tmp_path / "lib/measure")
+    monkeypatch.setattr(measure, "RUNTIME_PLACE", tmp_path / "run-measure")
     state.mkdir(parents=True)
     firmware = tmp_path / "vars.fd"
     firmware.write_bytes(b"factory")
@@ -63,8 +66,9 @@ def make_spec(hypervisor: Path, request: pytest.FixtureRequest) -> Callable[...,
     def make(*, name: str = "golden", tpm: bool = False, **fields: Any) -> spec.VmSpec:
         image = hypervisor / f"{name}.qcow2"
         if not image.exists():
-            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), "64M"], check=True)
-        digest = ("a" if name == "golden" else "b") * 64
+            size = "64M" if name == "golden" else "65M"
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), size], check=True)
+        digest = hashlib.sha256(image.read_bytes()).hexdigest()
         vm = spec.VmSpec(
             **{"id": "ws-t", "number": 7, "image": str(image), "image_sha256": digest, "data_disk_mib": 64, **fields}
         )

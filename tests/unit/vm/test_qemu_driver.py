@@ -59,7 +59,7 @@ def test_everything_is_made_once_and_a_second_time_changes_nothing(make_spec: Ma
     assert key.key_size == 2048
     files = {path: path.stat().st_mtime_ns for path in spec.directory.rglob("*") if path.is_file()}
     names = {str(path.relative_to(spec.directory)) for path in files}
-    assert {"spec.json", "root.qcow2", "root.image", "data.img", "vars.fd"} <= names
+    assert {"spec.json", "root.qcow2", "root.image", "image.verified", "data.img", "vars.fd"} <= names
     assert not [name for name in names if name.endswith(".new") or name.startswith(".tpm-")]
     assert stat.S_IMODE(spec.directory.stat().st_mode) == 0o700
     assert backing(spec) == spec.image
@@ -300,8 +300,8 @@ def test_the_accelerator_picks_the_cpu(make_spec: Make) -> None:
 def test_a_start_without_a_word_on_the_console_is_ended_and_one_with_goes_its_way(
     make_spec: Make, hypervisor: Path, monkeypatch: pytest.MonkeyPatch, program: str, status: int
 ) -> None:
-    spec = make_spec(network=False, accel="tcg")
-    spec.directory.mkdir()
+    spec = make_spec(network=False, accel="tcg", tpm=True)
+    qemu.create(spec)
     console = spec.directory / "console.log"
     console.write_text("of the start before")
     machine = hypervisor / "tools/qemu-system-x86_64"

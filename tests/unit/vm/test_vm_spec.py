@@ -43,7 +43,9 @@ def test_a_small_specification_gets_the_defaults_and_its_own_network() -> None:
         ({"id": "../etc"}, "VM id '../etc' is not valid"),
         ({"id": "WS"}, "VM id 'WS' is not valid"),
         ({"id": ""}, "VM id '' is not valid"),
-        ({"id": "a" * 42}, "is not valid"),
+        ({"id": "a" * 64}, "is not valid"),
+        ({"id": "-ws"}, "is not valid"),
+        ({"id": "ws-"}, "is not valid"),
         ({"id": "ws\n"}, "is not valid"),
         ({"number": 0}, "VM number 0 is not in 1–250"),
         ({"number": 251}, "VM number 251 is not in 1–250"),
@@ -64,7 +66,7 @@ def test_what_is_not_a_specification_is_refused(changes: dict[str, Any], words: 
     assert refused.value.cure
 
 
-@pytest.mark.parametrize("changes", [{"id": "a" * 41}, {"number": 1}, {"number": 250}, {"memory_mib": 512, "cpus": 1}])
+@pytest.mark.parametrize("changes", [{"id": "a" * 63}, {"number": 1}, {"number": 250}, {"memory_mib": 512, "cpus": 1}])
 def test_the_limits_themselves_are_allowed(changes: dict[str, Any]) -> None:
     parse_spec(raw(**changes))
 
