@@ -10,9 +10,11 @@ mkdir -p "$build"
 say() { printf '%s\n' "    $*"; }
 fail() { printf 'bootstrap: %s\n' "$*" >&2; exit 1; }
 
-packages="debian-archive-keyring dosfstools e2fsprogs eatmydata fdisk git iproute2 libtss2-tcti-swtpm0 mmdebstrap mtools nftables
- openssh-client openssh-server ovmf packer python3-venv qemu-system-x86 qemu-utils rsync shellcheck swtpm swtpm-tools
- systemd-container tpm2-tools tmux"
+packages="ca-certificates curl debian-archive-keyring dosfstools e2fsprogs eatmydata fdisk git iproute2 libtss2-tcti-swtpm0
+ mmdebstrap mtools nftables nginx-light opensc openssh-client openssh-server openssl ovmf packer procps python3-venv
+ qemu-system-x86 qemu-utils rsync shellcheck softhsm2 swtpm swtpm-tools systemd-container tpm2-tools tmux"
+# These packages would start a service; the tests run the programs themselves, so a service that was not here stays off.
+services="nginx.service ssh.service"
 
 if [ "$what" = all ]; then
   command -v apt-get >/dev/null || fail "this needs Debian 12 or later (apt-get is missing)"
@@ -25,9 +27,23 @@ if [ "$what" = all ]; then
     [ "$(id -u)" = 0 ] || fail "these packages are missing:$missing - run as root, or: sudo apt-get install$missing"
     say "installing packages:$missing"
     log="$build/bootstrap-apt.log"
-    export DEBIAN_FRONTEND=noninteractive # RUNLEVEL=1: no package starts its service here
-    # shellcheck disable=SC2086  # a list of names
-    if ! { apt-get update -q && RUNLEVEL=1 apt-get install -q -y --no-install-recommends $missing; } >"$log" 2>&1; then
+    export DEBIAN_FRONTEND=noninteractive
+    quiet=
+    if [ -d /run/systemd/system ]; then
+      for service in $services; do
+        if ! systemctl cat "$service" >/dev/null 2>&1; then quiet="$quiet $service"; fi
+      done
+      # shellcheck disable=SC2086  # a list of names
+      if [ -n "$quiet" ]; then systemctl mask --runtime --quiet $quiet; fi
+    fi
+    failed=
+    # shellcheck disable=SC2086  # RUNLEVEL=1: the same for services without a unit
+    { apt-get update -q && RUNLEVEL=1 apt-get install -q -y --no-install-recommends $missing; } >"$log" 2>&1 || failed=yes
+    if [ -n "$quiet" ]; then
+      # shellcheck disable=SC2086  # a list of names
+      { systemctl unmask --runtime $quiet; systemctl disable $quiet; } >>"$log" 2>&1 || true
+    fi
+    if [ -n "$failed" ]; then
       tail -n 15 "$log" >&2
       fail "apt-get failed; see $log. Check the machine's mirror and network, then run it again"
     fi
