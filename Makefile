@@ -2,7 +2,8 @@
 SHELL := /bin/sh
 SAW := .venv/bin/saw
 PYTEST := .venv/bin/pytest
-export SAW_CONTEXT ?= $(CURDIR)/build/lab/context.json
+SAW_BUILD ?= $(CURDIR)/build
+export SAW_CONTEXT ?= $(SAW_BUILD)/lab/context.json
 
 .DEFAULT_GOAL := help
 .PHONY: help workspace test test-unit test-roles test-e2e lint bench image clean start stop rebuild kill destroy tools tools-python
@@ -22,7 +23,8 @@ workspace: tools ## from an empty machine to a governed workspace; prints the co
 	@$(SAW) lab up
 
 image: tools ## build the golden image, or reuse it when its inputs have not changed
-	@.venv/bin/python -m saw.image.build image --json
+	@echo "==> golden image in $(SAW_BUILD)/images"
+	@.venv/bin/python -m saw.image.build image --build "$(SAW_BUILD)" --json
 
 start stop rebuild kill destroy: tools-python ## (each) do that to the demonstration workspace
 	@$(SAW) lab $@
@@ -46,5 +48,4 @@ bench: tools ## measure; writes build/bench.json (ratios in one run)
 	@.venv/bin/python benchmarks/run.py
 
 clean: ## end everything and remove all state: no process, mount, tap, namespace or nft table stays
-	@if [ -x $(SAW) ]; then $(SAW) lab down --purge; fi
-	@rm -rf build .venv
+	@scripts/clean.sh

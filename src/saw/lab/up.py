@@ -353,15 +353,14 @@ def bring_up(lab: Lab, *, keep_image: bool = False) -> int:
 
 
 def tear_down(lab: Lab, *, purge: bool) -> None:
-    """End everything of the lab; with ``purge`` remove its state too. Safe on a half-made lab."""
-    with exclusive(lab):
-        for host in reversed(lab.hosts()):
-            host.down(purge=purge)
-        lab.network.down()
-        build = ImageBuild(lab.repository, lab.build)
-        from saw.lab.nspawn import LightHost
+    """End everything of the lab and say what; with ``purge`` also the role tests, and the state. Safe on a half-made lab."""
+    from saw.lab.leftovers import ROLE_TESTS, SITES, end_all
 
-        LightHost("image", "", lab.build / "image-tree", build.network, booted=False).down(purge=True)
-        build.network.down()
+    sites = SITES if purge else tuple(site for site in SITES if site is not ROLE_TESTS)
+    with exclusive(lab):
+        ended = end_all(
+            lab.build, lab.repository, lambda text: print(f"    {text}", flush=True), purge=purge, sites=sites
+        )
         if purge:
             shutil.rmtree(lab.directory, ignore_errors=True)
+    print(f"    ended: {ended}", flush=True)
