@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # All tests, fastest first, each lane with its own log line and junit file under build/test-results.
 #   scripts/test.sh [lint] [unit] [roles] [e2e]        default: all four
-# Ends with the number of passed and failed tests; leaves no process, mount, namespace or tap behind.
+# Long lanes say what they are at (scripts/follow.py). Ends with a table of seconds per lane, which lanes.json keeps; leaves no
+# process, mount, namespace or tap behind. After all four, each enforced control must have been shown by its tests
+# (scripts/controls.py); after some of them, none of the tests that ran may have failed.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -13,7 +15,9 @@ mkdir -p "$results"
 # A virtual environment's own programs come first; real interpreters, never shims, follow.
 export PATH="$root/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:$PATH"
 export PYTHONDONTWRITEBYTECODE=1
+unset SAW_BUILD SAW_CONTEXT # the lanes work in this checkout and in a clone of it, never on a workspace that runs here
 failed=()
+rows=()
 started=$SECONDS
 clone=
 scratch=
@@ -65,6 +69,8 @@ lane_lint() {
 }
 
 lane_unit() {
+  # base tree and wheelhouse of the light hosts, from the cache or made now: without them their tests would be skipped
+  python -m saw.image.build host-tar && python -m saw.image.build wheelhouse || return 1
   pytest tests/unit tests/integration -q -n 2 --dist loadfile --junitxml="$results/unit.xml" -p no:cacheprovider || return 1
   newer_environment
   case $? in
@@ -77,9 +83,8 @@ lane_unit() {
 lane_roles() {
   # an interrupted run may have left hosts, or only the belief that they exist
   molecule destroy -s default >"$results/roles-reset.log" 2>&1 || true
-  PY_COLORS=0 ANSIBLE_FORCE_COLOR=0 molecule test --all >"$results/roles.log" 2>&1
+  PY_COLORS=0 ANSIBLE_FORCE_COLOR=0 python scripts/follow.py --log "$results/roles.log" -- molecule test --all
   local status=$?
-  grep -E '(passed|failed|error).* in [0-9.]+s' "$results/roles.log" || true
   [ $status = 0 ] || { tail -n 60 "$results/roles.log"; printf 'whole log: %s\n' "$results/roles.log"; }
   return $status
 }
@@ -92,20 +97,51 @@ lane_e2e() {
   scratch=$(mktemp -d "${TMPDIR:-/tmp}/saw-e2e.XXXXXX") || return 1
   clone=$scratch/checkout
   git clone -q "$root" "$clone" || return 1
-  SAW_E2E_CHECKOUT=$clone pytest tests/e2e -v -x --junitxml="$results/e2e.xml" -p no:cacheprovider
+  SAW_E2E_CHECKOUT=$clone python scripts/follow.py --whole --log "$results/e2e.log" \
+    --watch "$root/build/e2e.log" --watch "$scratch/pytest/*/output" -- \
+    pytest tests/e2e -v -x --basetemp="$scratch/pytest" --junitxml="$results/e2e.xml" -p no:cacheprovider
   local status=$?
   [ $status = 0 ] || tail -n 80 build/e2e.log
   return $status
 }
 
+row() { # row NAME OK SECONDS
+  rows+=("$(printf '{"lane": "%s", "ok": %s, "seconds": %d}' "$1" "$2" "$3")")
+  table+=$(printf '    %-10s %-7s %6d s' "$1" "$([ "$2" = true ] && echo ok || echo FAILED)" "$3")$'\n'
+}
+
+reports_of() { # the JUnit files of a lane
+  find "$results" -maxdepth 1 -name "$1*.xml"
+}
+
+table=
+number=0
 for lane in "${lanes[@]}"; do
-  banner "$lane"
-  if "lane_$lane"; then banner "$lane: ok"; else failed+=("$lane"); banner "$lane: FAILED"; fi
+  number=$((number + 1))
+  if ! declare -F "lane_$lane" >/dev/null; then
+    printf 'test.sh: there is no lane %s\n' "$lane" >&2
+    exit 2
+  fi
+  reports_of "$lane" | xargs -r rm -f
+  banner "[$number/${#lanes[@]}] $lane"
+  begin=$SECONDS
+  if "lane_$lane"; then ok=true; else ok=false failed+=("$lane"); fi
+  row "$lane" "$ok" $((SECONDS - begin))
+  banner "[$number/${#lanes[@]}] $lane: $([ "$ok" = true ] && echo ok || echo FAILED) in $((SECONDS - begin)) s"
 done
 
-if [ ${#lanes[@]} -eq 4 ] && [ ${#failed[@]} -eq 0 ]; then
-  banner "controls"
-  python scripts/controls.py --results "$results"/*.xml || failed+=(controls)
+if [ ${#failed[@]} -eq 0 ]; then
+  mapfile -t reports < <(for lane in "${lanes[@]}"; do reports_of "$lane"; done)
+  if [ ${#reports[@]} -gt 0 ]; then
+    banner "controls"
+    some=(--some)
+    [ ${#lanes[@]} -lt 4 ] || some=()
+    begin=$SECONDS
+    if python scripts/controls.py "${some[@]}" --results "${reports[@]}"; then ok=true; else ok=false failed+=(controls); fi
+    row controls "$ok" $((SECONDS - begin))
+  fi
 fi
+printf '{"total_seconds": %d, "lanes": [%s]}\n' $((SECONDS - started)) "$(IFS=, && echo "${rows[*]}")" >"$results/lanes.json"
 banner "lanes: ${lanes[*]}; failed: ${failed[*]:-none}"
+printf '%s    %-10s %-7s %6d s\n' "$table" total "" $((SECONDS - started))
 [ ${#failed[@]} -eq 0 ]

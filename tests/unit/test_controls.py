@@ -39,10 +39,13 @@ def repository(
     return root
 
 
-def junit(root: Path, inner: str) -> str:
-    path = root / "results.xml"
-    case = f'<testcase classname="tests.test_net" name="test_refused[one]">{inner}</testcase>'
-    path.write_text(f"<testsuites><testsuite>{case}</testsuite></testsuites>")
+def junit(root: Path, *inner: str, module: str = "test_net", file: str = "") -> str:
+    path = root / (file or f"{module}.xml")
+    cases = [
+        f'<testcase classname="tests.{module}" name="test_refused[{number}]">{text}</testcase>'
+        for number, text in enumerate(inner)
+    ]
+    path.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
     return str(path)
 
 
@@ -96,21 +99,47 @@ def test_marks_of_modules_classes_and_parameters_count(tmp_path: Path) -> None:
     assert found == {("test_one", "A"), ("test_one", "B"), ("test_two", "A"), ("test_two", "C")}
 
 
+REFUSED = "tests/test_net.py::test_refused"
+
+
 @pytest.mark.parametrize(
-    ("inner", "status", "words"),
+    ("inner", "words"),
     [
-        ("", 0, ""),
-        ("<failure/>", 1, "its tests failed: test_net::test_refused"),
-        ("<error/>", 1, "its tests failed"),
-        ("<skipped/>", 1, "none of its tests ran and passed"),
+        ([""], ""),
+        (["<failure/>"], f"{REFUSED} failed"),
+        (["<error/>"], f"{REFUSED} failed"),
+        (["<skipped/>"], f"{REFUSED} was skipped"),
+        (["", "<failure/>"], f"{REFUSED} failed"),
+        (["", "<skipped/>"], f"{REFUSED} was skipped"),
+        ([], f"{REFUSED} did not run"),
     ],
 )
-def test_an_enforced_control_needs_a_passing_test(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], inner: str, status: int, words: str
+def test_an_enforced_control_needs_each_listed_test_to_pass(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], inner: list[str], words: str
 ) -> None:
     root = repository(tmp_path)
-    assert controls.main(["--results", junit(root, inner)], root) == status
+    assert controls.main(["--results", junit(root, *inner)], root) == (1 if words else 0)
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("inner", "status"), [("<failure/>", 1), ("<skipped/>", 0), ("", 0)])
+def test_a_marked_test_that_is_not_listed_may_be_skipped_but_not_fail(tmp_path: Path, inner: str, status: int) -> None:
+    root = repository(tmp_path)
+    (root / "tests/test_more.py").write_text(TEST.format(mark="NET-01"))
+    assert controls.main(["--results", junit(root, ""), junit(root, inner, module="test_more")], root) == status
+
+
+def test_a_case_that_is_skipped_in_one_run_and_passed_in_another_has_passed(tmp_path: Path) -> None:
+    root = repository(tmp_path)
+    again = junit(root, "<skipped/>", file="newer.xml")
+    assert controls.main(["--results", junit(root, ""), again], root) == 0
+    assert controls.main(["--results", again], root) == 1
+
+
+@pytest.mark.parametrize(("inner", "status"), [([], 0), ([""], 0), (["<failure/>"], 1), (["<skipped/>"], 1)])
+def test_some_lanes_alone_are_judged_by_what_ran_in_them(tmp_path: Path, inner: list[str], status: int) -> None:
+    root = repository(tmp_path)
+    assert controls.main(["--some", "--results", junit(root, *inner)], root) == status
 
 
 def test_a_partial_control_needs_none(tmp_path: Path) -> None:
