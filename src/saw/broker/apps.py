@@ -20,6 +20,7 @@ from saw.attest.messages import MAX_EVIDENCE, ActivateRequest, EnrolRequest, Evi
 from saw.broker.certificates import Renewal, SshRequest, X509Request
 from saw.broker.context import Caller
 from saw.broker.core import Broker
+from saw.broker.delegation_routes import operator_delegation_routes
 from saw.broker.errors import ForbiddenError, NotFoundError
 from saw.broker.http import (
     DEFAULT_LIMIT,
@@ -103,6 +104,7 @@ def operator_app(broker: Broker) -> Starlette:
             route("/v1/policy/state", "GET", without_body(lambda _c, _r: releases.state())),
             route("/v1/policy/rings", "GET", without_body(lambda _c, _r: releases.rings())),
             *operator_rollout_routes(broker, route),
+            *operator_delegation_routes(broker, route),
             route("/v1/images", "PUT", with_body(ReleaseRecord, lambda c, b, _r: broker.images.register(c, b))),
             route("/v1/images", "GET", without_body(lambda _c, _r: broker.images.list())),
             route("/v1/certificates/ssh", "POST", with_body(SshRequest, lambda c, b, _r: certificates.ssh(c, b))),

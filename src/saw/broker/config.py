@@ -45,6 +45,13 @@ class RolloutSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     require_rollback: bool = False
 
 
+class DelegationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``required``: a workspace that was never given a delegation may call nothing. ``max_duration_s``: longest life of one."""
+
+    required: bool = False
+    max_duration_s: int = 7 * 86_400
+
+
 class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that the broker is told. Directories and sockets are absolute paths.
 
@@ -59,6 +66,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     operator_group: str | None = None
     tuf: TufSettings = TufSettings()
     rollout: RolloutSettings = RolloutSettings()
+    delegation: DelegationSettings = DelegationSettings()
 
     @property
     def state(self) -> Path:
@@ -98,6 +106,8 @@ def load_config(path: Path | str) -> BrokerConfig:
         problems.append("listen.port must be 0 to 65535")
     if not 60 <= config.tuf.timestamp_ttl_s <= 7 * 86_400:
         problems.append("tuf.timestamp_ttl_s must be 60 to 604800")
+    if not 60 <= config.delegation.max_duration_s <= 7 * 86_400:
+        problems.append("delegation.max_duration_s must be 60 to 604800")
     problems.extend(
         f"rollout.{name} must be {low} to {high}"
         for name, low, high in (

@@ -15,6 +15,7 @@ from saw.broker.certificates import Certificates
 from saw.broker.clock import Clock
 from saw.broker.config import BrokerConfig
 from saw.broker.context import Services
+from saw.broker.delegations import Delegations
 from saw.broker.images import Images
 from saw.broker.perimeter import Views
 from saw.broker.registry import Registry
@@ -50,6 +51,7 @@ class Broker:
     rollouts: Rollouts
     rollout_views: RolloutViews
     certificates: Certificates
+    delegations: Delegations
     views: Views
     trail: Trail
 
@@ -81,6 +83,7 @@ class Broker:
             rollouts=rollouts,
             rollout_views=RolloutViews(services),
             certificates=Certificates(services, authority, ssh, RING2_NAME),
+            delegations=Delegations(services),
             views=Views(services, releases, rollouts),
             trail=Trail(services),
         )

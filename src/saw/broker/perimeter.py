@@ -12,6 +12,7 @@ from saw.audit import ChainedEvent, Head, event_hash
 from saw.audit.chain import ChainError
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
+from saw.broker.delegations import told
 from saw.broker.errors import ConflictError, ForbiddenError, MalformedError
 from saw.broker.lifecycle import State
 from saw.broker.registry import get_row
@@ -59,6 +60,7 @@ class Views:
             assignments = Assignments(connection)
             rows = connection.execute(select(workspaces).order_by(workspaces.c.number)).all()
             given = {row.id: assignments.of(row) for row in rows}
+            statements, engaged = told(connection, self._s.clock())
             bundles = live_bundles(connection)
             bundles |= bundles_of(
                 connection, {found.policy_digest for found in given.values() if found} - bundles.keys()
@@ -82,6 +84,8 @@ class Views:
                     "released_at": None if release is None else release.released_at,
                     "svid_sha256": row.svid_sha256,
                     "agent": row.agent_id,
+                    "delegation_required": row.id in engaged or self._s.config.delegation.required,
+                    "delegations": statements.get(row.id, []),
                 }
             )
         return {

@@ -233,3 +233,20 @@ rollbacks = Table(
     Column("deposited_by", String(256), nullable=False),
     Column("deposited_at", String(32), nullable=False),
 )
+
+#: What agents were handed for an engagement (:mod:`saw.broker.delegations`): the signed record, and whether it was revoked.
+delegations = Table(
+    "delegations",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("workspace_id", String(64), nullable=False, index=True),
+    Column("parent", String(64), index=True),
+    Column("record", Text, nullable=False),
+    Column("statement", Text, nullable=False),
+    Column("issued_by", String(256), nullable=False),
+    Column("issued_at", String(32), nullable=False),
+    Column("expires_at", String(32), nullable=False),
+    Column("revoked_by", String(256)),
+    Column("revoked_at", String(32)),
+    Column("revoked_reason", Text),
+)

@@ -24,7 +24,7 @@ from saw.broker.config import BrokerConfig
 from saw.broker.core import Broker
 from saw.broker.notify import notify
 from saw.broker.peer import PeerProtocol
-from saw.broker.setup import renew_server_certificate, server_files
+from saw.broker.setup import renew_server_certificate, renew_signer, server_files
 from saw.errors import UnavailableError
 
 logger = logging.getLogger("saw.broker")
@@ -96,6 +96,7 @@ def tls_context(broker: Broker, clock: Clock) -> ssl.SSLContext:
     """Return the TLS side's context: our server certificate, TLS 1.2 or later, client certificates of our CA welcome."""
     certificate, authority = server_files(broker.config)
     renew_server_certificate(broker.config, broker.authority, clock())
+    renew_signer(broker.config, broker.authority, clock())
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(certificate)
@@ -169,5 +170,7 @@ def upkeep_once(broker: Broker, context: ssl.SSLContext, clock: Clock) -> None:
     if renew_server_certificate(broker.config, broker.authority, clock()):
         context.load_cert_chain(server_files(broker.config)[0])
         logger.info("server certificate renewed")
+    if renew_signer(broker.config, broker.authority, clock()):
+        logger.info("signer of statements renewed")
     broker.repository.refresh(clock())
     broker.rollouts.tick()

@@ -53,6 +53,8 @@ def initialise(config: BrokerConfig, now: datetime) -> list[str]:
     Store.open_sqlite(config.database, Waker()).close()
     if renew_server_certificate(config, authority, now):
         made.append("server certificate")
+    if renew_signer(config, authority, now):
+        made.append("signer of statements")
     return made
 
 
@@ -69,6 +71,24 @@ def renew_server_certificate(config: BrokerConfig, authority: Authority, now: da
     key, csr = new_key_and_csr(config.server_names[0], config.server_names)
     certificate = authority.issue_server(csr, config.server_names, now, SERVER_TTL, spiffe_path="service/broker")
     write_private(path, certificate + key)
+    return True
+
+
+def signer_file(config: BrokerConfig) -> Path:
+    """Return the path of the key that signs statements, with its certificate in one file."""
+    return config.keys / "signer.pem"
+
+
+def renew_signer(config: BrokerConfig, authority: Authority, now: datetime) -> bool:
+    """Make a key that signs statements when there is none or its certificate ends soon; return whether one was made.
+
+    What it signs ends before its certificate does: a statement lives for :data:`RENEW_BEFORE` at most.
+    """
+    path = signer_file(config)
+    if path.exists() and _still_good(path.read_bytes(), (), now):
+        return False
+    key, csr = new_key_and_csr("broker statements")
+    write_private(path, authority.issue_signer(csr, "broker", now, SERVER_TTL) + key)
     return True
 
 

@@ -17,6 +17,7 @@ AREAS: dict[str, tuple[str, str]] = {
     "policy": ("saw.cli.policy", "author, check, sign, verify and publish policy bundles"),
     "workspace": ("saw.cli.workspace", "list, create, stop, start, kill and destroy workspaces; bootstrap (in the VM)"),
     "ssh": ("saw.cli.ssh", "attach to a workspace with a certificate of minutes"),
+    "delegation": ("saw.cli.delegation", "hand tasks to agents, take them back, verify a signed delegation"),
     "audit": ("saw.cli.audit", "read and verify the audit trail"),
     "image": ("saw.cli.image", "golden image records"),
     "lab": ("saw.cli.lab", "the embedded default: from an empty machine to a governed workspace"),

@@ -40,6 +40,7 @@ _NEXT_STEPS = {
     "credential_unavailable": "ask the platform team to place the credential on the perimeter host",
     "resolution_failed": "check the host name",
     "destination_blocked": "this destination can never be reached from a workspace",
+    "outside_delegation": "stay within the task that was handed to this agent, or ask the sponsor for a delegation of this call",
     "not_canonical": "send the path and authority in canonical form",
 }
 

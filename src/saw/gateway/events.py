@@ -29,6 +29,7 @@ def event_of(verdict: Verdict, factory: EventFactory) -> dict[str, Any]:
         "detail": verdict.detail[:_PATH],
         "revision": verdict.revision,
         "binary": call.binary[:_TEXT],
+        "delegation": verdict.delegation,
     }
     if decision is not None:
         detail |= {

@@ -1,4 +1,4 @@
-"""The decision of ring 2 on one call: identity, freshness, policy, destination, credential, in this order."""
+"""The decision of ring 2 on one call: identity, freshness, policy, delegation, destination, credential, in this order."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from saw.gateway.credentials import PLACEHOLDER, CredentialStore
+from saw.gateway.delegations import NONE, OutsideDelegation, cover
 from saw.gateway.errors import (
     CredentialUnavailable,
     DestinationBlocked,
@@ -77,6 +78,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     policy_digest: str = ""
     revision: int = 0
     decision: Decision | None = None
+    delegation: str = ""
     dial: Dial | None = None
 
 
@@ -139,6 +141,7 @@ class Judge:
             raise Refused(decision.reason, decision.detail)
         if decision.canonical_path != call.target:
             raise Refused("not_canonical", "the path is not in the form in which it was decided")
+        case.delegation = _delegated(case, entry, request, release, decision)
         case.dial = await self._dial(case, request, release, decision)
 
     def _identify(self, case: _Case) -> Svid:
@@ -199,6 +202,7 @@ class _Case:
         self.digest = ""
         self.revision = 0
         self.decision: Decision | None = None
+        self.delegation = ""
         self.dial: Dial | None = None
 
     def verdict(self, *, allowed: bool, reason: str = "", detail: str = "") -> Verdict:
@@ -215,6 +219,7 @@ class _Case:
             policy_digest=self.digest,
             revision=self.revision,
             decision=self.decision,
+            delegation=self.delegation,
             dial=self.dial if allowed else None,
         )
 
@@ -245,6 +250,16 @@ def _standing(case: _Case, svid: Svid) -> WorkspaceEntry:
     if entry.lease_expires_at is None or case.now >= entry.lease_expires_at:
         raise Refused("lease_expired", f"the lease of workspace {entry.id} has ended; it must attest again")
     return entry
+
+
+def _delegated(case: _Case, entry: WorkspaceEntry, request: Request, release: Release, decision: Decision) -> str:
+    """Return the id of the delegation that covers an allowed call; refuse one that nothing handed to the agent covers."""
+    held = case.view.engagements.get(entry.id, NONE)
+    try:
+        git = release.matcher.speaks_git(request.host)
+        return cover(held, request, decision, git_host=git, now=case.now)
+    except OutsideDelegation as error:
+        raise Refused(error.code, error.message) from error
 
 
 def _request(case: _Case) -> Request:

@@ -75,8 +75,9 @@ class Gatekeeper:
         self._cache = file.load()
         saved = self._cache.saved_at.timestamp() if self._cache else 0.0
         clock = Clock(time.time, time.monotonic, config.clock_bound_s, not_before=saved)
+        ca_pem = config.ca_file.read_bytes()
         self._keeper = ViewKeeper(
-            TrustRoot.load(config.tuf_root_file), clock, file, time.monotonic, config.stale_after_s
+            TrustRoot.load(config.tuf_root_file), clock, file, time.monotonic, config.stale_after_s, ca_pem=ca_pem
         )
         self._xds = XdsWriter(config)
         self._keeper.changed = self._publish
@@ -87,7 +88,7 @@ class Gatekeeper:
             view=lambda: self._keeper.view,
             doubt=self._keeper.doubt,
             now=clock.now,
-            peers=PeerReader(config.ca_file.read_bytes()),
+            peers=PeerReader(ca_pem),
             resolver=Resolver(config.resolver, time.monotonic),
             credentials=CredentialStore(config.credentials_dir),
             release_grace_s=config.release_grace_s,

@@ -27,7 +27,10 @@ MAX_STATE = 64 * 1024 * 1024
 
 
 class WorkspaceEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One workspace as the broker states it; times are RFC 3339, digests lower-case hex."""
+    """One workspace as the broker states it; times are RFC 3339, digests lower-case hex.
+
+    ``delegations``: signed statements of what its agent was handed, with those that they were made from.
+    """
 
     id: str
     number: Annotated[int, msgspec.Meta(ge=1, le=250)]
@@ -41,6 +44,8 @@ class WorkspaceEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     released_at: datetime | None = None
     svid_sha256: str | None = None
     agent: str | None = None
+    delegation_required: bool = False
+    delegations: tuple[str, ...] = ()
 
 
 class StatedKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

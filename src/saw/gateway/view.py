@@ -10,6 +10,7 @@ from datetime import datetime
 import msgspec
 
 from saw.gateway.clock import Clock
+from saw.gateway.delegations import Engagement, Handed, engagements, verify_statements
 from saw.gateway.releases import Release, TrustRoot, verify_releases
 from saw.gateway.state import OPEN_STATES, Cache, Grace, PerimeterState, StateFile, WorkspaceEntry, next_graces
 
@@ -17,13 +18,18 @@ LOG = logging.getLogger("saw.gateway")
 
 
 class View(msgspec.Struct, frozen=True):
-    """An immutable generation of everything that decisions depend on."""
+    """An immutable generation of everything that decisions depend on.
+
+    ``handed`` holds the verified delegations by statement, ``engagements`` what each workspace's agent holds of them.
+    """
 
     seq: int
     workspaces: Mapping[str, WorkspaceEntry]
     releases: Mapping[str, Release]
     graces: Mapping[str, Grace]
     floors: Mapping[str, int]
+    handed: Mapping[str, Handed] = {}
+    engagements: Mapping[str, Engagement] = {}
 
     def open_numbers(self) -> tuple[int, ...]:
         """Return the numbers of the workspaces whose listeners exist."""
@@ -55,16 +61,24 @@ def raise_floors(
 class ViewKeeper:
     """Holds the current :class:`View`, takes in new states, and knows how fresh they are.
 
-    ``changed`` is called, from the event loop, for every state taken in once its releases are verified. ``monotonic``
-    returns seconds.
+    ``ca_pem`` is the authority that signers of delegations must chain to. ``changed`` is called, from the event loop, for
+    every state taken in once its releases are verified. ``monotonic`` returns seconds.
     """
 
     def __init__(
-        self, root: TrustRoot, clock: Clock, file: StateFile, monotonic: Callable[[], float], stale_after_s: float
+        self,
+        root: TrustRoot,
+        clock: Clock,
+        file: StateFile,
+        monotonic: Callable[[], float],
+        stale_after_s: float,
+        *,
+        ca_pem: bytes,
     ) -> None:
         self.view = EMPTY
         self.changed: Callable[[View], None] = lambda _view: None
         self._root = root
+        self._ca_pem = ca_pem
         self._clock = clock
         self._file = file
         self._monotonic = monotonic
@@ -86,8 +100,10 @@ class ViewKeeper:
         """Start from what was saved; leases in it end when they said, whether or not the broker answers again."""
         workspaces = {entry.id: entry for entry in cache.state.workspaces}
         releases, refused = await asyncio.to_thread(verify_releases, cache.state, {}, self._root, self._clock.now())
+        handed = await self._hand(cache.state, {})
         self._tell(refused)
-        self.view = View(cache.state.seq, workspaces, releases, cache.graces, cache.floors)
+        held = engagements(workspaces.values(), handed)
+        self.view = View(cache.state.seq, workspaces, releases, cache.graces, cache.floors, handed, held)
         self.changed(self.view)
 
     async def take(self, state: PerimeterState) -> None:
@@ -96,21 +112,36 @@ class ViewKeeper:
         self._clock.confirm(state.now)
         before = self.view
         known_seq = state.seq == before.seq and before is not EMPTY
-        if known_seq and state.releases.keys() <= before.releases.keys():
+        statements = {text for entry in state.workspaces for text in entry.delegations}
+        if known_seq and state.releases.keys() <= before.releases.keys() and statements <= before.handed.keys():
             return
         now = self._clock.now()
         workspaces = {entry.id: entry for entry in state.workspaces}
         graces = next_graces(before.graces, state.workspaces, now)
         known = {digest: before.releases[digest] for digest in state.releases if digest in before.releases}
         floors = raise_floors(before.floors, workspaces, known)
-        self.view = view = View(state.seq, workspaces, known, graces, floors)
+        handed = {text: before.handed[text] for text in statements if text in before.handed}
+        held = engagements(workspaces.values(), handed)
+        self.view = view = View(state.seq, workspaces, known, graces, floors, handed, held)
+        if len(handed) < len(statements):
+            handed = await self._hand(state, handed)
+            held = engagements(workspaces.values(), handed)
+            self.view = view = msgspec.structs.replace(view, handed=handed, engagements=held)
         if len(known) < len(state.releases):
             releases, refused = await asyncio.to_thread(verify_releases, state, known, self._root, now)
             self._tell(refused)
             floors = raise_floors(floors, workspaces, releases)
-            self.view = view = View(state.seq, workspaces, releases, graces, floors)
+            self.view = view = msgspec.structs.replace(view, releases=releases, floors=floors)
         self.changed(view)
         await asyncio.to_thread(self._file.save, state, graces, floors, now)
+
+    async def _hand(self, state: PerimeterState, known: Mapping[str, Handed]) -> dict[str, Handed]:
+        verified, refused = await asyncio.to_thread(
+            verify_statements, state.workspaces, known, self._ca_pem, self._clock.now()
+        )
+        for statement, why in refused.items():
+            LOG.error("the delegation whose statement ends in %s is refused: %s", statement, why)
+        return verified
 
     def _tell(self, refused: Mapping[str, str]) -> None:
         for digest, why in refused.items():

@@ -201,6 +201,18 @@ class Authority:
             ttl=lifetime(ttl, SERVER_TTL, "perimeter certificate"),
         )
 
+    def issue_signer(self, csr_pem: bytes | str, name: str, now: datetime, ttl: timedelta | int = SERVER_TTL) -> bytes:
+        """Return a certificate (PEM) ``spiffe://<trust domain>/signer/<name>`` for a key that signs statements."""
+        holder = parse_spiffe_id(f"spiffe://{self.trust_domain}/signer/{name}")
+        return self._issue(
+            load_csr(csr_pem),
+            names=[x509.UniformResourceIdentifier(holder.uri)],
+            common_name=f"{holder.name} statements",
+            usage=[ExtendedKeyUsageOID.CLIENT_AUTH],
+            now=now,
+            ttl=lifetime(ttl, SERVER_TTL, "signer certificate"),
+        )
+
     def _issue(
         self,
         csr: x509.CertificateSigningRequest,

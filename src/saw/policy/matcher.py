@@ -127,6 +127,10 @@ class Matcher:
         name = host.lower()
         return name in self._upstreams or name in self._names
 
+    def speaks_git(self, host: str) -> bool:
+        """Return whether an action rule says that ``host`` speaks Git."""
+        return self._actions.is_git_host(host.lower())
+
     def allowed_ips(self, host: str, port: int) -> tuple[IPv4Network | IPv6Network, ...]:
         """Return the networks that ``allowed_ips`` opens for ``host`` and ``port``."""
         networks: dict[IPv4Network | IPv6Network, None] = {}

@@ -1,0 +1,286 @@
+"""Delegations: what an agent is handed for one engagement; issued, listed, revoked, and told to the perimeter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from typing import Annotated, Any
+
+import msgspec
+from sqlalchemy import Connection, Row, select
+
+from saw.audit import Subject
+from saw.broker.clock import iso
+from saw.broker.context import Caller, Services
+from saw.broker.errors import ConflictError, ForbiddenError, MalformedError, NotFoundError
+from saw.broker.lifecycle import State
+from saw.broker.registry import get_row
+from saw.broker.schema import delegations
+from saw.broker.setup import signer_file
+from saw.broker.store import Transaction
+from saw.identity.statement import sign_statement
+from saw.policy.delegation import (
+    FORMAT,
+    MAX_DEPTH,
+    STATEMENT_TYPE,
+    Approval,
+    Delegation,
+    DelegationInvalid,
+    Resource,
+    check_delegation,
+    parse_delegation,
+    wider,
+)
+
+_ENDED = frozenset({State.QUARANTINED, State.DECOMMISSIONED})
+
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+
+
+class Issue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What an agent is to be handed. Sponsor and agent are those of the workspace; ``duration_s`` is its life in seconds."""
+
+    workspace_id: Annotated[str, msgspec.Meta(max_length=64)]
+    task: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]
+    resources: tuple[Resource, ...]
+    duration_s: Annotated[int, msgspec.Meta(ge=60)]
+    approval: Approval = "policy"
+    parent: Annotated[str, msgspec.Meta(max_length=64)] = ""
+
+
+class Revoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Why a delegation must not count any longer."""
+
+    reason: Text
+
+
+class Delegations:
+    """The register of delegations (controls DEL-01, DEL-02)."""
+
+    def __init__(self, services: Services) -> None:
+        self._s = services
+
+    def issue(self, caller: Caller, wanted: Issue) -> dict[str, Any]:
+        """Sign and record a delegation; one that is made from another lies within it, or it is refused."""
+        now = self._s.clock().replace(microsecond=0)
+        longest = self._s.config.delegation.max_duration_s
+        if wanted.duration_s > longest:
+            raise MalformedError(f"a delegation cannot live {wanted.duration_s} s", cure=f"ask for {longest} at most")
+        problems: tuple[str, ...] = ()
+        with self._s.store.write() as tx:
+            row = get_row(tx.connection, wanted.workspace_id)
+            if State(row.state) in _ENDED:
+                raise ConflictError(f"{row.id} is {row.state}", cure="release it first", code="workspace_ended")
+            record = Delegation(
+                format=FORMAT,
+                id=self._s.new_id("dlg"),
+                parent=wanted.parent,
+                sponsor=row.sponsor,
+                workspace=row.id,
+                agent=row.agent_id,
+                task=wanted.task,
+                resources=wanted.resources,
+                approval=wanted.approval,
+                not_before=now,
+                expires=now + timedelta(seconds=wanted.duration_s),
+            )
+            _check(record)
+            if wanted.parent:
+                line = self._line(tx.connection, wanted.parent, now)
+                problems = wider(record, line[0])
+                if len(line) >= MAX_DEPTH:
+                    problems = (*problems, f"it would be the {len(line) + 1}th of its line; {MAX_DEPTH} are allowed")
+            subject = caller.subject(row.id, agent=row.agent_id, policy_digest=row.policy_digest or "")
+            if problems:
+                self._refused(tx, now, subject, record, problems)
+            else:
+                self._insert(tx, caller, now, record)
+                self._recorded(tx, now, subject, record)
+                tx.touch(row.id)
+        if problems:
+            raise ForbiddenError(
+                f"the delegation would be wider than {wanted.parent}: {'; '.join(problems)}",
+                cure="a delegation only narrows: take the named parts out",
+                code="delegation_wider",
+                details={"problems": list(problems)},
+            )
+        return self.show(record.id)
+
+    def show(self, identifier: str) -> dict[str, Any]:
+        """Return one delegation with its signed statement."""
+        now = self._s.clock()
+        with self._s.store.read() as connection:
+            row = _get(connection, identifier)
+            return {**_view(row, now), "statement": row.statement}
+
+    def listed(self, workspace_id: str | None) -> dict[str, Any]:
+        """Return the delegations of a workspace, or all, newest first."""
+        now = self._s.clock()
+        query = select(delegations).order_by(delegations.c.issued_at.desc(), delegations.c.id)
+        with self._s.store.read() as connection:
+            if workspace_id:
+                query = query.where(delegations.c.workspace_id == get_row(connection, workspace_id).id)
+            rows = connection.execute(query).all()
+        return {"delegations": [_view(row, now) for row in rows]}
+
+    def revoke(self, caller: Caller, identifier: str, body: Revoke) -> dict[str, Any]:
+        """End a delegation and all that was made from it; perimeters are woken when this returns."""
+        now = self._s.clock()
+        with self._s.store.write() as tx:
+            ended = [row for row in self._below(tx.connection, _get(tx.connection, identifier)) if not row.revoked_at]
+            for row in ended:
+                values = {"revoked_by": caller.principal, "revoked_at": iso(now), "revoked_reason": body.reason}
+                tx.connection.execute(delegations.update().where(delegations.c.id == row.id).values(**values))
+                record = _record(row)
+                tx.record(
+                    self._s.events.entity_management(
+                        now,
+                        caller.subject(row.workspace_id, agent=record.agent),
+                        ("delegation", row.id),
+                        activity="deactivate",
+                        comment=body.reason,
+                        detail={"delegation": row.id, "parent": record.parent},
+                    )
+                )
+            if ended:
+                tx.touch(*{row.workspace_id for row in ended})
+        return {**self.show(identifier), "changed": bool(ended), "revoked": [row.id for row in ended]}
+
+    def _line(self, connection: Connection, identifier: str, now: datetime) -> list[Delegation]:
+        """Return the record ``identifier`` and those it was made from, nearest first; all of them must count now."""
+        line: list[Delegation] = []
+        while identifier:
+            row = _get(connection, identifier)
+            record = _record(row)
+            if row.revoked_at or not record.live(now):
+                raise ConflictError(
+                    f"delegation {row.id} has {'been revoked' if row.revoked_at else 'ended'}",
+                    cure="make it from one that counts",
+                    code="delegation_ended",
+                )
+            line.append(record)
+            identifier = record.parent
+        return line
+
+    @staticmethod
+    def _below(connection: Connection, row: Row[Any]) -> list[Row[Any]]:
+        """Return ``row`` and everything that was made from it."""
+        found, pending = [row], [row.id]
+        while pending:
+            children = connection.execute(select(delegations).where(delegations.c.parent.in_(pending))).all()
+            found += children
+            pending = [child.id for child in children]
+        return found
+
+    def _insert(self, tx: Transaction, caller: Caller, now: datetime, record: Delegation) -> None:
+        payload = msgspec.json.encode(record)
+        signer = signer_file(self._s.config).read_bytes()
+        tx.connection.execute(
+            delegations.insert().values(
+                id=record.id,
+                workspace_id=record.workspace,
+                parent=record.parent or None,
+                record=payload.decode(),
+                statement=sign_statement(payload, STATEMENT_TYPE, signer, signer),
+                issued_by=caller.principal,
+                issued_at=iso(now),
+                expires_at=iso(record.expires),
+            )
+        )
+
+    def _recorded(self, tx: Transaction, now: datetime, subject: Subject, record: Delegation) -> None:
+        tx.record(
+            self._s.events.entity_management(
+                now,
+                subject,
+                ("delegation", record.id),
+                activity="create",
+                comment=record.task[:512],
+                detail=_detail(record),
+            )
+        )
+
+    def _refused(
+        self, tx: Transaction, now: datetime, subject: Subject, record: Delegation, problems: Iterable[str]
+    ) -> None:
+        tx.record(
+            self._s.events.entity_management(
+                now,
+                subject,
+                ("delegation", record.parent),
+                activity="create",
+                outcome="failure",
+                comment="a delegation that is wider than the one it is made from was refused",
+                detail={**_detail(record), "problems": [text[:256] for text in problems][:16]},
+            )
+        )
+
+
+def told(connection: Connection, now: datetime) -> tuple[dict[str, list[str]], frozenset[str]]:
+    """Return for each workspace the statements that count now, and which workspaces were ever given a delegation.
+
+    The statements are its own and those that they were made from, so that a perimeter can check the whole line itself.
+    """
+    counting = delegations.c.revoked_at.is_(None) & (delegations.c.expires_at > iso(now))
+    rows = {row.id: row for row in connection.execute(select(delegations).where(counting)).all()}
+    found: dict[str, dict[str, None]] = {}
+    for row in rows.values():
+        line, at = [row.statement], row
+        while at.parent and at.parent in rows:
+            at = rows[at.parent]
+            line.append(at.statement)
+        if not at.parent:
+            found.setdefault(row.workspace_id, {}).update(dict.fromkeys(line))
+    engaged = connection.execute(select(delegations.c.workspace_id).distinct()).scalars()
+    return {workspace: list(statements) for workspace, statements in found.items()}, frozenset(engaged)
+
+
+def _check(record: Delegation) -> None:
+    try:
+        check_delegation(record)
+    except DelegationInvalid as error:
+        raise MalformedError(error.message, cure=error.cure, code=error.code, details=error.details) from error
+
+
+def _record(row: Row[Any]) -> Delegation:
+    return parse_delegation(row.record.encode())
+
+
+def _detail(record: Delegation) -> dict[str, object]:
+    resources = [
+        f"{','.join(resource.methods) or '*'} {resource.host}:{','.join(map(str, resource.ports))} "
+        f"{' '.join(resource.paths)}"[:256]
+        for resource in record.resources
+    ]
+    return {
+        "delegation": record.id,
+        "parent": record.parent,
+        "resources": resources[:16],
+        "approval": record.approval,
+        "expires": iso(record.expires),
+    }
+
+
+def _get(connection: Connection, identifier: str) -> Row[Any]:
+    row = connection.execute(select(delegations).where(delegations.c.id == identifier)).one_or_none()
+    if row is None:
+        raise NotFoundError(
+            f"there is no delegation {identifier[:64]!r}",
+            cure="saw delegation list shows them",
+            code="unknown_delegation",
+        )
+    return row
+
+
+def _view(row: Row[Any], now: datetime) -> dict[str, Any]:
+    record = _record(row)
+    state = "revoked" if row.revoked_at else "active" if record.live(now) else "ended"
+    return {
+        **msgspec.to_builtins(record),
+        "state": state,
+        "issued_by": row.issued_by,
+        "issued_at": row.issued_at,
+        "revoked_by": row.revoked_by,
+        "revoked_at": row.revoked_at,
+        "revoked_reason": row.revoked_reason,
+    }

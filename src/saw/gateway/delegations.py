@@ -1,0 +1,157 @@
+"""What each workspace's agent was handed, verified here: signature, line of records, and that each lies within the one before.
+
+The broker's word alone grants nothing: a statement counts by its signature, and a record made from another one counts only
+while its whole line is there, counts, and narrows from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from functools import lru_cache
+
+import msgspec
+
+from saw.errors import SawError
+from saw.gateway.state import WorkspaceEntry
+from saw.identity.names import IdentityError
+from saw.identity.statement import verify_statement
+from saw.policy.delegation import (
+    MAX_DEPTH,
+    STATEMENT_TYPE,
+    Delegation,
+    DelegationInvalid,
+    Scope,
+    is_read,
+    parse_delegation,
+    wider,
+)
+from saw.policy.model import Decision, Request
+
+
+class Handed(msgspec.Struct, frozen=True):
+    """A verified record, compiled."""
+
+    record: Delegation
+    scope: Scope
+
+
+class Line(msgspec.Struct, frozen=True):
+    """A record of a workspace's agent and the time in which its whole line counts."""
+
+    record: Delegation
+    scope: Scope
+    not_before: datetime
+    expires: datetime
+
+
+class Engagement(msgspec.Struct, frozen=True):
+    """What a workspace's agent holds; ``required``: a call that none of it covers is refused."""
+
+    required: bool = False
+    lines: tuple[Line, ...] = ()
+
+
+NONE = Engagement()
+
+
+class OutsideDelegation(SawError):
+    """No delegation covers the call; ``code`` is the reason of the refusal."""
+
+    code = "outside_delegation"
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def verify_statements(
+    entries: Iterable[WorkspaceEntry], known: Mapping[str, Handed], ca_pem: bytes, now: datetime
+) -> tuple[dict[str, Handed], dict[str, str]]:
+    """Return the verified records by statement (those of ``known`` are not verified twice), and why others were refused."""
+    found: dict[str, Handed] = {}
+    refused: dict[str, str] = {}
+    for statement in {text for entry in entries for text in entry.delegations}:
+        handed = known.get(statement)
+        try:
+            found[statement] = handed or _verify(statement, ca_pem, now)
+        except (IdentityError, DelegationInvalid) as error:
+            refused[statement[-16:]] = f"{error.code}: {error.message}"
+    return found, refused
+
+
+def _verify(statement: str, ca_pem: bytes, now: datetime) -> Handed:
+    verified = verify_statement(statement, STATEMENT_TYPE, ca_pem, now)
+    record = parse_delegation(verified.payload)
+    if record.expires > verified.not_after:
+        raise IdentityError(f"delegation {record.id} outlives its signer's certificate", cure="issue it again")
+    return Handed(record, Scope(record.resources))
+
+
+def engagements(entries: Iterable[WorkspaceEntry], verified: Mapping[str, Handed]) -> dict[str, Engagement]:
+    """Return what each workspace holds, out of the statements that are verified."""
+    found: dict[str, Engagement] = {}
+    for entry in entries:
+        handed = {}
+        for statement in entry.delegations:
+            if statement in verified:
+                handed[verified[statement].record.id] = verified[statement]
+        lines = [
+            line
+            for item in handed.values()
+            if item.record.workspace == entry.id and item.record.agent == entry.agent
+            for line in _line(item, handed)
+        ]
+        if entry.delegation_required or entry.delegations:
+            found[entry.id] = Engagement(required=True, lines=tuple(lines))
+    return found
+
+
+def _line(item: Handed, handed: Mapping[str, Handed]) -> list[Line]:
+    """Return the line that ends in ``item``, or nothing when a record of it is missing or wider than the one before."""
+    not_before, expires = item.record.not_before, item.record.expires
+    at = item.record
+    for _ in range(MAX_DEPTH):
+        if not at.parent:
+            return [Line(item.record, item.scope, not_before, expires)]
+        before = handed.get(at.parent)
+        if before is None or not _narrows(at, before.record):
+            return []
+        at = before.record
+        not_before, expires = max(not_before, at.not_before), min(expires, at.expires)
+    return []
+
+
+@lru_cache(maxsize=4096)
+def _compared(child: bytes, parent: bytes) -> bool:
+    return not wider(parse_delegation(child), parse_delegation(parent))
+
+
+def _narrows(child: Delegation, parent: Delegation) -> bool:
+    return _compared(msgspec.json.encode(child), msgspec.json.encode(parent))
+
+
+def cover(engagement: Engagement, request: Request, decision: Decision, *, git_host: bool, now: datetime) -> str:
+    """Return the id of the delegation that covers a call which policy allows, or an empty text where none is needed.
+
+    Raises :class:`OutsideDelegation` with ``outside_delegation``, or ``review_required`` where one covers the call but lets
+    a person decide on writes.
+    """
+    if not engagement.required:
+        return ""
+    path = decision.canonical_path.partition("?")[0]
+    host, method = request.host.lower(), request.method.upper()
+    counting = [line for line in engagement.lines if line.not_before <= now < line.expires]
+    covering = [line for line in counting if line.scope.covers(host, request.port, method, path)]
+    if not covering:
+        why = "covers it" if counting else "counts now"
+        raise OutsideDelegation("outside_delegation", f"no delegation of this agent {why}")
+    if is_read(method, path, git_host=git_host, inference=decision.inference is not None):
+        return covering[0].record.id
+    for line in covering:
+        if line.record.approval == "policy":
+            return line.record.id
+    reviewed = [line.record.id for line in covering if line.record.approval == "review"]
+    if reviewed:
+        raise OutsideDelegation("review_required", f"delegation {reviewed[0]} lets a person decide on every write")
+    raise OutsideDelegation("outside_delegation", f"delegation {covering[0].record.id} is read-only")

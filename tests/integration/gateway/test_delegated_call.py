@@ -1,0 +1,104 @@
+"""Governed calls under delegations, through the real ring 2: covered, outside, revoked, narrowed, kept over a restart."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+import pytest
+from ring2_rig import Rig, wait_for
+
+from saw.identity.statement import sign_statement
+from saw.identity.x509 import new_key_and_csr
+from saw.policy.delegation import STATEMENT_TYPE, Delegation, Resource
+
+
+class Sponsor:
+    """Signs delegations as the broker does."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.key, csr = new_key_and_csr("broker statements")
+        self.certificate = rig.authority.issue_signer(csr, "broker", datetime.now(UTC), timedelta(days=20))
+
+    def hand(self, identifier: str = "dlg-1", parent: str = "", **fields: Any) -> str:
+        now = datetime.now(UTC)
+        record = Delegation(
+            format="saw-delegation/1", id=identifier, parent=parent, sponsor="mia@example.com", workspace="ws-1",
+            agent="agent-1", task="notes", not_before=now - timedelta(minutes=1), expires=now + timedelta(hours=1),
+            resources=(Resource(host="api.example.com", paths=("/v1/things", "/v1/other/**")),),
+        )  # fmt: skip
+        payload = msgspec.json.encode(msgspec.structs.replace(record, **fields))
+        return sign_statement(payload, STATEMENT_TYPE, self.key, self.certificate)
+
+
+@pytest.fixture
+def sponsor(rig: Rig) -> Any:
+    yield Sponsor(rig)
+    rig.settle(delegations=[], delegation_required=False)
+
+
+@pytest.mark.control("DEL-01")
+@pytest.mark.control("POL-04")
+def test_a_call_outside_the_delegation_never_leaves_and_one_within_does(rig: Rig, sponsor: Sponsor) -> None:
+    rig.settle(delegations=[sponsor.hand()], delegation_required=True)
+    assert rig.call().status == 200
+    refused = rig.call(target="/v1/elsewhere")
+    assert refused.outcome == (403, "outside_delegation")
+    assert refused.json["next_steps"] == [
+        "stay within the task that was handed to this agent, or ask the sponsor for a delegation of this call"
+    ]
+    assert [seen["target"] for seen in rig.far.arrived] == ["/v1/things"]
+    wait_for(
+        lambda: any(item.event["http_request"]["url"]["path"] == "/v1/elsewhere" for item in rig.broker.events), "event"
+    )
+    events = {item.event["http_request"]["url"]["path"]: item.event for item in rig.broker.events[-2:]}
+    assert events["/v1/things"]["unmapped"]["saw"]["delegation"] == "dlg-1"
+    assert events["/v1/elsewhere"]["status_detail"] == "outside_delegation"
+
+
+@pytest.mark.control("DEL-01")
+def test_policy_still_decides_first_so_a_delegation_never_widens(rig: Rig, sponsor: Sponsor) -> None:
+    everything = (Resource(host="api.example.com"), Resource(host="other.example.com"))
+    rig.settle(delegations=[sponsor.hand(resources=everything)], delegation_required=True)
+    assert rig.call("DELETE", "/v1/things").outcome == (403, "method_or_path_not_allowed")
+    assert rig.call(host="other.example.com").outcome == (403, "host_not_allowed")
+    assert rig.call().status == 200
+
+
+@pytest.mark.control("DEL-01")
+def test_a_revoked_delegation_refuses_the_next_request_on_an_open_connection_too(rig: Rig, sponsor: Sponsor) -> None:
+    rig.settle(delegations=[sponsor.hand()], delegation_required=True)
+    assert rig.call().status == 200
+    rig.settle(delegations=[])
+    assert rig.call().outcome == (403, "outside_delegation")
+
+
+@pytest.mark.control("DEL-02")
+def test_a_part_whose_line_is_missing_or_wider_counts_for_nothing(rig: Rig, sponsor: Sponsor) -> None:
+    part = sponsor.hand("dlg-2", "dlg-1")
+    rig.settle(delegations=[part], delegation_required=True)
+    assert rig.call().outcome == (403, "outside_delegation")
+    narrow = sponsor.hand(
+        workspace="ws-2", agent="agent-2", resources=(Resource(host="api.example.com", paths=("/x",)),)
+    )
+    rig.settle(delegations=[narrow, part])
+    assert rig.call().outcome == (403, "outside_delegation")
+    begun, ends = datetime.now(UTC) - timedelta(hours=1), datetime.now(UTC) + timedelta(hours=2)
+    whole = sponsor.hand(workspace="ws-2", agent="agent-2", not_before=begun, expires=ends)
+    rig.settle(delegations=[whole, part])
+    assert rig.call().status == 200
+
+
+@pytest.mark.control("DEL-01")
+def test_delegations_survive_a_restart_without_broker_and_still_bind(rig: Rig, sponsor: Sponsor) -> None:
+    rig.settle(delegations=[sponsor.hand()], delegation_required=True)
+    assert rig.call().status == 200
+    rig.broker.answering = False
+    try:
+        rig.stop_gatekeeper()
+        rig.start_gatekeeper()
+        wait_for(lambda: rig.call().status == 200, "a call under the saved delegation")
+        assert rig.call(target="/v1/elsewhere").outcome == (403, "outside_delegation")
+    finally:
+        rig.broker.answering = True

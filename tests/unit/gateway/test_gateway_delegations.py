@@ -1,0 +1,167 @@
+"""What the gatekeeper makes of signed delegations: whose they are, whether their line holds, and which calls they cover."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from saw.gateway.delegations import Engagement, OutsideDelegation, cover, engagements, verify_statements
+from saw.gateway.state import WorkspaceEntry
+from saw.identity.statement import sign_statement
+from saw.identity.x509 import Authority, new_key_and_csr
+from saw.policy.delegation import STATEMENT_TYPE, Delegation, Resource
+from saw.policy.model import Decision, Request
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+
+
+class Broker:
+    """Signs records as the broker does, with an authority of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.authority = Authority.create(directory, "saw.test", NOW - timedelta(days=1))
+        self.key, csr = new_key_and_csr("broker statements")
+        self.certificate = self.authority.issue_signer(csr, "broker", NOW, timedelta(days=20))
+
+    def sign(self, record: Delegation) -> str:
+        return sign_statement(msgspec.json.encode(record), STATEMENT_TYPE, self.key, self.certificate)
+
+    def engagement(self, *records: Delegation, **fields: Any) -> Engagement:
+        """What workspace ws-1 holds when the broker tells these records."""
+        return self.told([self.sign(record) for record in records], **fields)
+
+    def told(self, statements: list[str], **fields: Any) -> Engagement:
+        entry = msgspec.structs.replace(
+            WorkspaceEntry(id="ws-1", number=1, state="active", agent="agent-1", delegations=tuple(statements)),
+            **fields,
+        )
+        verified, _ = verify_statements([entry], {}, self.authority.ca_pem, NOW)
+        return engagements([entry], verified).get("ws-1", Engagement())
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Broker:
+    return Broker(tmp_path_factory.mktemp("delegations") / "ca")
+
+
+def record(identifier: str = "dlg-1", parent: str = "", **fields: Any) -> Delegation:
+    base = Delegation(
+        format="saw-delegation/1", id=identifier, parent=parent, sponsor="mia", workspace="ws-1", agent="agent-1",
+        task="notes", not_before=NOW - HOUR, expires=NOW + HOUR,
+        resources=(Resource(host="api.example.com", paths=("/v1/**",)),),
+    )  # fmt: skip
+    return msgspec.structs.replace(base, **fields)
+
+
+def outcome(
+    engagement: Engagement,
+    method: str = "GET",
+    path: str = "/v1/x",
+    *,
+    host: str = "api.example.com",
+    at: datetime = NOW,
+) -> str:
+    """The id of the covering delegation, or the reason of the refusal."""
+    request = Request(scheme="https", host=host, port=443, method=method, path=path)
+    decision = Decision(verdict="allow", canonical_path=path)
+    try:
+        return cover(engagement, request, decision, git_host=host == "git.example.com", now=at)
+    except OutsideDelegation as refusal:
+        return refusal.code
+
+
+@pytest.mark.control("DEL-01")
+def test_a_call_needs_a_delegation_that_covers_it(broker: Broker) -> None:
+    held = broker.engagement(record())
+    assert outcome(held) == "dlg-1"
+    assert outcome(held, path="/v2/x") == "outside_delegation"
+    assert outcome(held, host="other.example.com") == "outside_delegation"
+    assert outcome(held, path="/v1/x?page=2") == "dlg-1"
+
+
+@pytest.mark.control("DEL-01")
+def test_a_workspace_that_was_never_given_one_needs_none_unless_all_do(broker: Broker) -> None:
+    assert outcome(broker.told([])) == ""
+    assert outcome(broker.told([], delegation_required=True)) == "outside_delegation"
+
+
+@pytest.mark.control("DEL-01")
+def test_it_counts_between_its_beginning_and_its_end(broker: Broker) -> None:
+    held = broker.engagement(record())
+    assert outcome(held, at=NOW + HOUR - timedelta(seconds=1)) == "dlg-1"
+    for when in (NOW + HOUR, NOW - 2 * HOUR):
+        assert outcome(held, at=when) == "outside_delegation"
+
+
+@pytest.mark.control("DEL-01")
+def test_a_record_of_another_workspace_or_agent_covers_nothing(broker: Broker) -> None:
+    for other in ({"workspace": "ws-2"}, {"agent": "agent-2"}):
+        assert outcome(broker.engagement(record(**other))) == "outside_delegation"
+    assert outcome(broker.engagement(record())) == "dlg-1"
+
+
+@pytest.mark.control("DEL-01")
+def test_what_the_broker_says_without_its_signature_grants_nothing(broker: Broker, tmp_path: Path) -> None:
+    stranger = Broker(tmp_path / "ca")
+    good = broker.sign(record())
+    for bad in (stranger.sign(record()), good[:-8] + "AAAAAAAA", "nonsense"):
+        assert outcome(broker.told([bad])) == "outside_delegation"
+    assert outcome(broker.told([good])) == "dlg-1"
+
+
+@pytest.mark.control("DEL-01")
+def test_a_record_that_outlives_its_signers_certificate_is_refused(broker: Broker) -> None:
+    assert outcome(broker.engagement(record(expires=NOW + timedelta(days=21)))) == "outside_delegation"
+    assert outcome(broker.engagement(record(expires=NOW + timedelta(days=19)))) == "dlg-1"
+
+
+@pytest.mark.control("DEL-02")
+def test_a_part_counts_only_with_its_whole_line(broker: Broker) -> None:
+    whole = record(workspace="ws-9", agent="agent-9")
+    part = record("dlg-2", "dlg-1", resources=(Resource(host="api.example.com", paths=("/v1/a/*",)),))
+    held = broker.engagement(whole, part)
+    assert outcome(held, path="/v1/a/b") == "dlg-2"
+    assert outcome(held, path="/v1/x") == "outside_delegation"
+    assert outcome(broker.engagement(part), path="/v1/a/b") == "outside_delegation"
+
+
+@pytest.mark.control("DEL-02")
+def test_a_part_that_is_wider_than_the_whole_covers_nothing_even_when_signed(broker: Broker) -> None:
+    whole = record(workspace="ws-9", agent="agent-9")
+    wide = record("dlg-2", "dlg-1", resources=(Resource(host="api.example.com", paths=("/**",)),))
+    assert outcome(broker.engagement(whole, wide)) == "outside_delegation"
+    longer = record("dlg-2", "dlg-1", expires=NOW + 2 * HOUR)
+    assert outcome(broker.engagement(whole, longer)) == "outside_delegation"
+    assert outcome(broker.engagement(whole, record("dlg-2", "dlg-1"))) == "dlg-2"
+
+
+@pytest.mark.control("DEL-02")
+def test_records_that_point_at_each_other_cover_nothing(broker: Broker) -> None:
+    assert outcome(broker.engagement(record("dlg-1", "dlg-2"), record("dlg-2", "dlg-1"))) == "outside_delegation"
+
+
+@pytest.mark.control("DEL-01")
+def test_approval_bounds_what_the_agent_does_on_its_own(broker: Broker) -> None:
+    reads = broker.engagement(record(approval="read-only"))
+    assert outcome(reads) == "dlg-1"
+    assert outcome(reads, "POST") == "outside_delegation"
+    reviewed = broker.engagement(record(approval="review"))
+    assert outcome(reviewed) == "dlg-1"
+    assert outcome(reviewed, "POST") == "review_required"
+    assert outcome(broker.engagement(record()), "POST") == "dlg-1"
+    both = broker.engagement(record(approval="read-only"), record("dlg-3"))
+    assert outcome(both, "POST") == "dlg-3"
+
+
+@pytest.mark.control("DEL-01")
+def test_a_fetch_is_a_read_only_where_the_host_speaks_git(broker: Broker) -> None:
+    hosts = tuple(Resource(host=f"{name}.example.com") for name in ("git", "api"))
+    held = broker.engagement(record(approval="read-only", resources=hosts))
+    assert outcome(held, "POST", "/team/a.git/git-upload-pack", host="git.example.com") == "dlg-1"
+    assert outcome(held, "POST", "/team/a.git/git-receive-pack", host="git.example.com") == "outside_delegation"
+    assert outcome(held, "POST", "/team/a.git/git-upload-pack") == "outside_delegation"
