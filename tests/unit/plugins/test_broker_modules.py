@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from ansible_collections.secure_agent.workspace.plugins.modules import (
     broker_certificate,
+    delegation,
     image_release,
     policy_release,
     workspace_info,
@@ -239,3 +240,68 @@ def test_a_folder_without_publication_is_named(broker_context, run_module, tmp_p
     outcome = run_module(policy_release, context=broker_context.context, publication=str(tmp_path))
     assert outcome["msg"] == f"{tmp_path} holds no publication"
     assert outcome["failure"]["code"] == "publication_missing"
+
+
+# --- delegation -------------------------------------------------------------------------------------------------------
+
+TASK = {"task": "tidy the notes", "resources": [{"host": "api.example.com", "paths": ["/v1/**"]}], "duration": "8h"}
+
+
+@pytest.mark.control("DEL-01")
+def test_a_delegation_is_checked_issued_and_then_left_alone(broker_context, run_module):
+    context = broker_context.context
+    run_module(workspace_registration, context=context, id="ws-del", **PROFILE)
+    wanted = {"context": context, "workspace": "ws-del", **TASK}
+    assert run_module(delegation, check=True, **wanted)["changed"]
+    path = "/v1/delegations?workspace_id=ws-del"
+    assert broker_context.operator.request("GET", path)["delegations"] == []
+    made = run_module(delegation, **wanted)
+    assert made["changed"]
+    assert (made["delegation"]["state"], made["delegation"]["sponsor"]) == ("active", "dana@example.com")
+    assert "statement" not in json.dumps(made)
+    again = run_module(delegation, **wanted)
+    assert not again["changed"]
+    assert again["delegation"]["id"] == made["delegation"]["id"]
+    assert not run_module(delegation, check=True, **wanted)["changed"]
+
+
+@pytest.mark.control("DEL-01")
+def test_another_content_or_a_near_end_replaces_a_delegation(broker_context, run_module):
+    context = broker_context.context
+    run_module(workspace_registration, context=context, id="ws-del-2", **PROFILE)
+    wanted = {"context": context, "workspace": "ws-del-2", **TASK}
+    first = run_module(delegation, **wanted)["delegation"]["id"]
+    narrower = run_module(delegation, **{**wanted, "approval": "read-only"})
+    assert narrower["revoked"] == [first]
+    renewed = run_module(delegation, **{**wanted, "approval": "read-only", "renew": "9h"})
+    assert renewed["revoked"] == [narrower["delegation"]["id"]]
+    assert not run_module(delegation, **{**wanted, "approval": "read-only", "renew": "7h"})["changed"]
+
+
+@pytest.mark.control("DEL-01")
+def test_a_delegation_is_taken_back_once(broker_context, run_module):
+    context = broker_context.context
+    run_module(workspace_registration, context=context, id="ws-del-3", **PROFILE)
+    made = run_module(delegation, context=context, workspace="ws-del-3", **TASK)["delegation"]["id"]
+    gone = {"context": context, "workspace": "ws-del-3", "task": TASK["task"], "state": "absent"}
+    forecast = run_module(delegation, check=True, **gone)
+    assert (forecast["changed"], forecast["revoked"]) == (True, [])
+    assert run_module(delegation, **gone)["revoked"] == [made]
+    assert not run_module(delegation, **gone)["changed"]
+
+
+@pytest.mark.control("DEL-02")
+def test_a_wider_part_an_unknown_workspace_and_a_malformed_time_are_refused_by_name(broker_context, run_module):
+    context = broker_context.context
+    run_module(workspace_registration, context=context, id="ws-del-4", **PROFILE)
+    wanted = {"context": context, "workspace": "ws-del-4", **TASK}
+    whole = run_module(delegation, **wanted)["delegation"]["id"]
+    wide = {**wanted, "task": "more", "parent": whole, "resources": [{"host": "api.example.com"}], "duration": "1h"}
+    refused = run_module(delegation, **wide)
+    assert refused["failure"]["code"] == "delegation_wider"
+    assert f"resources[0] (api.example.com) lies within no resource of {whole}" in refused["msg"]
+    assert run_module(delegation, **{**wide, "resources": TASK["resources"]})["changed"]
+    assert run_module(delegation, **{**wanted, "workspace": "ws-none"})["failure"]["code"] == "unknown_workspace"
+    assert (
+        run_module(delegation, **{**wanted, "task": "x", "duration": "soon"})["failure"]["code"] == "duration_malformed"
+    )
