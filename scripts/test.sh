@@ -6,6 +6,11 @@
 # (scripts/controls.py); after some of them, none of the tests that ran may have failed.
 set -uo pipefail
 
+# Whoever starts this may ignore hang-ups and interrupts (nohup, a background job); tests of signals need the ordinary ways.
+if [ -z "${SAW_SIGNALS_RESET:-}" ]; then
+  exec env --default-signal SAW_SIGNALS_RESET=1 bash "$0" "$@"
+fi
+
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
 lanes=("$@")

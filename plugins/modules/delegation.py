@@ -62,8 +62,8 @@ options:
   approval:
     description:
       - What the agent may do on its own.
-      - V(policy) is what the action classes of the policy say, with V(review) every write waits for a person, V(read-only) refuses
-        writes.
+      - V(policy) is what the action classes of the policy say, with V(review) every write waits for a person, V(read-only)
+        refuses writes.
     type: str
     default: policy
     choices: [policy, review, read-only]

@@ -47,6 +47,17 @@ PROGRAMS = {
     "sfdisk": "fdisk",
     "npm": "npm",
 }
+DELEGATION = {
+    "task": "the demonstration engagement",
+    "duration": "7d",
+    "renew": "2d",
+    "resources": [
+        {"host": "git.example.com", "paths": ["/team/**"]},
+        {"host": "api.example.com", "methods": ["GET", "POST"], "paths": ["/v1/items", "/v1/items/**", "/v1/notes"]},
+        {"host": "inference.local"},
+    ],
+}
+"""What the agent of the demonstration workspace is handed: less than its policy allows, which the engagement shows."""
 NEED_BYTES = 12 * 1024**3
 
 
@@ -253,6 +264,7 @@ class Bringup:
                 "workspace_sponsor": "demo.user@example.com",
                 "workspace_blueprint": "coding",
                 "workspace_ring": "stable",
+                "workspace_delegations": [DELEGATION],
             },
         )
         return name

@@ -40,6 +40,9 @@ _FORWARDED = frozenset(
 )
 
 
+_RESET = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
+"""Signals that a command meets in their ordinary way, whatever the daemon was started with (a hang-up must end it)."""
+
 EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND = 126, 127
 _HOME = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 """The daemon's own working directory, returned to after each start."""
@@ -234,7 +237,7 @@ def _spawn_piped(request: Request, descriptors: list[int]) -> int:
             {**os.environ, **request.variables},
             file_actions=actions,
             setsid=True,
-            setsigdef=[signal.SIGCHLD, signal.SIGTERM, signal.SIGPIPE],
+            setsigdef=_RESET,
         )
     finally:
         os.fchdir(_HOME)
@@ -244,7 +247,7 @@ def _become(request: Request, terminal: int) -> None:
     code = EXIT_NOT_EXECUTABLE
     try:
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGPIPE):
+        for number in _RESET:
             signal.signal(number, signal.SIG_DFL)
         os.setsid()
         for target in (0, 1, 2):
