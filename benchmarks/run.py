@@ -1,10 +1,11 @@
 """All measurements of ``make bench``: prints a table, writes ``build/bench.json``.
 
-    python benchmarks/run.py [--only NAME ...] [--quick] [--lab] [--output FILE]
+    python benchmarks/run.py [--only NAME ...] [--quick] [--no-lab] [--output FILE]
 
-Every ratio compares two things measured in the same run. A part that cannot run here (no root, no Envoy, a file of the lab
-missing) leaves a row that says so. With ``--only``, rows of other parts in the file stay. Exit status 1: a part failed.
-A missed goal does not fail the run: what it took is a fact about this machine as well.
+Every ratio compares two things measured in the same run. A part that cannot run here (no root, no Envoy, no running lab)
+leaves a row that says so and what to run. A running lab (``make workspace``) is used: it is converged, published to, and its
+workspace is killed and released; ``--no-lab`` leaves it alone. With ``--only``, rows of other parts in the file stay. Exit
+status 1: a part failed. A missed goal does not fail the run: what it took is a fact about this machine as well.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT / "src")]
 
 import results  # noqa: E402 - the modules beside this one
+
+from saw.lab.topology import Lab, find_lab  # noqa: E402
 
 
 def quotes(options: argparse.Namespace) -> list[results.Result]:
@@ -68,17 +71,45 @@ def kill(options: argparse.Namespace) -> list[results.Result]:
 
 
 def lab(_: argparse.Namespace) -> list[results.Result]:
-    """What the last run of the lab recorded."""
+    """What the last runs of the lab recorded."""
     import lab_figures
 
-    return lab_figures.read(ROOT / "build")
+    return lab_figures.read(find_lab(ROOT).build)
+
+
+def on_the_lab(
+    options: argparse.Namespace, names: tuple[str, ...], part: Callable[[Lab], list[results.Result]]
+) -> list[results.Result]:
+    """Return the rows of ``part`` on the running lab; without one, rows that say what to run."""
+    import lab_paths
+
+    found = find_lab(ROOT)
+    if options.no_lab:
+        return lab_paths.absent(names, lab_paths.LEFT_ALONE)
+    return part(found) if lab_paths.running(found) else lab_paths.absent(names, lab_paths.NO_LAB)
 
 
 def converge(options: argparse.Namespace) -> list[results.Result]:
     """A second converge of the running lab."""
     import lab_figures
 
-    return lab_figures.converge(ROOT, run=options.lab)
+    return on_the_lab(options, ("second_converge", "second_converge_changes"), lab_figures.converge)
+
+
+def workspace_publish(options: argparse.Namespace) -> list[results.Result]:
+    """From a publication to its enforcement in the running workspace."""
+    import lab_paths
+
+    count = 2 if options.quick else 10
+    return on_the_lab(options, lab_paths.PUBLISH_ROWS, lambda found: lab_paths.publish(found, count))
+
+
+def workspace_kill(options: argparse.Namespace) -> list[results.Result]:
+    """From `saw workspace kill` to the first refused call of the running workspace (releases it each time)."""
+    import lab_paths
+
+    count = 1 if options.quick else 3
+    return on_the_lab(options, lab_paths.KILL_ROWS, lambda found: lab_paths.kill(found, count))
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], list[results.Result]]] = {
@@ -90,6 +121,8 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[results.Result]]] = {
     "kill": kill,
     "lab": lab,
     "converge": converge,
+    "workspace-publish": workspace_publish,
+    "workspace-kill": workspace_kill,
 }
 NEEDS_ROOT = frozenset({"calls", "sandbox", "kill"})
 
@@ -120,7 +153,7 @@ def merged(path: Path, fresh: list[results.Result]) -> list[results.Result]:
 
 
 def _part(row: results.Result) -> str:
-    return row.command.removesuffix(" --quick").removesuffix(" --lab")
+    return row.command.removesuffix(" --quick")
 
 
 def main(argv: Iterable[str] | None = None) -> int:
@@ -128,8 +161,15 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", action="append", choices=sorted(PARTS), help="this part alone (may be repeated)")
     parser.add_argument("--quick", action="store_true", help="few samples: whether it runs, not how fast")
-    parser.add_argument("--lab", action="store_true", help="also run playbooks against the running lab (part converge)")
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench.json", help="where the rows go")
+    parser.add_argument(
+        "--no-lab", action="store_true", help="leave a running lab alone (it is converged, published to, killed)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=find_lab(ROOT).build / "bench.json",
+        help="where the rows go (SAW_BUILD is heeded)",
+    )
     options = parser.parse_args(None if argv is None else list(argv))
     rows: list[results.Result] = []
     healthy = True

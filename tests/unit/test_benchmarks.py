@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def module(name):
 
 @pytest.fixture(autouse=True)
 def _path(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
 
 
 @pytest.fixture
@@ -127,51 +128,117 @@ def test_one_part_alone_replaces_its_own_rows_and_keeps_the_others(run, results,
     assert {row["name"]: row["value"] for row in json.loads(path.read_text())} == {"a": 5.0, "b": 2.0}
 
 
-STEPS = [
-    {"name": "golden image (Packer, Ansible)", "ok": True, "seconds": 40.0},
-    {"name": "release record of the image", "ok": True, "seconds": 20.0},
-    {"name": "workspace: create, boot, attest, activate", "ok": True, "seconds": 60.0},
-]
+def report(build, image_seconds, *, ok=True, workspace=None):
+    """Write the report of a run whose image step took so long."""
+    build.mkdir(parents=True, exist_ok=True)
+    steps = [{"name": "golden image (Packer, Ansible)", "ok": True, "seconds": image_seconds}]
+    told = {"ok": ok, "calls": [], "steps": steps, "workspace": workspace or {}}
+    (build / "report.json").write_text(json.dumps(told))
 
 
-def lab_rows(build, report=None, reference=None):
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+
+
+def lab_rows(build, reference=None):
     image = build / "images" / "workspace-1"
     image.mkdir(parents=True, exist_ok=True)
     (image / "build.json").write_text(json.dumps({"name": "workspace-1", "seconds": 40.0, "created": "2026-01-01"}))
-    if report is not None:
-        (build / "report.json").write_text(json.dumps({"ok": True, "calls": [], **report}))
     if reference is not None:
         (image / "reference.json").write_text(json.dumps({"seconds": reference}))
     return {row.name: row for row in module("lab_figures").read(build)}
 
 
 def test_what_the_lab_did_not_record_is_not_measured(results, tmp_path):
+    module("workspace_runs")
     rows = module("lab_figures").read(tmp_path)
-    assert [row.value for row in rows] == [None] * 4
+    assert [row.value for row in rows] == [None] * 5
     assert all(row.note.startswith("not measured: no") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("before", "image_seconds", "kind"),
+    [
+        ("nothing", 40.0, "cold"),
+        ("everything", 0.9, "warm"),
+        ("everything", 40.0, "other"),
+        ("partial", 40.0, "other"),
+        ("partial", 0.9, "other"),
+    ],
+)
+def test_a_run_is_cold_or_warm_by_what_was_there_before_it(tmp_path, before, image_seconds, kind):
+    report(tmp_path, image_seconds)
+    assert module("workspace_runs").append(tmp_path, before, 100.0, 3, NOW).kind == kind
+
+
+def test_cold_and_warm_runs_have_rows_of_their_own_with_their_goals(results, tmp_path):
+    runs = module("workspace_runs")
+    for before, image_seconds, seconds, ok in (
+        ("nothing", 40.0, 800.0, True),
+        ("everything", 0.9, 300.0, True),
+        ("everything", 0.9, 90.0, True),
+        ("everything", 0.9, 10.0, False),
+        ("partial", 40.0, 70.0, True),
+    ):
+        report(tmp_path, image_seconds, ok=ok)
+        runs.append(tmp_path, before, seconds, 0, NOW)
+    rows = lab_rows(tmp_path)
+    cold, warm = rows["make_workspace_cold"], rows["make_workspace_warm"]
+    assert (cold.value, cold.goal, cold.met) == (800.0, "value at most 900", True)
+    assert (warm.value, warm.goal, warm.met) == (90.0, "value at most 240", True)
+
+
+def test_the_history_of_runs_stays_small_and_a_damaged_one_is_begun_anew(results, tmp_path):
+    runs = module("workspace_runs")
+    report(tmp_path, 0.9)
+    (tmp_path / runs.FILE).write_text("{")
+    for number in range(runs.KEPT + 2):
+        runs.append(tmp_path, "everything", float(number), 0, NOW)
+    assert [run.seconds for run in runs.history(tmp_path)] == [float(number) for number in range(2, runs.KEPT + 2)]
 
 
 @pytest.mark.parametrize(("reference", "ratio"), [(None, None), (15.0, 2.0)])
 def test_a_boot_is_compared_with_the_reference_boot_of_the_image(results, tmp_path, reference, ratio):
-    workspace = {"attach": {"seconds": 3.5}, "boot_seconds": 30.0}
-    rows = lab_rows(tmp_path, {"steps": STEPS, "workspace": workspace}, reference)
+    report(tmp_path, 40.0, workspace={"attach": {"seconds": 3.5}, "boot_seconds": 30.0})
+    rows = lab_rows(tmp_path, reference)
     assert (rows["boot_to_attested"].value, rows["boot_to_attested"].ratio) == (30.0, ratio)
-    assert (rows["make_workspace"].value, rows["attach"].value, rows["image_build"].value) == (120.0, 3.5, 40.0)
-    assert "built in this run" in rows["make_workspace"].note
+    assert (rows["attach"].value, rows["image_build"].value) == (3.5, 40.0)
 
 
-def test_a_workspace_that_ran_before_gives_no_boot_figure(results, tmp_path):
-    row = lab_rows(tmp_path, {"steps": STEPS, "workspace": {"boot_seconds": None}}, 15.0)["boot_to_attested"]
+def test_a_workspace_that_ran_before_gives_no_boot_figure_and_says_what_to_run(results, tmp_path):
+    report(tmp_path, 0.9, workspace={"boot_seconds": None})
+    row = lab_rows(tmp_path, 15.0)["boot_to_attested"]
     assert (row.value, row.ratio) == (None, None)
+    assert "make stop" in row.note
 
 
-def test_a_failed_step_gives_no_figure_and_a_failed_report_is_named(results, tmp_path):
-    rows = lab_rows(tmp_path, {"ok": False, "steps": [*STEPS[:2], {**STEPS[2], "ok": False}]})
-    assert rows["boot_to_attested"].value is None
-    assert "NOT as expected" in rows["make_workspace"].note
+def test_a_failed_report_is_named(results, tmp_path):
+    report(tmp_path, 40.0, ok=False, workspace={"attach": {"seconds": 3.5}})
+    assert "NOT as expected" in lab_rows(tmp_path)["attach"].note
 
 
-def test_the_lab_is_touched_only_when_asked(results, tmp_path):
-    (row,) = module("lab_figures").converge(tmp_path, run=False)
-    assert (row.value, row.met) == (None, None)
-    assert "--lab" in row.note
+LAB_PARTS = {"converge": 2, "workspace-publish": 2, "workspace-kill": 2}
+
+
+@pytest.mark.parametrize(("options", "words"), [([], "make workspace"), (["--no-lab"], "leaves the running lab alone")])
+def test_without_a_lab_or_with_it_left_alone_the_rows_say_so(run, tmp_path, monkeypatch, options, words):
+    monkeypatch.setenv("SAW_BUILD", str(tmp_path / "elsewhere"))
+    parts = [word for name in LAB_PARTS for word in ("--only", name)]
+    assert run.main([*parts, *options]) == 0
+    rows = json.loads((tmp_path / "elsewhere/bench.json").read_text())
+    assert [row["value"] for row in rows] == [None] * sum(LAB_PARTS.values())
+    assert all(words in row["note"] for row in rows)
+
+
+def test_a_running_lab_is_used_without_being_asked(run, results, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAW_BUILD", str(tmp_path))
+    monkeypatch.setattr(module("lab_paths"), "running", lambda lab: lab.build == tmp_path)
+    monkeypatch.setattr(module("lab_figures"), "converge", lambda _: [results.result("second_converge", 9.0, "s")])
+    assert run.main(["--only", "converge"]) == 0
+    assert [row["value"] for row in json.loads((tmp_path / "bench.json").read_text())] == [9.0]
+
+
+def test_the_real_paths_say_what_they_are_compared_with_and_their_goal(results):
+    paths = module("lab_paths")
+    median, slowest = paths.rows(paths.KILL_ROWS, [(1.0, 0.5), (2.5, 0.6), (1.5, 0.5)], "3 kills")
+    assert (median.value, median.baseline, median.ratio, median.goal) == (1.5, 0.5, 3.0, "")
+    assert (slowest.value, slowest.goal, slowest.met) == (2.5, "value at most 2", False)
