@@ -25,6 +25,7 @@ _OF_THE_POLICY = frozenset(
         "review_required",
         "action_denied",
         "model_not_allowed",
+        "budget_unenforced",
         "tool_not_allowed",
         "argument_not_allowed",
         "credential_unavailable",

@@ -20,7 +20,7 @@ from saw.policy.casefile import Call, as_request, load_cases, run_case
 from saw.policy.errors import PolicyError
 from saw.policy.loader import load_bundle_folder
 from saw.policy.matcher import Matcher
-from saw.policy.schema import schema_of
+from saw.policy.schema import KINDS, schema_of
 
 _EXIT_CODES = """exit codes:
   0  done, or the answer is yes (the policy is good, the call is allowed)
@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--binary", help="resolved path of the calling program")
     sub.add_argument("--body-file", help="file with the request body")
 
-    add("schema", schema, "print the JSON Schema of a file").add_argument("kind", choices=["policy", "governance"])
+    add("schema", schema, "print the JSON Schema of a file").add_argument("kind", choices=list(KINDS))
 
     for part in (policy_keys, policy_release, policy_rings, policy_watch, policy_learn, policy_interop, policy_reach):
         part.register(add)

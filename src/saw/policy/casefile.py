@@ -6,7 +6,7 @@ The format (schema 1) serves ``saw policy test`` (``tests.yaml`` next to a polic
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -16,7 +16,7 @@ from saw.policy.errors import PolicyError, Problem
 from saw.policy.governance import Governance
 from saw.policy.matcher import Matcher
 from saw.policy.mcp import decide_tool
-from saw.policy.model import Decision, Part, Request
+from saw.policy.model import Decision, Part, Request, says
 from saw.policy.yamltree import parse
 
 _ZERO = "0" * 40
@@ -26,60 +26,92 @@ _DEFAULT_PORTS = {"https": 443, "http": 80}
 class Push(Part, frozen=True):
     """One ref of a push, turned into the body that Git would send."""
 
-    ref: str
-    operation: Literal["create", "update", "delete"] = "update"
+    ref: Annotated[str, says("Full name of the ref.", "refs/heads/agent/fix-1")]
+    operation: Annotated[Literal["create", "update", "delete"], says("What happens to it.", "create")] = "update"
 
 
 class Call(Part, frozen=True):
     """A request: its URL as the client would write it, and what the rings know about it."""
 
-    url: str
-    method: str = "GET"
-    binary: str | None = None
-    ancestors: tuple[str, ...] = ()
-    headers: dict[str, str] = msgspec.field(default_factory=dict)
-    body: str | None = None
-    body_complete: bool = True
-    push: tuple[Push, ...] = ()
+    url: Annotated[
+        str, says("Absolute URL, spelled as the client sends it.", "https://api.example.com/v1/items?page=2")
+    ]
+    method: Annotated[str, says("HTTP method.", "GET")] = "GET"
+    binary: Annotated[str | None, says("Resolved path of the calling program.", "/usr/bin/curl")] = None
+    ancestors: Annotated[tuple[str, ...], says("Resolved paths of its parents, nearest first.", ["/usr/bin/bash"])] = ()
+    headers: Annotated[dict[str, str], says("Header fields.", {"accept": "application/json"})] = msgspec.field(
+        default_factory=dict
+    )
+    body: Annotated[str | None, says("The body, as text.", '{"model": "demo-small"}')] = None
+    body_complete: Annotated[bool, says("Whether that is the whole body.", True)] = True
+    push: Annotated[
+        tuple[Push, ...],
+        says("Refs of a push; they make the body that Git would send.", [{"ref": "refs/heads/main"}]),
+    ] = ()
 
 
 class ToolCall(Part, frozen=True):
     """A call of an MCP tool."""
 
-    server: str
-    tool: str
-    arguments: dict[str, Any] = msgspec.field(default_factory=dict)
+    server: Annotated[str, says("Name of the server in governance.yaml.", "files")]
+    tool: Annotated[str, says("Name of the tool.", "read_file")]
+    arguments: Annotated[dict[str, Any], says("Its arguments by name.", {"path": "/workspace/a.txt"})] = msgspec.field(
+        default_factory=dict
+    )
 
 
 class Expected(Part, frozen=True):
     """What the decision must be; fields that are not written are not compared."""
 
-    verdict: Literal["allow", "deny"]
-    reason: str | None = None
-    policy: str | None = None
-    rule: str | None = None
-    action_class: str | None = None
-    credential: str | None = None
-    inference: str | None = None
-    canonical_path: str | None = None
+    verdict: Annotated[Literal["allow", "deny"], says("Whether the call passes.", "deny")]
+    reason: Annotated[
+        str | None, says("Why it is refused; the reasons are listed in docs/architecture.md.", "host_not_allowed")
+    ] = None
+    policy: Annotated[str | None, says("Name of the network rule or server that decides.", "api")] = None
+    rule: Annotated[str | None, says("Which rule of it decides.", "endpoints[0].rules[0]")] = None
+    action_class: Annotated[str | None, says("auto, staged, review or deny.", "review")] = None
+    credential: Annotated[str | None, says("Id of the credential that is added.", "git-token")] = None
+    inference: Annotated[str | None, says("Alias of the inference route.", "inference.local")] = None
+    canonical_path: Annotated[str | None, says("Path and query that are sent on.", "/v1/items?page=2")] = None
 
 
 class Case(Part, frozen=True):
     """One named case with either ``request`` or ``tool``."""
 
-    name: str
-    expect: Expected
-    request: Call | None = None
-    tool: ToolCall | None = None
+    name: Annotated[str, says("What the case shows, in words.", "another host")]
+    expect: Annotated[Expected, says("What must be decided.", {"verdict": "deny", "reason": "host_not_allowed"})]
+    request: Annotated[Call | None, says("An HTTP call or a push.", {"url": "https://example.org/"})] = None
+    tool: Annotated[
+        ToolCall | None,
+        says("A call of an MCP tool.", {"server": "files", "tool": "read_file", "arguments": {"path": "/workspace/a"}}),
+    ] = None
 
 
 class CaseFile(Part, frozen=True):
     """A file of cases; vectors bring ``policy`` and ``governance`` as text, a policy's own tests do not."""
 
-    schema: Literal[1]
-    cases: tuple[Case, ...]
-    policy: str | None = None
-    governance: str | None = None
+    schema: Annotated[Literal[1], says("Version of the format.", 1)]
+    cases: Annotated[
+        tuple[Case, ...],
+        says(
+            "The cases, run in order; none depends on another.",
+            [
+                {
+                    "name": "another host",
+                    "request": {"url": "https://example.org/"},
+                    "expect": {"verdict": "deny", "reason": "host_not_allowed"},
+                }
+            ],
+        ),
+    ]
+    policy: Annotated[str | None, says("Text of a policy.yaml, in vectors only.", "version: 1")] = None
+    governance: Annotated[
+        str | None,
+        says(
+            "Text of a governance.yaml, in vectors only.",
+            "schema: 1\nblueprint: {name: x, version: 1.0.0, owner: team}",
+        ),
+    ] = None
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -95,13 +127,13 @@ def _one_subject(case: Case, report: Any) -> None:
         report("", "a case has either a request or a tool", "write one of the two")
 
 
-_CHECKS = Checks(fields={}, structures={Case: _one_subject}, unsupported={}, keys={})
+CASE_CHECKS = Checks(fields={}, structures={Case: (_one_subject,)}, unsupported={}, keys={})
 
 
 def load_cases(raw: bytes, name: str) -> CaseFile:
     """Return the cases in ``raw``; raise :class:`PolicyError` with all problems."""
     root, problems = parse(raw, name)
-    decoder = Decoder(name, _CHECKS)
+    decoder = Decoder(name, CASE_CHECKS)
     value = decoder.structure(root, CaseFile, "")
     problems += decoder.problems
     if problems or not isinstance(value, CaseFile):

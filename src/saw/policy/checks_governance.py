@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from saw.policy import globs
 from saw.policy.addresses import is_blocked_host
-from saw.policy.checks_policy import StructureReport, check_absolute, check_host_glob, check_path_glob, port_is_valid
-from saw.policy.decode import Checks, Report
+from saw.policy.checks_policy import (
+    check_absolute,
+    check_flat_glob,
+    check_host_glob,
+    check_path_glob,
+    not_empty,
+    port_is_valid,
+)
+from saw.policy.decode import Checks, Report, StructureReport
 from saw.policy.governance import (
     Action,
     ActionMatch,
     Argument,
     Blueprint,
+    Budget,
     Credential,
     GitMatch,
     Governance,
@@ -22,6 +32,7 @@ from saw.policy.governance import (
     Inject,
     LandlockFloor,
     Lease,
+    Limit,
     Mcp,
     McpServer,
     Reviewers,
@@ -29,6 +40,9 @@ from saw.policy.governance import (
     duration,
 )
 from saw.policy.linear_regex import LinearRegex, RegexError
+from saw.policy.partial import Unknown
+
+T = TypeVar("T")
 
 _ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}\Z")
 _VERSION = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+(?:[-+][A-Za-z0-9.+-]+)?\Z")
@@ -62,18 +76,6 @@ def _address(value: str, report: Report) -> None:
         check_host_glob(host, report)
 
 
-def _addresses(values: tuple[str, ...], report: Report) -> None:
-    for value in values:
-        _address(value, report)
-
-
-def _paths(values: tuple[str, ...], report: Report) -> None:
-    if not values:
-        report("the list is empty, so the credential would never be used", "add /** or remove the field")
-    for value in values:
-        check_path_glob(value, report)
-
-
 def _duration(value: str, report: Report) -> None:
     try:
         duration(value)
@@ -89,9 +91,12 @@ def _matches(pattern: re.Pattern[str], what: str, cure: str) -> Callable[[str, R
     return check
 
 
-def _lease(lease: Lease, report: StructureReport) -> None:
+def _ttl(lease: Lease, report: StructureReport) -> None:
     if not 30 <= lease.ttl_s <= 3600:
         report("ttl", f"a lease of {lease.ttl} is outside 30s to 1h", "use 120s")
+
+
+def _offline_ttl(lease: Lease, report: StructureReport) -> None:
     if duration(lease.offline_ttl):
         report("offline_ttl", "time offline is not enforced by this version", "write 0s")
 
@@ -131,21 +136,16 @@ def _upstream(value: str, report: Report) -> None:
         check_path_glob(parts.path, report)
 
 
-def _route(route: InferenceRoute, report: StructureReport) -> None:
-    if not port_is_valid(route.port):
-        report("port", f"{route.port} is not a port", "write 443")
-    if not globs.is_exact(route.alias) or is_blocked_host(route.alias):
-        report("alias", "the alias must be one exact host name", "write inference.local")
+def _route_port(value: int, report: Report) -> None:
+    if not port_is_valid(value):
+        report(f"{value} is not a port", "write 443")
 
 
-def _globs(values: tuple[str, ...], report: Report) -> None:
-    if not values:
-        report("the list is empty", "list at least one glob")
-    for value in values:
-        try:
-            globs.flat_glob(value)
-        except globs.GlobError as error:
-            report(str(error), "write literal text with * as the wildcard")
+def _alias(value: str, report: Report) -> None:
+    if not globs.is_exact(value) or is_blocked_host(value):
+        report("the alias must be one exact host name", "write inference.local")
+    else:
+        check_host_glob(value, report)
 
 
 def _ref(value: str, report: Report) -> None:
@@ -155,17 +155,19 @@ def _ref(value: str, report: Report) -> None:
         report(str(error), "write for example refs/heads/agent/**")
 
 
-def _methods(values: tuple[str, ...], report: Report) -> None:
-    for value in values:
-        if not re.match(r"[A-Z][A-Z-]{0,31}\Z", value):
-            report(f"{value!r} is not an upper-case HTTP method", "write for example POST")
+def _verb(value: str, report: Report) -> None:
+    if not re.match(r"[A-Z][A-Z-]{0,31}\Z", value):
+        report(f"{value!r} is not an upper-case HTTP method", "write for example POST")
 
 
-def _action(action: Action, report: StructureReport) -> None:
+def _action_reviewers(action: Action, report: StructureReport) -> None:
     if action.reviewers is not None and action.class_ != "review":
         report("reviewers", f"reviewers have no part in class {action.class_}", "remove them or use class review")
-    if action.match.git is not None and action.match.method:
-        report("match", "a git match already implies the method", "remove method")
+
+
+def _git_or_method(match: ActionMatch, report: StructureReport) -> None:
+    if match.git is not None and match.method:
+        report("method", "a git match already implies the method", "remove method")
 
 
 def _reviewers(value: Reviewers, report: StructureReport) -> None:
@@ -173,9 +175,12 @@ def _reviewers(value: Reviewers, report: StructureReport) -> None:
         report("quorum", f"a quorum of {value.quorum} is outside 1 to 16", "write 1")
 
 
-def _server(server: McpServer, report: StructureReport) -> None:
-    if server.transport == "http":
-        report("transport", "MCP over HTTP is not enforced by this version", "use stdio")
+def _transport(value: str, report: Report) -> None:
+    if value == "http":
+        report("MCP over HTTP is not enforced by this version", "use stdio")
+
+
+def _command(server: McpServer, report: StructureReport) -> None:
     if not server.command or not server.command[0]:
         report("command", "a stdio server needs a command", "write the executable and its arguments")
 
@@ -212,28 +217,105 @@ def _tool_name(value: str, report: Report) -> None:
         report(f"{value!r} is not a tool name", "use letters, digits, underscore, dot and dash, at most 128")
 
 
-def _governance(value: Governance, report: StructureReport) -> None:
-    ids = [credential.id for credential in value.credentials]
-    for identifier in sorted({name for name in ids if ids.count(name) > 1}):
-        report("credentials", f"the id {identifier} is used twice", "give each credential its own id")
-    aliases = [(route.alias.lower(), route.port) for route in value.inference.routes]
-    if len(set(aliases)) != len(aliases):
-        report("inference", "two routes have the same alias and port", "give each route its own alias")
-    for route in value.inference.routes:
-        if route.credential is not None and route.credential not in ids:
-            report("inference", f"route {route.alias} names the unknown credential {route.credential}", "add it")
-    for index, left in enumerate(value.credentials):
-        for right in value.credentials[index + 1 :]:
-            shared = {host.lower() for host in left.hosts} & {host.lower() for host in right.hosts}
-            if shared and any(globs.may_overlap(a, b) for a in left.paths for b in right.paths):
-                where = ", ".join(sorted(shared))
-                report("credentials", f"{left.id} and {right.id} both apply on {where}", "make their paths disjoint")
-    plain = {host.lower() for host in value.plaintext}
-    for credential in value.credentials:
-        for host in credential.hosts:
-            if host.lower() in plain:
-                report("plaintext", f"credential {credential.id} would travel unencrypted to {host}", "remove it")
+def _currency(value: str, report: Report) -> None:
+    if not re.match(r"[A-Z]{3}\Z", value):
+        report(f"{value!r} is not a currency", "write its three letters, for example USD")
 
+
+def _amount(value: str, report: Report) -> None:
+    if not re.match(r"(?:0|[1-9][0-9]{0,11})(?:\.[0-9]{1,6})?\Z", value) or not value.strip("0."):
+        report(f"{value!r} is not an amount above zero", 'write for example "20.00"')
+
+
+def _repeated(ids: Iterator[tuple[int, object]]) -> Iterator[tuple[int, object]]:
+    """Yield position and value of each that was there before."""
+    seen: set[object] = set()
+    for index, value in ids:
+        if value in seen:
+            yield index, value
+        seen.add(value)
+
+
+def _each(values: tuple[T, ...], read: Callable[[T], object]) -> Iterator[tuple[int, object]]:
+    """Yield position and what ``read`` makes of each value, where that is known."""
+    for index, value in enumerate(values):
+        with suppress(Unknown):
+            yield index, read(value)
+
+
+def _credential_ids(value: Governance, report: StructureReport) -> None:
+    for index, name in _repeated(_each(value.credentials, lambda credential: credential.id)):
+        report(("credentials", index, "id"), f"the id {name} is used twice", "give each credential its own id")
+
+
+def _budget_ids(value: Governance, report: StructureReport) -> None:
+    for index, name in _repeated(_each(value.budgets, lambda budget: budget.id)):
+        report(("budgets", index, "id"), f"the id {name} is used twice", "give each budget its own id")
+
+
+def _budgets_are_used(value: Governance, report: StructureReport) -> None:
+    used = {route.budget for route in value.inference.routes}
+    for index, name in _each(value.budgets, lambda budget: budget.id):
+        if name not in used:
+            report(
+                ("budgets", index), f"no route draws on the budget {name}, so it limits nothing", "name it in a route"
+            )
+
+
+def _aliases(value: Governance, report: StructureReport) -> None:
+    routes = value.inference.routes
+    for index, _ in _repeated(_each(routes, lambda route: (route.alias.lower(), route.port))):
+        where = ("inference", "routes", index, "alias")
+        report(where, "two routes have the same alias and port", "give each route its own alias")
+
+
+def _route_credentials(value: Governance, report: StructureReport) -> None:
+    ids = {credential.id for credential in value.credentials}
+    for index, name in _each(value.inference.routes, lambda route: route.credential):
+        if name is not None and name not in ids:
+            where = ("inference", "routes", index, "credential")
+            report(where, f"it names the unknown credential {name}", "list it under credentials")
+
+
+def _route_budgets(value: Governance, report: StructureReport) -> None:
+    ids = {budget.id for budget in value.budgets}
+    for index, name in _each(value.inference.routes, lambda route: route.budget):
+        if name is not None and name not in ids:
+            report(
+                ("inference", "routes", index, "budget"), f"it names the unknown budget {name}", "list it under budgets"
+            )
+
+
+def _credentials_apart(value: Governance, report: StructureReport) -> None:
+    for index, right in enumerate(value.credentials):
+        for left in value.credentials[:index]:
+            with suppress(Unknown):
+                shared = {host.lower() for host in left.hosts} & {host.lower() for host in right.hosts}
+                if shared and any(globs.may_overlap(a, b) for a in left.paths for b in right.paths):
+                    reason = f"{left.id} and {right.id} both apply on {', '.join(sorted(shared))}"
+                    report(("credentials", index), reason, "make their paths disjoint")
+
+
+def _no_plain_credentials(value: Governance, report: StructureReport) -> None:
+    plain = {host.lower(): index for index, host in enumerate(value.plaintext)}
+    for credential in value.credentials:
+        with suppress(Unknown):
+            for host in credential.hosts:
+                if host.lower() in plain:
+                    reason = f"credential {credential.id} would travel unencrypted to {host}"
+                    report(("plaintext", plain[host.lower()]), reason, "remove it")
+
+
+_GOVERNANCE = (
+    _credential_ids,
+    _aliases,
+    _route_credentials,
+    _credentials_apart,
+    _no_plain_credentials,
+    _budget_ids,
+    _route_budgets,
+    _budgets_are_used,
+)
 
 _LATER = "this field is not enforced by this version"
 
@@ -243,33 +325,44 @@ GOVERNANCE_CHECKS = Checks(
         (Blueprint, "version"): _matches(_VERSION, "a version", "write for example 1.0.0"),
         (Lease, "ttl"): _duration,
         (Lease, "offline_ttl"): _duration,
-        (Governance, "plaintext"): _addresses,
         (Credential, "id"): _matches(_ID, "an id", "use lower-case letters, digits and dashes"),
         (Credential, "ref"): _matches(_REFERENCE, "a reference", "write store:path, never the secret itself"),
-        (Credential, "hosts"): _addresses,
-        (Credential, "paths"): _paths,
+        (Credential, "paths"): not_empty(
+            "the list is empty, so the credential would never be used", "add /** or remove the field"
+        ),
         (Inject, "header"): _header,
         (Inject, "format"): _format,
-        (InferenceRoute, "alias"): check_host_glob,
-        (InferenceRoute, "models"): _globs,
+        (InferenceRoute, "alias"): _alias,
+        (InferenceRoute, "models"): not_empty("the list is empty", "list at least one glob"),
         (InferenceRoute, "upstream"): _upstream,
+        (InferenceRoute, "port"): _route_port,
+        (Budget, "id"): _matches(_ID, "an id", "use lower-case letters, digits and dashes"),
+        (Limit, "currency"): _currency,
+        (Limit, "amount"): _amount,
         (GitMatch, "ref"): _ref,
         (ActionMatch, "host"): check_host_glob,
         (ActionMatch, "path"): check_path_glob,
-        (ActionMatch, "method"): _methods,
         (Action, "expires"): _duration,
+        (McpServer, "transport"): _transport,
         (Argument, "under"): _under,
         (Argument, "regex"): _regex,
     },
+    items={
+        (Governance, "plaintext"): _address,
+        (Credential, "hosts"): _address,
+        (Credential, "paths"): check_path_glob,
+        (InferenceRoute, "models"): check_flat_glob,
+        (ActionMatch, "method"): _verb,
+    },
     structures={
-        Lease: _lease,
-        LandlockFloor: _landlock,
-        InferenceRoute: _route,
-        Action: _action,
-        Reviewers: _reviewers,
-        McpServer: _server,
-        Argument: _argument,
-        Governance: _governance,
+        Lease: (_ttl, _offline_ttl),
+        LandlockFloor: (_landlock,),
+        Action: (_action_reviewers,),
+        ActionMatch: (_git_or_method,),
+        Reviewers: (_reviewers,),
+        McpServer: (_command,),
+        Argument: (_argument,),
+        Governance: _GOVERNANCE,
     },
     keys={
         (Mcp, "servers"): _matches(_ID, "a server name", "use lower-case letters, digits and dashes"),
@@ -277,10 +370,8 @@ GOVERNANCE_CHECKS = Checks(
         (Tool, "args"): _tool_name,
     },
     unsupported={
-        (Governance, "budgets"): (_LATER, "remove it; budgets come with metering"),
         (Governance, "data_classes"): (_LATER, "remove it"),
         (Governance, "delegation"): (_LATER, "remove it"),
-        (InferenceRoute, "budget"): (_LATER, "remove it; budgets come with metering"),
         (McpServer, "url"): (_LATER, "use a stdio server"),
     },
 )

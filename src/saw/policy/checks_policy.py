@@ -6,13 +6,13 @@ A field that is not enforced is refused by name: a policy that loads is a policy
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from ipaddress import IPv4Network, ip_network
 from typing import Any
 
 from saw.policy import globs
 from saw.policy.addresses import blocked_networks, is_blocked_host
-from saw.policy.decode import Checks, Report
+from saw.policy.decode import Checks, Report, StructureCheck, StructureReport
 from saw.policy.errors import NotCanonical
 from saw.policy.model import (
     AnyOf,
@@ -25,8 +25,6 @@ from saw.policy.model import (
     Process,
 )
 from saw.policy.paths import canonicalise_path
-
-StructureReport = Callable[[str, str, str], None]
 
 MAX_DIRECTORIES = 256
 """Most directories of a file system policy, read-only and read-write together."""
@@ -77,19 +75,20 @@ def check_absolute(value: str, report: Report) -> None:
         report(f"{value!r} has wildcards or control characters", "list directories one by one")
 
 
-def _each(check: Callable[..., None]) -> Callable[[Any, Report], None]:
-    def run(values: tuple[str, ...], report: Report) -> None:
-        for value in values:
-            check(value, report)
-
-    return run
+def _read_write(value: str, report: Report) -> None:
+    check_absolute(value, report)
+    if value.rstrip("/") == "":
+        report("the whole file system would be writable", "list the directories to write to")
 
 
-def _read_write(values: tuple[str, ...], report: Report) -> None:
-    for value in values:
-        check_absolute(value, report)
-        if value.rstrip("/") == "":
-            report("the whole file system would be writable", "list the directories to write to")
+def not_empty(reason: str, cure: str) -> Callable[[Any, Report], None]:
+    """Return a check that reports an empty list."""
+
+    def check(value: Any, report: Report) -> None:
+        if not value:
+            report(reason, cure)
+
+    return check
 
 
 def _binary(value: str, report: Report) -> None:
@@ -116,15 +115,17 @@ def _method(value: str, report: Report) -> None:
         report(f"{value} reflects or tunnels requests", "remove the rule; it is always denied")
 
 
-def _query(values: Mapping[str, str | AnyOf], report: Report) -> None:
-    for key, value in values.items():
-        if isinstance(value, AnyOf) and not value.any:
-            report(f"query.{key}.any is empty", "list at least one glob")
-        for glob in value.any if isinstance(value, AnyOf) else (value,):
-            try:
-                globs.flat_glob(glob)
-            except globs.GlobError as error:
-                report(f"query.{key}: {error}", "write literal text with * as the wildcard")
+def check_flat_glob(value: str, report: Report) -> None:
+    """Report a glob over plain text that is none."""
+    try:
+        globs.flat_glob(value)
+    except globs.GlobError as error:
+        report(str(error), "write literal text with * as the wildcard")
+
+
+def _query(value: str | AnyOf, report: Report) -> None:
+    if isinstance(value, str):
+        check_flat_glob(value, report)
 
 
 def port_is_valid(port: int) -> bool:
@@ -137,27 +138,17 @@ def _port(value: int | None, report: Report) -> None:
         report(f"{value} is not a port", "write a number from 1 to 65535")
 
 
-def _ports(values: tuple[int, ...], report: Report) -> None:
-    if not values:
-        report("the list of ports is empty", "list at least one port")
-    for value in values:
-        _port(value, report)
-
-
-def _allowed_ips(values: tuple[str, ...], report: Report) -> None:
-    if not values:
-        report("the list is empty", "list networks such as 10.20.0.0/16, or remove the field")
-    for value in values:
-        try:
-            network = ip_network(value)
-        except ValueError as error:
-            report(f"{value!r} is not a network: {error}", "write for example 10.20.0.0/16")
-            continue
-        for blocked in blocked_networks():
-            same_family = isinstance(network, IPv4Network) == isinstance(blocked, IPv4Network)
-            if same_family and network.overlaps(blocked):
-                report(f"{value} holds addresses of {blocked}, which are always blocked", "list smaller networks")
-                break
+def _allowed_ip(value: str, report: Report) -> None:
+    try:
+        network = ip_network(value)
+    except ValueError as error:
+        report(f"{value!r} is not a network: {error}", "write for example 10.20.0.0/16")
+        return
+    for blocked in blocked_networks():
+        same_family = isinstance(network, IPv4Network) == isinstance(blocked, IPv4Network)
+        if same_family and network.overlaps(blocked):
+            report(f"{value} holds addresses of {blocked}, which are always blocked", "list smaller networks")
+            break
 
 
 def _protocol(value: str, report: Report) -> None:
@@ -177,30 +168,61 @@ def _host(value: str, report: Report) -> None:
         check_host_glob(value, report)
 
 
-def _endpoint(endpoint: Endpoint, report: StructureReport) -> None:
+def _has_host(endpoint: Endpoint, report: StructureReport) -> None:
     if not endpoint.host:
         report("host", "an endpoint without a host is not enforced by this version", "name the host")
+
+
+def _has_port(endpoint: Endpoint, report: StructureReport) -> None:
     if not endpoint.all_ports:
         report("", "the endpoint has neither port nor ports", "add port: 443")
+
+
+def _one_base(endpoint: Endpoint, report: StructureReport) -> None:
     if endpoint.access and endpoint.rules is not None:
         report("access", "access and rules exclude each other", "keep one of the two")
+
+
+def _some_rules(endpoint: Endpoint, report: StructureReport) -> None:
     if endpoint.rules is not None and not endpoint.rules:
         report("rules", "the list of rules is empty, so nothing would be allowed", "add a rule or remove the endpoint")
+
+
+def _some_deny_rules(endpoint: Endpoint, report: StructureReport) -> None:
+    if endpoint.deny_rules is not None and not endpoint.deny_rules:
+        report("deny_rules", "the list is empty", "add a rule or remove the field")
+
+
+def _deny_rules_narrow(endpoint: Endpoint, report: StructureReport) -> None:
+    if endpoint.deny_rules is not None and (not endpoint.protocol or not (endpoint.access or endpoint.rules)):
+        report("deny_rules", "deny_rules need a protocol and access or rules to narrow", "add them")
+
+
+def _protocol_and_base(endpoint: Endpoint, report: StructureReport) -> None:
     base = bool(endpoint.access) or bool(endpoint.rules)
-    if endpoint.deny_rules is not None:
-        if not endpoint.deny_rules:
-            report("deny_rules", "the list is empty", "add a rule or remove the field")
-        if not endpoint.protocol or not base:
-            report("deny_rules", "deny_rules need a protocol and access or rules to narrow", "add them")
     if not endpoint.protocol and base:
         report("protocol", "access and rules need a protocol", "add protocol: rest")
     if endpoint.protocol == "rest" and not base:
         report("protocol", "a rest endpoint needs access or rules", "add access: read-only, or rules")
 
 
-def _network_rule(rule: NetworkRule, report: StructureReport) -> None:
+_ENDPOINT: tuple[StructureCheck, ...] = (
+    _has_host,
+    _has_port,
+    _one_base,
+    _some_rules,
+    _some_deny_rules,
+    _deny_rules_narrow,
+    _protocol_and_base,
+)
+
+
+def _has_endpoints(rule: NetworkRule, report: StructureReport) -> None:
     if not rule.endpoints:
         report("endpoints", "the list is empty", "add an endpoint or remove the rule")
+
+
+def _has_binaries(rule: NetworkRule, report: StructureReport) -> None:
     if not rule.binaries:
         report("binaries", "the list is empty, so no process could use this rule", "list the executables")
 
@@ -223,26 +245,34 @@ _REMOVE = "remove it"
 
 POLICY_CHECKS = Checks(
     fields={
-        (FilesystemPolicy, "read_only"): _each(check_absolute),
-        (FilesystemPolicy, "read_write"): _read_write,
         (Process, "run_as_user"): _account,
         (Process, "run_as_group"): _account,
+        (AnyOf, "any"): not_empty("the list is empty", "list at least one glob"),
         (Binary, "path"): _binary,
         (Match, "method"): _method,
         (Match, "path"): check_path_glob,
-        (Match, "query"): _query,
         (Endpoint, "host"): _host,
         (Endpoint, "port"): _port,
-        (Endpoint, "ports"): _ports,
+        (Endpoint, "ports"): not_empty("the list of ports is empty", "list at least one port"),
         (Endpoint, "path"): check_path_glob,
         (Endpoint, "protocol"): _protocol,
         (Endpoint, "tls"): _tls,
-        (Endpoint, "allowed_ips"): _allowed_ips,
+        (Endpoint, "allowed_ips"): not_empty(
+            "the list is empty", "list networks such as 10.20.0.0/16, or remove the field"
+        ),
+    },
+    items={
+        (FilesystemPolicy, "read_only"): check_absolute,
+        (FilesystemPolicy, "read_write"): _read_write,
+        (AnyOf, "any"): check_flat_glob,
+        (Match, "query"): _query,
+        (Endpoint, "ports"): _port,
+        (Endpoint, "allowed_ips"): _allowed_ip,
     },
     structures={
-        Endpoint: _endpoint,
-        NetworkRule: _network_rule,
-        FilesystemPolicy: _filesystem,
+        Endpoint: _ENDPOINT,
+        NetworkRule: (_has_endpoints, _has_binaries),
+        FilesystemPolicy: (_filesystem,),
     },
     keys={(Policy, "network_policies"): _rule_key},
     unsupported={

@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from msgspec import inspect as shapes
 
 from saw.policy.errors import Problem
+from saw.policy.partial import Partial, PartialDict, PartialTuple, Unknown, is_whole
 from saw.policy.yamltree import Node
 
 Report = Callable[[str, str], None]
 """Called with reason and cure."""
+
+Steps = tuple[str | int, ...]
+"""The way from a value to one inside it: names of fields and keys, and positions in lists."""
+
+StructureReport = Callable[[str | Steps, str, str], None]
+"""Called with the way to what is wrong (a field's name, or nothing for the structure itself), reason and cure."""
+
+StructureCheck = Callable[[Any, StructureReport], None]
 
 MAX_REASON = 400
 """Longest reason in a problem (characters); it may quote a value of any size."""
@@ -27,15 +37,18 @@ _BAD = object()
 class Checks(NamedTuple):
     """Rules beyond types.
 
-    ``fields``: by (structure, field), called with the value and a report. ``structures``: by structure, called with the
-    finished object and a report that also takes a field name. ``unsupported``: fields of the public schema that are
-    refused, by (structure, field), with the reason and the cure. ``keys``: checks of the keys of a map field.
+    ``fields``: by (structure, field), called with the value and a report. ``items``: the same for each element of a list and
+    each value of a map, so that the report points at it. ``structures``: by structure, each called by itself with the object,
+    of which a part may be unknown (:class:`Partial`), and a report that takes the way to what is wrong. ``unsupported``:
+    fields of the public schema that are refused, by (structure, field), with the reason and the cure. ``keys``: checks of
+    the keys of a map field.
     """
 
     fields: Mapping[tuple[type, str], Callable[[Any, Report], None]]
-    structures: Mapping[type, Callable[[Any, Callable[[str, str, str], None]], None]]
+    structures: Mapping[type, tuple[StructureCheck, ...]]
     unsupported: Mapping[tuple[type, str], tuple[str, str]]
     keys: Mapping[tuple[type, str], Callable[[str, Report], None]]
+    items: Mapping[tuple[type, str], Callable[[Any, Report], None]] = MappingProxyType({})
 
 
 _SHAPES: dict[type, dict[str, shapes.Field]] = {}
@@ -48,6 +61,31 @@ def _fields(kind: type) -> dict[str, shapes.Field]:
         assert isinstance(shape, shapes.StructType)  # noqa: S101 - only structures are asked for
         known = _SHAPES[kind] = {field.encode_name: field for field in shape.fields}
     return known
+
+
+def _bare(shape: shapes.Type) -> shapes.Type:
+    """Return ``shape`` without what the schema says of it."""
+    return shape.type if isinstance(shape, shapes.Metadata) else shape
+
+
+def locate(node: Node, steps: Steps) -> Node:
+    """Return the value that ``steps`` lead to from ``node``, or the last one on the way that the file has."""
+    for step in steps:
+        if isinstance(step, int):
+            if node.kind != "list" or step >= len(node.items):
+                return node
+            node = node.items[step]
+        else:
+            pair = node.pairs.get(step)
+            if pair is None:
+                return node
+            node = pair[1]
+    return node
+
+
+def path_text(steps: Steps) -> str:
+    """Return ``steps`` as people write them: ``credentials[0].hosts``."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
 
 
 class Decoder:
@@ -71,59 +109,71 @@ class Decoder:
         return report
 
     def structure(self, node: Node, kind: type, path: str) -> Any:
-        """Return ``node`` as the structure ``kind``, or a marker that is not an instance of it when that failed."""
+        """Return ``node`` as the structure ``kind``, or as a :class:`Partial` of it when something in it is wrong."""
         if node.kind != "map":
             self.report(node, path, f"expected a map of fields, found {node.describe()}", "write its fields")
-            return _BAD
+            return Partial(kind, {}, frozenset(field.name for field in _fields(kind).values()))
         fields = _fields(kind)
         values: dict[str, Any] = {}
-        good = True
+        bad: set[str] = set()
+        before = len(self.problems)
         prefix = f"{path}." if path else ""
         for key, (key_node, value_node) in node.pairs.items():
             field = fields.get(key)
             where = prefix + key
             if field is None:
-                self._unknown(kind, key, key_node, where, fields)
-                good = False
+                bad |= self._unknown(kind, key, key_node, where, fields)
                 continue
-            value = self._value(value_node, field.type, where, (kind, key))
+            value = self.field(value_node, kind, key, where)
             if value is _BAD:
-                good = False
-                continue
-            values[field.name] = value
-            check = self.checks.fields.get((kind, key))
-            if check is not None:
-                before = len(self.problems)
-                check(value, self._at(value_node, where))
-                good = good and len(self.problems) == before
+                bad.add(field.name)
+            else:
+                values[field.name] = value
         for key, field in fields.items():
             if field.required and key not in node.pairs:
                 self.report(node, prefix + key, "this required field is missing", f"add {key}")
-                good = False
-        if not good:
-            return _BAD
-        result = kind(**values)
-        whole = self.checks.structures.get(kind)
-        if whole is not None:
-            before = len(self.problems)
-
-            def report(field: str, reason: str, cure: str) -> None:
-                pair = node.pairs.get(field)
-                self.report(pair[1] if pair else node, prefix + field if field else path, reason, cure)
-
-            whole(result, report)
-            if len(self.problems) != before:
-                return _BAD
+                bad.add(field.name)
+        whole = len(self.problems) == before
+        result = kind(**values) if whole else Partial(kind, values, frozenset(bad))
+        checks = self.checks.structures.get(kind, ())
+        if checks:
+            self._check(checks, result, node, path)
+            if whole and len(self.problems) != before:
+                return Partial(kind, values, frozenset())
         return result
 
-    def _unknown(self, kind: type, key: str, node: Node, path: str, fields: Mapping[str, object]) -> None:
+    def _check(self, checks: tuple[StructureCheck, ...], value: Any, node: Node, path: str) -> None:
+        def report(at: str | Steps, reason: str, cure: str) -> None:
+            steps = at if isinstance(at, tuple) else ((at,) if at else ())
+            where = ".".join(filter(None, (path, path_text(steps))))
+            self.report(locate(node, steps), where, reason, cure)
+
+        for check in checks:
+            try:
+                check(value, report)
+            except Unknown:
+                continue
+
+    def field(self, node: Node, kind: type, key: str, path: str) -> Any:
+        """Return ``node`` as the value of the field ``key`` of ``kind``, or a marker that no field has when it is bad."""
+        value = self._value(node, _bare(_fields(kind)[key].type), path, (kind, key))
+        check = self.checks.fields.get((kind, key))
+        if check is None or value is _BAD or not is_whole(value):
+            return value
+        before = len(self.problems)
+        check(value, self._at(node, path))
+        return value if len(self.problems) == before else _BAD
+
+    def _unknown(self, kind: type, key: str, node: Node, path: str, fields: Mapping[str, shapes.Field]) -> set[str]:
+        """Report a field that is not known; return the field that was probably meant, whose value is unknown then."""
         known = self.checks.unsupported.get((kind, key))
         if known is not None:
             self.report(node, path, *known)
-            return
+            return set()
         close = difflib.get_close_matches(key, fields, n=1)
         cure = f"did you mean {close[0]}?" if close else f"known fields: {', '.join(sorted(fields))}"
         self.report(node, path, "this field is not known", cure)
+        return {fields[name].name for name in close}
 
     def _value(self, node: Node, shape: shapes.Type, path: str, owner: tuple[type, str]) -> Any:
         if isinstance(shape, shapes.StructType):
@@ -132,8 +182,10 @@ class Decoder:
             if node.kind != "list":
                 self.report(node, path, f"expected a list, found {node.describe()}", "write a list")
                 return _BAD
-            items = [self._value(n, shape.item_type, f"{path}[{i}]", owner) for i, n in enumerate(node.items)]
-            return _BAD if any(item is _BAD for item in items) else tuple(items)
+            items = [self._item(n, shape.item_type, f"{path}[{i}]", owner) for i, n in enumerate(node.items)]
+            if any(item is _BAD for item in items):
+                return _BAD
+            return tuple(items) if all(map(is_whole, items)) else PartialTuple(items)
         if isinstance(shape, shapes.DictType):
             return self._map(node, shape, path, owner)
         if isinstance(shape, shapes.AnyType):
@@ -141,6 +193,16 @@ class Decoder:
         if isinstance(shape, shapes.UnionType):
             return self._union(node, shape, path, owner)
         return self._scalar(node, shape, path)
+
+    def _item(self, node: Node, shape: shapes.Type, path: str, owner: tuple[type, str]) -> Any:
+        """Return one element of a list or one value of a map."""
+        value = self._value(node, shape, path, owner)
+        check = self.checks.items.get(owner)
+        if check is None or value is _BAD or not is_whole(value):
+            return value
+        before = len(self.problems)
+        check(value, self._at(node, path))
+        return value if len(self.problems) == before else _BAD
 
     def _map(self, node: Node, shape: shapes.DictType, path: str, owner: tuple[type, str]) -> Any:
         if node.kind != "map":
@@ -153,8 +215,10 @@ class Decoder:
             where = f"{path}.{key}"
             if check is not None:
                 check(key, self._at(key_node, where))
-            result[key] = self._value(value_node, shape.value_type, where, owner)
-        return result if len(self.problems) == before else _BAD
+            value = self._item(value_node, shape.value_type, where, owner)
+            if value is not _BAD:
+                result[key] = value
+        return result if len(self.problems) == before else PartialDict(result)
 
     def _union(self, node: Node, shape: shapes.UnionType, path: str, owner: tuple[type, str]) -> Any:
         options = [option for option in shape.types if not isinstance(option, shapes.NoneType)]

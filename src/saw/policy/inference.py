@@ -69,6 +69,10 @@ class CompiledRoute(msgspec.Struct, frozen=True):
         elif not (method == "GET" and path in _GET):
             detail = f"{method} {path} is not a call of an inference route"
             return self._deny("method_or_path_not_allowed", detail, target, f"use POST {', '.join(sorted(_POST))}")
+        if route.budget is not None:
+            # A limit that nobody counts is no limit: until calls are metered, the route stays shut.
+            detail = f"the budget {route.budget} of this route cannot be enforced: calls are not metered yet"
+            return self._deny("budget_unenforced", detail, target, "ask the policy's owner for a route without budget")
         return Decision(
             verdict=ALLOW,
             policy="inference",

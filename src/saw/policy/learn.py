@@ -36,6 +36,7 @@ _WHY: dict[str, tuple[str, str]] = {
     "action_denied": ("an action rule denies it on purpose", f"{_OWNER} whether the rule still holds"),
     "not_canonical": ("two parsers could read the request differently", "send the canonical form"),
     "model_not_allowed": ("which models may be used is decided per inference route", "edit inference.routes by hand"),
+    "budget_unenforced": ("the route's budget is not counted by this version", f"{_OWNER} for a route without budget"),
     "tool_not_allowed": ("tools are granted by hand", "edit mcp.servers in governance.yaml"),
     "argument_not_allowed": ("arguments of tools are granted by hand", "edit mcp.servers in governance.yaml"),
     "credential_unavailable": ("the policy allows it; its credential was missing", "provide the credential"),

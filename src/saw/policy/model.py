@@ -7,7 +7,7 @@ implementation is narrower.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -20,66 +20,127 @@ READ_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that default to action class ``auto``; every other method is a write."""
 
 
+def says(description: str, *examples: Any) -> msgspec.Meta:
+    """Return what the schema and the reference page say of a field: its meaning and an example or more that load."""
+    return msgspec.Meta(description=description, examples=list(examples))
+
+
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Common settings of every parsed structure: immutable, no unknown fields."""
+    """Common settings of every parsed structure: immutable, no unknown fields.
+
+    Each field is annotated with :func:`says`, the one source of the schemas, the editors' help and the reference page.
+    """
 
 
 class FilesystemPolicy(Part, frozen=True):
     """Absolute directories the sandbox may read, or read and write; what is not listed is inaccessible."""
 
-    include_workdir: bool = False
-    read_only: tuple[str, ...] = ()
-    read_write: tuple[str, ...] = ()
+    include_workdir: Annotated[
+        bool,
+        says("Whether the account's project folder may be written. Absent block: true; present block: false.", False),
+    ] = False
+    read_only: Annotated[
+        tuple[str, ...], says("Directories and files that may be read; absolute, without wildcards.", ["/usr", "/etc"])
+    ] = ()
+    read_write: Annotated[
+        tuple[str, ...], says("Directories and files that may be read and written; never the root.", ["/home/agent"])
+    ] = ()
 
 
 class Landlock(Part, frozen=True):
     """Whether a kernel without the needed Landlock ABI stops the start (``hard_requirement``) or only weakens it."""
 
-    compatibility: Literal["best_effort", "hard_requirement"] = "hard_requirement"
+    compatibility: Annotated[
+        Literal["best_effort", "hard_requirement"],
+        says("best_effort loads only where governance.yaml sets landlock.allow_best_effort.", "hard_requirement"),
+    ] = "hard_requirement"
 
 
 class Process(Part, frozen=True):
     """Names of the user and group that sandboxed processes run as; never root."""
 
-    run_as_user: str = "agent"
-    run_as_group: str = "agent"
+    run_as_user: Annotated[str, says("Name of the account, not a number.", "agent")] = "agent"
+    run_as_group: Annotated[str, says("Name of the group, not a number.", "agent")] = "agent"
 
 
 class AnyOf(Part, frozen=True):
     """A query matcher that accepts any of several globs."""
 
-    any: tuple[str, ...]
+    any: Annotated[tuple[str, ...], says("Globs over the value; * is any run of characters.", ["open", "closed"])]
 
 
 class Match(Part, frozen=True):
     """The shape of a request: method, path glob and query globs (``key: glob`` or ``key: {any: [glob]}``)."""
 
-    method: str = "*"
-    path: str = "/**"
-    query: dict[str, str | AnyOf] = msgspec.field(default_factory=dict)
+    method: Annotated[str, says("HTTP method, or * for every method. GET takes HEAD along.", "GET")] = "*"
+    path: Annotated[str, says("Glob over the canonical path, without the query.", "/v1/**")] = "/**"
+    query: Annotated[
+        dict[str, str | AnyOf],
+        says(
+            "Globs over query values by key. To allow, all must match; to deny, one is enough.",
+            {"state": {"any": ["open", "closed"]}, "page": "*"},
+        ),
+    ] = msgspec.field(default_factory=dict)
 
 
 class AllowRule(Part, frozen=True):
     """One entry of ``rules``."""
 
-    allow: Match
+    allow: Annotated[Match, says("The requests that this rule allows.", {"method": "GET", "path": "/v1/**"})]
 
 
 class Endpoint(Part, frozen=True):
     """One destination and what may be asked of it. Fields that this version cannot enforce are refused by the loader."""
 
-    host: str = ""
-    port: int | None = None
-    ports: tuple[int, ...] = ()
-    path: str = ""
-    protocol: Literal["", "rest", "websocket", "graphql", "mcp", "json-rpc", "tcp"] = ""
-    tls: Literal["", "terminate", "passthrough", "skip"] = ""
-    enforcement: Literal["enforce", "audit"] = "enforce"
-    access: Literal["", "read-only", "read-write", "full"] = ""
-    rules: tuple[AllowRule, ...] | None = None
-    deny_rules: tuple[Match, ...] | None = None
-    allowed_ips: tuple[str, ...] = ()
-    allow_encoded_slash: bool = False
+    host: Annotated[
+        str,
+        says(
+            "Host name, or a glob with * for one label and ** for one or more in front.",
+            "api.example.com",
+            "*.example.com",
+        ),
+    ] = ""
+    port: Annotated[int | None, says("TCP port, 1 to 65535.", 443)] = None
+    ports: Annotated[tuple[int, ...], says("Several TCP ports; wins over port.", [443, 8443])] = ()
+    path: Annotated[
+        str, says("Glob that chooses among endpoints on the same host and port; the more specific decides.", "/v1/**")
+    ] = ""
+    protocol: Annotated[
+        Literal["", "rest", "websocket", "graphql", "mcp", "json-rpc", "tcp"],
+        says("rest: access or rules say which calls pass. Absent: every call. Others are refused by name.", "rest"),
+    ] = ""
+    tls: Annotated[
+        Literal["", "terminate", "passthrough", "skip"],
+        says("terminate, as when absent. Uninspected TLS (skip, passthrough) is refused by name.", "terminate"),
+    ] = ""
+    enforcement: Annotated[
+        Literal["enforce", "audit"],
+        says("audit lets calls pass and records them; loads only with allow_audit in governance.yaml.", "enforce"),
+    ] = "enforce"
+    access: Annotated[
+        Literal["", "read-only", "read-write", "full"],
+        says(
+            "read-only: GET, HEAD, OPTIONS; read-write: also POST, PUT, PATCH; full: everything. Excludes rules.",
+            "read-only",
+        ),
+    ] = ""
+    rules: Annotated[
+        tuple[AllowRule, ...] | None,
+        says(
+            "The calls that are allowed, one by one. Excludes access.", [{"allow": {"method": "GET", "path": "/v1/**"}}]
+        ),
+    ] = None
+    deny_rules: Annotated[
+        tuple[Match, ...] | None,
+        says(
+            "Calls that are refused although access or rules allow them.", [{"method": "GET", "path": "/v1/admin/**"}]
+        ),
+    ] = None
+    allowed_ips: Annotated[
+        tuple[str, ...],
+        says("Networks the host may resolve to, in place of the guard on private addresses.", ["10.20.0.0/16"]),
+    ] = ()
+    allow_encoded_slash: Annotated[bool, says("Whether %2F may stay in the path.", True)] = False
 
     @property
     def all_ports(self) -> tuple[int, ...]:
@@ -92,25 +153,43 @@ class Endpoint(Part, frozen=True):
 class Binary(Part, frozen=True):
     """An executable (exact path or glob) that may use the rule's endpoints. Attribution, not a boundary."""
 
-    path: str
+    path: Annotated[str, says("Absolute path of the resolved executable, or a glob.", "/usr/lib/git-core/**")]
+
+
+_ENDPOINT = {"host": "api.example.com", "port": 443, "protocol": "rest", "access": "read-only"}
+_RULE = {"name": "Read the API", "endpoints": [_ENDPOINT], "binaries": [{"path": "/usr/bin/curl"}]}
 
 
 class NetworkRule(Part, frozen=True):
     """Grants every listed binary the use of every listed endpoint."""
 
-    endpoints: tuple[Endpoint, ...]
-    binaries: tuple[Binary, ...]
-    name: str = ""
+    endpoints: Annotated[tuple[Endpoint, ...], says("The destinations, at least one.", [_ENDPOINT])]
+    binaries: Annotated[
+        tuple[Binary, ...], says("The executables that may use them, at least one.", [{"path": "/usr/bin/curl"}])
+    ]
+    name: Annotated[str, says("What the rule is for, in words.", "Read the API")] = ""
 
 
 class Policy(Part, frozen=True):
     """A whole ``policy.yaml``."""
 
-    version: Literal[1]
-    filesystem_policy: FilesystemPolicy = FilesystemPolicy(include_workdir=True)
-    landlock: Landlock = Landlock()
-    process: Process = Process()
-    network_policies: dict[str, NetworkRule] = msgspec.field(default_factory=dict)
+    version: Annotated[Literal[1], says("Version of the schema.", 1)]
+    filesystem_policy: Annotated[
+        FilesystemPolicy,
+        says(
+            "The files that the sandbox may use.",
+            {"include_workdir": False, "read_only": ["/usr", "/etc"], "read_write": ["/home/agent"]},
+        ),
+    ] = FilesystemPolicy(include_workdir=True)
+    landlock: Annotated[
+        Landlock, says("What a kernel with too little Landlock means.", {"compatibility": "hard_requirement"})
+    ] = Landlock()
+    process: Annotated[
+        Process, says("The account of the sandbox.", {"run_as_user": "agent", "run_as_group": "agent"})
+    ] = Process()
+    network_policies: Annotated[
+        dict[str, NetworkRule], says("The network rules by name. None: no network.", {"api": _RULE})
+    ] = msgspec.field(default_factory=dict)
 
 
 class EndpointAddress(msgspec.Struct, frozen=True, order=True):

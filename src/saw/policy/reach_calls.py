@@ -147,7 +147,7 @@ class CallComparison:
             ]
             credentials = [(glob, side.secret(c.id)) for glob, c in side.credentials(host, port)]
             route = side.routes.get((host, port))
-            service = route and (route.models, route.upstream, side.secret(route.credential))
+            service = route and (route.models, route.upstream, side.secret(route.credential), route.budget is None)
             actions = [action for _, action in side.actions(host, port)]
             return candidates, credentials, service, actions, (host, port) in side.plain, side.addresses(host, port)
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
+from contextlib import suppress
 from ipaddress import ip_network
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from saw.policy import globs
 from saw.policy.checks_governance import GOVERNANCE_CHECKS
-from saw.policy.checks_policy import StructureReport, check_absolute, port_is_valid
-from saw.policy.decode import Checks, Decoder, Report
+from saw.policy.checks_policy import check_absolute, check_path_glob, port_is_valid
+from saw.policy.decode import Checks, Decoder, Report, StructureReport
 from saw.policy.errors import PolicyError, Problem
 from saw.policy.governance import Argument
-from saw.policy.model import Part
+from saw.policy.model import Part, says
+from saw.policy.partial import Unknown
 from saw.policy.yamltree import parse
 
 Kind = Literal[
@@ -51,29 +52,42 @@ class Invariant(Part, frozen=True):
     ``hosts`` are host globs, for ``credential_only_to`` with an optional ``:port``. ``refs`` are globs over full ref names.
     """
 
-    id: str
-    kind: Kind
-    why: str = ""
-    hosts: tuple[str, ...] = ()
-    ports: tuple[int, ...] = ()
-    networks: tuple[str, ...] = ()
-    paths: tuple[str, ...] = ()
-    allow_staged: bool = False
-    credential: str = ""
-    directories: tuple[str, ...] = ()
-    server: str = "*"
-    tool: str = ""
-    args: dict[str, Argument] = msgspec.field(default_factory=dict)
-    refs: tuple[str, ...] = ()
-    operations: tuple[Literal["create", "update", "delete"], ...] = ()
-    parent: str = ""
+    id: Annotated[str, says("Name of the promise.", "no-metadata")]
+    kind: Annotated[Kind, says("What is promised; docs/reach.md lists the fields of each kind.", "never_reach")]
+    why: Annotated[str, says("The reason, for whoever breaks it.", "Metadata hands out the machine's credentials.")] = (
+        ""
+    )
+    hosts: Annotated[tuple[str, ...], says("Host globs the promise is about.", ["*.google.internal"])] = ()
+    ports: Annotated[tuple[int, ...], says("Ports the promise is about; empty: all.", [22])] = ()
+    networks: Annotated[tuple[str, ...], says("Addresses that must not be dialled.", ["169.254.0.0/16"])] = ()
+    paths: Annotated[tuple[str, ...], says("Path globs the promise is about; empty: all.", ["/v1/**"])] = ()
+    allow_staged: Annotated[bool, says("Whether staged writes are as good as reviewed ones.", True)] = False
+    credential: Annotated[str, says("Glob over credential ids.", "git-token")] = ""
+    directories: Annotated[tuple[str, ...], says("Directories that stay closed.", ["/etc"])] = ()
+    server: Annotated[str, says("Glob over MCP server names.", "files")] = "*"
+    tool: Annotated[str, says("Glob over tool names.", "delete_*")] = ""
+    args: Annotated[
+        dict[str, Argument],
+        says("Values that the tool must not be called with.", {"path": {"under": "/home/agent/.ssh"}}),
+    ] = msgspec.field(default_factory=dict)
+    refs: Annotated[tuple[str, ...], says("Globs over full ref names.", ["refs/heads/main"])] = ()
+    operations: Annotated[
+        tuple[Literal["create", "update", "delete"], ...], says("Changes of a ref; empty: all.", ["delete"])
+    ] = ()
+    parent: Annotated[str, says("Bundle folder that holds all that this one allows.", "../base")] = ""
 
 
 class Invariants(Part, frozen=True):
     """A whole file of invariants."""
 
-    schema: Literal[1]
-    invariants: tuple[Invariant, ...]
+    schema: Annotated[Literal[1], says("Version of the format.", 1)]
+    invariants: Annotated[
+        tuple[Invariant, ...],
+        says("The promises.", [{"id": "no-metadata", "kind": "never_reach", "networks": ["169.254.0.0/16"]}]),
+    ]
+
+
+_DEFAULTS = Invariant(id="", kind="subset_of")
 
 
 def split_address(text: str) -> tuple[str, int | None]:
@@ -82,50 +96,33 @@ def split_address(text: str) -> tuple[str, int | None]:
     return (host.lower(), int(port)) if colon and port.isdigit() else (text.lower(), None)
 
 
-def _hosts(values: tuple[str, ...], report: Report) -> None:
-    for value in values:
-        host, port = split_address(value)
-        try:
-            globs.host_glob(host)
-        except globs.GlobError as error:
-            report(f"{value!r}: {error}", "name a host such as api.example.com or *.example.com")
-        if port is not None and not port_is_valid(port):
-            report(f"{value!r} has no valid port", "write a number from 1 to 65535")
+def _host(value: str, report: Report) -> None:
+    host, port = split_address(value)
+    try:
+        globs.host_glob(host)
+    except globs.GlobError as error:
+        report(f"{value!r}: {error}", "name a host such as api.example.com or *.example.com")
+    if port is not None and not port_is_valid(port):
+        report(f"{value!r} has no valid port", "write a number from 1 to 65535")
 
 
-def _ports(values: tuple[int, ...], report: Report) -> None:
-    for value in values:
-        if not port_is_valid(value):
-            report(f"{value} is not a port", "write a number from 1 to 65535")
+def _port(value: int, report: Report) -> None:
+    if not port_is_valid(value):
+        report(f"{value} is not a port", "write a number from 1 to 65535")
 
 
-def _networks(values: tuple[str, ...], report: Report) -> None:
-    for value in values:
-        try:
-            ip_network(value)
-        except ValueError as error:
-            report(f"{value!r} is not a network: {error}", "write for example 169.254.0.0/16")
+def _network(value: str, report: Report) -> None:
+    try:
+        ip_network(value)
+    except ValueError as error:
+        report(f"{value!r} is not a network: {error}", "write for example 169.254.0.0/16")
 
 
-def _paths(values: tuple[str, ...], report: Report) -> None:
-    for value in values:
-        try:
-            globs.path_glob(value)
-        except globs.GlobError as error:
-            report(str(error), "write for example /v1/**")
-
-
-def _refs(values: tuple[str, ...], report: Report) -> None:
-    for value in values:
-        try:
-            globs.ref_glob(value)
-        except globs.GlobError as error:
-            report(str(error), "write for example refs/heads/main")
-
-
-def _directories(values: tuple[str, ...], report: Report) -> None:
-    for value in values:
-        check_absolute(value, report)
+def _ref(value: str, report: Report) -> None:
+    try:
+        globs.ref_glob(value)
+    except globs.GlobError as error:
+        report(str(error), "write for example refs/heads/main")
 
 
 def _flat(value: str, report: Report) -> None:
@@ -140,45 +137,60 @@ def _id(value: str, report: Report) -> None:
         report(f"{value!r} is not an id", "use lower-case letters, digits and dashes")
 
 
-def _invariant(value: Invariant, report: StructureReport) -> None:
+def _is_written(value: Invariant, name: str) -> bool:
+    try:
+        return bool(getattr(value, name) != getattr(_DEFAULTS, name))
+    except Unknown:
+        return True
+
+
+def _fields_fit(value: Invariant, report: StructureReport) -> None:
     needed, allowed = FIELDS[value.kind]
-    defaults = Invariant(id=value.id, kind=value.kind)
-    common = {"id", "kind", "why"}
-    written = {name for name in value.__struct_fields__ if getattr(value, name) != getattr(defaults, name)} - common
+    written = {name for name in Invariant.__struct_fields__ if _is_written(value, name)} - {"id", "kind", "why"}
     for name in sorted(needed - written):
         report(name, f"{value.kind} needs {name}", f"add {name}")
     for name in sorted(written - needed - allowed):
         report(name, f"{name} has no part in {value.kind}", "remove it")
     if value.kind == "never_reach" and not written:
         report("", "never_reach names nothing", "add hosts, ports or networks")
-    if value.kind != "credential_only_to" and any(split_address(host)[1] is not None for host in value.hosts):
-        report("hosts", "a port has its own field here", "write it under ports")
+
+
+def _hosts_without_port(value: Invariant, report: StructureReport) -> None:
+    if value.kind != "credential_only_to":
+        for index, host in enumerate(value.hosts):
+            if split_address(host)[1] is not None:
+                report(("hosts", index), "a port has its own field here", "write it under ports")
 
 
 def _file(value: Invariants, report: StructureReport) -> None:
-    ids = [invariant.id for invariant in value.invariants]
-    for name in sorted({name for name in ids if ids.count(name) > 1}):
-        report("invariants", f"the id {name} is used twice", "give each invariant its own id")
+    seen: set[str] = set()
+    for index, invariant in enumerate(value.invariants):
+        with suppress(Unknown):
+            if invariant.id in seen:
+                report(("invariants", index, "id"), f"the id {invariant.id} is used twice", "give each its own id")
+            seen.add(invariant.id)
 
 
-_CHECKS = Checks(
+INVARIANT_CHECKS = Checks(
     fields={
         **{key: check for key, check in GOVERNANCE_CHECKS.fields.items() if key[0] is Argument},
         (Invariant, "id"): _id,
-        (Invariant, "hosts"): _hosts,
-        (Invariant, "ports"): _ports,
-        (Invariant, "networks"): _networks,
-        (Invariant, "paths"): _paths,
-        (Invariant, "refs"): _refs,
-        (Invariant, "directories"): _directories,
         (Invariant, "server"): _flat,
         (Invariant, "tool"): _flat,
         (Invariant, "credential"): _flat,
     },
     structures={
         **{kind: check for kind, check in GOVERNANCE_CHECKS.structures.items() if kind is Argument},
-        Invariant: _invariant,
-        Invariants: _file,
+        Invariant: (_fields_fit, _hosts_without_port),
+        Invariants: (_file,),
+    },
+    items={
+        (Invariant, "hosts"): _host,
+        (Invariant, "ports"): _port,
+        (Invariant, "networks"): _network,
+        (Invariant, "paths"): check_path_glob,
+        (Invariant, "refs"): _ref,
+        (Invariant, "directories"): check_absolute,
     },
     keys={},
     unsupported={},
@@ -188,7 +200,7 @@ _CHECKS = Checks(
 def load_invariants(raw: bytes, name: str = "invariants.yaml") -> Invariants:
     """Return the invariants in ``raw``; raise :class:`PolicyError` with all problems."""
     root, problems = parse(raw, name)
-    decoder = Decoder(name, _CHECKS)
+    decoder = Decoder(name, INVARIANT_CHECKS)
     value = decoder.structure(root, Invariants, "")
     problems += decoder.problems
     if problems or not isinstance(value, Invariants):
@@ -196,42 +208,4 @@ def load_invariants(raw: bytes, name: str = "invariants.yaml") -> Invariants:
     return value
 
 
-_EXAMPLES: dict[str, object] = {
-    "id": "no-metadata",
-    "kind": "never_reach",
-    "why": "Metadata services hand out the machine's own credentials.",
-    "hosts": ["*.google.internal"],
-    "ports": [22],
-    "networks": ["169.254.0.0/16"],
-    "paths": ["/v1/**"],
-    "allow_staged": True,
-    "credential": "git-token",
-    "directories": ["/etc"],
-    "server": "files",
-    "tool": "delete_*",
-    "args": {"path": {"under": "/home/agent/.ssh"}},
-    "refs": ["refs/heads/main"],
-    "operations": ["delete"],
-    "parent": "../base",
-}
-
-
-def invariants_schema() -> dict[str, Any]:
-    """Return the JSON Schema (2020-12) of a file of invariants, with an example for every field."""
-    (reference,), components = msgspec.json.schema_components([Invariants])
-    for field, value in components["Invariant"]["properties"].items():
-        value["examples"] = [_EXAMPLES[field]]
-    for component in components.values():
-        if "description" in component:
-            component["description"] = re.sub(r"\s+", " ", component["description"].replace("``", "")).strip()
-    schema = {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "invariants.yaml",
-        **reference,
-        "$defs": components,
-    }
-    result: dict[str, Any] = json.loads(json.dumps(schema))
-    return result
-
-
-__all__ = ["Invariant", "Invariants", "invariants_schema", "load_invariants", "split_address"]
+__all__ = ["Invariant", "Invariants", "load_invariants", "split_address"]

@@ -87,7 +87,7 @@ class PathView(NamedTuple):
                 for e in (placed.endpoint,)
             ]
             actions = [(a.match, a.class_, a.reviewers, a.expires) for _, a in view.actions]
-            service = view.route and (view.route.models, view.route.upstream)
+            service = view.route and (view.route.models, view.route.upstream, view.route.budget is None)
             return endpoints, actions, view.secret, service
 
         return essence(self) == essence(other)

@@ -34,7 +34,7 @@ try:
     LOAD(raw)
 except PolicyError as error:
     assert len(str(error)) < 500_000, len(str(error))
-    print(error.problems[0].reason)
+    print('\n'.join(sorted({problem.reason for problem in error.problems}))[-100_000:])
 else:
     print('loaded')
 """

@@ -285,3 +285,23 @@ def test_no_request_crashes_the_matcher(matcher: Matcher, request: Request) -> N
         }
     else:
         assert decision.credential is None
+
+
+@pytest.mark.control("INF-01")
+def test_a_route_whose_budget_nobody_counts_is_shut() -> None:
+    def decide(budgets: str, budget: str) -> Decision:
+        governance = (
+            "schema: 1\nblueprint: {name: x, version: 1.0.0, owner: team}\n"
+            f"inference: {{routes: [{{alias: i.local, models: ['*'], upstream: 'https://m.example.com/v1'{budget}}}]}}\n"
+            f"{budgets}"
+        )
+        bundle = load_members({"policy.yaml": b"version: 1\n", "governance.yaml": governance.encode()})
+        body = b'{"model": "m"}'
+        request = Request("https", "i.local", 443, "POST", "/v1/chat/completions", body=body)
+        return Matcher.compile(bundle.policy, bundle.governance).decide(request)
+
+    limit = "budgets: [{id: b, scope: workspace, period: day, limit: {currency: USD, amount: '20.00'}}]\n"
+    assert decide("", "").allowed
+    refused = decide(limit, ", budget: b")
+    assert (refused.verdict, refused.reason, refused.credential) == ("deny", "budget_unenforced", None)
+    assert "calls are not metered" in refused.detail

@@ -152,7 +152,14 @@ def test_refused_endpoints(old: str, new: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("budgets: []\n", "not enforced by this version"),
+        ("budgets: [{id: b, scope: workspace, period: day, limit: {currency: USD, amount: '1'}}]\n", "limits nothing"),
+        ("budgets: [{id: b, scope: team, period: day, limit: {currency: USD, amount: '1'}}]\n", "expected one of"),
+        ("budgets: [{id: b, scope: workspace, period: 90d, limit: {currency: USD, amount: '1'}}]\n", "expected one of"),
+        ("budgets: [{id: b, scope: workspace, period: day, limit: {currency: usd, amount: '1'}}]\n", "not a currency"),
+        ("budgets: [{id: b, scope: workspace, period: day, limit: {currency: USD, amount: 1.5}}]\n", "expected text"),
+        ("budgets: [{id: b, scope: workspace, period: day, limit: {currency: USD, amount: '-1'}}]\n", "above zero"),
+        ("budgets: [{id: b, scope: workspace, period: day, limit: {currency: USD, amount: '0.00'}}]\n", "above zero"),
+        ("budgets: [{id: b, scope: workspace, period: day, limit: {currency: USD, amount: '1e9'}}]\n", "above zero"),
         ("data_classes: {}\n", "not enforced by this version"),
         ("lease: {ttl: 2}\n", "expected text"),
         ("lease: {ttl: 2x}\n", "not a duration"),
@@ -210,7 +217,7 @@ def test_equally_specific_endpoints_must_not_disagree() -> None:
       - {host: api.example.com, port: 443, protocol: rest, access: full, allow_encoded_slash: true}
     binaries: [{path: /usr/bin/curl}]
 """
-    assert "overlaps network_policies.other.endpoints[0]" in "\n".join(problems(GOOD + second))
+    assert "overlaps network_policies.api.endpoints[0]" in "\n".join(problems(GOOD + second))
     agreeing = second.replace(", allow_encoded_slash: true", "")
     assert len(load_policy((GOOD + agreeing).encode()).network_policies) == 2
 

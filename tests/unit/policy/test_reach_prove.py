@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jsonschema import Draft202012Validator
-from yaml import safe_load
 
 from saw.policy.casefile import as_request
 from saw.policy.errors import PolicyError
 from saw.policy.loader import Bundle, load_members
 from saw.policy.matcher import Matcher
 from saw.policy.mcp import decide_tool
-from saw.policy.reach_invariants import invariants_schema, load_invariants
+from saw.policy.reach_invariants import load_invariants
 from saw.policy.reach_prove import Finding, prove
 
 pytestmark = pytest.mark.control("POL-01")
@@ -151,8 +149,8 @@ def test_every_blueprint_keeps_the_default_invariants(folder: Path) -> None:
         ({"id": "x", "kind": "never_reach"}, "invariants[0]"),
         ({"id": "x", "kind": "never_read", "hosts": ["a.x.org"]}, "invariants[0].directories"),
         ({"id": "x", "kind": "never_read", "directories": ["/a"], "refs": ["**"]}, "invariants[0].refs"),
-        ({"id": "x", "kind": "never_reach", "networks": ["10.0.0.1/8"]}, "invariants[0].networks"),
-        ({"id": "x", "kind": "never_reach", "hosts": ["*"]}, "invariants[0].hosts"),
+        ({"id": "x", "kind": "never_reach", "networks": ["10.0.0.1/8"]}, "invariants[0].networks[0]"),
+        ({"id": "x", "kind": "never_reach", "hosts": ["*"]}, "invariants[0].hosts[0]"),
         ({"id": "x", "kind": "sometimes"}, "invariants[0].kind"),
     ],
 )
@@ -160,9 +158,3 @@ def test_a_broken_file_of_invariants_is_refused(invariant: dict[str, Any], field
     with pytest.raises(PolicyError) as caught:
         load_invariants(json.dumps({"schema": 1, "invariants": [invariant]}).encode())
     assert field in {problem.field for problem in caught.value.problems}
-
-
-def test_the_schema_is_current_and_fits_the_defaults() -> None:
-    stored = json.loads((POLICIES / "schema" / "invariants.schema.json").read_text())
-    assert stored == invariants_schema()
-    Draft202012Validator(stored).validate(safe_load(DEFAULTS.read_text()))
