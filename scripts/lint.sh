@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every static check, fastest first, each with one line of outcome; ends with 1 when one of them failed.
 #   scripts/lint.sh            everything
-#   scripts/lint.sh NAME …     only these: ruff format mypy yamllint shellcheck packer ansible-lint sanity
-# The slow ones (ansible-lint, sanity) remember a passing run by a digest over all that they read and are skipped while
+#   scripts/lint.sh NAME …     only these: ruff format mypy yamllint shellcheck packer galaxy ansible-lint sanity
+# The slow ones (galaxy, ansible-lint, sanity) remember a passing run by a digest over all that they read and are skipped while
 # nothing of it changed; LINT_FRESH=1 runs them anyway. Results and logs lie in build/lint. VENV names another virtual
 # environment (the second supported pair of Python and ansible-core), LINT_DIR another place for its results.
 # shellcheck disable=SC2317,SC2329 # the checks are called by name
@@ -37,6 +37,26 @@ check_packer() { # the template's own variables get harmless values where they h
     packer validate -syntax-only "$folder" || failed=1
   done < <(files ':(glob)packer/*.pkr.hcl' | xargs -r -n1 dirname | sort -u)
   return "$failed"
+}
+
+check_galaxy() { # what is released holds all that its playbooks name, and nothing that is for development
+  local place=$logs/galaxy tarball playbook stray missing
+  rm -rf "$place"
+  mkdir -p "$place/empty"
+  ansible-galaxy collection build --output-path "$place" . || return 1
+  tarball=$(find "$place" -name '*.tar.gz')
+  ANSIBLE_HOME=$logs/ansible ansible-galaxy collection install --offline --no-deps -p "$place/installed" "$tarball" || return 1
+  local installed=$place/installed/ansible_collections/secure_agent/workspace
+  missing=$(git ls-files --cached --others --exclude-standard -- plugins roles playbooks policies meta docs | sort |
+    while IFS= read -r file; do [ ! -e "$file" ] || [ -e "$installed/$file" ] || printf '%s\n' "$file"; done)
+  [ -z "$missing" ] || { printf 'not in the collection, see build_ignore in galaxy.yml:\n%s\n' "$missing"; return 1; }
+  stray=$(find "$installed" -mindepth 1 -maxdepth 1 -printf '%f\n' | grep -vxE \
+    'FILES.json|MANIFEST.json|README.md|LICENSE|LICENSES|changelogs|docs|meta|playbooks|plugins|policies|roles')
+  [ -z "$stray" ] || { printf 'does not belong in the collection, see build_ignore in galaxy.yml:\n%s\n' "$stray"; return 1; }
+  for playbook in playbooks/*.yml; do
+    (cd "$place/empty" && ANSIBLE_HOME=$logs/ansible ANSIBLE_COLLECTIONS_PATH=$place/installed ANSIBLE_LOCALHOST_WARNING=0 \
+      ansible-playbook -i localhost, --syntax-check "secure_agent.workspace.$(basename "$playbook" .yml)") || return 1
+  done
 }
 
 check_ansible_lint() {
@@ -85,12 +105,16 @@ run_remembered() { # run_remembered NAME TOOL PATTERN …
 }
 
 wanted=("$@")
-[ "$#" -gt 0 ] || wanted=(ruff format yamllint shellcheck packer mypy ansible-lint sanity)
+[ "$#" -gt 0 ] || wanted=(ruff format yamllint shellcheck packer mypy galaxy ansible-lint sanity)
 failed=0
 background=()
 for name in "${wanted[@]}"; do
   case $name in
     ruff | format | yamllint | shellcheck | packer | mypy) run_check "$name" || failed=1 ;;
+    galaxy)
+      run_remembered galaxy ansible-galaxy galaxy.yml README.md LICENSE LICENSES meta changelogs docs plugins roles playbooks policies &
+      background+=($!)
+      ;;
     ansible-lint)
       run_remembered ansible-lint ansible-lint roles playbooks plugins meta molecule extensions galaxy.yml .ansible-lint changelogs &
       background+=($!)
