@@ -32,7 +32,7 @@ from saw.broker.http import (
     with_body,
     without_body,
 )
-from saw.broker.images import ReleaseRecord
+from saw.broker.images import Move
 from saw.broker.limits import RateLimit
 from saw.broker.peer import SCOPE_KEY, Peer
 from saw.broker.perimeter import Report, Shipment
@@ -42,6 +42,7 @@ from saw.broker.rollout_routes import operator_rollout_routes
 from saw.broker.wake import PERIMETER
 from saw.errors import SawError
 from saw.identity.x509 import SpiffeId, verify_peer
+from saw.policy.envelope import MAX_ENVELOPE, SignedEnvelope
 
 MAX_SHIPMENT = 8 * 1024 * 1024
 MAX_PUBLICATION = 32 * 1024 * 1024
@@ -105,7 +106,16 @@ def operator_app(broker: Broker) -> Starlette:
             route("/v1/policy/rings", "GET", without_body(lambda _c, _r: releases.rings())),
             *operator_rollout_routes(broker, route),
             *operator_delegation_routes(broker, route),
-            route("/v1/images", "PUT", with_body(ReleaseRecord, lambda c, b, _r: broker.images.register(c, b))),
+            route(
+                "/v1/images",
+                "PUT",
+                with_body(SignedEnvelope, lambda c, b, _r: broker.images.register(c, b), limit=MAX_ENVELOPE),
+            ),
+            route(
+                "/v1/images/{name}/state",
+                "POST",
+                with_body(Move, lambda c, b, r: broker.images.move(c, r.path_params["name"], b)),
+            ),
             route("/v1/images", "GET", without_body(lambda _c, _r: broker.images.list())),
             route("/v1/certificates/ssh", "POST", with_body(SshRequest, lambda c, b, _r: certificates.ssh(c, b))),
             route("/v1/certificates/x509", "POST", with_body(X509Request, lambda c, b, _r: certificates.x509(c, b))),

@@ -30,7 +30,7 @@ from saw.attest.verifier import Expectation, Verdict, make_credential, verify_ev
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.errors import ForbiddenError, MalformedError, NotAttestedError
-from saw.broker.images import boot_pcrs
+from saw.broker.images import expected_boot
 from saw.broker.lifecycle import MAY_ATTEST, MAY_ENROL, State
 from saw.broker.registry import Registry, get_row, normal_ek, require_state
 from saw.broker.releases import released_digests
@@ -172,8 +172,8 @@ class Attestation:
             row = get_row(tx.connection, evidence.workspace_id)
             release = assigned_release(tx.connection, row)
             released = released_digests(tx.connection, row.ring, row.blueprint)
-            pcrs = boot_pcrs(tx.connection, row.image, row.image_sha256)
-        refused = self._precondition(row, release, used, now)
+            pcrs, image = expected_boot(tx.connection, row.image, row.image_sha256, now)
+        refused = self._precondition(row, release, used, now) or (_of_image(image) if image else None)
         if refused is not None:
             self._reject(caller, row, [refused])
         assert release is not None  # noqa: S101 - _precondition refuses without a release
@@ -218,6 +218,9 @@ class Attestation:
         with self._s.store.write() as tx:
             row = get_row(tx.connection, before.id)
             # A kill, or a newer quote accepted meanwhile, wins over this one.
+            _, image = expected_boot(tx.connection, row.image, row.image_sha256, now)
+            if image:
+                raise NotAttestedError([_of_image(image)])
             if State(row.state) not in MAY_ATTEST or row.ak_id != before.ak_id or row.attested_at != before.attested_at:
                 raise NotAttestedError(
                     [_failure("superseded", "registry", f"{row.id} changed while its quote was checked")]
@@ -327,6 +330,12 @@ def _verify(evidence: Evidence, row: Row[Any], pcrs: dict[int, str], released: f
 
 def _failure(code: str, component: str, detail: str) -> dict[str, str]:
     return {"code": code, "component": component, "detail": detail[:512]}
+
+
+def _of_image(reason: str) -> dict[str, str]:
+    """Return the failure for what :func:`saw.broker.images.refusal` says."""
+    code, _, detail = reason.partition(": ")
+    return _failure(code, "image", detail)
 
 
 def _ak_id(ak_pub: bytes) -> str:

@@ -52,6 +52,12 @@ class DelegationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     max_duration_s: int = 7 * 86_400
 
 
+class ImageSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``candidate_rings``: whose workspaces may be made on an image that is not promoted yet."""
+
+    candidate_rings: tuple[str, ...] = ("canary",)
+
+
 class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that the broker is told. Directories and sockets are absolute paths.
 
@@ -67,6 +73,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tuf: TufSettings = TufSettings()
     rollout: RolloutSettings = RolloutSettings()
     delegation: DelegationSettings = DelegationSettings()
+    image: ImageSettings = ImageSettings()
 
     @property
     def state(self) -> Path:

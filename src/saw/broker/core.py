@@ -77,7 +77,7 @@ class Broker:
             ssh=ssh,
             repository=repository,
             registry=registry,
-            images=Images(services),
+            images=Images(services, releases.officers),
             attestation=Attestation(services, registry, authority, ssh),
             releases=releases,
             rollouts=rollouts,

@@ -13,8 +13,9 @@ from saw.attest.verifier import load_ek
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.errors import ConflictError, ForbiddenError, MalformedError, NotFoundError
+from saw.broker.images import admit, find_image
 from saw.broker.lifecycle import State, check_step, parse_state
-from saw.broker.schema import agents, images, workspaces
+from saw.broker.schema import agents, workspaces
 from saw.broker.store import Transaction
 from saw.errors import SawError
 
@@ -24,7 +25,6 @@ Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 #: Workspace ids are DNS labels: the id is also the VM's name and its host name. ``saw.vm.spec`` takes the same.
 _ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-_IMAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?")
 
 #: Grants that a workspace loses when it leaves ``active``.
 NO_GRANTS: dict[str, None] = {"lease_expires_at": None, "svid_sha256": None}
@@ -70,6 +70,7 @@ class Registry:
 
     def __init__(self, services: Services) -> None:
         self._s = services
+        self._candidate_rings = frozenset(services.config.image.candidate_rings)
 
     def create(self, caller: Caller, wanted: CreateWorkspace) -> dict[str, Any]:
         """Register a workspace and its agent.
@@ -91,7 +92,8 @@ class Registry:
                     cure="choose another id; ids are never used again",
                     code="workspace_exists",
                 )
-            image = newest_image(tx.connection, wanted.image)
+            image = find_image(tx.connection, wanted.image)
+            admit(image, wanted.ring, self._candidate_rings, now)
             number = self._free_number(tx.connection)
             agent = f"agent-{(tx.connection.execute(select(func.count()).select_from(agents)).scalar_one()) + 1}"
             stamp = iso(now)
@@ -184,8 +186,10 @@ class Registry:
         now = self._s.clock()
         with self._s.store.write() as tx:
             row = get_row(tx.connection, workspace_id)
-            image = newest_image(tx.connection, body.image)
+            image = find_image(tx.connection, body.image)
             changed = (row.image, row.image_sha256) != (body.image, image.image_sha256)
+            if changed:
+                admit(image, row.ring, self._candidate_rings, now)
             if changed and row.state not in {State.REQUESTED, State.PROVISIONING, State.STOPPED}:
                 raise ConflictError(
                     f"{workspace_id} is {row.state}; its image cannot change now",
@@ -284,22 +288,6 @@ class Registry:
             cure="decommission a workspace first",
             code="no_free_number",
         )
-
-
-def newest_image(connection: Connection, name: str) -> Row[Any]:
-    """Return the newest release record of image ``name``; raise an error that names the cure."""
-    if not _IMAGE.fullmatch(name):
-        raise MalformedError(f"{name!r} is not an image name", cure="use the name of a registered image")
-    image = connection.execute(
-        select(images.c.image_sha256).where(images.c.name == name).order_by(images.c.registered_at.desc())
-    ).first()
-    if image is None:
-        raise NotFoundError(
-            f"image {name} is not registered",
-            cure="register its release record: saw image register",
-            code="unknown_image",
-        )
-    return image
 
 
 def get_row(connection: Connection, workspace_id: str) -> Row[Any]:

@@ -222,6 +222,11 @@ class Releases:
             ],
         }
 
+    def officers(self) -> tuple[dict[str, PublicKey], int] | None:
+        """Return the keys of the officers and how many of them must sign, or None before there is a root."""
+        root = self._repository.root()
+        return None if root is None else trusted_policy_keys(root)
+
     def policy_keys(self) -> dict[str, Any]:
         """Return the keys and threshold that sign policies, as perimeters get them; empty before there is a root."""
         root = self._repository.root()

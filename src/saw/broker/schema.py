@@ -86,6 +86,9 @@ images = Table(
     Column("image_sha256", String(64), primary_key=True),
     Column("record", Text, nullable=False),
     Column("registered_at", String(32), nullable=False),
+    Column("envelope", Text, nullable=False, server_default=""),
+    Column("state", String(32), nullable=False, server_default="candidate"),
+    Column("state_reason", Text, nullable=False, server_default=""),
 )
 
 nonces = Table(

@@ -1,38 +1,120 @@
-"""``saw image``: register and list release records of golden images."""
+"""``saw image``: sign, register, promote, deprecate and revoke golden images."""
 
 from __future__ import annotations
 
 import argparse
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import msgspec
+import rfc8785
 
-from saw.broker.client import OperatorClient
+from saw.attest.image_record import PAYLOAD_TYPE, parse_record
 from saw.cli.operator_options import add_options, fields, show, table
+from saw.cli.policy_signing import add_signing, present, signers_of
 from saw.errors import ConfigError
+from saw.files import write_atomic
+from saw.policy.envelope import SignedEnvelope, cosign, payload_of, read_envelope, seal
+from saw.policy.governance import duration
+
+_STEPS = {
+    "promote": ("stable", "let every ring use it"),
+    "deprecate": ("deprecated", "let no further workspace use it"),
+    "revoke": ("revoked", "cut off every workspace that runs it, for good"),
+}
 
 
 def main(argv: list[str]) -> int:
-    """Run ``saw image register`` or ``saw image list``."""
-    parser = argparse.ArgumentParser(prog="saw image", description="Release records of golden images.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    register = commands.add_parser("register", help="register a release record, so that workspaces may boot the image")
-    register.add_argument("record", help="<image>.release.json")
-    add_options(register)
-    add_options(commands.add_parser("list", help="list registered images"))
-    options = parser.parse_args(argv)
+    """Run one ``saw image`` command."""
+    options = _parser().parse_args(argv)
+    if options.command == "sign":
+        return _sign(options)
+    from saw.broker.client import OperatorClient
+
     client = OperatorClient.from_context(options.context)
     if options.command == "list":
         answer = client.request("GET", "/v1/images")
         rows = [{**row, "image_sha256": row["image_sha256"][:16]} for row in answer["images"]]
-        show(answer, table(rows, ("name", "image_sha256", "created", "registered_at")), as_json=options.json)
+        columns = ("name", "state", "signed", "image_sha256", "created", "not_after", "registered_at")
+        show(answer, table(rows, columns), as_json=options.json)
         return 0
-    try:
-        record = msgspec.json.decode(Path(options.record).read_bytes())
-    except (OSError, msgspec.DecodeError) as error:
-        raise ConfigError(
-            f"{options.record} is no release record: {error}", cure="pass the image's .release.json"
-        ) from error
-    answer = client.request("PUT", "/v1/images", record)
+    answer = _call(client, options)
     show(answer, fields(answer), as_json=options.json)
     return 0
+
+
+def _call(client: Any, options: argparse.Namespace) -> dict[str, Any]:
+    if options.command == "register":
+        envelope = read_envelope(_read(options.record), PAYLOAD_TYPE)
+        return dict(client.request("PUT", "/v1/images", msgspec.to_builtins(envelope)))
+    body = {"to": _STEPS[options.command][0], "reason": options.reason, "image_sha256": options.sha256}
+    return dict(client.request("POST", f"/v1/images/{quote(options.name, safe='')}/state", body))
+
+
+def _sign(options: argparse.Namespace) -> int:
+    """Sign a record, or add signatures to a signed one; what is signed is shown."""
+    raw = _read(options.record)
+    if b'"payloadType"' in raw:
+        sealed = cosign(raw, PAYLOAD_TYPE, signers_of(options))
+    else:
+        sealed = seal(_payload(raw, options), PAYLOAD_TYPE, signers_of(options))
+    envelope: SignedEnvelope = read_envelope(sealed, PAYLOAD_TYPE)
+    record = parse_record(payload_of(envelope))
+    write_atomic(Path(options.out), sealed)
+    answer = {
+        "name": record.name,
+        "image_sha256": record.image_sha256,
+        "not_after": record.not_after.isoformat(),
+        "signatures": len(envelope.signatures),
+        "out": options.out,
+    }
+    show(answer, fields(answer), as_json=options.json)
+    return 0
+
+
+def _payload(raw: bytes, options: argparse.Namespace) -> bytes:
+    try:
+        found = msgspec.json.decode(raw, type=dict[str, Any])
+        seconds = duration(options.duration)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise ConfigError(
+            f"{options.record} cannot be signed: {error}", cure="pass the image's .release.json"
+        ) from error
+    # A record that names no end gets one, so that no image counts for ever.
+    found.setdefault("not_after", (present() + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ"))
+    payload = rfc8785.dumps(found)
+    parse_record(payload)
+    return payload
+
+
+def _read(name: str) -> bytes:
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {name}: {error.strerror}", cure="name a readable file") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="saw image", description="Release records of golden images.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    sign = commands.add_parser("sign", help="sign a release record, or add signatures to a signed one")
+    sign.add_argument("record", help="<image>.release.json, or what another officer signed")
+    sign.add_argument("--out", required=True, help="signed record to write")
+    sign.add_argument(
+        "--for", dest="duration", default="90d", metavar="TIME", help="how long it counts (default: %(default)s)"
+    )
+    add_signing(sign)
+    sign.add_argument("--json", action="store_true", help="print JSON")
+    register = commands.add_parser("register", help="register a signed release record as a candidate")
+    register.add_argument("record", help="signed record")
+    add_options(register)
+    for name, (_, text) in _STEPS.items():
+        step = commands.add_parser(name, help=text)
+        step.add_argument("name", help="name of the image")
+        step.add_argument("--sha256", default="", help="digest, where several images have the name")
+        step.add_argument("--reason", required=True, help="why; it is audited")
+        add_options(step)
+    add_options(commands.add_parser("list", help="list registered images"))
+    return parser

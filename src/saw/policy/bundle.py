@@ -18,10 +18,12 @@ import msgspec
 import rfc8785
 from securesystemslib.dsse import Envelope
 
+from saw.policy import envelope as dsse
 from saw.policy import strict_json
+from saw.policy.envelope import MAX_SIGNATURES, EnvelopeSignature, SignedEnvelope
 from saw.policy.errors import BundleRefused, PolicyError
 from saw.policy.governance import Governance
-from saw.policy.keys import PublicKey, raw_public, signature_holds
+from saw.policy.keys import PublicKey
 from saw.policy.loader import Bundle, load_members
 from saw.policy.model import MAX_FILE_BYTES, Policy
 from saw.policy.signers import Signer, TufSigner
@@ -47,27 +49,15 @@ MANIFEST_FORMAT = "saw-manifest/1"
 PAYLOAD_TYPE = "application/vnd.saw.policy-manifest+json"
 MAX_BUNDLE = 16 * 1024 * 1024
 """Largest bundle file that is read (bytes)."""
-MAX_SIGNATURES = 64
 
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 _TIME_FORM = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z\Z")
 
 
-class _Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    keyid: str
-    sig: str
-
-
-class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    payloadType: str  # noqa: N815 - DSSE's name
-    payload: str
-    signatures: list[_Signature]
-
-
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: str
     members: dict[str, str]
-    envelope: _Envelope
+    envelope: SignedEnvelope
 
 
 class _Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -213,24 +203,21 @@ def _read(raw: bytes) -> tuple[_File, bytes]:
     return file, _decode(file.envelope.payload, "the payload")
 
 
-def _good_signers(file: _File, payload: bytes, keys: Mapping[str, PublicKey]) -> tuple[str, ...]:
-    """Return the ids of the distinct keys whose signature on ``payload`` holds, sorted."""
-    signed = Envelope(payload, PAYLOAD_TYPE, {}).pae()
-    good: dict[bytes, str] = {}
-    for signature in file.envelope.signatures:
-        key = keys.get(signature.keyid)
-        if key is not None and signature_holds(key, _decode(signature.sig, "a signature"), signed):
-            good.setdefault(raw_public(key), signature.keyid)
-    return tuple(sorted(good.values()))
+def _good_signers(file: _File, keys: Mapping[str, PublicKey]) -> tuple[str, ...]:
+    """Return the ids of the distinct keys whose signature on the payload holds, sorted."""
+    try:
+        return dsse.good_signers(file.envelope, keys)
+    except dsse.EnvelopeRefused as error:
+        raise BundleRefused("malformed", error.message, cure=error.cure) from error
 
 
-def _signers(file: _File, payload: bytes, keys: Mapping[str, PublicKey], threshold: int) -> tuple[str, ...]:
+def _signers(file: _File, keys: Mapping[str, PublicKey], threshold: int) -> tuple[str, ...]:
     """Return the ids of the distinct keys that signed; raise unless there are ``threshold`` of them."""
     if threshold < 1:
         raise BundleRefused("threshold", "a threshold below one would accept anything", cure="repair the TUF root")
     if not file.envelope.signatures:
         raise BundleRefused("unsigned", "the bundle has no signature", cure="sign it with saw policy sign")
-    good = _good_signers(file, payload, keys)
+    good = _good_signers(file, keys)
     if len(good) < threshold:
         count = len(file.envelope.signatures)
         raise BundleRefused(
@@ -295,7 +282,7 @@ def verify_bundle(
     to ``not_after`` (exclusive). ``min_revision`` is the lowest revision that is still accepted.
     """
     file, payload = _read(raw)
-    signers = _signers(file, payload, keys, threshold)
+    signers = _signers(file, keys, threshold)
     manifest = _manifest(payload)
     not_before, not_after = _moment(manifest.not_before), _moment(manifest.not_after)
     if now < not_before:
@@ -334,26 +321,26 @@ def describe(raw: bytes) -> tuple[str, Manifest, tuple[str, ...]]:
 
 def check_signatures(raw: bytes, keys: Mapping[str, PublicKey], threshold: int) -> None:
     """Raise :class:`BundleRefused` unless ``threshold`` distinct keys signed; looks neither at time nor at content."""
-    file, payload = _read(raw)
-    _signers(file, payload, keys, threshold)
+    file, _ = _read(raw)
+    _signers(file, keys, threshold)
 
 
 def good_signers(raw: bytes, keys: Mapping[str, PublicKey]) -> tuple[str, ...]:
     """Return the ids of the distinct ``keys`` that signed the bundle file ``raw``, sorted; looks at nothing else."""
-    file, payload = _read(raw)
-    return _good_signers(file, payload, keys)
+    file, _ = _read(raw)
+    return _good_signers(file, keys)
 
 
 def keep_signatures(raw: bytes, keys: Mapping[str, PublicKey]) -> bytes:
     """Return the bundle file with the good signatures of ``keys`` alone; its content and digest stay as they are."""
-    file, payload = _read(raw)
-    good = _good_signers(file, payload, keys)
+    file, _ = _read(raw)
+    good = _good_signers(file, keys)
     kept = [signature for signature in file.envelope.signatures if signature.keyid in good]
     return rfc8785.dumps(msgspec.to_builtins(_with_signatures(file, kept))) + b"\n"
 
 
-def _with_signatures(file: _File, signatures: list[_Signature]) -> _File:
-    envelope = _Envelope(file.envelope.payloadType, file.envelope.payload, signatures)
+def _with_signatures(file: _File, signatures: list[EnvelopeSignature]) -> _File:
+    envelope = SignedEnvelope(file.envelope.payloadType, file.envelope.payload, signatures)
     return _File(file.format, file.members, envelope)
 
 

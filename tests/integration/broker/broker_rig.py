@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,15 +18,18 @@ from typing import Any
 
 import httpx
 import msgspec
+import rfc8785
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from saw.attest.image_record import PAYLOAD_TYPE
 from saw.attest.verifier import RELEASED_PCRS
 from saw.broker.client import BrokerContext, Context, OperatorClient
 from saw.broker.config import BrokerConfig, Listen, TufSettings
 from saw.broker.setup import initialise
 from saw.identity.x509 import new_key_and_csr
 from saw.policy.bundle import build_manifest, policy_digest, sign
+from saw.policy.envelope import seal
 from saw.policy.loader import load_bundle_folder
 from saw.policy.tuf_repository import Publication, cosign_publication, init_repository, stage_publication
 
@@ -52,13 +55,19 @@ lease: {ttl: 90s}
 
 def image_record(name: str = "workspace", digest: str = "1" * 64, pcrs: dict[str, str] | None = None) -> dict[str, Any]:
     return {
-        "format": "saw-image-release/1",
+        "format": "saw-image-release/2",
         "name": name,
         "image_sha256": digest,
         "inputs_digest": "inputs",
         "created": "2026-11-23T00:00:00Z",
+        "not_after": (datetime.now(UTC) + timedelta(days=30)).strftime("%Y-%m-%dT00:00:00Z"),
         "boot": {"pcrs": pcrs or PCRS},
     }
+
+
+def signed_record(record: dict[str, Any], keys: Sequence[Ed25519PrivateKey]) -> dict[str, Any]:
+    """The body of ``PUT /v1/images``: ``record`` in an envelope that ``keys`` signed."""
+    return dict(json.loads(seal(rfc8785.dumps(record), PAYLOAD_TYPE, keys)))
 
 
 def encode(publication: Publication) -> dict[str, Any]:
@@ -168,11 +177,24 @@ class Lab:
             client.event_hooks = {"request": [_server_name]}
             yield client
 
+    def register_image(self, record: dict[str, Any] | None = None, *, promoted: bool = True) -> dict[str, Any]:
+        """Register an image that two officers signed for, installing their root where there is none; promote it."""
+        record = record or image_record()
+        root = base64.b64encode(self.officers.root).decode()
+        self.operator.request("PUT", "/v1/policy/root", {"root": root})
+        answer = self.operator.request("PUT", "/v1/images", signed_record(record, self.officers.keys[:2]))
+        if promoted:
+            self.move_image(record["name"], "stable")
+        return answer
+
+    def move_image(self, name: str, to: str) -> dict[str, Any]:
+        return self.operator.request("POST", f"/v1/images/{name}/state", {"to": to, "reason": "test"})
+
     def workspace(
         self, name: str, *, to: str | None = None, ring: str = "stable", image: str = "workspace"
     ) -> dict[str, Any]:
         """Register a workspace and, with ``to``, walk it there."""
-        self.operator.request("PUT", "/v1/images", image_record(image))
+        self.register_image(image_record(image))
         body = {"id": name, "sponsor": "ada@example.com", "blueprint": "coding", "ring": ring, "image": image}
         answer = self.operator.request("POST", "/v1/workspaces", body)
         for state in {None: [], "attesting": ["provisioning", "attesting"]}[to]:

@@ -48,7 +48,7 @@ class Agent:
 
     def register(self) -> None:
         pcrs = {str(pcr): value for pcr, value in release(boot_pcrs(boot_events())).items()}
-        self.lab.operator.request("PUT", "/v1/images", image_record("measured", "3" * 64, pcrs))
+        self.lab.register_image(image_record("measured", "3" * 64, pcrs))
         body = {"id": self.name, "sponsor": "ada", "blueprint": "coding", "ring": "stable", "image": "measured"}
         self.lab.operator.request("POST", "/v1/workspaces", body)
         self.lab.operator.request("PUT", f"/v1/workspaces/{self.name}/ek", {"ek_pub_pem": self.machine.ek_pem.decode()})

@@ -91,11 +91,11 @@ def test_an_image_must_be_registered_and_its_record_whole(broker) -> None:
         broker.operator.request("POST", "/v1/workspaces", body)
     assert caught.value.code == "unknown_image"
     with pytest.raises(BrokerRefusal) as caught:
-        broker.operator.request("PUT", "/v1/images", image_record("half", pcrs={"0": "0" * 64}))
+        broker.register_image(image_record("half", pcrs={"0": "0" * 64}))
     assert caught.value.code == "record_incomplete"
     record = image_record("whole", "2" * 64)
-    assert broker.operator.request("PUT", "/v1/images", record)["changed"]
-    assert not broker.operator.request("PUT", "/v1/images", record)["changed"]
+    assert broker.register_image(record)["changed"]
+    assert not broker.register_image(record)["changed"]
     assert broker.operator.request("POST", "/v1/workspaces", {**body, "image": "whole"})["image_sha256"] == "2" * 64
 
 
@@ -119,7 +119,7 @@ def test_an_image_must_be_registered_and_its_record_whole(broker) -> None:
 )
 def test_an_id_is_registered_exactly_when_a_vm_can_have_it(broker, name: str, valid: bool) -> None:
     body = {"id": name, "sponsor": "ada", "blueprint": "coding", "ring": "stable", "image": "ids"}
-    broker.operator.request("PUT", "/v1/images", image_record("ids", "3" * 64))
+    broker.register_image(image_record("ids", "3" * 64))
     assert bool(VM_NAME.fullmatch(name)) == valid
     if valid:
         assert broker.operator.request("POST", "/v1/workspaces", body)["id"] == name

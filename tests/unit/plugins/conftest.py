@@ -32,7 +32,7 @@ def install_collection() -> None:
 
 install_collection()
 
-from broker_rig import Lab, image_record  # noqa: E402
+from broker_rig import Lab  # noqa: E402
 
 
 class Outcome(dict[str, Any]):
@@ -81,7 +81,7 @@ def broker_context(tmp_path_factory: pytest.TempPathFactory):
     context.write_text(json.dumps({"broker": {"socket": lab.config.operator_socket}}))
     try:
         lab.start()
-        lab.operator.request("PUT", "/v1/images", image_record())
+        lab.register_image()
         lab.context = str(context)
         yield lab
     finally:

@@ -15,7 +15,7 @@ from ansible_collections.secure_agent.workspace.plugins.modules import (
     workspace_info,
     workspace_registration,
 )
-from broker_rig import image_record
+from broker_rig import image_record, signed_record
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -115,27 +115,55 @@ def test_a_broker_that_is_away_is_named_with_the_cure(tmp_path, run_module):
 # --- image_release ----------------------------------------------------------------------------------------------------
 
 
+def signed(broker_context, path: Path, officers: int = 2, **fields) -> Path:
+    path.write_text(json.dumps(signed_record(image_record(**fields), broker_context.officers.keys[:officers])))
+    return path
+
+
 @pytest.mark.control("P0-04")
 def test_an_image_is_registered_once(broker_context, run_module, tmp_path):
-    record = tmp_path / "image.release.json"
-    record.write_text(json.dumps(image_record("second", "2" * 64)))
+    record = signed(broker_context, tmp_path / "image.signed.json", name="second", digest="2" * 64)
     arguments = {"context": broker_context.context, "record": str(record)}
     assert run_module(image_release, check=True, **arguments)["changed"]
-    assert run_module(image_release, **arguments)["changed"]
+    made = run_module(image_release, **arguments)
+    assert (made["changed"], made["image"]["state"]) == (True, "candidate")
     assert not run_module(image_release, **arguments)["changed"]
     assert not run_module(image_release, check=True, **arguments)["changed"]
 
 
-def test_an_incomplete_release_record_is_refused(broker_context, run_module, tmp_path):
-    record = tmp_path / "image.release.json"
-    record.write_text(json.dumps(image_record("third", "3" * 64, pcrs={"0": "0" * 64})))
-    outcome = run_module(image_release, context=broker_context.context, record=str(record))
-    assert outcome["failure"]["code"] == "record_incomplete"
-    record.write_text("{}")
-    assert (
-        run_module(image_release, context=broker_context.context, record=str(record))["failure"]["code"]
-        == "record_unreadable"
-    )
+@pytest.mark.control("P0-04")
+def test_an_image_is_promoted_deprecated_and_revoked_once_each(broker_context, run_module, tmp_path):
+    record = signed(broker_context, tmp_path / "image.signed.json", name="moved", digest="4" * 64)
+    context = broker_context.context
+    wanted = {"context": context, "record": str(record), "state": "stable"}
+    assert run_module(image_release, check=True, **wanted)["image"]["state"] == "stable"
+    assert run_module(image_release, **wanted)["changed"]
+    assert not run_module(image_release, **wanted)["changed"]
+    for state in ("deprecated", "revoked"):
+        step = {"context": context, "name": "moved", "state": state, "reason": "test"}
+        assert run_module(image_release, check=True, **step)["changed"]
+        assert run_module(image_release, **step)["changed"]
+        assert not run_module(image_release, **step)["changed"]
+    refused = run_module(image_release, **wanted)
+    assert refused["failure"]["code"] == "transition_refused"
+    assert "is revoked and cannot become stable" in refused["msg"]
+
+
+@pytest.mark.control("P0-04")
+def test_a_record_without_enough_signatures_incomplete_or_unreadable_is_refused(broker_context, run_module, tmp_path):
+    context = broker_context.context
+    one = signed(broker_context, tmp_path / "one.json", officers=1, name="third", digest="3" * 64)
+    refused = run_module(image_release, context=context, record=str(one))
+    assert refused["failure"]["code"] == "record_threshold"
+    assert "1 of 1 signatures are good and by different officers, 2 are needed" in refused["msg"]
+    part = signed(broker_context, tmp_path / "part.json", name="third", digest="3" * 64, pcrs={"0": "0" * 64})
+    assert run_module(image_release, context=context, record=str(part))["failure"]["code"] == "record_incomplete"
+    plain = tmp_path / "plain.json"
+    plain.write_text(json.dumps(image_record("third", "3" * 64)))
+    assert run_module(image_release, context=context, record=str(plain))["failure"]["code"] == "malformed"
+    assert run_module(image_release, context=context, name="none")["failure"]["code"] == "unknown_image"
+    absent = run_module(image_release, context=context, record=str(tmp_path / "none.json"))
+    assert absent["failure"]["code"] == "record_unreadable"
 
 
 # --- broker_certificate -----------------------------------------------------------------------------------------------

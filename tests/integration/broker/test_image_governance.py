@@ -1,0 +1,113 @@
+"""Images at a real broker: only a signed, current, admitted record lets a workspace be made or attest."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from broker_rig import Lab, cli, image_record, signed_record
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from saw.broker.client import BrokerRefusal
+
+
+def refusal(call: Any, *arguments: Any, **fields: Any) -> BrokerRefusal:
+    with pytest.raises(BrokerRefusal) as caught:
+        call(*arguments, **fields)
+    return caught.value
+
+
+def put(broker: Lab, record: dict[str, Any], keys: Any) -> dict[str, Any]:
+    return broker.operator.request("PUT", "/v1/images", signed_record(record, keys))
+
+
+def create(broker: Lab, name: str, image: str, ring: str = "stable") -> dict[str, Any]:
+    body = {"id": name, "sponsor": "ada@example.com", "blueprint": "coding", "ring": ring, "image": image}
+    return broker.operator.request("POST", "/v1/workspaces", body)
+
+
+@pytest.mark.control("P0-04")
+def test_only_a_record_that_enough_officers_signed_is_registered(broker: Lab, tmp_path: Path) -> None:
+    keys = broker.officers.keys
+    record = image_record("gov-signed", "a" * 64)
+    assert refusal(put, broker, record, keys[:1]).code == "record_threshold"
+    assert refusal(put, broker, record, []).code == "record_unsigned"
+    assert refusal(put, broker, record, [keys[0], keys[0]]).code == "record_threshold"
+    changed = signed_record(record, keys[:2])
+    changed["payload"] = signed_record(image_record("gov-signed", "b" * 64), [])["payload"]
+    assert refusal(broker.operator.request, "PUT", "/v1/images", changed).code == "record_threshold"
+    other = signed_record(record, keys[:2]) | {"payloadType": "application/vnd.saw.policy-manifest+json"}
+    assert refusal(broker.operator.request, "PUT", "/v1/images", other).code == "record_malformed"
+    assert refusal(broker.operator.request, "PUT", "/v1/images", record).code == "malformed"
+    assert put(broker, record, keys[1:])["state"] == "candidate"
+    event = broker.events()[-1]["event"]
+    assert len(event["unmapped"]["saw"]["signers"]) == 2
+
+
+@pytest.mark.control("P0-04")
+def test_without_a_root_of_trust_no_image_is_registered(own_broker: Lab) -> None:
+    assert refusal(put, own_broker, image_record("early"), own_broker.officers.keys[:2]).code == "no_root"
+    assert own_broker.register_image(image_record("early"))["changed"]
+
+
+@pytest.mark.control("P0-04")
+def test_an_ended_record_is_refused(broker: Lab) -> None:
+    past = (datetime.now(UTC) - timedelta(days=1)).strftime("%Y-%m-%dT00:00:00Z")
+    ended = {**image_record("gov-ended", "c" * 64), "created": "2026-01-01T00:00:00Z", "not_after": past}
+    assert refusal(put, broker, ended, broker.officers.keys[:2]).code == "record_expired"
+    for wrong in ({"not_after": "2026-01-01T00:00:00"}, {"not_after": "2020-01-01T00:00:00Z"}, {"unheard": 1}):
+        record = {**image_record("gov-ended", "c" * 64), **wrong}
+        assert refusal(put, broker, record, broker.officers.keys[:2]).code == "record_malformed"
+
+
+@pytest.mark.control("P0-04")
+def test_a_candidate_is_for_its_rings_and_a_promoted_image_for_all(broker: Lab) -> None:
+    put(broker, image_record("gov-new", "d" * 64), broker.officers.keys[:2])
+    assert refusal(create, broker, "gov-new-1", "gov-new").code == "image_candidate"
+    assert create(broker, "gov-new-2", "gov-new", "canary")["image"] == "gov-new"
+    broker.move_image("gov-new", "stable")
+    assert create(broker, "gov-new-1", "gov-new")["image"] == "gov-new"
+
+
+@pytest.mark.control("P0-04")
+def test_a_deprecated_image_takes_no_further_workspace_and_a_revoked_one_never_returns(broker: Lab) -> None:
+    broker.register_image(image_record("gov-old", "e" * 64))
+    create(broker, "gov-old-1", "gov-old")
+    assert broker.move_image("gov-old", "deprecated")["changed"]
+    assert not broker.move_image("gov-old", "deprecated")["changed"]
+    assert refusal(create, broker, "gov-old-2", "gov-old").code == "image_deprecated"
+    broker.register_image(image_record("gov-other", "f" * 64))
+    reprovision = ("PUT", "/v1/workspaces/gov-old-1/image", {"image": "gov-other"})
+    assert broker.operator.request(*reprovision)["changed"]
+    assert broker.move_image("gov-old", "revoked")["changed"]
+    back = ("PUT", "/v1/workspaces/gov-old-1/image", {"image": "gov-old"})
+    assert refusal(broker.operator.request, *back).code == "image_revoked"
+    assert refusal(broker.move_image, "gov-old", "stable").code == "transition_refused"
+    assert refusal(put, broker, image_record("gov-old", "e" * 64), broker.officers.keys[:2]).code == "image_revoked"
+    assert refusal(broker.move_image, "gov-none", "stable").code == "unknown_image"
+
+
+@pytest.mark.control("P0-04")
+def test_two_officers_sign_one_after_the_other_on_the_command_line(broker: Lab, tmp_path: Path) -> None:
+    record, signed = tmp_path / "image.release.json", tmp_path / "image.signed.json"
+    plain = image_record("gov-cli", "9" * 64)
+    del plain["not_after"]
+    record.write_text(json.dumps(plain))
+    for index, key in enumerate(broker.officers.keys[:2]):
+        file = tmp_path / f"officer-{index}.key"
+        file.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        file.chmod(0o600)
+        source = record if index == 0 else signed
+        done = cli(broker, "image", "sign", str(source), "--key", str(file), "--out", str(signed), "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["signatures"] == index + 1
+        registered = cli(broker, "image", "register", str(signed))
+        assert registered.returncode == (1 if index == 0 else 0), registered.stderr
+    assert cli(broker, "image", "promote", "gov-cli", "--reason", "tested").returncode == 0
+    assert "gov-cli" in cli(broker, "image", "list").stdout
+    assert cli(broker, "image", "revoke", "gov-cli", "--reason", "test").returncode == 0
+    assert "cannot become" in cli(broker, "image", "deprecate", "gov-cli", "--reason", "test").stderr
+    assert "signed envelope" in cli(broker, "image", "register", str(record)).stderr
