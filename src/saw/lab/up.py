@@ -28,6 +28,7 @@ from saw.image.base import base_tar
 from saw.image.build import GoldenImage, ImageBuild
 from saw.image.wheelhouse import wheelhouse
 from saw.lab import demo_pki
+from saw.lab.image_release import release_image
 from saw.lab.nspawn import login_key_of
 from saw.lab.playbook import PlaybookRun, run_playbook
 from saw.lab.process import end_strays, run
@@ -213,12 +214,12 @@ class Bringup:
             )
             write_atomic(record_file.with_name("reference.json"), json.dumps({"seconds": answer["seconds"]}) + "\n")
             record = {
-                "format": "saw-image-release/1", "name": image.name, "image_sha256": image.image_sha256,
+                "format": "saw-image-release/2", "name": image.name, "image_sha256": image.image_sha256,
                 "inputs_digest": image.inputs_digest, "created": image.created,
                 "boot": {"pcrs": {number: value for number, value in answer["pcrs"].items() if int(number) <= 13}},
             }  # fmt: skip
             write_atomic(record_file, json.dumps(record, indent=2) + "\n")
-        self.saw("image", "register", str(record_file))
+        release_image(self.lab, self.saw, record_file, datetime.now(UTC))
         return dict(json.loads(record_file.read_text(encoding="utf-8")))
 
     def on_host(self, name: str, *command: str, timeout: float = 600) -> str:

@@ -108,6 +108,7 @@ def failures(answer) -> set[str]:
 @pytest.mark.control("POL-05")
 @pytest.mark.control("ID-04")
 @pytest.mark.control("ID-02")
+@pytest.mark.control("P0-04")
 def test_no_good_quote_no_identity_and_a_good_one_gives_identity_lease_and_session(own_broker, machine) -> None:
     lab = own_broker
     digest, publication = lab.officers.publication(1)
@@ -180,6 +181,13 @@ def test_no_good_quote_no_identity_and_a_good_one_gives_identity_lease_and_sessi
         machine.tpm.extend_policy(newer)
         assert agent.quote(agent.evidence(agent.nonce(), digest, newer)).status_code == 200
 
+        # An image that is deprecated still attests; a revoked one loses its grants at once and attests no more.
+        lab.move_image("measured", "deprecated")
+        assert agent.quote(agent.evidence(agent.nonce(), digest, newer)).status_code == 200
+        assert lab.move_image("measured", "revoked")["workspaces_cut_off"] == ["ws-a"]
+        assert lab.operator.request("GET", "/v1/workspaces/ws-a")["lease_expires_at"] is None
+        assert failures(agent.quote(agent.evidence(agent.nonce(), digest, newer))) == {"image_revoked"}
+
         # Killed: no nonce, no lease, no session; evidence asked for before the kill is worth nothing.
         nonce = agent.nonce()
         lab.operator.request("POST", "/v1/workspaces/ws-a/kill", {"reason": "drill"})
@@ -191,7 +199,7 @@ def test_no_good_quote_no_identity_and_a_good_one_gives_identity_lease_and_sessi
     # The whole story is in the trail, names its subjects, and is complete.
     ours = [event["event"] for event in lab.events()]
     quotes = [event for event in ours if event.get("auth_protocol") == "tpm2-quote"]
-    assert len(quotes) == 2
+    assert len(quotes) == 3
     assert {event["policy"]["uid"] for event in quotes} == {digest, newer}
     assert any(event.get("status_detail") == "not_attested" for event in ours)
     sessions = [event for event in ours if event.get("auth_protocol") == "ssh-certificate"]

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
+from saw.attest.verifier import RELEASED_PCRS
 from saw.audit import Chain, EventFactory, Head, Subject
 from saw.broker.config import BrokerConfig, RolloutSettings
 from saw.broker.context import Caller
@@ -49,6 +50,17 @@ network_policies:
     endpoints: [{host: git.example.com, port: 443, protocol: rest, access: read-only}]
     binaries: [{path: "/usr/bin/gitN"}]
 """
+RECORD = msgspec.json.encode(
+    {
+        "format": "saw-image-release/2",
+        "name": "i",
+        "image_sha256": "1" * 64,
+        "inputs_digest": "inputs",
+        "created": "2026-11-01T00:00:00Z",
+        "not_after": "2027-11-01T00:00:00Z",
+        "boot": {"pcrs": {str(pcr): f"{pcr:064x}" for pcr in RELEASED_PCRS}},
+    }
+).decode()
 GOVERNANCE = "schema: 1\nblueprint: {name: coding, version: 1.0.0, owner: team}\n"
 
 
@@ -73,7 +85,9 @@ class World:
         self.open()
         with self.broker.services.store.write() as tx:
             tx.connection.execute(
-                images.insert().values(name="i", image_sha256="1" * 64, record="{}", registered_at="2026")
+                images.insert().values(
+                    name="i", image_sha256="1" * 64, record=RECORD, envelope="{}", state="stable", registered_at="2026"
+                )
             )
         self.digests: dict[int, str] = {}
         self.chain = Chain("edge", Head())
