@@ -203,7 +203,8 @@ class Bringup:
         """Boot the image once on the hypervisor, record what it measures, and register the release record."""
         record_file = Path(image.directory) / "release.json"
         known = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
-        if not all(str(pcr) in known.get("boot", {}).get("pcrs", {}) for pcr in RELEASED_PCRS):
+        measured = known.get("boot", {}).get("pcrs", {}) if known.get("format") == "saw-image-release/2" else {}
+        if not all(str(pcr) in measured for pcr in RELEASED_PCRS):
             self.progress.say("reference boot on the hypervisor (its measurements become the expected ones)")
             path = f"/var/lib/saw/images/{image.name}/image.qcow2"
             answer = json.loads(
