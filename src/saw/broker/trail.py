@@ -23,7 +23,10 @@ class Trail:
         self._s = services
 
     def page(self, source: str, after: int, limit: int) -> dict[str, Any]:
-        """Return up to ``limit`` chained events of ``source`` behind ``after``, ascending, with the chain's head."""
+        """Return up to ``limit`` chained events of ``source`` behind ``after``, ascending, with the chain's head.
+
+        ``sources`` are all chains that are held, also one whose head somebody removed.
+        """
         with self._s.store.read() as connection:
             query = (
                 select(audit_events)
@@ -33,7 +36,7 @@ class Trail:
             )
             events = list(chained_rows(connection.execute(query)))
             head = read_head(connection, source)
-            sources = list(connection.execute(select(audit_heads.c.source).order_by(audit_heads.c.source)).scalars())
+            sources = _sources(connection)
         return {"source": source, "events": events, "head": head, "sources": sources}
 
     def verify(self) -> dict[str, Any]:
@@ -41,10 +44,8 @@ class Trail:
         chains: list[dict[str, Any]] = []
         findings: list[Any] = []
         with self._s.store.read() as connection:
-            stored = set(connection.execute(select(audit_events.c.source).distinct()).scalars())
-            known = set(connection.execute(select(audit_heads.c.source)).scalars())
             total = int(connection.execute(select(func.count()).select_from(audit_events)).scalar_one())
-            for source in sorted(stored | known | {SOURCE}):
+            for source in _sources(connection):
                 report = verify_chain(_events(connection, source), read_head(connection, source))
                 findings.extend(report.findings)
                 chains.append(
@@ -56,6 +57,17 @@ class Trail:
                     }
                 )
         return {"complete": not findings, "events": total, "chains": chains, "findings": findings}
+
+
+def _sources(connection: Connection) -> list[str]:
+    """Return the names of all chains, by one look into the index for each."""
+    found = {SOURCE, *connection.execute(select(audit_heads.c.source)).scalars()}
+    last: str | None = ""
+    while last is not None:
+        found.add(last)
+        query = select(func.min(audit_events.c.source)).where(audit_events.c.source > last)
+        last = connection.execute(query).scalar_one()
+    return sorted(found - {""})
 
 
 def _events(connection: Connection, source: str) -> Iterator[ChainedEvent]:

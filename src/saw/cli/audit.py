@@ -117,7 +117,7 @@ def _head(text: str) -> Head:
 
 def _sources(client: OperatorClient) -> list[str]:
     """Return every chain that the broker holds: its own, and those of the perimeter hosts."""
-    return [str(chain["source"]) for chain in client.request("GET", "/v1/audit/verify")["chains"]]
+    return [str(source) for source in client.request("GET", "/v1/audit/events?source=broker&limit=1")["sources"]]
 
 
 def _pages(client: OperatorClient, source: str, after: int, limit: int | None) -> Iterator[dict[str, Any]]:

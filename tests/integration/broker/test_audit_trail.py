@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from datetime import UTC, datetime
 
 import httpx
@@ -17,6 +18,8 @@ import pytest
 from broker_rig import cli, ready_socket
 
 from saw.audit import Chain, EventFactory, Head, Subject
+from saw.broker.client import OperatorClient
+from saw.cli import audit
 from saw.errors import SawError
 
 FACTORY = EventFactory("saw-gatekeeper", host="edge", new_uid=lambda: "uid")
@@ -88,6 +91,28 @@ def test_an_export_without_a_source_holds_every_chain(broker, tmp_path) -> None:
     assert {json.loads(line)["source"] for line in copy.read_text().splitlines()} == known
     assert cli(broker, "audit", "verify", "--file", str(copy)).returncode == 0
     assert "name the chain" in cli(broker, "audit", "export", "--after", "3").stderr
+
+
+@pytest.mark.control("AUD-02")
+def test_an_export_reads_pages_alone_and_holds_a_chain_whose_head_was_removed(own_broker, monkeypatch, capsys) -> None:
+    with own_broker.tls("perimeter", "edge-headless") as edge:
+        ship(edge, "edge-headless", chained("edge-headless", 3))
+    with closing(sqlite3.connect(own_broker.config.database, timeout=10)) as store, store:
+        assert store.execute("DELETE FROM audit_heads WHERE source = 'edge-headless'").rowcount == 1
+    asked = []
+
+    class Recording(OperatorClient):
+        def request(self, method, path, json=None):
+            asked.append(path.partition("?")[0])
+            return super().request(method, path, json)
+
+    monkeypatch.setattr(audit, "OperatorClient", Recording)
+    context = own_broker.directory / "context.json"
+    context.write_text(json.dumps({"broker": {"socket": own_broker.config.operator_socket, "ssh": None}}))
+    assert audit.main(["export", "--context", str(context)]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["source"] for line in lines} == {"broker", "edge-headless"}
+    assert set(asked) == {"/v1/audit/events"}, "an export makes the broker verify nothing"
 
 
 @pytest.mark.control("AUD-02")
