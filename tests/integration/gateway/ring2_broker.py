@@ -1,4 +1,8 @@
-"""The far side of the perimeter's broker link: states as a test wants them, and the events that arrived."""
+"""The far side of the perimeter's broker link: states as a test wants them, and the events that arrived.
+
+What it states and takes goes through the structures of the real two sides, so it cannot say what no broker says;
+tests/integration/broker/test_perimeter_contract.py holds a real broker beside it.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,12 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import msgspec
 import uvicorn
 
 from saw.audit.chain import ChainedEvent
+from saw.broker.perimeter import Shipment
+from saw.gateway.state import parse_state
 
 
 class Uvicorn:
@@ -76,13 +83,15 @@ class Broker:
             if isinstance(lease, int | float):
                 entry["lease_expires_at"] = lease = (now + timedelta(seconds=lease)).isoformat()
             workspaces.append({**entry, "lease_expires_at": lease})
-        return {
+        stated = {
             "seq": self.seq,
             "now": now.isoformat(),
             "workspaces": workspaces,
             "releases": {digest: base64.b64encode(raw).decode() for digest, raw in self.releases.items()},
             "policy_keys": {"threshold": 1, "keys": {"forged": "never to be believed"}},
         }
+        parse_state(msgspec.json.encode(stated))
+        return stated
 
     def _wait(self, after: int, wait: float) -> dict[str, Any]:
         with self._changed:
@@ -112,10 +121,8 @@ class Broker:
 
     def _accept(self, shipment: dict[str, Any]) -> dict[str, Any]:
         known = {event.seq for event in self.events}
-        for item in shipment["events"]:
-            event = ChainedEvent(**item)
-            if event.seq not in known:
-                self.events.append(event)
+        sent = msgspec.convert(shipment, Shipment)
+        self.events += [event for event in sent.events if event.seq not in known]
         return {"accepted": max((event.seq for event in self.events), default=0)}
 
 
