@@ -42,6 +42,15 @@ def test_case(case, matcher: Matcher, bundle: Bundle) -> None:
     assert run_case(case, matcher, bundle.governance).fault == ""
 
 
+@pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
+def test_vectors_refuse_for_a_reason_and_allow_beside_it(path: Path) -> None:
+    cases = load_cases(path.read_bytes(), path.name).cases
+    assert [case.name for case in cases if case.expect.verdict == "deny" and case.expect.reason is None] == []
+    assert len({case.name for case in cases}) == len(cases)
+    verdicts = [case.expect.verdict for case in cases]
+    assert {"allow", "deny"} == set(verdicts)
+
+
 def push(matcher: Matcher, body: bytes | None, **more: object) -> Decision:
     return matcher.decide(
         Request("https", "git.example.com", 443, "POST", "/team/app.git/git-receive-pack", body=body, **GIT, **more)
