@@ -29,6 +29,12 @@ from saw.policy.paths import canonicalise_path
 MAX_DIRECTORIES = 256
 """Most directories of a file system policy, read-only and read-write together."""
 
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx", "/dev/pts")
+"""The device nodes of every sandbox. No other one can be granted, so no other one may be listed."""
+
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the sandbox's own
+"""The one writable directory below ``/dev``, private to each sandbox."""
+
 _METHOD = re.compile(r"(?:\*|[A-Za-z][A-Za-z-]{0,31})\Z")
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
 _ACCOUNT = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")
@@ -75,8 +81,17 @@ def check_absolute(value: str, report: Report) -> None:
         report(f"{value!r} has wildcards or control characters", "list directories one by one")
 
 
-def _read_write(value: str, report: Report) -> None:
+def _directory(value: str, report: Report) -> None:
     check_absolute(value, report)
+    if (value + "/").startswith("/dev/") and value not in {*DEVICES, SHARED_MEMORY}:
+        report(
+            f"{value!r} is no device of the sandbox, so listing it would grant nothing",
+            f"remove it; {', '.join(DEVICES)} and {SHARED_MEMORY} are there without being listed",
+        )
+
+
+def _read_write(value: str, report: Report) -> None:
+    _directory(value, report)
     if value.rstrip("/") == "":
         report("the whole file system would be writable", "list the directories to write to")
 
@@ -262,7 +277,7 @@ POLICY_CHECKS = Checks(
         ),
     },
     items={
-        (FilesystemPolicy, "read_only"): check_absolute,
+        (FilesystemPolicy, "read_only"): _directory,
         (FilesystemPolicy, "read_write"): _read_write,
         (AnyOf, "any"): check_flat_glob,
         (Match, "query"): _query,

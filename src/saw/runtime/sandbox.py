@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 import msgspec
 
 from saw.errors import SawError
+from saw.policy.checks_policy import DEVICES, SHARED_MEMORY
 from saw.policy.governance import Governance
 from saw.policy.model import Policy
 from saw.runtime.launcher import Launch
@@ -52,10 +53,8 @@ BASE_READ_ONLY = (
 )
 """What a process needs to start at all; the policy adds to it. ``/etc/shadow`` and the rest of ``/etc`` are absent."""
 
-BASE_READ_WRITE = ("/run/saw/shell", "/tmp", "/var/tmp", "/dev/shm")  # noqa: S108
+BASE_READ_WRITE = ("/run/saw/shell", "/tmp", "/var/tmp", SHARED_MEMORY)  # noqa: S108
 """Writable in every sandbox: its own private temporary directories and the directory of its two sockets."""
-
-DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx", "/dev/pts")
 
 PROTECTED_FILES = (
     ".bash_login",
@@ -192,7 +191,7 @@ class SandboxSpec:
         return replace(
             self.shell_launch(),
             read_only=(*base, *server.read_only),
-            read_write=("/tmp", "/dev/shm", *server.read_write),  # noqa: S108
+            read_write=("/tmp", SHARED_MEMORY, *server.read_write),  # noqa: S108
             connect_ports=(),
             environment={"HOME": self.home, "PATH": self.environment["PATH"], "LANG": "C.UTF-8"},
             workdir=(*server.read_write, *server.read_only, "/")[0],
@@ -264,9 +263,8 @@ def compile_spec(
     read_write = list(files.read_write)
     if files.include_workdir and not any(_inside(workdir, path) for path in read_write):
         read_write.append(workdir)
-    devices = (*DEVICES, "/dev")
-    read_only = tuple(p for p in files.read_only if p not in devices)
-    writable = tuple(p for p in read_write if p not in devices)
+    read_only = tuple(p for p in files.read_only if p not in DEVICES)
+    writable = tuple(p for p in read_write if p not in DEVICES)
     for path in (*read_only, *writable):
         _refuse_reserved(path, writable=path in writable)
     spec = SandboxSpec(

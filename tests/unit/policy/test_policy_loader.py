@@ -100,12 +100,20 @@ def test_everything_is_told_at_once() -> None:
         ("version: 1\nfilesystem_policy: {read_write: [/]}", "whole file system"),
         ("version: 1\nfilesystem_policy: {read_only: [/a/../b]}", "dot or empty segments"),
         ("version: 1\nfilesystem_policy: {read_only: [a]}", "not absolute"),
+        ("version: 1\nfilesystem_policy: {read_write: [/dev/nvidia0]}", "'/dev/nvidia0' is no device of the sandbox"),
+        ("version: 1\nfilesystem_policy: {read_only: [/dev]}", "'/dev' is no device of the sandbox"),
+        ("version: 1\nfilesystem_policy: {read_write: [/dev/shm/x]}", "'/dev/shm/x' is no device of the sandbox"),
         ("version: 1\nnetwork_middlewares: {x: 1}", "not enforced by this version"),
         ("version: 1\nnetwork_policies: {_provider_x: {endpoints: [], binaries: []}}", "reserved"),
     ],
 )
 def test_refused_files(text: str, reason: str) -> None:
     assert reason in "\n".join(problems(text))
+
+
+def test_devices_that_every_sandbox_has_may_be_listed() -> None:
+    listed = "[/dev/null, /dev/urandom, /dev/pts, /dev/shm, /devices]"
+    assert load_policy(f"version: 1\nfilesystem_policy: {{read_write: {listed}}}".encode())
 
 
 @pytest.mark.parametrize(
