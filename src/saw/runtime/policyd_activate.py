@@ -66,6 +66,7 @@ class Activator:
         self._root = config.generations
         self._expected: dict[str, str] | None = None
         self._active: Content | None = None
+        self._proxy_answered = False
 
     @property
     def active(self) -> Content | None:
@@ -226,14 +227,19 @@ class Activator:
             )
 
     def _read_back(self, digest: str) -> None:
-        """Wait until decision service and proxy both enforce ``digest``."""
-        deadline = time.monotonic() + self._config.readback_s
+        """Wait until decision service and proxy both enforce ``digest``.
+
+        Nothing is acknowledged that does not answer. A proxy that has not answered to this process yet may still be
+        starting, and gets ``proxy_start_s`` for it; one that answered before must do so within ``readback_s``.
+        """
+        started = time.monotonic()
         decide, proxy = "", ""
-        while time.monotonic() < deadline:
+        while time.monotonic() - started < self._patience(decide == digest):
             if decide != digest:
                 decide = self._decided()
             if decide == digest:
-                proxy = self._proxied(digest)
+                proxy = self._proxied()
+                self._proxy_answered = self._proxy_answered or bool(proxy)
                 if proxy == digest:
                     return
             time.sleep(_PAUSE)
@@ -243,6 +249,10 @@ class Activator:
             cure="see the journal of saw-decide and saw-ring1",
         )
 
+    def _patience(self, decided: bool) -> float:
+        waits_for_start = decided and not self._proxy_answered
+        return max(self._config.readback_s, self._config.proxy_start_s if waits_for_start else 0.0)
+
     def _decided(self) -> str:
         try:
             with httpx.Client(transport=httpx.HTTPTransport(uds=self._config.decide_socket), timeout=5) as client:
@@ -251,14 +261,12 @@ class Activator:
             return ""
         return str(answer.get("policy_digest", ""))
 
-    def _proxied(self, digest: str) -> str:
-        """Return the generation that the proxy serves; one that does not run yet will start with the one in force."""
+    def _proxied(self) -> str:
+        """Return the generation that the proxy serves, empty when it does not answer."""
         connection = http.client.HTTPConnection(self._config.listen_address, self._config.listen_port, timeout=5)
         try:
             connection.request("GET", f"http://{ring1.PROBE_HOST}{ring1.PROBE_PATH}")
             return connection.getresponse().read(128).decode("ascii", "replace")
-        except ConnectionRefusedError:
-            return digest
         except (OSError, http.client.HTTPException):
             return ""
         finally:

@@ -19,8 +19,9 @@ Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
 class PolicydConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``/etc/saw/policyd.json``; every value has the default of the architecture page. Times are in seconds.
 
-    ``nv_index`` (for example ``0x01500010``) adds a revision floor in the TPM. ``attest_socket`` null measures nothing; the
-    broker then issues no identity for the policy.
+    ``readback_s`` bounds the wait for both parts to enforce what was switched to, ``proxy_start_s`` the wait for a ring 1
+    that was not seen running yet. ``nv_index`` (for example ``0x01500010``) adds a revision floor in the TPM.
+    ``attest_socket`` null measures nothing; the broker then issues no identity for the policy.
     """
 
     run_dir: str = "/run/saw"
@@ -36,6 +37,7 @@ class PolicydConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     heartbeat_s: Seconds = 5.0
     stall_s: Seconds = 180.0
     readback_s: Seconds = 30.0
+    proxy_start_s: Seconds = 120.0
     validate_s: Seconds = 120.0
     measure_s: Seconds = 60.0
     nv_index: str | None = None

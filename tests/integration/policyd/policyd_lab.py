@@ -223,6 +223,7 @@ class Lab:
             "poll_s": 5.0,
             "heartbeat_s": 0.2,
             "readback_s": 5.0,
+            "proxy_start_s": 20.0,
             **changes,
         }
         (self.directory / "policyd.json").write_text(json.dumps(config))
@@ -230,9 +231,12 @@ class Lab:
     def config(self) -> PolicydConfig:
         return load_json(self.directory / "policyd.json", PolicydConfig)
 
-    def agent(self, step=lambda _: None) -> Policyd:
+    def agent(self, step=lambda _: None, *, proxy: bool = True) -> Policyd:
+        """Return an agent of this workspace; ``proxy`` starts ring 1's Envoy with the first one."""
         agent = build(self.config(), step)
         self.agents.append(agent)
+        if proxy and not self.processes:
+            self.start_envoy()
         return agent
 
     def _start_decide(self) -> None:
@@ -258,18 +262,21 @@ class Lab:
             subprocess.Popen(
                 [ENVOY, "-c", bootstrap, "--disable-hot-restart", "--concurrency", "1", "-l", "error"],
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
             )
         )
+
+    def end_envoy(self) -> None:
+        """Kill ring 1's Envoy; nothing starts it again by itself."""
+        while self.processes:
+            process = self.processes.pop()
+            process.send_signal(signal.SIGKILL)
+            process.wait(10)
 
     def stop(self) -> None:
         for agent in self.agents:
             agent.close()
-        for process in self.processes:
-            process.send_signal(signal.SIGKILL)
-            process.wait(10)
-            if process.stderr:
-                process.stderr.close()
+        self.end_envoy()
         self.attestd.stop()
         self.broker.stop()
         self._decide.should_exit = self._decide.force_exit = True

@@ -109,6 +109,9 @@ class Enforcement(Activator):
             return ""
         return generation.load(self._root, name).digest
 
+    def _proxied(self) -> str:
+        return generation.current(self._root) or ""
+
 
 class World:
     def __init__(self, directory: Path) -> None:
