@@ -266,6 +266,7 @@ class Policyd:
         try:
             keys, threshold = trusted_policy_keys(root)
             verified = verify_bundle(raw, keys, threshold, self._now(), min_revision=self._floor.get())
+            self._floor.check(verified.revision)
         except (BundleRefused, FloorError, RepositoryError) as error:
             raise Refusal(error.code, error.message) from error
         if verified.blueprint != self._workspace.blueprint:

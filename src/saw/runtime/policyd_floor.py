@@ -1,12 +1,13 @@
 """The lowest policy revision that may ever load again, kept where a wiped or restored disk does not reset it.
 
 TUF's rollback defence lives in the client's metadata; wiping that metadata must not bring an old policy back. The file
-survives a wiped TUF cache, the TPM index survives a disk that was set back as well.
+survives a wiped TUF cache, the TPM's counter survives a disk that was set back as well.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import struct
 import subprocess
 from collections.abc import Sequence
@@ -19,7 +20,11 @@ from saw.errors import SawError
 from saw.files import load_json, write_private
 
 _SIZE = 8
-_ATTRIBUTES = "ownerread|ownerwrite|no_da"
+_ATTRIBUTES = "nt=counter|ownerread|ownerwrite|no_da"
+_TYPE, _COUNTER, _WRITTEN = 0xF0, 0x10, 1 << 29
+_HELPER_BIT = 1
+MAX_STEP = 1000
+"""Most revisions that the TPM's counter is moved at once; each is one command to the TPM."""
 
 
 class FloorError(SawError):
@@ -33,6 +38,9 @@ class RevisionFloor(Protocol):
 
     def get(self) -> int:
         """Return the floor, 0 when none was set; raises :class:`FloorError`."""
+
+    def check(self, revision: int) -> None:
+        """Raise :class:`FloorError` when the floor could not be raised to ``revision``; changes nothing."""
 
     def raise_to(self, revision: int) -> None:
         """Raise the floor to ``revision``; a lower value changes nothing. Raises :class:`FloorError`."""
@@ -59,6 +67,10 @@ class FileFloor:
                 f"the revision floor is unreadable: {error.message}", cure="rebuild the workspace"
             ) from error
 
+    def check(self, revision: int) -> None:  # noqa: ARG002 - any will do
+        """A file takes any revision; an unreadable one is an error."""
+        self.get()
+
     def raise_to(self, revision: int) -> None:
         """Raise the floor."""
         if revision > self.get():
@@ -69,41 +81,95 @@ class FileFloor:
 
 
 class TpmFloor:
-    """The floor in an ordinary TPM NV index of 8 bytes, big-endian (tpm2-tools; TPM 2.0 Library part 1, 37)."""
+    """The floor as a TPM NV counter: its value is the floor (TPM 2.0 Library part 1, 37.2.3; part 3, TPM2_NV_Increment).
+
+    A counter can only be incremented, and a new one starts above every value that a removed counter of this TPM had. There
+    is no base to subtract and no record beside it, so nothing that the workspace's root can write lowers the floor. An index
+    of the ordinary kind, as earlier versions made it or as root may put in its place, gives way to a counter.
+    """
 
     def __init__(self, index: str, tcti: str | None = None, timeout: float = 60.0) -> None:
-        self._index = index
+        self._index = int(index, 16)
+        self._helper = self._index ^ _HELPER_BIT
         self._environment = {**os.environ, **({"TPM2TOOLS_TCTI": tcti} if tcti else {})}
         self._timeout = timeout
 
     def get(self) -> int:
-        """Return the floor, 0 when the index was never defined."""
-        if not self._defined():
-            return 0
-        raw = self._run(["tpm2_nvread", "-C", "o", "-s", str(_SIZE), self._index])
-        if len(raw) != _SIZE:
-            raise FloorError(f"TPM index {self._index} holds {len(raw)} bytes, not {_SIZE}", cure="check nv_index")
-        return int(struct.unpack(">Q", raw)[0])
+        """Return the counter's value. A counter that is not there is defined, and starts at 1 or above."""
+        return self._counter(self._index)
+
+    def check(self, revision: int) -> None:
+        """Raise :class:`FloorError` for a revision that is more than :data:`MAX_STEP` above the counter."""
+        missing = revision - self.get()
+        if missing > MAX_STEP:
+            raise FloorError(
+                f"revision {revision} is {missing} above the TPM's counter, which moves at most {MAX_STEP} at once",
+                cure="number releases one by one, or leave nv_index out",
+            )
 
     def raise_to(self, revision: int) -> None:
-        """Raise the floor, defining the index when it is new."""
-        if not self._defined():
-            self._run(["tpm2_nvdefine", "-C", "o", "-s", str(_SIZE), "-a", _ATTRIBUTES, self._index])
-            self._write(revision)
-        elif revision > self.get():
-            self._write(revision)
+        """Increment the counter to ``revision``."""
+        self.check(revision)
+        for _ in range(revision - self.get()):
+            self._run(["tpm2_nvincrement", "-C", "o", f"{self._index:#x}"])
 
-    def _write(self, revision: int) -> None:
-        self._run(["tpm2_nvwrite", "-C", "o", "-i", "-", self._index], struct.pack(">Q", revision))
+    def _counter(self, index: int, start: int = 0) -> int:
+        """Return the value of the counter ``index``, after making it one and bringing it to ``start``."""
+        attributes = self._attributes(index)
+        if attributes is not None and attributes & _TYPE != _COUNTER:
+            self._retire(index, self._value(index) if attributes & _WRITTEN else 0)
+            attributes = None
+        if attributes is None:
+            self._run(["tpm2_nvdefine", "-C", "o", "-a", _ATTRIBUTES, f"{index:#x}"])
+            attributes = 0
+        if not attributes & _WRITTEN:
+            self._run(["tpm2_nvincrement", "-C", "o", f"{index:#x}"])
+        value = self._value(index)
+        if start - value > MAX_STEP:
+            raise FloorError(
+                f"TPM index {self._index:#x} holds {start + 1}, more than {MAX_STEP} above any counter of this TPM",
+                cure="name another nv_index; the floor in the file still counts",
+            )
+        for _ in range(start - value):
+            self._run(["tpm2_nvincrement", "-C", "o", f"{index:#x}"])
+        return max(start, value)
 
-    def _defined(self) -> bool:
+    def _retire(self, index: int, value: int) -> None:
+        """Remove an ordinary index so that a counter in its place starts at ``value`` or above; may end anywhere.
+
+        A second counter is brought to one below it and removed first: a new counter starts above every removed one.
+        """
+        if value > 1 and index != self._helper:
+            self._counter(self._helper, value - 1)
+            self._run(["tpm2_nvundefine", "-C", "o", f"{self._helper:#x}"])
+        self._run(["tpm2_nvundefine", "-C", "o", f"{index:#x}"])
+
+    def _attributes(self, index: int) -> int | None:
+        """Return TPMA_NV of ``index``, or None when it is not defined."""
         listed = self._run(["tpm2_getcap", "handles-nv-index"]).decode("ascii", "replace").lower()
-        return f"0x{int(self._index, 16):x}" in listed.replace("-", " ").split()
+        if f"{index:#x}" not in listed.replace("-", " ").split():
+            return None
+        public = self._run(["tpm2_nvreadpublic", f"{index:#x}"]).decode("ascii", "replace")
+        found = re.search(r"attributes:\s+friendly:[^\n]*\s+value: 0x([0-9A-Fa-f]+)", public)
+        if found is None:
+            raise FloorError(f"the attributes of TPM index {index:#x} cannot be read", cure="check tpm2-tools")
+        return int(found[1], 16)
 
-    def _run(self, command: Sequence[str], data: bytes = b"") -> bytes:
+    def _value(self, index: int) -> int:
+        raw = self._run(["tpm2_nvread", "-C", "o", "-s", str(_SIZE), f"{index:#x}"])
+        if len(raw) != _SIZE:
+            raise FloorError(f"TPM index {index:#x} holds {len(raw)} bytes, not {_SIZE}", cure="check nv_index")
+        return int(struct.unpack(">Q", raw)[0])
+
+    def _run(self, command: Sequence[str]) -> bytes:
         try:
             done = subprocess.run(
-                command, input=data, capture_output=True, check=True, timeout=self._timeout, env=self._environment
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                check=True,
+                timeout=self._timeout,
+                env=self._environment,
             )
         except subprocess.CalledProcessError as error:
             text = error.stderr.decode("utf-8", "replace").strip()[-300:]
@@ -122,6 +188,11 @@ class Floors:
     def get(self) -> int:
         """Return the highest floor."""
         return max(floor.get() for floor in self._floors)
+
+    def check(self, revision: int) -> None:
+        """Ask every floor."""
+        for floor in self._floors:
+            floor.check(revision)
 
     def raise_to(self, revision: int) -> None:
         """Raise every floor."""

@@ -188,6 +188,40 @@ def test_when_enforcement_does_not_follow_the_old_generation_returns(loaded):
     assert lab.attestd.measured[-1]["policy_digest"] == before
 
 
+@pytest.mark.control("POL-02")
+def test_a_proxy_that_dies_on_the_new_generation_is_not_acknowledged(loaded):
+    lab, _, before = loaded
+    lab.configure(readback_s=0.5)
+    agent = lab.agent(lambda step: lab.end_envoy() if step == "switch" else None)
+    agent.cycle()  # takes over what is in force, so it knows a running proxy
+    raw = lab.publish()
+    agent.cycle()
+    assert (lab.told()["state"], lab.told()["reason"]) == ("refused", "read_back_failed")
+    assert (lab.current(), lab.decided()["policy_digest"]) == (before, before)
+    assert ("loaded", digest_of(raw)) not in lab.words()
+    assert ("refused", digest_of(raw)) in lab.words()
+    assert lab.attestd.measured[-1]["policy_digest"] == before
+    # Its twin: a proxy that is started again, as its unit does it, takes the same release.
+    lab.configure()
+    lab.start_envoy()
+    lab.agent(lambda step: (lab.end_envoy(), lab.start_envoy()) if step == "switch" else None).cycle()
+    assert (lab.current(), lab.words()[-1]) == (digest_of(raw), ("loaded", digest_of(raw)))
+
+
+@pytest.mark.control("POL-02")
+def test_nothing_is_acknowledged_before_the_proxy_runs_for_the_first_time(lab):
+    lab.configure(readback_s=0.2, proxy_start_s=0.4)
+    raw = lab.publish()
+    agent = lab.agent(proxy=False)
+    agent.cycle()
+    assert (lab.current(), lab.told()["reason"]) == ("closed", "read_back_failed")
+    assert ("loaded", digest_of(raw)) not in lab.words()
+    lab.configure(readback_s=0.2)
+    patient = lab.agent(lambda step: lab.start_envoy() if step == "read back" else None, proxy=False)
+    patient.cycle()
+    assert lab.words()[-1] == ("loaded", digest_of(raw))
+
+
 @pytest.mark.control("POL-05")
 def test_a_changed_generation_is_found_restored_and_reported(loaded):
     lab, agent, before = loaded
@@ -269,7 +303,7 @@ for line in sys.stdin:
         if wanted == "acknowledge":
             agent._report = lambda kind, state, *_, **__: die() if state == "loaded" else None
         if wanted == "keep":
-            agent._floor = type("Floor", (), {"get": lambda _: 0, "raise_to": die})()
+            agent._floor = type("Floor", (), {"get": lambda _: 0, "check": lambda *_: None, "raise_to": die})()
         agent.cycle()
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -329,7 +363,6 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_generation(loaded, crash, 
 def test_from_release_to_enforcement_in_both_parts_within_two_seconds(lab):
     lab.publish()
     agent = lab.agent()
-    lab.start_envoy()
     thread = threading.Thread(target=agent.run, daemon=True)
     thread.start()
     try:

@@ -164,6 +164,21 @@ def test_an_older_signed_release_is_refused_by_the_tpm_when_all_of_the_disk_was_
     assert lab.current() == digest_of(second)
 
 
+@pytest.mark.control("POL-02")
+def test_a_revision_that_the_tpm_cannot_follow_is_refused_before_anything_is_switched(lab, tpm):
+    lab.configure(nv_index="0x01500010", tcti=tpm)
+    lab.publish()
+    agent = lab.agent()
+    agent.cycle()
+    near = lab.publish(lab.bundle("/near/**", revision=40))
+    agent.cycle()
+    assert lab.words()[-1] == ("loaded", digest_of(near))
+    far = lab.publish(lab.bundle("/far/**", revision=5000))
+    agent.cycle()
+    assert (lab.current(), lab.told()["reason"]) == (digest_of(near), "revision_floor")
+    assert ("verified", digest_of(far)) not in lab.words()
+
+
 CRASH = """
 import os, signal, sys, types
 from pathlib import Path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import tempfile
 import time
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from saw.runtime import generation
+from saw.runtime import generation, policyd_floor
 from saw.runtime.leaf import LeafAuthority, san_of
 from saw.runtime.policyd_floor import FileFloor, FloorError, Floors, TpmFloor
 
@@ -48,13 +50,103 @@ def test_the_floor_in_the_tpm_survives_a_wiped_disk(tcti, tmp_path):
     def floors() -> Floors:
         return Floors([FileFloor(file), TpmFloor("0x01500010", tcti)])
 
-    assert floors().get() == 0
+    assert floors().get() == 1  # a counter's first value
     floors().raise_to(7)
     floors().raise_to(5)
     file.unlink()
     assert floors().get() == 7
     floors().raise_to(8)
     assert (FileFloor(file).get(), floors().get()) == (8, 8)
+
+
+INDEX = "0x01500010"
+
+
+def tpm(tcti: str, *command: str) -> bytes:
+    """Act on the TPM as root of the workspace can."""
+    environment = {**os.environ, "TPM2TOOLS_TCTI": tcti}
+    return subprocess.run(command, check=True, capture_output=True, env=environment).stdout
+
+
+@pytest.mark.control("POL-02")
+@pytest.mark.parametrize("attack", ["undefine", "ordinary index", "other counter", "owner cleared"])
+def test_root_cannot_lower_the_floor_in_the_tpm(tcti, attack):
+    floor = TpmFloor(INDEX, tcti)
+    floor.raise_to(6)
+    if attack == "owner cleared":
+        tpm(tcti, "tpm2_clear", "-c", "p")
+    else:
+        tpm(tcti, "tpm2_nvundefine", "-C", "o", INDEX)
+    if attack == "ordinary index":
+        tpm(tcti, "tpm2_nvdefine", "-C", "o", "-s", "8", "-a", "ownerread|ownerwrite|no_da", INDEX)
+        low = subprocess.run(
+            ["tpm2_nvwrite", "-C", "o", "-i", "-", INDEX],
+            input=bytes(7) + b"\x02",
+            check=True,
+            capture_output=True,
+            env={**os.environ, "TPM2TOOLS_TCTI": tcti},
+        )
+        assert low.returncode == 0
+    if attack == "other counter":
+        tpm(tcti, "tpm2_nvdefine", "-C", "o", "-a", "nt=counter|ownerread|ownerwrite", INDEX)
+    # Root can only raise it, and so keep the workspace from older policies than it had: never bring one back.
+    assert floor.get() in {7, 8}
+    floor.raise_to(9)
+    assert TpmFloor(INDEX, tcti).get() == 9
+
+
+@pytest.mark.control("POL-02")
+def test_nobody_can_write_a_value_into_the_counter(tcti):
+    floor = TpmFloor(INDEX, tcti)
+    floor.raise_to(3)
+    with pytest.raises(subprocess.CalledProcessError):
+        tpm(tcti, "tpm2_nvwrite", "-C", "o", "-i", "/dev/zero", INDEX)
+    tpm(tcti, "tpm2_nvincrement", "-C", "o", INDEX)  # its twin: what a counter is for
+    assert floor.get() == 4
+
+
+@pytest.fixture
+def ordinary(tcti):
+    """The TPM with an index as earlier versions made it, at revision 5."""
+    tpm(tcti, "tpm2_nvdefine", "-C", "o", "-s", "8", "-a", "ownerread|ownerwrite|no_da", INDEX)
+    environment = {**os.environ, "TPM2TOOLS_TCTI": tcti}
+    command = ["tpm2_nvwrite", "-C", "o", "-i", "-", INDEX]
+    subprocess.run(command, input=bytes(7) + b"\x05", check=True, capture_output=True, env=environment)
+    return tcti
+
+
+class Interrupted(Exception):
+    """The process ended here."""
+
+
+@pytest.mark.control("POL-02")
+@pytest.mark.parametrize("at", range(16))
+def test_an_ordinary_index_becomes_a_counter_of_the_same_value_wherever_that_is_interrupted(ordinary, at):
+    steps = 0
+
+    class Failing(TpmFloor):
+        def _run(self, command):
+            nonlocal steps
+            if steps == at:
+                raise Interrupted
+            steps += 1
+            return super()._run(command)
+
+    with contextlib.suppress(Interrupted):
+        Failing(INDEX, ordinary).get()
+    assert TpmFloor(INDEX, ordinary).get() in {5, 6}
+    if at == 15:
+        assert TpmFloor(INDEX, ordinary).get() == 5
+    assert b"nt=0x1" in tpm(ordinary, "tpm2_nvreadpublic", INDEX)
+
+
+def test_a_revision_far_above_the_counter_is_refused_and_one_within_its_step_is_not(tcti, monkeypatch):
+    monkeypatch.setattr(policyd_floor, "MAX_STEP", 5)
+    floor = TpmFloor(INDEX, tcti)
+    with pytest.raises(FloorError, match="revision 9 is 8 above the TPM's counter, which moves at most 5 at once"):
+        floor.raise_to(9)
+    floor.raise_to(6)
+    assert floor.get() == 6
 
 
 def test_a_tpm_that_does_not_answer_is_an_error(tmp_path):
