@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from saw.policy import strict_json
 from saw.policy.governance import McpServer
 from saw.policy.model import Decision
 
@@ -48,17 +49,6 @@ class MessageInvalid(Exception):
         self.code = code
 
 
-def _unique(pairs: list[tuple[str, object]]) -> Json:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise MessageInvalid("duplicate key in an object", PARSE_ERROR)
-    return value
-
-
-def _no_constant(name: str) -> object:
-    raise MessageInvalid(f"{name} is not JSON", PARSE_ERROR)
-
-
 def _depth_within(value: object, left: int) -> bool:
     if left < 0:
         return False
@@ -70,12 +60,13 @@ def _depth_within(value: object, left: int) -> bool:
 def parse(line: bytes) -> Json:
     """Return the one JSON-RPC object in ``line``; raise :class:`MessageInvalid` for anything ambiguous.
 
-    Refused: bad UTF-8, duplicate keys, NaN, batches, depth over :data:`MAX_DEPTH`, ids that are neither integer nor string, and
-    objects that are request and response at once.
+    Refused: what :mod:`saw.policy.strict_json` refuses (bad UTF-8, duplicate keys, numbers that are none or infinite, half
+    characters), more than :data:`MAX_MESSAGE` bytes, batches, depth over :data:`MAX_DEPTH`, ids that are neither integer nor
+    string, and objects that are request and response at once.
     """
     try:
-        value = json.loads(line.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        value = strict_json.loads(line, limit=MAX_MESSAGE)
+    except strict_json.NotStrict as error:
         raise MessageInvalid(f"not JSON: {error}", PARSE_ERROR) from None
     if isinstance(value, list):
         raise MessageInvalid("batches are not accepted; send one message per line")
@@ -97,7 +88,7 @@ def parse(line: bytes) -> Json:
 
 def encode(message: Mapping[str, object]) -> bytes:
     """Return ``message`` as one line of ASCII JSON."""
-    return json.dumps(message, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
+    return json.dumps(message, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
 def _identifier(message: Json) -> Identifier:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from saw.policy import strict_json
 from saw.policy.loader import load_governance
 from saw.policy.mcp import decide_tool
-from saw.runtime.mcp_protocol import MessageInvalid, Session, parse
+from saw.runtime.mcp_protocol import MessageInvalid, Session, encode, parse
 
 GOVERNANCE = load_governance(b"""
 schema: 1
@@ -88,6 +89,12 @@ def test_a_denied_call_is_answered_and_never_forwarded(session, tool, arguments,
         b'{"jsonrpc":"2.0","id":true,"method":"ping"}\n',
         b'{"jsonrpc":"2.0","id":1,"method":"ping","result":{}}\n',
         b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":NaN}}\n',
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":1e999}}\n',
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":-1e999}}\n',
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":Infinity}}\n',
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":"\\ud800"}}\n',
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"\\udc00":1}}\n',
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":' + b"9" * 5000 + b"}}\n",
         b'{"jsonrpc":"2.0","id":1,"method":"ping","extra":1}\n',
         b'{"id":1,"method":"ping"}\n',
         b"\xff\n",
@@ -144,3 +151,71 @@ def test_parse_accepts_or_refuses_and_never_breaks(raw):
         assert parse(raw)["jsonrpc"] == "2.0"
     except MessageInvalid as problem:
         assert problem.code < 0
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+messages = st.fixed_dictionaries(
+    {"jsonrpc": st.just("2.0"), "method": st.text()}, optional={"id": st.integers() | st.text(), "params": values}
+)
+
+
+@pytest.mark.control("RUN-05")
+@given(messages)
+@example({"jsonrpc": "2.0", "method": "x", "params": {"a": 1.7976931348623157e308, "b": "\U0001f600"}})
+def test_a_message_is_passed_on_as_it_was_judged(message):
+    raw = json.dumps(message).encode()
+    assert encode(parse(raw)) == encode(message)
+    assert json.loads(encode(parse(raw))) == message
+
+
+def strictly_readable(raw: bytes) -> None:
+    """What goes on must be one ASCII line that every parser reads alike."""
+    assert raw.isascii()
+    assert raw.endswith(b"\n")
+    assert raw.count(b"\n") == 1
+    strict_json.loads(raw, limit=len(raw))
+
+
+@st.composite
+def damaged(draw):
+    """A message with a piece put in, cut out or changed."""
+    raw = bytearray(json.dumps(draw(messages)).encode())
+    pieces = (
+        b"1e999",
+        b'"\\ud800"',
+        b"NaN",
+        b"-Infinity",
+        b",",
+        b'"a":1,"a":2',
+        b"[",
+        b"]",
+        b"{",
+        b"}",
+        b"\x00",
+        b"\xff",
+    )
+    for _ in range(draw(st.integers(0, 3))):
+        at, length = draw(st.integers(0, len(raw))), draw(st.integers(0, 3))
+        raw[at : at + length] = draw(st.sampled_from(pieces) | st.binary(max_size=3))
+    return bytes(raw)
+
+
+@pytest.mark.control("RUN-05")
+@settings(max_examples=300)
+@given(st.binary(max_size=200) | damaged())
+@example(b'{"jsonrpc":"2.0","method":"x","params":1e999}')
+@example(b'{"jsonrpc":"2.0","method":"x","params":"\\ud83d"}')
+def test_no_bytes_are_passed_on_that_parsers_read_differently(raw):
+    session = Session("files", lambda: GOVERNANCE.mcp.servers["files"], lambda *_: None, lambda _: None)
+    for out in (*session.from_client(raw), *session.from_server(raw)):
+        strictly_readable(out.line)
+    try:
+        message = parse(raw)
+    except MessageInvalid:
+        return
+    strictly_readable(encode(message))
+    assert parse(encode(message)) == message
