@@ -108,4 +108,5 @@ def _prepare(generation: Path, units: str) -> list[str]:
     spec = sandbox.load_spec(generation)
     version = sandbox_units.systemd_version()
     sandbox_units.verify_units(sandbox_units.compile_units(spec, systemd=version))
-    return sandbox_prepare.prepare(spec, unit_directory=units)
+    removed = sandbox_prepare.retire(spec, sandbox_units.stop_units, unit_directory=units)
+    return removed + sandbox_prepare.prepare(spec, unit_directory=units)

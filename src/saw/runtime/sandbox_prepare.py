@@ -7,6 +7,7 @@ import pwd
 import py_compile
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from saw.files import write_atomic
@@ -18,7 +19,7 @@ from saw.runtime.sandbox import (
     SandboxError,
     SandboxSpec,
 )
-from saw.runtime.sandbox_units import MEDIATOR_USER, compile_launch_files, compile_units
+from saw.runtime.sandbox_units import MARK, MEDIATOR_USER, compile_launch_files, compile_units
 
 SHIMS = {"saw-run": "shell_client.py", "saw-mcp-connect": "mcp_connect.py"}
 
@@ -44,6 +45,34 @@ def prepare(
             _make_below_home(spec, path)
             changed.append(path)
     return changed + protect_home(spec)
+
+
+def retire(
+    spec: SandboxSpec,
+    stop: Callable[[list[str]], None],
+    *,
+    launch_directory: str = LAUNCH_DIRECTORY,
+    unit_directory: str,
+) -> list[str]:
+    """Stop and remove what is left of MCP servers that the policy has no longer; return what was removed.
+
+    Only files that :func:`prepare` wrote are touched. ``stop`` gets the names of units, patterns of instances among them, and
+    raises when one goes on running: then nothing is removed, so that it is tried again.
+    """
+    wanted = compile_units(spec)
+    left = [
+        path
+        for path in sorted(Path(unit_directory).glob("saw-mcp-*"))
+        if path.name not in wanted and path.is_file() and path.read_bytes().startswith(MARK.encode())
+    ]
+    if not left:
+        return []
+    stop([path.name.replace("@.", "@*.") for path in left])
+    launches = set(compile_launch_files(spec))
+    files = left + [path for path in sorted(Path(launch_directory).glob("mcp-*.json")) if path.name not in launches]
+    for path in files:
+        path.unlink()
+    return [str(path) for path in files]
 
 
 def protect_home(spec: SandboxSpec) -> list[str]:

@@ -24,6 +24,8 @@ from saw.runtime.sandbox import (
 NETNS_PATH = "/run/netns/saw-sandbox"
 MEDIATOR_USER = "saw-mcp"
 MINIMUM_SYSTEMD_PRIVATE_PIDS = 257
+MARK = "# Written by saw from the loaded policy generation; changes here are overwritten."
+"""First line of every unit that is made here."""
 
 _ALLOWED_CALLS = "landlock_create_ruleset landlock_add_rule landlock_restrict_self seccomp"
 _REFUSED_CALLS = (
@@ -93,7 +95,7 @@ def view_properties(
 
 
 def _unit(sections: dict[str, Properties]) -> str:
-    lines = ["# Written by saw from the loaded policy generation; changes here are overwritten."]
+    lines = [MARK]
     for section, properties in sections.items():
         lines += ["", f"[{section}]", *(f"{name}={value}" for name, value in properties)]
     return "\n".join(lines) + "\n"
@@ -273,6 +275,22 @@ def systemd_version() -> int:
         raise SandboxError(
             f"systemd's version is unknown: {error}", cure="run this where systemd is installed"
         ) from error
+
+
+def stop_units(names: list[str]) -> None:
+    """Stop ``names`` (patterns allowed) and wait for their end; raise :class:`SandboxError` when systemd cannot."""
+    try:
+        done = subprocess.run(
+            ["systemctl", "stop", "--", *names], capture_output=True, text=True, check=False, timeout=90
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SandboxError(
+            f"systemctl did not stop {', '.join(names)}: {error}", cure="see `systemctl status`"
+        ) from error
+    if done.returncode != 0:
+        raise SandboxError(
+            f"systemctl did not stop {', '.join(names)}: {done.stderr.strip()[-300:]}", cure="see its journal"
+        )
 
 
 def verify_units(units: dict[str, str], *, timeout: float = 60) -> None:

@@ -19,8 +19,8 @@ from conftest import PROBE, PYTHON, ROOT, SOURCE, wait_until
 
 from saw.lab.nspawn import LabNetwork, LightHost
 from saw.lab.process import recall
-from saw.runtime import sandbox_units
-from saw.runtime.sandbox import RuntimePaths
+from saw.runtime import sandbox_prepare, sandbox_units
+from saw.runtime.sandbox import RuntimePaths, SandboxError, SandboxSpec
 
 sys.path.insert(0, str(ROOT / "tests" / "unit" / "sandbox"))
 TARS = sorted((ROOT / "build/cache").glob("base-host-*.tar"), key=lambda path: path.stat().st_mtime)
@@ -36,7 +36,10 @@ pytestmark = [
 class Booted:
     """Commands on the booted host, by its namespaces."""
 
+    spec: SandboxSpec
+
     def __init__(self, pid: int) -> None:
+        self.root = Path(f"/proc/{pid}/root")
         self.prefix = ["nsenter", "-t", str(pid), "-a", "--"]
 
     def run(self, *command: str, check: bool = True, data: bytes = b"") -> str:
@@ -85,7 +88,9 @@ def _bring_up(host: LightHost, build: Callable) -> Booted:
     version = int(machine.run("systemctl", "--version").split()[1])
     spec = build(compatibility="best_effort", best_effort="true")
     server = replace(spec.mcp_servers[0], command=(PYTHON, "/run/saw/sandbox/probe.py", *MCP_CASES))
-    spec = replace(spec, paths=RuntimePaths(PYTHON, f"{PACKAGES}/saw/runtime"), mcp_servers=(server,))
+    idle = replace(server, name="idle", command=("/usr/bin/sleep", "600"))
+    spec = replace(spec, paths=RuntimePaths(PYTHON, f"{PACKAGES}/saw/runtime"), mcp_servers=(server, idle))
+    machine.spec = spec
     machine.run("install", "-d", "-o", "2000", "-g", "2000", "/run/saw/shell")
     machine.run("install", "-d", "/run/saw/mcp", "/run/saw/mcp-server", "/run/saw/generations", "/run/saw/ring1-ca")
     machine.run("ip", "netns", "add", "saw-sandbox")
@@ -104,7 +109,7 @@ def _bring_up(host: LightHost, build: Callable) -> Booted:
         kind = "d" if path in {f"{spec.home}/{name}" for name in _directories()} else "f"
         machine.run("sh", "-ec", f'mkdir -p "${{1%/*}}"; {"mkdir -p" if kind == "d" else "touch"} "$1"', "sh", path)
     machine.run("systemctl", "daemon-reload")
-    machine.run("systemctl", "start", "saw-shell.service", "saw-mcp-server-files.socket")
+    machine.run("systemctl", "start", "saw-shell.service", "saw-mcp-server-files.socket", "saw-mcp-server-idle.socket")
     wait_until(lambda: machine.run("sh", "-c", "test -S /run/saw/shell/exec.sock && echo 1", check=False))
     return machine
 
@@ -116,6 +121,13 @@ def _directories() -> tuple[str, ...]:
 
 
 MCP_CASES = ("read-host-shm", "write-shm", "write-tmp")
+HOLD = """
+import socket, time
+with socket.socket(socket.AF_UNIX) as s:
+    s.connect("/run/saw/mcp-server/idle.sock")
+    print("held", flush=True)
+    time.sleep(60)
+"""
 RELAY = """
 import socket
 with socket.socket(socket.AF_UNIX) as s:
@@ -175,3 +187,54 @@ def test_the_agent_cannot_edit_policy_authority_units_or_packet_filter(booted: B
     allowed = ("replace-own-file", "read-ca-bundle", "tcp-socket")
     assert probe(booted, "one-shot run", *allowed) == dict.fromkeys(allowed, "ok")
     assert probe(booted, "host", *OUR_FILES) == dict.fromkeys(OUR_FILES, "ok")
+
+
+@pytest.mark.control("RUN-05")
+def test_an_mcp_server_that_left_the_policy_is_stopped_and_removed(booted: Booted) -> None:
+    held = subprocess.Popen([*booted.prefix, PYTHON, "-c", HOLD], stdout=subprocess.PIPE, text=True)
+    try:
+        assert held.stdout is not None
+        assert held.stdout.readline() == "held\n"
+        instance = "saw-mcp-server-idle@*.service"
+        wait_until(lambda: "running" in booted.run("systemctl", "list-units", "--no-legend", instance))
+        folder, launches = booted.root / "run/systemd/system", booted.root / "run/saw/sandbox"
+        (folder / "saw-mcp-of-others.service").write_text("[Service]\nExecStart=/bin/true\n")
+
+        def stop(names: list[str]) -> None:
+            booted.run("systemctl", "stop", "--", *names)
+
+        def fail(names: list[str]) -> None:
+            raise SandboxError("told to")
+
+        def retire(spec: SandboxSpec, stopping: Callable[[list[str]], None]) -> list[str]:
+            removed = sandbox_prepare.retire(spec, stopping, launch_directory=str(launches), unit_directory=str(folder))
+            return sorted(Path(path).name for path in removed)
+
+        kept = [server for server in booted.spec.mcp_servers if server.name == "files"]
+        without = replace(booted.spec, mcp_servers=tuple(kept))
+        assert retire(booted.spec, fail) == []
+        with pytest.raises(SandboxError):
+            retire(without, fail)
+        assert (folder / "saw-mcp-server-idle.socket").exists()
+        assert retire(without, stop) == [
+            "mcp-idle.json",
+            "saw-mcp-idle.service",
+            "saw-mcp-server-idle.socket",
+            "saw-mcp-server-idle@.service",
+        ]
+        assert booted.run("systemctl", "list-units", "--no-legend", "saw-mcp-server-idle*") == ""
+        assert "inactive" in booted.run("systemctl", "is-active", "saw-mcp-server-idle.socket", check=False)
+        # Its twin: the server that stays, and what is not ours, are as they were.
+        assert booted.run("systemctl", "is-active", "saw-mcp-server-files.socket").strip() == "active"
+        assert sorted(path.name for path in folder.glob("saw-mcp-*")) == [
+            "saw-mcp-files.service",
+            "saw-mcp-of-others.service",
+            "saw-mcp-server-files.socket",
+            "saw-mcp-server-files@.service",
+        ]
+        assert (launches / "shell.json").exists()
+        assert retire(without, fail) == []
+    finally:
+        held.kill()
+        held.wait()
+        held.stdout.close()
