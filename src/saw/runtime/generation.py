@@ -157,12 +157,16 @@ def fingerprint(directory: Path) -> dict[str, str]:
 
 
 def load(root: Path, name: str) -> Loaded:
-    """Verify the generation ``name`` against its digest and compile its matcher.
+    """Verify the generation ``name`` of ``root`` and compile its matcher; see :func:`load_from`."""
+    return load_from(root / name, name)
+
+
+def load_from(directory: Path, name: str) -> Loaded:
+    """Verify that ``directory`` holds the generation of the digest ``name`` and compile its matcher.
 
     The manifest must hash to the name, and each member to what the manifest says. Raises :class:`GenerationInvalid` or the
     policy loader's errors.
     """
-    directory = root / name
     index = load_json(directory / INDEX, Index)
     try:
         manifest = (directory / "manifest.json").read_bytes()

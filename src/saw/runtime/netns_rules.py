@@ -216,6 +216,17 @@ def check(ruleset: Ruleset, prefix: Sequence[str] = ()) -> list[str]:
     return differences(ruleset, answer.stdout)
 
 
+def dry_run(ruleset: Ruleset, prefix: Sequence[str] = ()) -> None:
+    """Have ``nft -c`` check the transaction that would load ``ruleset``; raises :class:`RulesError` with its words."""
+    _accepted(ruleset, _nft(prefix, "-c", "-j", "-f", "-", document=ruleset.load_document()))
+
+
+def _accepted(ruleset: Ruleset, answer: subprocess.CompletedProcess[bytes]) -> None:
+    if answer.returncode != 0:
+        reason = answer.stderr.decode(errors="replace").strip()
+        raise RulesError(f"nft refused table {ruleset.table}: {reason}", cure="the rules before are still in force")
+
+
 def load(ruleset: Ruleset, prefix: Sequence[str] = ()) -> bool:
     """Make the kernel hold exactly ``ruleset`` in its table; return whether anything had to change.
 
@@ -224,12 +235,8 @@ def load(ruleset: Ruleset, prefix: Sequence[str] = ()) -> bool:
     """
     if not check(ruleset, prefix):
         return False
-    document = ruleset.load_document()
-    for arguments in (("-c", "-j", "-f", "-"), ("-j", "-f", "-")):
-        answer = _nft(prefix, *arguments, document=document)
-        if answer.returncode != 0:
-            reason = answer.stderr.decode(errors="replace").strip()
-            raise RulesError(f"nft refused table {ruleset.table}: {reason}", cure="the rules before are still in force")
+    dry_run(ruleset, prefix)
+    _accepted(ruleset, _nft(prefix, "-j", "-f", "-", document=ruleset.load_document()))
     left = check(ruleset, prefix)
     if left:
         raise RulesError(

@@ -10,7 +10,6 @@ import hashlib
 import http.client
 import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -21,11 +20,11 @@ import httpx
 import msgspec
 
 from saw.errors import SawError
-from saw.files import write_atomic
 from saw.runtime import generation, ring1
 from saw.runtime.generation import Content
 from saw.runtime.leaf import LeafAuthority
 from saw.runtime.policyd_config import PolicydConfig
+from saw.runtime.policyd_dry_run import CandidateRefused, DryRun
 
 _PAUSE = 0.02
 Step = Callable[[str], None]
@@ -56,6 +55,7 @@ class Activator:
         *,
         group: int | None = None,
         step: Step = lambda _: None,
+        dry_run: DryRun | None = None,
     ) -> None:
         self._config = config
         self._settings = settings
@@ -67,6 +67,7 @@ class Activator:
         self._expected: dict[str, str] | None = None
         self._active: Content | None = None
         self._proxy_answered = False
+        self._dry_run = dry_run or DryRun(config, settings)
 
     @property
     def active(self) -> Content | None:
@@ -168,42 +169,15 @@ class Activator:
             raise ActivationRefused("compile_failed", f"the generation cannot be written: {error}") from error
         try:
             self._step("validate")
-            self._validate(content.digest, directory)
+            self._dry_run.check(content.digest, directory)
             self._step("place")
             generation.place(self._root, directory, content.digest)
+        except CandidateRefused as refused:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise ActivationRefused("validate_failed", refused.message) from refused
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
-
-    def _validate(self, digest: str, directory: Path) -> None:
-        """Have Envoy check the configuration, unless this Envoy has accepted the identical one before."""
-        state = Path(self._config.envoy).stat() if Path(self._config.envoy).exists() else None
-        identity = (
-            ring1.static_config(self._settings, digest, self._root / digest)
-            + repr((state.st_size, state.st_mtime_ns) if state else None).encode()
-        )
-        mark = hashlib.sha256(identity).hexdigest()
-        known = self._config.state / "validated"
-        if known.exists() and mark in known.read_text().split():
-            return
-        candidate = directory / "static.json"
-        candidate.write_bytes(ring1.static_config(self._settings, digest, directory))
-        try:
-            done = subprocess.run(
-                [self._config.envoy, "--mode", "validate", "-c", candidate, "-l", "error", "--disable-hot-restart"],
-                capture_output=True,
-                check=False,
-                timeout=self._config.validate_s,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise ActivationRefused("validate_failed", f"Envoy could not check the configuration: {error}") from error
-        finally:
-            candidate.unlink(missing_ok=True)
-        if done.returncode != 0:
-            text = done.stderr.decode("utf-8", "replace").strip()[-500:]
-            raise ActivationRefused("validate_failed", f"Envoy refused the configuration: {text}")
-        earlier = known.read_text().split()[-15:] if known.exists() else []
-        write_atomic(known, "\n".join([*earlier, mark]) + "\n")
 
     def _measure(self, content: Content) -> None:
         if self._config.attest_socket is None:

@@ -37,6 +37,8 @@ TARGET = "rings/stable/coding.bundle.json"
 POLICY = """
 version: 1
 landlock: {compatibility: hard_requirement}
+filesystem_policy: {read_only: [/usr], read_write: [/srv/work]}
+process: {run_as_user: nobody, run_as_group: nogroup}
 network_policies:
   api:
     endpoints: [{host: api.example.com, port: 443, protocol: rest, rules: [{allow: {method: GET, path: "PATH"}}]}]
@@ -283,12 +285,21 @@ class Lab:
         self._decide_thread.join(10)
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def bundle(self, path: str = "/v1/**", *, signers: int = 2, revision: int | None = None, **window) -> bytes:
+    def bundle(
+        self,
+        path: str = "/v1/**",
+        *,
+        signers: int = 2,
+        revision: int | None = None,
+        policy: str = POLICY,
+        governance: str = GOVERNANCE,
+        **window,
+    ) -> bytes:
         if revision is None:
             self.revision += 1
             revision = self.revision
         now = datetime.now(UTC)
-        members = {"policy.yaml": POLICY.replace("PATH", path).encode(), "governance.yaml": GOVERNANCE.encode()}
+        members = {"policy.yaml": policy.replace("PATH", path).encode(), "governance.yaml": governance.encode()}
         loaded = load_members(members)
         start, end = window.get("start", now - timedelta(hours=3)), window.get("end", now + timedelta(days=30))
         manifest = build_manifest(loaded, revision, start, end)

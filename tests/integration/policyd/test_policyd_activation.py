@@ -11,10 +11,12 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 import pytest
 from policyd_lab import Lab, until
 
 from saw.policy.bundle import describe
+from saw.runtime.policyd_dry_run import DryRun
 
 
 def digest_of(raw: bytes) -> str:
@@ -163,14 +165,8 @@ def test_what_is_not_attested_is_not_switched_to(loaded, answer):
 @pytest.mark.control("POL-02")
 def test_what_envoy_does_not_accept_is_refused(loaded):
     lab, agent, before = loaded
-    agent._activator._settings = type(agent._activator._settings)(
-        **{
-            **{
-                name: getattr(agent._activator._settings, name) for name in agent._activator._settings.__struct_fields__
-            },
-            "ring2_port": 99999,
-        }
-    )
+    settings = agent._activator._settings
+    agent._activator._dry_run = DryRun(lab.config(), msgspec.structs.replace(settings, ring2_port=99999))
     lab.publish()
     assert refused(lab, agent, before) == "validate_failed"
     assert len(lab.attestd.measured) == 1

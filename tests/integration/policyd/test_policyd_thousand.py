@@ -34,6 +34,7 @@ TARGET = "rings/stable/coding.bundle.json"
 #: The TUF client goes by the wall clock.
 START = datetime.now(UTC).replace(microsecond=0)
 POLICY = """version: 1
+process: {run_as_user: nobody, run_as_group: nogroup}
 network_policies:
   api:
     endpoints: [{host: HOST, port: 443, protocol: rest, access: ACCESS}]
