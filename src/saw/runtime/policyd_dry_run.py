@@ -6,6 +6,7 @@ verify`` and ``envoy --mode validate``. What one of the last three accepted once
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 import subprocess
@@ -49,6 +50,10 @@ class DryRun:
         self._paths = paths or RuntimePaths()
         self._net = net or SandboxNet(vm_address=config.listen_address, port=config.listen_port)
 
+    @functools.cached_property
+    def _systemd(self) -> int:
+        return sandbox_units.systemd_version()
+
     def check(self, digest: str, directory: Path) -> None:
         """Ask all about the generation ``digest`` that lies in ``directory``; raises :class:`CandidateRefused`."""
         self._ask("saw-decide", lambda: generation.load_from(directory, digest))
@@ -74,7 +79,7 @@ class DryRun:
             self._once("nft", rules.load_document(), lambda rules=rules: netns_rules.dry_run(rules))  # type: ignore[misc]
 
     def _units(self, spec: SandboxSpec) -> None:
-        units = sandbox_units.compile_units(spec, systemd=sandbox_units.systemd_version())
+        units = sandbox_units.compile_units(spec, systemd=self._systemd)
         self._once("systemd-analyze", msgspec.json.encode(units), lambda: sandbox_units.verify_units(units))
 
     def _envoy(self, digest: str, directory: Path) -> None:
