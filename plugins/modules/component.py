@@ -15,13 +15,16 @@ description:
   - Every new content is checked with its own tool before any file is replaced, each file is replaced atomically, and the units
     that use them are restarted in the same step. A play that stops half-way can therefore not leave new files with an old
     process.
+  - What a replaced file still owes to the host, namely O(files[].apply) and a reload of systemd, is noted under
+    C(/var/lib/saw/component) before the file is replaced and struck out when it was done. A run that was killed in between
+    leaves the note, and the next one does what it owes, although the file looks right.
   - A unit is also restarted when it has been running since before one of the files, or one of O(watch), was last written.
   - Where systemd is not running (an image that is being built in a chroot), units are enabled and nothing is started.
   - Needs nothing but Python's standard library on the host.
 attributes:
   check_mode:
     support: full
-    description: Reports what would change; runs the checks of new content too.
+    description: Reports what would change; runs the checks of new content too, where the host has what O(needs) lists.
   diff_mode:
     support: full
     description: Shows each file's difference, except the content of O(files[].secret).
@@ -61,12 +64,13 @@ options:
         description:
           - Command that must succeed before the file is replaced; C(%s) stands for the new content in a private folder, under its
             own file name and beside the other new files of the same folder.
+          - It runs in check mode too, so it must change nothing.
         type: list
         elements: str
         default: []
       apply:
         description: Command that runs right after the file was replaced, before the next one is written. When it fails, the old
-          content comes back.
+          content comes back, and the next run calls it again for what lies there then.
         type: list
         elements: str
         default: []
@@ -86,7 +90,8 @@ options:
         type: str
         required: true
       enabled:
-        description: Whether it starts at boot. Absent leaves this alone, as a unit without an install section needs.
+        description: Whether it starts at boot. Absent leaves this alone, as a unit without an install section needs; to enable
+          such a unit is an error.
         type: bool
       state:
         description:
@@ -98,6 +103,14 @@ options:
         type: str
         choices: [started, reloaded, present, stopped]
         default: started
+  needs:
+    description:
+      - Files without which the checks of new content cannot work, for example the program that a unit starts.
+      - One that is missing is an error that names it. In check mode an earlier step may have to bring it, so there the checks
+        are left out and the files are listed in RV(unchecked).
+    type: list
+    elements: path
+    default: []
   watch:
     description: Other files whose change needs a restart, for example the installed runtime.
     type: list
@@ -115,16 +128,23 @@ EXAMPLES = r"""
     units:
       - name: saw-broker.service
         enabled: true
+    needs: [/opt/saw/bin/saw]
     watch: [/opt/saw/requirements.txt]
 """
 
 RETURN = r"""
 changed_files:
-  description: Paths whose content, mode or owner changed (or would change).
+  description: Paths whose content, mode or owner changed (or would change), or whose O(files[].apply) an earlier run owed.
   type: list
   elements: str
   returned: success
   sample: [/etc/saw/broker.json]
+unchecked:
+  description: Paths whose new content was not checked, since something of O(needs) is missing; in check mode alone.
+  type: list
+  elements: str
+  returned: success
+  sample: []
 booted:
   description: Whether systemd runs on this host.
   type: bool
@@ -144,6 +164,7 @@ failure:
 """
 
 import grp
+import hashlib
 import os
 import pwd
 import tempfile
@@ -153,6 +174,12 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 HIDDEN = "(content not shown)\n"
+STATE = "/var/lib/saw/component"
+BOOTED = "/run/systemd/system"
+ROOT = "/"
+#: systemctl's words (is-enabled) for a unit that starts at every boot, and for one that no `enable` can change.
+ENABLED = {"enabled", "alias"}
+FIXED = {"static", "indirect", "generated", "transient"}
 
 
 class ComponentError(Exception):
@@ -163,10 +190,43 @@ class ComponentError(Exception):
         self.failure = {"code": code, "details": details, "cure": cure}
 
 
+class Notes:
+    """What earlier runs still owe to the host, one small file each; written before the deed that creates the debt."""
+
+    @staticmethod
+    def place(kind: str, path: str = "") -> str:
+        """Where the note of this kind about ``path`` lies."""
+        return os.path.join(STATE, f"{kind}-{hashlib.sha256(path.encode()).hexdigest()[:16]}" if path else kind)
+
+    def owed(self, kind: str, path: str = "") -> bool:
+        """Whether there is such a note."""
+        return os.path.exists(self.place(kind, path))
+
+    def write(self, kind: str, path: str = "") -> None:
+        """Make the note last over a crash; a second time renews its date."""
+        os.makedirs(STATE, mode=0o755, exist_ok=True)
+        with open(self.place(kind, path), "w", encoding="utf-8") as stream:
+            stream.write(f"{path or kind}\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        folder = os.open(STATE, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def strike(self, kind: str, path: str = "") -> None:
+        """Take the note away, and the folder with the last one, so that an image keeps nothing of its build."""
+        if self.owed(kind, path):
+            os.unlink(self.place(kind, path))
+            if not os.listdir(STATE):
+                os.rmdir(STATE)
+
+
 class ManagedFile:
     """One wanted file beside what lies on the host."""
 
-    def __init__(self, wanted: dict[str, Any]) -> None:
+    def __init__(self, wanted: dict[str, Any], notes: Notes) -> None:
         self.dest = wanted["dest"]
         self.secret = wanted["secret"] is not None
         self.content = (wanted["secret"] if self.secret else wanted["content"] or "").encode()
@@ -175,6 +235,7 @@ class ManagedFile:
         self.group = wanted["group"]
         self.validate = wanted["validate"]
         self.apply = wanted["apply"]
+        self.owed = bool(self.apply) and notes.owed("apply", self.dest)
         self.before: bytes | None = None
         self.before_meta: tuple[int, str, str] | None = None
         self.read()
@@ -204,9 +265,14 @@ class ManagedFile:
         return self.before != self.content
 
     @property
-    def changes(self) -> bool:
-        """Whether anything differs."""
+    def differs(self) -> bool:
+        """Whether the file is not what is wanted."""
         return self.content_changes or self.before_meta != self.meta
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything has to be done for it."""
+        return self.differs or self.owed
 
     def diff(self) -> dict[str, str]:
         """The difference in the form of Ansible's diff mode."""
@@ -255,7 +321,7 @@ class ManagedFile:
         """Put the old content back, or take the new file away."""
         if self.before is None or self.before_meta is None:
             os.unlink(self.dest)
-        else:
+        elif self.differs:
             self.write(self.before, self.before_meta)
 
 
@@ -270,10 +336,11 @@ def name_of(lookup: Any, number: int) -> str:
 class Units:
     """The units of the component, through systemctl."""
 
-    def __init__(self, module: AnsibleModule) -> None:
+    def __init__(self, module: AnsibleModule, notes: Notes) -> None:
         self.module = module
-        self.booted = os.path.isdir("/run/systemd/system")
-        self.offline = [] if self.booted else ["--root=/"]
+        self.notes = notes
+        self.booted = os.path.isdir(BOOTED)
+        self.offline = [] if self.booted else [f"--root={ROOT}"]
 
     def systemctl(self, *arguments: str, check: bool = True) -> tuple[int, str, str]:
         """Run systemctl; raise :class:`ComponentError` on failure when ``check``."""
@@ -287,11 +354,15 @@ class Units:
             )
         return code, out.strip(), err.strip()
 
-    def enabled(self, name: str) -> bool:
-        """Whether the unit starts at boot."""
-        return self.systemctl(*self.offline, "is-enabled", name, check=False)[1].startswith(
-            ("enabled", "alias", "linked")
-        )
+    def enablement(self, name: str) -> str:
+        """What systemctl(1) calls the unit's state: enabled, disabled, static, linked, masked, …; empty for an unknown unit."""
+        return (self.systemctl(*self.offline, "is-enabled", name, check=False)[1].splitlines() or [""])[0].strip()
+
+    def reload_manager(self) -> None:
+        """Let systemd read the unit files again, and strike out that this was owed."""
+        if self.booted:
+            self.systemctl("daemon-reload")
+        self.notes.strike("daemon-reload")
 
     def show(self, name: str) -> dict[str, str]:
         """The properties that the decisions need."""
@@ -301,16 +372,28 @@ class Units:
         out = self.systemctl("show", "--timestamp=us+utc", f"--property={names}", name)[1]
         return dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
 
-    def handle(self, unit: dict[str, Any], newest: float, check: bool) -> dict[str, Any]:
-        """Bring one unit to its state; ``newest`` is when the youngest thing it uses was written (seconds, Unix time)."""
-        name = unit["name"]
+    def handle(self, unit: dict[str, Any], newest: float, *, check: bool, unsettled: bool) -> dict[str, Any]:
+        """Bring one unit to its state.
+
+        ``newest`` is when the youngest thing it uses was written (seconds, Unix time). ``unsettled`` says that unit files would
+        be written first, so that what systemd knows of the unit is no forecast.
+        """
+        name, state = unit["name"], self.enablement(unit["name"])
         report: dict[str, Any] = {
             "name": name,
             "actions": [],
-            "enabled": self.enabled(name),
+            "enabled": state in ENABLED,
             "active": "",
             "conditions": True,
         }
+        if unit["enabled"] and state in FIXED and not unsettled:
+            raise ComponentError(
+                f"{name} cannot be enabled: it is {state}, it has no install section of its own",
+                "unit_not_enableable",
+                "leave `enabled` out, give the unit an [Install] section, or name the unit that pulls it in",
+                unit=name,
+                state=state,
+            )
         if unit["enabled"] is not None and unit["enabled"] != report["enabled"]:
             verb = "enable" if unit["enabled"] else "disable"
             report["actions"].append(verb)
@@ -322,6 +405,8 @@ class Units:
         before = self.show(name)
         report["active"] = before.get("ActiveState", "")
         verb = self.wanted_verb(unit["state"], before, newest)
+        if before.get("NeedDaemonReload") == "yes" and not check:
+            self.reload_manager()
         if verb is None:
             return report
         if check:
@@ -388,14 +473,24 @@ def started_at(timestamp: str) -> float:
         return datetime.now(tz=timezone.utc).timestamp()
 
 
-def validate(module: AnsibleModule, files: list[ManagedFile]) -> None:
-    """Run every file's check on its new content before anything is replaced.
+def validate(module: AnsibleModule, files: list[ManagedFile]) -> list[str]:
+    """Run every file's check on its new content before anything is replaced; return the paths that could not be checked.
 
     Files of one folder are staged in one folder too, since units refer to each other by name.
     """
     checked = [file for file in files if file.validate and file.content_changes]
+    missing = [path for path in module.params["needs"] if not os.path.exists(path)]
+    if checked and missing:
+        if module.check_mode:
+            return [file.dest for file in checked]
+        raise ComponentError(
+            f"{', '.join(missing)} missing on this host; {checked[0].dest} cannot be checked without",
+            "needs_missing",
+            "apply the role that installs it first (saw_runtime for /opt/saw)",
+            missing=missing,
+        )
     if not checked:
-        return
+        return []
     with tempfile.TemporaryDirectory(prefix="saw-validate-") as root:
         staged: dict[str, str] = {}
         for file in files:
@@ -416,25 +511,32 @@ def validate(module: AnsibleModule, files: list[ManagedFile]) -> None:
                     "correct the template or the variable behind the named line; no file was replaced",
                     dest=file.dest,
                 )
+    return []
 
 
-def write(module: AnsibleModule, files: list[ManagedFile]) -> None:
-    """Replace what differs, in order."""
+def write(module: AnsibleModule, files: list[ManagedFile], notes: Notes) -> None:
+    """Replace what differs and do what is owed, in order."""
     for file in files:
         if not file.changes:
             continue
-        file.write(file.content, file.meta)
+        if file.apply:
+            notes.write("apply", file.dest)
+        if file.differs:
+            file.write(file.content, file.meta)
         if not file.apply:
             continue
         code, out, err = module.run_command(file.apply)
         if code != 0:
             file.restore()
+            if file.before is None:
+                notes.strike("apply", file.dest)
             raise ComponentError(
                 f"{file.dest}: `{' '.join(file.apply)}` failed: {(err or out).strip()[-1500:]}",
                 "apply_failed",
-                "correct the named line; the file's old content is back in place",
+                "correct the named line and run the play again; the file's old content is back in place",
                 dest=file.dest,
             )
+        notes.strike("apply", file.dest)
 
 
 def strangers(folders: list[str], files: list[ManagedFile]) -> list[str]:
@@ -446,31 +548,44 @@ def strangers(folders: list[str], files: list[ManagedFile]) -> list[str]:
     return [path for path in found if path not in wanted and not os.path.isdir(path)]
 
 
+def remove(paths: list[str], notes: Notes) -> None:
+    """Take strangers away. The note stays: its date is the folder's last loss, which running units must be younger than."""
+    for folder in sorted({os.path.dirname(path) for path in paths}):
+        notes.write("removed", folder)
+    for path in paths:
+        os.unlink(path)
+
+
 def ensure(module: AnsibleModule) -> dict[str, Any]:
     """Do the step and return the module's result."""
-    files = [ManagedFile(wanted) for wanted in module.params["files"]]
+    notes, check = Notes(), module.check_mode
+    files = [ManagedFile(wanted, notes) for wanted in module.params["files"]]
     changing = [file for file in files if file.changes]
     removed = strangers(module.params["exclusive"], files)
-    # A unit file's own check looks for the program it starts; in check mode that may not be installed yet.
-    if not module.check_mode:
-        validate(module, files)
-        write(module, files)
-        for path in removed:
-            os.unlink(path)
-    units = Units(module)
-    if units.booted and changing and not module.check_mode:
-        units.systemctl("daemon-reload")
-    watched = [path for path in [*module.params["watch"], *(file.dest for file in files)] if os.path.exists(path)]
-    newest = max((os.stat(path).st_mtime for path in watched), default=0.0)
-    if removed or (module.check_mode and changing):
+    units = Units(module, notes)
+    unchecked = validate(module, files)
+    if not check:
+        if units.booted and changing:
+            notes.write("daemon-reload")
+        write(module, files, notes)
+        remove(removed, notes)
+    owed = notes.owed("daemon-reload")
+    if owed and not check:
+        units.reload_manager()
+    watched = [*module.params["watch"], *(file.dest for file in files)]
+    watched += [notes.place("removed", folder) for folder in module.params["exclusive"]]
+    newest = max((os.stat(path).st_mtime for path in watched if os.path.exists(path)), default=0.0)
+    if check and (changing or removed):
         newest = float("inf")
-    reports = [units.handle(unit, newest, module.check_mode) for unit in module.params["units"]]
+    unsettled = check and bool(changing)
+    reports = [units.handle(unit, newest, check=check, unsettled=unsettled) for unit in module.params["units"]]
     return {
-        "changed": bool(changing or removed) or any(report["actions"] for report in reports),
+        "changed": bool(changing or removed or owed) or any(report["actions"] for report in reports),
         "changed_files": [*(file.dest for file in changing), *removed],
+        "unchecked": unchecked,
         "booted": units.booted,
         "units": reports,
-        "diff": [file.diff() for file in changing],
+        "diff": [file.diff() for file in changing if file.differs],
     }
 
 
@@ -503,6 +618,7 @@ def main() -> None:
             },
             "exclusive": {"type": "list", "elements": "path", "default": []},
             "units": {"type": "list", "elements": "dict", "default": [], "options": unit_options},
+            "needs": {"type": "list", "elements": "path", "default": []},
             "watch": {"type": "list", "elements": "path", "default": []},
         },
         supports_check_mode=True,

@@ -22,13 +22,14 @@ options:
     required: true
   state:
     description:
-      - V(created) makes every missing part, V(started) also runs it, V(stopped) asks the guest to power off.
+      - V(created) makes every missing part, V(started) also runs it; without O(image) it runs the VM as it was made.
+      - V(stopped) asks the guest to power off.
       - V(killed) ends it at once, V(absent) removes disks, virtual TPM and network.
     type: str
     choices: [created, started, stopped, killed, absent]
     default: started
   number:
-    description: Number that the broker assigned; needed to create.
+    description: Number that the broker assigned; needed to create, together with O(image) and O(image_sha256).
     type: int
   image:
     description: Path of the golden image on the hypervisor; needed to create.
@@ -79,6 +80,10 @@ EXAMPLES = r"""
     credentials:
       saw.workspace: "{{ workspace_credential }}"
 
+- name: Run it as it was made
+  secure_agent.workspace.vm:
+    id: ws-demo
+
 - name: End it at once
   secure_agent.workspace.vm:
     id: ws-demo
@@ -98,7 +103,7 @@ state:
   sample: started
 ek_pub_pem:
   description: Public endorsement key of the virtual TPM (RSA-2048, PEM).
-  returned: when created or started
+  returned: when created, or started with O(image)
   type: str
   sample: "-----BEGIN PUBLIC KEY-----\n…"
 active:
@@ -107,7 +112,7 @@ active:
   type: bool
   sample: true
 failure:
-  description: Machine-readable error.
+  description: Machine-readable error of the driver.
   returned: failure
   type: dict
   sample: {code: vm_failed, message: "image … is not on this hypervisor", cure: run the image_build playbook, details: {}}
@@ -194,10 +199,8 @@ def main():
             "credentials": {"type": "dict", "default": {}},
             "accel": {"type": "str", "choices": ["auto", "kvm", "tcg"], "default": "auto"},
         },
-        required_if=[
-            ("state", "created", ("number", "image", "image_sha256")),
-            ("state", "started", ("number", "image", "image_sha256")),
-        ],
+        required_if=[("state", "created", ("number", "image", "image_sha256"))],
+        required_together=[("number", "image", "image_sha256")],
         supports_check_mode=True,
     )
     params = module.params
@@ -206,7 +209,8 @@ def main():
     active = bool(stored) and call(module, "status", vm_id)["active"]
     before = "absent" if stored is None else ("started" if active else "stopped")
     wanted = specification(params)
-    create = state in ("created", "started") and differs(stored, wanted)
+    described = wanted["image"] is not None
+    create = state in ("created", "started") and described and differs(stored, wanted)
     verb = None
     if state == "started" and (not active or create):
         verb = "start"
@@ -224,7 +228,7 @@ def main():
     }
     if module.check_mode:
         module.exit_json(**result)
-    if state in ("created", "started"):
+    if state in ("created", "started") and described:
         if replaced:
             call(module, "stop", vm_id)
         answer = call(module, "create", "--spec", "-", data=json.dumps(wanted))

@@ -5,11 +5,21 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from ansible_collections.secure_agent.workspace.plugins.modules import component
 
 ME = {"owner": pwd.getpwuid(os.getuid()).pw_name, "group": grp.getgrgid(os.getgid()).gr_name}
+
+
+@pytest.fixture(autouse=True)
+def notes(tmp_path_factory, monkeypatch):
+    """The module's notes of what it owes, in a folder of this test's own."""
+    monkeypatch.setattr(component, "STATE", str(tmp_path_factory.mktemp("state") / "component"))
 
 
 @pytest.fixture
@@ -137,3 +147,183 @@ def test_what_systemd_prints_is_read_as_unix_time():
 )
 def test_which_step_a_unit_needs(state, found, newest, verb):
     assert component.Units.wanted_verb(state, found, newest) == verb
+
+
+# --- what an interrupted run owes --------------------------------------------------------------------------------------
+
+KILLED = """
+import json, os, signal, sys
+sys.path.insert(0, {path!r})
+from ansible.module_utils.testing import patch_module_args
+from ansible_collections.secure_agent.workspace.plugins.modules import component
+component.STATE, component.BOOTED = {state!r}, {booted!r}
+real = component.AnsibleModule.run_command
+def killed(self, command, *rest, **more):
+    if command == {apply!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, command, *rest, **more)
+component.AnsibleModule.run_command = killed
+with patch_module_args({arguments!r}):
+    component.main()
+"""
+
+
+def run_and_kill(arguments, apply):
+    """Run the module in a process of its own that is killed right before it calls ``apply``."""
+    path = next(entry for entry in sys.path if Path(entry, "ansible_collections").is_dir())
+    script = KILLED.format(path=path, state=component.STATE, booted=component.BOOTED, apply=apply, arguments=arguments)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+
+
+@pytest.mark.control("P0-01")
+def test_a_run_that_was_killed_between_writing_and_applying_is_not_taken_for_done(files, tmp_path, run_module):
+    apply = ["sh", "-c", f"cp {tmp_path}/one {tmp_path}/applied"]
+    wanted = [files("one", "new\n", apply=apply)]
+    run_and_kill({"files": wanted}, apply)
+    assert (tmp_path / "one").read_text() == "new\n"
+    assert not (tmp_path / "applied").exists()
+    forecast = run_module(component, check=True, files=wanted)
+    assert forecast["changed_files"] == [wanted[0]["dest"]]
+    assert not (tmp_path / "applied").exists()
+    assert run_module(component, files=wanted)["changed"]
+    assert (tmp_path / "applied").read_text() == "new\n"
+    assert not run_module(component, files=wanted)["changed"]
+    assert not Path(component.STATE).exists(), "a note stayed"
+
+
+def test_after_a_failed_step_the_old_content_is_applied_again(files, tmp_path, run_module):
+    """The failing command may have done half of its work; whoever goes back to the old content gets all of that."""
+    apply = ["sh", "-c", f'cp {tmp_path}/one {tmp_path}/applied; ! grep -q bad "{tmp_path}/one"']
+    old, bad = [files("one", "old\n", apply=apply)], [files("one", "bad\n", apply=apply)]
+    run_module(component, files=old)
+    assert run_module(component, files=bad)["failure"]["code"] == "apply_failed"
+    assert (tmp_path / "one").read_text() == "old\n"
+    assert (tmp_path / "applied").read_text() == "bad\n"
+    assert run_module(component, files=old)["changed"]
+    assert (tmp_path / "applied").read_text() == "old\n"
+    assert not run_module(component, files=old)["changed"]
+
+
+def test_a_step_that_still_fails_stays_owed(files, tmp_path, run_module):
+    apply = ["test", "-e", str(tmp_path / "ready")]
+    wanted = [files("one", "new\n", apply=apply)]
+    run_and_kill({"files": wanted}, apply)
+    for _ in range(2):
+        assert run_module(component, files=wanted)["failure"]["code"] == "apply_failed"
+        assert (tmp_path / "one").read_text() == "new\n"
+    (tmp_path / "ready").touch()
+    assert run_module(component, files=wanted)["changed"]
+    assert not run_module(component, files=wanted)["changed"]
+
+
+SYSTEMCTL = """#!/bin/sh
+echo "$@" >> {log}
+[ "$1" != "daemon-reload" ] || [ ! -e {fuse} ] || kill -9 $PPID
+"""
+
+
+@pytest.mark.control("P0-01")
+def test_a_run_that_was_killed_before_systemd_read_the_new_unit_is_not_taken_for_done(
+    files, tmp_path, run_module, monkeypatch
+):
+    """The service manager at the far end is a program that notes what it is told, and once ends who tells it."""
+    log, fuse = tmp_path / "log", tmp_path / "fuse"
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin/systemctl"
+    program.write_text(SYSTEMCTL.format(log=log, fuse=fuse))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(component, "BOOTED", str(tmp_path))
+    wanted = [files("saw-x@.service", "[Service]\n")]
+    fuse.touch()
+    run_and_kill({"files": wanted}, None)
+    fuse.unlink()
+    assert log.read_text() == "daemon-reload\n"
+    assert run_module(component, check=True, files=wanted)["changed"]
+    assert run_module(component, files=wanted)["changed"]
+    assert log.read_text() == "daemon-reload\n" * 2
+    assert not run_module(component, files=wanted)["changed"]
+    assert log.read_text() == "daemon-reload\n" * 2
+
+
+# --- checks of new content -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.control("P0-01")
+def test_check_mode_refuses_content_that_a_run_would_refuse(files, tmp_path, run_module):
+    for content, refused in (("bad\n", True), ("good\n", False)):
+        wanted = [files("one", content, validate=["grep", "-q", "good", "%s"])]
+        outcome = run_module(component, check=True, files=wanted)
+        assert outcome.failed == refused
+        assert not (tmp_path / "one").exists()
+    assert outcome["unchecked"] == []
+
+
+def test_what_the_checks_need_is_named_when_it_is_missing(files, tmp_path, run_module):
+    program = tmp_path / "program"
+    wanted = [files("one", "bad\n", validate=["grep", "-q", "good", "%s"]), files("two", "2\n")]
+    forecast = run_module(component, check=True, files=wanted, needs=[str(program)])
+    assert forecast["unchecked"] == [wanted[0]["dest"]]
+    outcome = run_module(component, files=wanted, needs=[str(program)])
+    assert outcome["failure"]["code"] == "needs_missing"
+    assert str(program) in outcome["msg"]
+    assert not (tmp_path / "two").exists()
+    program.touch()
+    for check in (True, False):
+        outcome = run_module(component, check=check, files=wanted, needs=[str(program)])
+        assert outcome["failure"]["code"] == "content_refused"
+    wanted[0]["content"] = "good\n"
+    assert run_module(component, files=wanted, needs=[str(program)])["unchecked"] == []
+
+
+# --- units, through the real systemctl on a tree that is not booted ---------------------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """An empty root tree; ``systemctl --root`` works on it as in an image build."""
+    monkeypatch.setattr(component, "ROOT", str(tmp_path))
+    folder = tmp_path / "etc/systemd/system"
+    folder.mkdir(parents=True)
+
+    def unit(name: str, install: str = ""):
+        (folder / name).write_text(f"[Service]\nExecStart=/bin/true\n{install}")
+        return {"name": name, "enabled": True}
+
+    return unit
+
+
+INSTALL = "[Install]\nWantedBy=multi-user.target\n"
+
+
+def test_a_unit_is_enabled_once(tree, run_module):
+    unit = tree("one.service", INSTALL)
+    assert run_module(component, check=True, units=[unit])["units"][0]["actions"] == ["enable"]
+    assert run_module(component, units=[unit])["changed"]
+    assert not run_module(component, units=[unit])["changed"]
+    assert run_module(component, units=[{**unit, "enabled": False}])["units"][0]["actions"] == ["disable"]
+
+
+@pytest.mark.parametrize(("install", "state"), [("", "static"), ("[Install]\nAlso=two.service\n", "indirect")])
+def test_a_unit_that_cannot_be_enabled_is_an_error_and_not_a_change_for_ever(tree, run_module, install, state):
+    tree("two.service", INSTALL)
+    unit = tree("one.service", install)
+    for check in (True, False):
+        outcome = run_module(component, check=check, units=[unit])
+        assert outcome["failure"]["code"] == "unit_not_enableable"
+        assert f"one.service cannot be enabled: it is {state}" in outcome["msg"]
+    del unit["enabled"]
+    assert not run_module(component, units=[unit])["changed"]
+
+
+def test_a_linked_unit_is_not_taken_for_an_enabled_one(tree, tmp_path, run_module):
+    unit = tree("one.service", INSTALL)
+    place = tmp_path / "etc/systemd/system/one.service"
+    (tmp_path / "opt").mkdir()
+    place.rename(tmp_path / "opt/one.service")
+    place.symlink_to("/opt/one.service")
+    outcome = run_module(component, units=[unit])
+    assert outcome["units"][0]["actions"] == ["enable"]
+    assert (tmp_path / "etc/systemd/system/multi-user.target.wants/one.service").is_symlink()
+    assert not run_module(component, units=[unit])["changed"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,16 @@ def test_defaults_are_what_the_specification_says(role):
     described = {name: option["default"] for name, option in options.items() if "default" in option}
     assert {name: described.get(name, value) for name, value in defaults.items()} == defaults
     assert all(name.startswith(f"{role.name}_") for name in options)
+
+
+def test_no_step_is_left_to_the_end_of_a_play():
+    """A handler that a killed play did not reach is never run again; the module ``component`` decides by state instead."""
+    assert not list(ROOT.glob("roles/*/handlers"))
+    files = [*ROOT.glob("roles/*/tasks/*.yml"), *ROOT.glob("playbooks/**/*.yml")]
+    assert files
+    assert [
+        path.name for path in files if re.search(r"^\s*(- )?(notify|handlers):", path.read_text(), re.MULTILINE)
+    ] == []
 
 
 def test_the_page_of_roles_is_current():

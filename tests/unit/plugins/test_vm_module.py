@@ -188,10 +188,24 @@ def test_a_host_without_the_runtime_is_told_which_roles_bring_it(driver: Driver,
 
 
 def test_creating_needs_number_image_and_digest(driver: Driver, run_module: Run) -> None:
-    failed = run_module(vm, id="ws-t")
-    assert failed.failed
-    assert "number, image, image_sha256" in failed["msg"]
+    for some in ({"state": "created"}, {"state": "started", "image": "/i/image.qcow2"}):
+        failed = run_module(vm, id="ws-t", **some)
+        assert failed.failed
+        assert "number, image, image_sha256" in failed["msg"]
     assert driver.calls() == []
+
+
+def test_without_an_image_a_vm_is_run_as_it_was_made(driver: Driver, run_module: Run) -> None:
+    run_module(vm, **{**WANTED, "memory_mib": 4096}, state="created")
+    made = driver.spec()
+    driver.calls()
+    assert run_module(vm, check=True, id="ws-t")["changed"]
+    started = run_module(vm, id="ws-t")
+    assert started["changed"]
+    assert started["active"]
+    assert driver.calls() == ["status", "status", "start", "status"]
+    assert not run_module(vm, id="ws-t")["changed"]
+    assert driver.spec() == made
 
 
 def test_what_is_documented_is_what_is_returned(driver: Driver, run_module: Run) -> None:
