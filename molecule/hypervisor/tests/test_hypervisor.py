@@ -1,0 +1,96 @@
+"""A hypervisor after its roles: a VM that was made lies there whole, and one goes through all its states."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+testinfra_hosts = ["edge"]
+SCENARIO = Path(os.environ["MOLECULE_SCENARIO_DIRECTORY"])
+UNITS = ("saw-vm@ws-life.service", "saw-swtpm@ws-life.service")
+
+
+def play(name, *options, **variables):
+    """Run a playbook of this scenario; return the finished run."""
+    command = ["ansible-playbook", "-i", os.environ["MOLECULE_INVENTORY_FILE"], SCENARIO / name, *options]
+    return subprocess.run(
+        [*command, "-e", json.dumps(variables)], capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def life(*steps, check=False):
+    """Take ws-life through ``(state, whether that is a change)`` by its role."""
+    wanted = [{"state": state, "changed": changed} for state, changed in steps]
+    done = play("life.yml", *(["--check"] if check else []), life_steps=wanted)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def stored(host, name):
+    return json.loads(host.file(f"/var/lib/saw/vms/{name}/spec.json").content_string)
+
+
+def test_the_made_vm_is_whole_private_and_not_running(host):
+    place = host.file("/var/lib/saw/vms/ws-made")
+    assert (place.user, place.mode) == ("root", 0o700)
+    parts = set(host.run("ls /var/lib/saw/vms/ws-made").stdout.split())
+    assert {"spec.json", "root.qcow2", "image.verified", "data.img", "vars.fd", "tpm"} <= parts
+    backing = json.loads(host.run("qemu-img info --output=json /var/lib/saw/vms/ws-made/root.qcow2").stdout)
+    assert backing["backing-filename"] == stored(host, "ws-made")["image"]
+    assert host.run("blkid -p -s LABEL -o value /var/lib/saw/vms/ws-made/data.img").stdout.strip() == "saw-home"
+    assert host.run("systemctl is-active saw-vm@ws-made.service").stdout.strip() == "inactive"
+
+
+@pytest.mark.control("ISO-01")
+def test_a_vm_starts_in_its_own_network_with_its_own_tpm_and_goes_without_a_trace(host):
+    life(("started", True), check=True)
+    life(("started", True), ("started", False))
+    try:
+        for unit in UNITS:
+            assert host.run(f"systemctl is-active {unit}").stdout.strip() == "active", host.run(
+                f"journalctl -u {unit} --no-pager -n 30"
+            ).stdout
+        assert host.process.filter(comm="swtpm")
+        links = {link["ifname"]: link for link in json.loads(host.run("ip -j addr").stdout)}
+        assert [f"{a['local']}/{a['prefixlen']}" for a in links["sawbr8"]["addr_info"]] == ["10.210.8.1/30"]
+        assert (links["sawtap8"]["master"], links["sawtap8"]["addr_info"]) == ("sawbr8", [])
+        for link in ("sawbr8", "sawtap8"):
+            assert host.file(f"/proc/sys/net/ipv6/conf/{link}/disable_ipv6").content_string.strip() == "1"
+        life(("killed", True))
+        assert host.run(f"systemctl is-active {' '.join(UNITS)}").stdout.split() == ["inactive", "inactive"]
+    finally:
+        life(("absent", True), ("absent", False))
+    assert not host.file("/var/lib/saw/vms/ws-life").exists
+    assert not host.file("/sys/class/net/sawbr8").exists
+    assert not host.file("/sys/class/net/sawtap8").exists
+    assert host.file("/var/lib/saw/vms/ws-made/data.img").exists
+
+
+@pytest.mark.control("P0-04")
+def test_an_image_of_another_digest_is_not_used(host):
+    wrong = "0" * 64
+    refused = play(
+        "life.yml", life_steps=[{"state": "started", "changed": True}], life_image="other", life_sha256=wrong
+    )
+    assert refused.returncode != 0
+    found = host.run("sha256sum /var/lib/saw/images/other/image.qcow2").stdout.split()[0]
+    assert f"has SHA-256 {found}, wanted is {wrong}" in refused.stdout
+    assert not host.file("/var/lib/saw/vms/ws-life").exists
+
+
+@pytest.mark.control("P0-01")
+def test_what_a_killed_run_left_undone_is_done_by_the_next(host):
+    """As after a kill between a new unit file and systemd's reading of it: the file looks right, the reload is still owed."""
+    shown = "systemctl show --property=UnitsLoadTimestampMonotonic --value"
+    unit = host.file("/etc/systemd/system/saw-vm@.service").content_string
+    host.run_expect([0], "mkdir -p /var/lib/saw/component && touch /var/lib/saw/component/daemon-reload")
+    before = int(host.run(shown).stdout)
+    done = play("converge.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "changed=1 " in done.stdout, done.stdout
+    assert int(host.run(shown).stdout) > before
+    assert host.file("/etc/systemd/system/saw-vm@.service").content_string == unit
+    assert not host.file("/var/lib/saw/component").exists
