@@ -14,55 +14,96 @@ MAX_TARGET = 16384
 
 _PLAIN = re.compile(r"(?:/[A-Za-z0-9_~!$&'()*+,=:@-][A-Za-z0-9._~!$&'()*+,=:@-]*)*/?\Z")
 _PLAIN_QUERY = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/?-]*\Z")
-_PERCENT = re.compile(r"%(?:([0-9A-Fa-f]{2}))?")
+_ESCAPE = re.compile(r"%(..)", re.DOTALL)
 _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
-_ENCODE = {ord(char): f"%{ord(char):02X}" for char in ' "<>^`{|}'}
-_ENCODED_RUN = re.compile(r"(?:%[89A-F][0-9A-F])+")
+_ENCODE = tuple((char, f"%{ord(char):02X}") for char in '"<>^`{|}')
+_RAW = re.compile(r"[^!-~]")
+_HIGH_ESCAPE = re.compile(r"%[89A-F]")
+_HIGH_BYTES = bytes(range(0x80, 0x100))
+_PARAMETERS = re.compile(r";[^/]*")
+_DOT_SEGMENT = re.compile(r"/\.{1,2}(?:[;/]|\Z)")
 
 
-def _decoded(match: re.Match[str]) -> str:
-    digits = match[1]
-    if digits is None:
-        raise NotCanonical("the path has a % that two hexadecimal digits do not follow")
-    value = int(digits, 16)
-    if value < 0x20 or value == 0x7F:
-        raise NotCanonical(f"the path has the encoded control byte %{digits}")
-    if value == 0x5C:
-        raise NotCanonical("the path has an encoded backslash")
-    return chr(value) if value in _UNRESERVED else f"%{digits.upper()}"
+def _forms(digits: str) -> set[str]:
+    return {a + b for a in (digits[0].lower(), digits[0]) for b in (digits[1].lower(), digits[1])}
+
+
+_ALLOWED = [value for value in range(0x20, 0x100) if value not in {0x5C, 0x7F}]
+_DECODED = {
+    form: chr(value) if value in _UNRESERVED else f"%{value:02X}"
+    for value in _ALLOWED
+    for form in _forms(f"{value:02X}")
+}
+"""What stands for the two digits of an escape in the canonical form; control bytes and the backslash are missing."""
+_BYTES = {form: chr(value) if value >= 0x80 else "." for value in _ALLOWED for form in _forms(f"{value:02X}")}
+"""The byte behind two digits where UTF-8 has a say, as a character of Latin-1; a dot where it has none."""
+
+
+def _refuse_escape(digits: str) -> NotCanonical:
+    if not re.match(r"[0-9A-Fa-f]{2}\Z", digits):
+        return NotCanonical("the path has a % that two hexadecimal digits do not follow")
+    if digits.upper() == "5C":
+        return NotCanonical("the path has an encoded backslash")
+    return NotCanonical(f"the path has the encoded control byte %{digits}")
+
+
+def _decode(text: str, what: str) -> str:
+    """Decode the escapes that need not be any, upper-case the others; every step is one pass over the whole text."""
+    parts = _ESCAPE.split(text)
+    escapes = parts[1::2]
+    decoded = list(map(_DECODED.get, escapes))
+    if None in decoded:
+        raise _refuse_escape(escapes[decoded.index(None)])
+    if text.count("%") != len(escapes):
+        raise _refuse_escape("")
+    parts[1::2] = decoded
+    result = "".join(parts)
+    if _HIGH_ESCAPE.search(result):
+        parts[1::2] = map(_BYTES.__getitem__, escapes)
+        # Plain characters part the sequences, so the whole is good UTF-8 when each run of escapes is.
+        octets = "".join(parts).encode("latin-1")
+        try:
+            octets.decode("utf-8")
+        except UnicodeDecodeError as error:
+            start = len(octets[: error.start].rstrip(_HIGH_BYTES))
+            run = octets[start : len(octets) - len(octets[start:].lstrip(_HIGH_BYTES))]
+            escaped = f"%{run.hex('%').upper()}"
+            raise NotCanonical(f"the {what} has an overlong or broken UTF-8 sequence {escaped}") from error
+    return result
 
 
 def _normalise(text: str, what: str) -> str:
     """Decode what needs no encoding, upper-case the rest, and refuse what two parsers may read differently."""
-    for char in text:
-        if char < "!" or char > "~":
-            if char == " ":
-                raise NotCanonical(f"the {what} has a space")
-            raise NotCanonical(f"the {what} has the raw byte or character U+{ord(char):04X}")
+    raw = _RAW.search(text)
+    if raw is not None:
+        if raw[0] == " ":
+            raise NotCanonical(f"the {what} has a space")
+        raise NotCanonical(f"the {what} has the raw byte or character U+{ord(raw[0]):04X}")
     if "\\" in text:
         raise NotCanonical(f"the {what} has a backslash")
     if "#" in text:
         raise NotCanonical(f"the {what} has a fragment")
-    result = _PERCENT.sub(_decoded, text) if "%" in text else text
-    for run in _ENCODED_RUN.finditer(result):
-        try:
-            bytes.fromhex(run[0].replace("%", "")).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise NotCanonical(f"the {what} has an overlong or broken UTF-8 sequence {run[0]}") from error
-    return result.translate(_ENCODE)
+    if "%" in text:
+        text = _decode(text, what)
+    for char, escape in _ENCODE:
+        text = text.replace(char, escape)
+    return text
 
 
 def _segments(path: str) -> str:
     """Strip parameters, collapse empty segments and resolve dot segments."""
-    parts = [segment.partition(";")[0] for segment in path.split("/")[1:]]
-    resolved: list[str] = []
-    for part in parts:
-        if part == "..":
-            if not resolved:
+    parts = (_PARAMETERS.sub("", path) if ";" in path else path).split("/")
+    resolved = [part for part in parts if part and part != "."]
+    if ".." in resolved:
+        climbed: list[str] = []
+        for part in resolved:
+            if part != "..":
+                climbed.append(part)
+            elif climbed:
+                climbed.pop()
+            else:
                 raise NotCanonical("the path climbs above its root")
-            resolved.pop()
-        elif part not in {"", "."}:
-            resolved.append(part)
+        resolved = climbed
     tail = "/" if resolved and parts[-1] in {"", ".", ".."} else ""
     return "/" + "/".join(resolved) + tail
 
@@ -85,7 +126,7 @@ def canonicalise_path(raw: str, *, allow_encoded_slash: bool = False) -> str:
         if "%2F" in path:
             if not allow_encoded_slash:
                 raise NotCanonical("the path has an encoded slash (%2F), which this endpoint does not allow")
-            if any(part.partition(";")[0] in {".", ".."} for part in path.replace("%2F", "/").split("/")):
+            if _DOT_SEGMENT.search(path.replace("%2F", "/")):
                 raise NotCanonical("the path has dot segments next to an encoded slash")
         path = _segments(path)
     if not mark:
