@@ -11,12 +11,21 @@ from typing import Any
 
 import msgspec
 
-from saw.cli import policy_interop, policy_keys, policy_learn, policy_reach, policy_release, policy_rings, policy_watch
+from saw.cli import (
+    policy_explain,
+    policy_interop,
+    policy_keys,
+    policy_learn,
+    policy_reach,
+    policy_release,
+    policy_rings,
+    policy_watch,
+)
 from saw.cli.answers import Answer, Run, read_file
 from saw.errors import ConfigError
 from saw.files import write_atomic
 from saw.policy import bundle as bundles
-from saw.policy.casefile import Call, as_request, load_cases, run_case
+from saw.policy.casefile import load_cases, run_case
 from saw.policy.errors import PolicyError
 from saw.policy.loader import load_bundle_folder
 from saw.policy.matcher import Matcher
@@ -68,21 +77,6 @@ def digest(options: argparse.Namespace) -> Answer:
         return {"ok": True, "members": members}, "\n".join(f"{value}  {name}" for name, value in members.items()), 0
     value, manifest, _ = bundles.describe(read_file(options.path))
     return {"ok": True, "policy_digest": value, "revision": manifest.revision}, value, 0
-
-
-def explain(options: argparse.Namespace) -> Answer:
-    """Say what would be decided on one call and why."""
-    bundle = load_bundle_folder(options.path)
-    body = read_file(options.body_file).decode("utf-8", "surrogateescape") if options.body_file else None
-    call = Call(url=options.url, method=options.method, binary=options.binary, body=body)
-    try:
-        request = as_request(call)
-    except (ValueError, UnicodeEncodeError) as error:
-        raise ConfigError(f"the call cannot be built: {error}", cure="give an absolute http or https URL") from error
-    decision = Matcher.compile(bundle.policy, bundle.governance).decide(request)
-    shown = msgspec.to_builtins(decision)
-    text = "\n".join(f"{name}: {value}" for name, value in shown.items() if value not in ("", None, ()))
-    return {"ok": decision.allowed, "decision": shown}, text, 0 if decision.allowed else 1
 
 
 def init(options: argparse.Namespace) -> Answer:
@@ -149,16 +143,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("path")
     sub.add_argument("--cases", help="another file of cases")
     add("digest", digest, "print the policy digest of a bundle").add_argument("path")
-    sub = add("explain", explain, "say what would be decided on a call, and why")
-    sub.add_argument("path")
-    sub.add_argument("method")
-    sub.add_argument("url")
-    sub.add_argument("--binary", help="resolved path of the calling program")
-    sub.add_argument("--body-file", help="file with the request body")
-
     add("schema", schema, "print the JSON Schema of a file").add_argument("kind", choices=list(KINDS))
 
-    for part in (policy_keys, policy_release, policy_rings, policy_watch, policy_learn, policy_interop, policy_reach):
+    for part in (
+        policy_keys,
+        policy_release,
+        policy_rings,
+        policy_watch,
+        policy_learn,
+        policy_interop,
+        policy_reach,
+        policy_explain,
+    ):
         part.register(add)
     return parser
 

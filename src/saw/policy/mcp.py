@@ -38,7 +38,7 @@ def _under(path: str, base: str) -> str | None:
     return None if plain == root or plain.startswith(root + "/") else f"is not under {base}"
 
 
-def _fault(value: object, rule: Argument) -> str | None:
+def argument_fault(value: object, rule: Argument) -> str | None:
     """Return why ``value`` breaks ``rule``, or ``None``."""
     if not isinstance(value, _TYPES.get(rule.type, ())) or (isinstance(value, bool) and rule.type != "boolean"):
         return f"is not of type {rule.type}"
@@ -55,7 +55,9 @@ def _fault(value: object, rule: Argument) -> str | None:
             return f"has more than {rule.max_length} elements"
         if rule.items is None:
             return "is an array without a rule for its elements"
-        return next((f"has an element that {fault}" for item in value if (fault := _fault(item, rule.items))), None)
+        return next(
+            (f"has an element that {fault}" for item in value if (fault := argument_fault(item, rule.items))), None
+        )
     if isinstance(value, int | float):
         too_small = rule.min is not None and not value >= rule.min
         if too_small or (rule.max is not None and not value <= rule.max):
@@ -95,7 +97,7 @@ def decide_tool(governance: Governance, server: str, tool: str, arguments: Mappi
         if argument is None:
             detail = f"the argument {name[:128]!r} is not listed"
             return deny("argument_not_allowed", detail, rule.class_, "leave it out")
-        fault = _fault(value, argument)
+        fault = argument_fault(value, argument)
         if fault:
             detail = f"the argument {name!r} {fault}"
             return deny("argument_not_allowed", detail, rule.class_, "change the argument")
