@@ -15,7 +15,7 @@ build {
     ]
     extra_arguments = [
       "--ssh-extra-args", "-o UserKnownHostsFile=${var.known_hosts_file} -o StrictHostKeyChecking=yes",
-      "--extra-vars", "ansible_python_interpreter=/usr/bin/python3",
+      "--extra-vars", "ansible_python_interpreter=${var.python_interpreter}",
       "--extra-vars", "saw_runtime_wheelhouse=${var.wheelhouse}",
       "--extra-vars", "sandbox_mcp_servers=${var.mcp_servers}",
       "--extra-vars", "workspace_converge_image=true",

@@ -53,3 +53,25 @@ variable "playbook" {
   default     = "playbooks/workspace_converge.yml"
   description = "The playbook that turns a base tree into a workspace; hosts use the same one."
 }
+
+# What depends on the base operating system: pkrvars/, one file for each.
+
+variable "suite" {
+  type        = string
+  description = "Suite of the distribution that the tree was made of."
+}
+
+variable "keyring" {
+  type        = string
+  description = "Keyring on this machine that the distribution's archive was verified with, before Packer ran."
+}
+
+variable "packages" {
+  type        = string
+  description = "List of the tree's packages, below this directory."
+}
+
+variable "python_interpreter" {
+  type        = string
+  description = "Python that Ansible's modules run with in the tree."
+}

@@ -30,6 +30,7 @@ from saw.errors import SawError
 from saw.files import write_atomic
 from saw.image import inputs as image_inputs
 from saw.image.base import base_tar
+from saw.image.base_os import base_os, variable_file
 from saw.image.disk import ImageError, assemble, free_space_needed, run
 from saw.image.wheelhouse import wheelhouse
 from saw.lab.nspawn import LabNetwork, LightHost, known_hosts, login_key_of
@@ -102,9 +103,10 @@ class ImageBuild:
         free_space_needed(self.build, 6 * 1024**3)
         cache = self.build / "cache"
         cache.mkdir(parents=True, exist_ok=True)
-        packages = self.repository / "packer/packages/workspace.txt"
+        system = base_os(self.repository)
+        packages = self.repository / "packer" / system.packages
         self.say("  base tree from the distribution's packages")
-        base = base_tar(packages, cache)
+        base = base_tar(packages, cache, system)
         self.say("  offline wheelhouse for /opt/saw")
         wheels = wheelhouse(self.repository, cache)
         self.say("  MCP servers")
@@ -175,7 +177,8 @@ class ImageBuild:
             "python": sys.executable, "ansible_playbook": Path(sys.executable).with_name("ansible-playbook"),
             "playbook": os.environ.get("SAW_IMAGE_PLAYBOOK", str(self.repository / "playbooks/workspace_converge.yml")),
         }  # fmt: skip
-        options = [option for key, value in values.items() for option in ("-var", f"{key}={value}")]
+        options = [f"-var-file={variable_file(self.repository)}"]
+        options += [option for key, value in values.items() for option in ("-var", f"{key}={value}")]
         log = self.build / "packer.log"
         environment = {
             **os.environ, "ANSIBLE_COLLECTIONS_PATH": str(self.link_collection()), "CHECKPOINT_DISABLE": "1",
@@ -216,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
             print(wheelhouse(repository, build / "cache"))
         elif options.verb == "host-tar":
             (build / "cache").mkdir(parents=True, exist_ok=True)
-            print(base_tar(repository / "packer/packages/host.txt", build / "cache"))
+            print(base_tar(repository / "packer/packages/host.txt", build / "cache", base_os(repository)))
         else:
             quiet: Say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
             image, reason = ImageBuild(repository, build, quiet).ensure()

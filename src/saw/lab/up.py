@@ -25,6 +25,7 @@ from saw.broker.client import BrokerRefusal, OperatorClient
 from saw.errors import SawError, UnavailableError
 from saw.files import write_atomic
 from saw.image.base import base_tar
+from saw.image.base_os import base_os
 from saw.image.build import GoldenImage, ImageBuild
 from saw.image.wheelhouse import wheelhouse
 from saw.lab import demo_pki
@@ -165,7 +166,7 @@ class Bringup:
         """Start the light hosts; return the wheelhouse."""
         cache = self.lab.build / "cache"
         cache.mkdir(parents=True, exist_ok=True)
-        tar = base_tar(self.lab.repository / "packer/packages/host.txt", cache)
+        tar = base_tar(self.lab.repository / "packer/packages/host.txt", cache, base_os(self.lab.repository))
         wheels = wheelhouse(self.lab.repository, cache)
         for host in self.hosts.values():
             host.up(tar)

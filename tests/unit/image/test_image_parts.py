@@ -17,6 +17,7 @@ from saw.image import build as image_build
 from saw.image import disk
 from saw.image import inputs as image_inputs
 from saw.image.base import base_tar, machine_mirrors, read_packages
+from saw.image.base_os import base_os, variable_file
 from saw.image.build import GoldenImage, ImageBuild
 from saw.image.disk import MIB, ImageError, assemble, free_space_needed, lay_out
 from saw.image.wheelhouse import third_party
@@ -124,15 +125,83 @@ def test_a_failed_bootstrap_leaves_nothing_that_looks_finished(tmp_path: Path, m
     monkeypatch.setenv("FAIL", str(listing))
     cache = tmp_path / "cache"
     with pytest.raises(ImageError, match="mmdebstrap failed: E: no such package") as refused:
-        base_tar(listing, cache)
+        base_tar(listing, cache, base_os(ROOT))
     assert "check the mirror and the free disk space" in refused.value.cure
     assert [path.suffix for path in cache.iterdir()] == [".log"]
     monkeypatch.setenv("FAIL", "/nonexistent")
-    made = base_tar(listing, cache)
+    made = base_tar(listing, cache, base_os(ROOT))
     assert made.read_text() == "tree\n"
     assert sorted(path.name for path in cache.iterdir()) == [made.name, f"{made.name}.log"]
     bootstrap.unlink()
-    assert base_tar(listing, cache) == made
+    assert base_tar(listing, cache, base_os(ROOT)) == made
+
+
+# --- base systems ------------------------------------------------------------------------------------------------------
+
+
+GOOD_OS = 'suite = "s"\nkeyring = "/k"\n# words\n\npackages = "p.txt"\npython_interpreter  =  "/usr/bin/python3"\n'
+
+
+def base_system(tmp_path: Path, text: str) -> Path:
+    """A repository with the base system ``mine``."""
+    path = variable_file(tmp_path, "mine")
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    return tmp_path
+
+
+def test_a_base_system_is_read_from_its_packer_variables(tmp_path: Path) -> None:
+    found = base_os(base_system(tmp_path, GOOD_OS), "mine")
+    assert (found.suite, found.keyring, found.packages, found.python_interpreter) == (
+        "s", "/k", "p.txt", "/usr/bin/python3",
+    )  # fmt: skip
+    debian = base_os(ROOT)
+    assert debian.suite == "trixie"
+    assert (ROOT / "packer" / debian.packages).is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (GOOD_OS + 'suite = "t"\n', ":7 is not one new line"),
+        (GOOD_OS.replace('"s"', '"${var.x}"'), ":1 is not one new line"),
+        (GOOD_OS.replace('"s"', '"a\\"b"'), ":1 is not one new line"),
+        (GOOD_OS.replace('"s"', "[1]"), ":1 is not one new line"),
+        (GOOD_OS + 'other = "x"\n', "unknown field `other`"),
+        (GOOD_OS.replace("packages", "package_list"), "package"),
+    ],
+)
+def test_a_base_system_that_two_readers_could_read_differently_is_refused(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    with pytest.raises(ImageError, match=re.escape(words)):
+        base_os(base_system(tmp_path, text), "mine")
+
+
+def test_an_unknown_base_system_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="there is no base system other") as refused:
+        base_os(base_system(tmp_path, GOOD_OS), "other")
+    assert refused.value.cure == "take one of: mine"
+
+
+@pytest.mark.parametrize("with_file", [True, False], ids=["with its file", "without"])
+def test_packer_takes_what_depends_on_the_base_system_from_its_file(tmp_path: Path, with_file: bool) -> None:
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    names = ("ssh_host", "known_hosts_file", "root_tree", "output", "seed", "wheelhouse", "mcp_servers", "python")
+    values = {
+        **dict.fromkeys(names, "x"),
+        "ssh_key_file": key,
+        "ansible_playbook": Path(sys.executable).with_name("ansible-playbook"),
+    }
+    options = [f"-var-file={variable_file(ROOT)}"] if with_file else []
+    options += [option for name, value in values.items() for option in ("-var", f"{name}={value}")]
+    done = subprocess.run(
+        ["packer", "validate", *options, "packer"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=60, env={**os.environ, "CHECKPOINT_DISABLE": "1"},
+    )  # fmt: skip
+    assert (done.returncode == 0) is with_file, done.stdout + done.stderr
+    assert with_file or "Unset variable" in done.stdout + done.stderr
 
 
 # --- reuse -------------------------------------------------------------------------------------------------------------
