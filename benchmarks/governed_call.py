@@ -39,7 +39,7 @@ from saw.policy.bundle import verify_bundle  # noqa: E402
 from saw.policy.keys import key_id  # noqa: E402
 from saw.runtime import generation, ring1  # noqa: E402
 from saw.runtime.attestd_svid import secret_discovery  # noqa: E402
-from saw.runtime.policyd import content_of  # noqa: E402
+from saw.runtime.policyd_bundle import content_of  # noqa: E402
 
 ROUND = 50
 RING2 = ("10.210.1.1", 8443)

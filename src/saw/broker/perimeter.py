@@ -18,24 +18,35 @@ from saw.broker.lifecycle import State
 from saw.broker.registry import get_row
 from saw.broker.releases import Releases, bundles_of, live_bundles
 from saw.broker.rollout import Assignments, assigned_release
-from saw.broker.rollout_calls import Tally
+from saw.broker.rollout_calls import Tally, count_inside
 from saw.broker.rollout_control import Rollouts, Said
 from saw.broker.schema import audit_events, registry, workspaces
 from saw.broker.store import SOURCE, Transaction, append_chained, insert_chained, read_head
 
 Text = Annotated[str, msgspec.Meta(max_length=2048)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=10**6)]
+Reason = Annotated[str, msgspec.Meta(pattern=r"^[a-z_]{1,40}$")]
+
+
+class CallsSaid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Calls that ring 1 decided in the workspace since its last report; ``denied`` by reason."""
+
+    allowed: Count = 0
+    denied: Annotated[dict[Reason, Count], msgspec.Meta(max_length=32)] = {}
+    window_s: Annotated[float, msgspec.Meta(ge=0, le=10**6)] = 0.0
 
 
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a workspace says about its policy, or something it found."""
 
     workspace_id: Annotated[str, msgspec.Meta(max_length=64)]
-    kind: Literal["policy_state", "finding"]
+    kind: Literal["policy_state", "finding", "calls"]
     state: Literal["offered", "verified", "loaded", "refused", ""] = ""
     revision: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
     reason: Text = ""
     policy_digest: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")] | None = ""
     detail: Any = None
+    calls: CallsSaid | None = None
 
 
 class Shipment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -115,6 +126,8 @@ class Views:
 
     def report(self, caller: Caller, report: Report, *, verified: bool) -> dict[str, Any]:
         """Record a workspace's report. ``verified`` says whether it came over the workspace's own SVID."""
+        if report.kind == "calls":
+            return self._hear_calls(caller, report, verified=verified)
         now = self._s.clock()
         detail = {"verified": verified, "revision": report.revision, "report": _bounded(report.detail)}
         digest = report.policy_digest or ""
@@ -164,6 +177,31 @@ class Views:
                     self._rollouts.hear(tx, row, said)
         self._rollouts.act()
         return {"recorded": True, "verified": verified}
+
+    def _hear_calls(self, caller: Caller, report: Report, *, verified: bool) -> dict[str, Any]:
+        """Count calls that ring 1 denied, when the workspace is proven and attested with that policy; else leave no trace."""
+        digest, said = report.policy_digest or "", report.calls
+        if not verified or said is None:
+            return {"recorded": False, "verified": verified}
+        with self._s.store.write() as tx:
+            row = get_row(tx.connection, report.workspace_id)
+            counted = 0 if row.policy_digest != digest else count_inside(tx, row.id, digest, said.denied)
+            if counted:
+                tx.record(
+                    self._s.events.application_lifecycle(
+                        self._s.clock(),
+                        caller.subject(row.id, agent=row.agent_id, policy_digest=digest),
+                        ("policy", digest),
+                        activity="update",
+                        outcome="success",
+                        message="calls denied by ring 1 were counted",
+                        status_detail="",
+                        detail={"counted": counted, **msgspec.to_builtins(said)},
+                    )
+                )
+                self._rollouts.counted(tx, frozenset({digest}))
+        self._rollouts.act()
+        return {"recorded": bool(counted), "verified": verified}
 
     def accept_events(self, caller: Caller, shipment: Shipment) -> dict[str, Any]:
         """Store a gatekeeper's events: at-least-once, keyed by (source, seq).

@@ -1,4 +1,8 @@
-"""Counts the calls that ring 2 allowed and denied under each policy, from the gatekeepers' events as they are stored."""
+"""Counts the calls that were allowed and denied under each policy.
+
+Those of ring 2 come from the gatekeepers' events as they are stored. Calls that ring 1 denied never reach ring 2: of those each
+workspace tells, and is believed up to a bound.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +37,10 @@ _OF_THE_POLICY = frozenset(
 )
 
 
+MAX_INSIDE = 1000
+"""Denied calls of one workspace under one policy above which its own word adds nothing."""
+
+
 class Tally:
     """The calls of one shipment, each counted once: give it only events that were stored just now."""
 
@@ -54,15 +62,31 @@ class Tally:
     def write(self, tx: Transaction) -> frozenset[str]:
         """Add what was counted to the stored counts; return the digests concerned."""
         for (workspace, digest), (allowed, denied) in self._found.items():
-            where = (policy_calls.c.workspace_id == workspace) & (policy_calls.c.policy_digest == digest)
-            more = {"allowed": policy_calls.c.allowed + allowed, "denied": policy_calls.c.denied + denied}
-            if tx.connection.execute(policy_calls.update().where(where).values(**more)).rowcount == 0:
-                tx.connection.execute(
-                    policy_calls.insert().values(
-                        workspace_id=workspace, policy_digest=digest, allowed=allowed, denied=denied
-                    )
-                )
+            _add(tx, workspace, digest, allowed, denied)
         return frozenset(digest for _, digest in self._found)
+
+
+def count_inside(tx: Transaction, workspace: str, digest: str, denied: Mapping[str, int]) -> int:
+    """Add calls that ring 1 of ``workspace`` says it denied, by reason; return how many were counted.
+
+    What ring 1 allowed is not counted: ring 2 decides it again and counts it.
+    """
+    where = (policy_calls.c.workspace_id == workspace) & (policy_calls.c.policy_digest == digest)
+    known = tx.connection.execute(select(policy_calls.c.denied).where(where)).scalar_one_or_none() or 0
+    told = sum(number for reason, number in denied.items() if reason in _OF_THE_POLICY)
+    counted = max(0, min(told, MAX_INSIDE - known))
+    if counted:
+        _add(tx, workspace, digest, 0, counted)
+    return counted
+
+
+def _add(tx: Transaction, workspace: str, digest: str, allowed: int, denied: int) -> None:
+    where = (policy_calls.c.workspace_id == workspace) & (policy_calls.c.policy_digest == digest)
+    more = {"allowed": policy_calls.c.allowed + allowed, "denied": policy_calls.c.denied + denied}
+    if tx.connection.execute(policy_calls.update().where(where).values(**more)).rowcount == 0:
+        tx.connection.execute(
+            policy_calls.insert().values(workspace_id=workspace, policy_digest=digest, allowed=allowed, denied=denied)
+        )
 
 
 def calls_under(connection: Connection, ring: str, digest: str | None) -> Calls:

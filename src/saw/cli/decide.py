@@ -13,6 +13,7 @@ import uvicorn
 from saw.files import load_json
 from saw.runtime.attribution import Attribution
 from saw.runtime.decide import DecideConfig, Decider, DecideService, journal
+from saw.runtime.decide_counts import Counts
 from saw.runtime.decide_state import Generations, Heartbeat, Lease
 from saw.runtime.notify import notify
 
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> int:
         Lease(Path(config.lease), lambda: datetime.now(UTC), boottime),
         Heartbeat(Path(config.heartbeat), config.heartbeat_limit_s, boottime),
         Attribution(Path(config.netns)),
+        Counts(boottime()),
     )
     listen = Path(config.socket)
     listen.parent.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,8 @@ from saw.files import load_json, write_atomic
 from saw.runtime import generation, ring1
 from saw.runtime.leaf import LeafAuthority, publish_bundle
 from saw.runtime.notify import notify
-from saw.runtime.policyd import Policyd, ensure_secret_file
-from saw.runtime.policyd_activate import Activator, Step
+from saw.runtime.policyd import Policyd
+from saw.runtime.policyd_activate import Activator, Step, ensure_secret_file
 from saw.runtime.policyd_broker import PolicyBroker
 from saw.runtime.policyd_config import PolicydConfig, bootstrap_settings, load_workspace, ring1_settings
 from saw.runtime.policyd_floor import FileFloor, Floors, TpmFloor

@@ -19,6 +19,7 @@ from saw.policy.matcher import Matcher
 from saw.policy.model import Decision, Request
 from saw.runtime import ring1_settings as facts
 from saw.runtime.attribution import Attribution, Caller
+from saw.runtime.decide_counts import Counts
 from saw.runtime.decide_state import Generations, Heartbeat, Lease
 from saw.runtime.generation import Loaded
 
@@ -86,7 +87,15 @@ class Refused(Exception):
 class Decider:
     """Decides with one immutable generation per question."""
 
-    def __init__(self, generations: Generations, lease: Lease, heartbeat: Heartbeat, attribution: Attribution) -> None:
+    def __init__(
+        self,
+        generations: Generations,
+        lease: Lease,
+        heartbeat: Heartbeat,
+        attribution: Attribution,
+        counts: Counts,
+    ) -> None:
+        self.counts = counts
         self._generations = generations
         self._lease = lease
         self._heartbeat = heartbeat
@@ -122,6 +131,7 @@ class Decider:
             decision, granted = self._match(loaded, asked, target, caller)
         except Refused as refused:
             decision = refused.decision
+        self.counts.add(loaded.digest if loaded else "", decision, tunnel=asked.stage == "connect")
         return _answer(asked, target, granted or (caller.binary if caller else None), decision, loaded)
 
     def _match(
@@ -255,7 +265,7 @@ def _answer(
 
 
 class DecideService:
-    """ASGI application on the Unix socket: ``/decide`` for Envoy, ``/status`` for policyd."""
+    """ASGI application on the Unix socket: ``/decide`` for Envoy, ``/status`` and ``/counts`` for policyd."""
 
     def __init__(self, decider: Decider, log: Callable[[dict[str, object]], None]) -> None:
         self._decider = decider
@@ -280,6 +290,9 @@ class DecideService:
         elif scope["path"] == "/status":
             body = json.dumps(self._decider.status()).encode()
             await _respond(send, 200, (("content-type", "application/json"),), body)
+        elif scope["path"] == "/counts":
+            totals = msgspec.json.encode(self._decider.counts.totals())
+            await _respond(send, 200, (("content-type", "application/json"),), totals)
         else:
             await _respond(send, 404, (), b"")
 

@@ -17,15 +17,16 @@ import msgspec
 
 from saw.errors import SawError
 from saw.files import write_atomic, write_private
-from saw.policy.bundle import VerifiedBundle, describe, verify_bundle
+from saw.policy.bundle import VerifiedBundle, verify_bundle
 from saw.policy.errors import BundleRefused, RepositoryError
-from saw.policy.matcher import Matcher
 from saw.policy.tuf_client import fetch_target, refresh
 from saw.policy.tuf_repository import trusted_policy_keys
 from saw.runtime import generation
 from saw.runtime.generation import Content
-from saw.runtime.policyd_activate import ActivationRefused, Activator
+from saw.runtime.policyd_activate import ActivationRefused, Activator, ensure_secret_file
 from saw.runtime.policyd_broker import Offer, PolicyBroker
+from saw.runtime.policyd_bundle import content_of, digest_of, revision_of
+from saw.runtime.policyd_calls import CallReports
 from saw.runtime.policyd_config import PolicydConfig, Workspace
 from saw.runtime.policyd_floor import FloorError, RevisionFloor
 
@@ -94,6 +95,7 @@ class Policyd:
         self._reported: set[tuple[str, ...]] = set()
         self._failed: dict[str, tuple[int, float]] = {}
         self._tried = ""
+        self._calls = CallReports(config.decide_socket, broker.report_calls, boottime, config.calls_s)
 
     @property
     def last_good(self) -> Path:
@@ -113,6 +115,7 @@ class Policyd:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         while not self._stop.is_set():
             self.cycle()
+            self.report_calls()
             self._wait()
 
     def cycle(self) -> None:
@@ -151,6 +154,15 @@ class Policyd:
         if digest:
             self._report("policy_state", "verified", "", policy_digest=verified.digest, revision=verified.revision)
         self._bring_into_force(candidate.raw, verified)
+
+    def report_calls(self) -> None:
+        """Tell the broker which calls ring 1 denied under the policy in force, at most every ``calls_s`` seconds."""
+        active = self._activator.active
+        if active is not None:
+            try:
+                self._calls.report(active.digest)
+            except SawError as error:
+                self._log(f"denied calls not reported: {error.message}")
 
     def beat(self) -> None:
         """Write the heartbeat, unless the loop itself stands still."""
@@ -212,11 +224,11 @@ class Policyd:
         active = self._activator.active
         if active is not None and given == active.digest:
             return None
-        if self.last_good.exists() and _digest_of(self.last_good.read_bytes()) == given:
+        if self.last_good.exists() and digest_of(self.last_good.read_bytes()) == given:
             return Candidate(self.last_good.read_bytes(), given)
         earlier = self._earlier()
         newest = custom.get("revision")
-        if not isinstance(newest, int) or _revision_of(earlier) >= newest or _digest_of(earlier) != given:
+        if not isinstance(newest, int) or revision_of(earlier) >= newest or digest_of(earlier) != given:
             raise Refusal("not_released", f"the broker gives {given[:16]}…, which is no earlier release of this ring")
         return Candidate(earlier, given)
 
@@ -368,45 +380,3 @@ class Policyd:
         path = self._config.run / "policy" / "state.json"
         if not path.exists() or path.read_bytes() != raw:
             write_atomic(path, raw)
-
-
-def _digest_of(raw: bytes) -> str:
-    """Return the digest of a bundle file, empty when it is none; verifies nothing."""
-    try:
-        return describe(raw)[0]
-    except BundleRefused:
-        return ""
-
-
-def _revision_of(raw: bytes) -> int:
-    try:
-        return describe(raw)[1].revision
-    except BundleRefused:
-        return 0
-
-
-def content_of(verified: VerifiedBundle) -> Content:
-    """Return what a generation is compiled from."""
-    return Content(
-        digest=verified.digest,
-        revision=verified.revision,
-        blueprint=verified.blueprint,
-        manifest=verified.manifest,
-        members=verified.members,
-        matcher=Matcher.compile(verified.policy, verified.governance),
-    )
-
-
-def ensure_secret_file(config: PolicydConfig) -> None:
-    """Make sure that Envoy finds an SDS file: it refuses the whole cluster when there is none.
-
-    When it was missing, ``current`` is renamed onto itself, which makes Envoy read its clusters again.
-    """
-    path = config.run / "svid" / "sds.json"
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, b'{"resources": []}')
-    name = generation.current(config.generations)
-    if name is not None:
-        generation.switch(config.generations, name)

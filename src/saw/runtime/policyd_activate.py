@@ -20,6 +20,7 @@ import httpx
 import msgspec
 
 from saw.errors import SawError
+from saw.files import write_atomic
 from saw.runtime import generation, ring1
 from saw.runtime.generation import Content
 from saw.runtime.leaf import LeafAuthority
@@ -245,3 +246,18 @@ class Activator:
             return ""
         finally:
             connection.close()
+
+
+def ensure_secret_file(config: PolicydConfig) -> None:
+    """Make sure that Envoy finds an SDS file: it refuses the whole cluster when there is none.
+
+    When it was missing, ``current`` is renamed onto itself, which makes Envoy read its clusters again.
+    """
+    path = config.run / "svid" / "sds.json"
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, b'{"resources": []}')
+    name = generation.current(config.generations)
+    if name is not None:
+        generation.switch(config.generations, name)

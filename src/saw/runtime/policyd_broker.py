@@ -17,6 +17,7 @@ import msgspec
 
 from saw.errors import UnavailableError
 from saw.policy.tuf_client import PinnedFetcher
+from saw.runtime.decide_counts import Counted
 from saw.runtime.policyd_config import Workspace
 
 
@@ -127,6 +128,20 @@ class PolicyBroker:
                     raise _unreachable("/v1/workspace/report", error) from error
             else:
                 return
+
+    def report_calls(self, digest: str, counted: Counted, window: float) -> None:
+        """Report calls that ring 1 decided under ``digest``, under the workspace's identity alone: others do not count."""
+        body = {
+            "workspace_id": self._workspace.workspace_id,
+            "kind": "calls",
+            "policy_digest": digest,
+            "calls": {"allowed": counted.allowed, "denied": counted.denied, "window_s": round(window, 1)},
+        }
+        try:
+            with self._open(identified=True) as client:
+                client.post("/v1/workspace/report", json=body, extensions=self._extensions).raise_for_status()
+        except httpx.HTTPError as error:
+            raise _unreachable("/v1/workspace/report", error) from error
 
     def _open(self, *, identified: bool) -> httpx.Client:
         context = ssl.create_default_context(cafile=str(self._ca))

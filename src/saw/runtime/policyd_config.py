@@ -20,8 +20,9 @@ class PolicydConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """``/etc/saw/policyd.json``; every value has the default of the architecture page. Times are in seconds.
 
     ``readback_s`` bounds the wait for both parts to enforce what was switched to, ``proxy_start_s`` the wait for a ring 1
-    that was not seen running yet. ``nv_index`` (for example ``0x01500010``) adds a revision floor in the TPM.
-    ``attest_socket`` null measures nothing; the broker then issues no identity for the policy.
+    that was not seen running yet. ``calls_s`` is the shortest time between two reports of denied calls. ``nv_index`` (for
+    example ``0x01500010``) adds a revision floor in the TPM. ``attest_socket`` null measures nothing; the broker then issues
+    no identity for the policy.
     """
 
     run_dir: str = "/run/saw"
@@ -40,6 +41,7 @@ class PolicydConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     proxy_start_s: Seconds = 120.0
     validate_s: Seconds = 120.0
     measure_s: Seconds = 60.0
+    calls_s: Seconds = 15.0
     nv_index: str | None = None
     tcti: str | None = None
 

@@ -28,6 +28,7 @@ from saw.policy.loader import load_members
 from saw.policy.tuf_repository import accept_publication, init_repository, stage_publication
 from saw.runtime.attribution import Attribution
 from saw.runtime.decide import Decider, DecideService
+from saw.runtime.decide_counts import Counts
 from saw.runtime.decide_state import Generations, Heartbeat, Lease
 from saw.runtime.policyd import Policyd
 from saw.runtime.policyd_config import PolicydConfig
@@ -248,6 +249,7 @@ class Lab:
             Lease(self.run / "svid" / "lease.json", lambda: datetime.now(UTC), time.monotonic),
             Heartbeat(self.run / "policy" / "heartbeat", 15.0, time.monotonic),
             Attribution(Path("/proc/self/ns/net")),
+            Counts(time.monotonic()),
         )
         service = DecideService(decider, lambda _: None)
         path = str(self.run / "decide" / "authz.sock")

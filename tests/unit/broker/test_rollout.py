@@ -23,6 +23,7 @@ from saw.broker.core import Broker
 from saw.broker.errors import BrokerError
 from saw.broker.perimeter import Report, Shipment
 from saw.broker.releases import Publication as Body
+from saw.broker.rollout_calls import MAX_INSIDE
 from saw.broker.rollout_control import Deposit, Order
 from saw.broker.rollout_limits import Calls, Counts, crossed
 from saw.broker.schema import images, workspaces
@@ -333,6 +334,44 @@ def test_a_deny_rate_above_the_one_before_halts_and_each_event_counts_once(ring)
     world.ship(world.calls("a", new, 0, 2))
     assert world.view().state == "halted"
     assert "max_deny_rate_increase" in world.view().reason
+
+
+def tell(world: World, name: str, digest: str, denied: dict[str, int], *, verified: bool = True) -> bool:
+    """Say as a workspace how many calls its ring 1 denied; return whether they were counted."""
+    caller = Caller(f"workspace:{name}" if verified else "anonymous:", "10.0.0.1", "r-4")
+    body = {"workspace_id": name, "kind": "calls", "policy_digest": digest, "calls": {"allowed": 5, "denied": denied}}
+    return world.broker.views.report(caller, msgspec.convert(body, Report), verified=verified)["recorded"]
+
+
+@pytest.mark.control("POL-02")
+def test_calls_that_ring_1_denied_count_up_to_a_bound_and_halt(ring):
+    world = ring(min_calls=10, max_deny_rate_increase=0.2)
+    old, new = world.digests[1], world.digests[2]
+    world.ship(world.calls("a", old, 10, 0))
+    world.load("a", new)
+    world.ship(world.calls("a", new, 10, 0))
+    # Not proven, not of the policy in force there, or not about the policy: nothing is counted.
+    assert not tell(world, "a", new, {"host_not_allowed": 50}, verified=False)
+    assert not tell(world, "b", new, {"host_not_allowed": 50})
+    assert not tell(world, "a", old, {"host_not_allowed": 50})
+    assert not tell(world, "a", new, {"lease_expired": 50, "not_released": 50})
+    assert (world.view().calls.denied, world.view().state) == (0, "running")
+    assert tell(world, "a", new, {"host_not_allowed": 1, "tool_not_allowed": 1})
+    assert (world.view().calls.denied, world.view().state) == (2, "running")
+    assert tell(world, "a", new, {"method_or_path_not_allowed": 10**6})
+    assert (world.view().calls.denied, world.view().state) == (MAX_INSIDE, "halted")
+    assert not tell(world, "a", new, {"host_not_allowed": 1})
+    # It halts the ring of that workspace and gives nobody anything that was not released.
+    assert world.given("b") == old
+
+
+@pytest.mark.parametrize(
+    "denied",
+    [{"x" * 41: 1}, {"A reason": 1}, {"host_not_allowed": -1}, {"a": 10**7}, {f"r_{'a' * n}": 1 for n in range(33)}],
+)
+def test_counts_that_are_none_are_refused(ring, denied):
+    with pytest.raises(msgspec.ValidationError):
+        tell(ring(), "a", "0" * 64, denied)
 
 
 @pytest.mark.control("LIF-03")

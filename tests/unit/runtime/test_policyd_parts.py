@@ -6,15 +6,22 @@ import contextlib
 import os
 import subprocess
 import tempfile
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import uvicorn
 from cryptography import x509
 
+from saw.errors import SawError
+from saw.policy.model import Decision
 from saw.runtime import generation, policyd_floor
+from saw.runtime.decide import Decider, DecideService
+from saw.runtime.decide_counts import Counted, Counts
 from saw.runtime.leaf import LeafAuthority, san_of
+from saw.runtime.policyd_calls import CallReports
 from saw.runtime.policyd_floor import FileFloor, FloorError, Floors, TpmFloor
 
 NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
@@ -201,3 +208,93 @@ def test_a_placed_generation_is_exchanged_in_one_step(tmp_path):
     (tmp_path / ".compiling.x").mkdir()
     generation.prune(tmp_path, {"name"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "name"]
+
+
+def denied(reason: str) -> Decision:
+    return Decision(verdict="deny", reason=reason)
+
+
+ALLOWED = Decision(verdict="allow")
+
+
+class Telling:
+    """The decision service's counts on a real socket, and what was told of them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.counts = Counts(1.0)
+        self.told: list[tuple[str, Counted, float]] = []
+        self.fails = False
+        self.clock = 0.0
+        path = str(directory / "d.sock")
+        self._server = uvicorn.Server(uvicorn.Config(self, uds=path, log_level="error", lifespan="off"))
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+        self.reports = CallReports(path, self._tell, lambda: self.clock, 10.0)
+
+    def _tell(self, digest: str, counted: Counted, window: float) -> None:
+        if self.fails:
+            raise SawError("no way")
+        self.told.append((digest, counted, window))
+
+    async def __call__(self, scope, receive, send) -> None:
+        service = DecideService(Decider(None, None, None, None, self.counts), lambda _: None)
+        await service(scope, receive, send)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+
+
+@pytest.fixture
+def telling(tmp_path):
+    made = Telling(tmp_path)
+    yield made
+    made.stop()
+
+
+def test_denied_calls_are_told_once_by_reason_and_not_too_often(telling):
+    counts, reports = telling.counts, telling.reports
+    counts.add("a", ALLOWED, tunnel=True)
+    counts.add("a", ALLOWED, tunnel=False)
+    counts.add("a", denied("host_not_allowed"), tunnel=True)
+    counts.add("", denied("not_released"), tunnel=False)
+    reports.report("a")
+    assert telling.told == []  # too early
+    telling.clock = 10.0
+    reports.report("a")
+    assert telling.told == [("a", Counted(1, {"host_not_allowed": 1}), 10.0)]
+    counts.add("a", ALLOWED, tunnel=False)
+    telling.clock = 20.0
+    reports.report("a")
+    assert len(telling.told) == 1  # nothing was denied
+    counts.add("a", denied("deny_rule"), tunnel=False)
+    telling.clock, telling.fails = 30.0, True
+    with pytest.raises(SawError):
+        reports.report("a")
+    telling.fails = False
+    reports.report("a")
+    assert telling.told[1:] == [("a", Counted(0, {"deny_rule": 1}), 10.0)]
+
+
+def test_counts_of_another_start_or_another_policy_are_not_mixed_up(telling):
+    for _ in range(5):
+        telling.counts.add("a", denied("deny_rule"), tunnel=False)
+    telling.clock = 10.0
+    telling.reports.report("a")
+    telling.counts = Counts(2.0)
+    telling.counts.add("a", denied("deny_rule"), tunnel=False)
+    telling.counts.add("b", denied("host_not_allowed"), tunnel=False)
+    telling.clock = 20.0
+    telling.reports.report("a")
+    telling.clock = 30.0
+    telling.reports.report("b")
+    assert [(digest, counted.denied) for digest, counted, _ in telling.told] == [
+        ("a", {"deny_rule": 5}),
+        ("a", {"deny_rule": 1}),
+        ("b", {"host_not_allowed": 1}),
+    ]
+    for digest in "cde":
+        telling.counts.add(digest, ALLOWED, tunnel=False)
+    assert set(telling.counts.totals().policies) == {"d", "e"}

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from saw.policy.model import Decision
 from saw.runtime.attribution import Attribution
-from saw.runtime.decide import Asked, Refused, target_of
+from saw.runtime.decide import Asked, Refused, Target, _answer, target_of
 from saw.runtime.decide_state import Heartbeat, Lease
 
 NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
@@ -65,6 +66,21 @@ def test_what_names_two_destinations_or_none_is_refused(question):
         question = asked("", connect="", authority=question.authority)
     with pytest.raises(Refused):
         target_of(question)
+
+
+def test_ring_2_is_told_the_one_executable_that_is_granted_the_call():
+    target = Target("https", "a.example.com", 443)
+    decision = Decision(verdict="allow", canonical_path="/v1")
+    answer = _answer(asked(), target, "/opt/my tool,x", decision, None)
+    assert dict(answer.headers) == {
+        "x-saw-ring1": "allow",
+        "x-saw-scheme": "https",
+        "x-saw-port": "443",
+        "x-saw-i-to-authority": "a.example.com",
+        "x-saw-i-to-path": "/v1",
+        "x-saw-binary": "/opt/my%20tool,x",
+    }
+    assert "x-saw-binary" not in dict(_answer(asked(), target, None, decision, None).headers)
 
 
 class Clock:
