@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-BASE = {"errors", "files"}
+BASE = {"errors", "files", "ports"}
 #: Package → the packages of ours it may import, besides itself.
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
+    "ports": {"errors"},
     "policy": BASE,
     "identity": BASE,
     "attest": BASE,

@@ -26,6 +26,7 @@ from saw.broker.notify import notify
 from saw.broker.peer import PeerProtocol
 from saw.broker.setup import renew_server_certificate, renew_signer, server_files
 from saw.errors import UnavailableError
+from saw.ports import listen_tcp, require_own_socket
 
 logger = logging.getLogger("saw.broker")
 
@@ -48,14 +49,14 @@ def run(config: BrokerConfig, clock: Clock = utc_now, ready: Callable[[int], Non
     try:
         uvloop.run(_serve(broker, clock, ready))
     finally:
-        Path(config.operator_socket).unlink(missing_ok=True)
         broker.close()
 
 
 async def _serve(broker: Broker, clock: Clock, ready: Callable[[int], None] | None) -> None:
     config = broker.config
     context = tls_context(broker, clock)
-    tls_socket = _listen_tcp(config.listen.host, config.listen.port)
+    host, port = config.listen.host, config.listen.port
+    tls_socket = listen_tcp("the broker", host, port, backlog=512, setting="broker_listen_port")
     operator_socket = listen_unix(Path(config.operator_socket), operator_gid(config.operator_group))
     public = _Server(_uvicorn_config(public_app(broker), context))
     operator = _Server(_uvicorn_config(operator_app(broker), None))
@@ -90,6 +91,11 @@ async def _serve(broker: Broker, clock: Clock, ready: Callable[[int], None] | No
         await asyncio.gather(*tasks)
     finally:
         upkeep.cancel()
+        _remove(Path(config.operator_socket))
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
 
 
 def tls_context(broker: Broker, clock: Clock) -> ssl.SSLContext:
@@ -106,7 +112,8 @@ def tls_context(broker: Broker, clock: Clock) -> ssl.SSLContext:
 
 
 def listen_unix(path: Path, group: int | None) -> socket.socket:
-    """Return a listening Unix socket at ``path``, mode 0660; a socket left by a dead process is replaced."""
+    """Return a listening Unix socket at ``path``, mode 0660; a socket left by a dead process is replaced, a live one refused."""
+    require_own_socket("the broker", path, "operator_socket in /etc/saw/broker.json")
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise UnavailableError(f"{path} exists and is no socket", cure="remove it")
@@ -125,15 +132,6 @@ def listen_unix(path: Path, group: int | None) -> socket.socket:
         except PermissionError:
             logger.warning("cannot give %s to group %d: only root can use it; add the group to the unit", path, group)
     listener.listen(128)
-    listener.setblocking(False)
-    return listener
-
-
-def _listen_tcp(host: str, port: int) -> socket.socket:
-    try:
-        listener = socket.create_server((host, port), backlog=512)
-    except OSError as error:
-        raise UnavailableError(f"cannot listen on {host}:{port}: {error.strerror}", cure="free the port") from error
     listener.setblocking(False)
     return listener
 

@@ -15,6 +15,7 @@ from saw.files import write_private
 from saw.identity.ssh import SshAuthority
 from saw.identity.x509 import Authority, new_key_and_csr
 from saw.policy.keys import create_key
+from saw.ports import listening_on, taken
 
 SERVER_TTL = timedelta(days=30)
 #: A server certificate is renewed when less than this is left.
@@ -101,3 +102,12 @@ def _still_good(pem: bytes, names: tuple[str, ...], now: datetime) -> bool:
     return certificate.not_valid_after_utc - now > RENEW_BEFORE and set(found.get_values_for_type(x509.DNSName)) == set(
         names
     )
+
+
+def require_free_port(config: BrokerConfig) -> None:
+    """Raise :class:`saw.ports.TakenError` when the TLS port is held by anybody but the account that the state belongs to."""
+    owner = config.state.stat().st_uid if config.state.is_dir() else -1
+    host, port = config.listen.host, config.listen.port
+    holders = [holder for holder in listening_on(host, port) if holder.uid != owner or not holder.pid]
+    if holders:
+        raise taken("the broker", holders, f"{host}:{port}", "broker_listen_port")

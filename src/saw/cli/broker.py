@@ -20,6 +20,7 @@ def main(argv: list[str]) -> int:
     for name, text in (
         ("init", "make keys, database and certificate where they are missing"),
         ("serve", "serve until stopped"),
+        ("ports", "tell whether somebody else has the broker's port (root)"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument(
@@ -36,6 +37,12 @@ def main(argv: list[str]) -> int:
             print(json.dumps({"ok": True, "changed": bool(made), "made": made}))
         else:
             print(f"made: {', '.join(made)}" if made else "everything is there already")
+        return 0
+    if options.command == "ports":
+        from saw.broker.setup import require_free_port
+
+        require_free_port(config)
+        print(json.dumps({"ok": True}) if options.json else "the broker's port is free or its own")
         return 0
     from saw.broker.server import run
 

@@ -25,6 +25,7 @@ def main(argv: list[str]) -> int:
     render = commands.add_parser("render", parents=[common], help="print Envoy's files for some workspace numbers")
     render.add_argument("--numbers", default="1", help="workspace numbers, separated by commas (default 1)")
     render.add_argument("--check", action="store_true", help="have Envoy validate them instead of printing them")
+    commands.add_parser("ports", parents=[common], help="tell which ports of ring 2 somebody else has (root)")
     commands.add_parser("nft", parents=[common], help="print the perimeter's nftables rules")
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config)
@@ -32,6 +33,12 @@ def main(argv: list[str]) -> int:
         from saw.gateway.service import serve
 
         return serve(config)
+    if arguments.command == "ports":
+        from saw.gateway.ports import require_free
+
+        require_free(config)
+        print(json.dumps({"ok": True, "taken": {}}) if arguments.json else "all ports of ring 2 are free or its own")
+        return 0
     if arguments.command == "nft":
         print(render_nft(
             config.nft.operator_networks, ingress_address=config.ring2.ingress_address, ssh_port=config.nft.ssh_port

@@ -25,18 +25,24 @@ from saw.gateway.judge import Judge
 from saw.gateway.link import BrokerLink
 from saw.gateway.notify import notify
 from saw.gateway.peer import PeerReader
+from saw.gateway.ports import conflicts
 from saw.gateway.releases import TrustRoot
 from saw.gateway.resolve import Resolver
 from saw.gateway.spool import Spool
 from saw.gateway.state import StateFile
 from saw.gateway.view import View, ViewKeeper
 from saw.gateway.xds import XdsWriter
+from saw.ports import require_own_socket
 
 LOG = logging.getLogger("saw.gateway")
 
 
 def listen(path: Path, group: str) -> socket.socket:
-    """Return a listening Unix socket at ``path`` that only this user and ``group`` can connect to (0660)."""
+    """Return a listening Unix socket at ``path`` that only this user and ``group`` can connect to (0660).
+
+    Another gatekeeper that listens there is left alone: :class:`saw.ports.TakenError`.
+    """
+    require_own_socket("the gatekeeper", path, "authz_socket in /etc/saw/gatekeeper.json")
     path.unlink(missing_ok=True)
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o117)
@@ -100,6 +106,14 @@ class Gatekeeper:
         wanted = (view.open_numbers(), view.credential_headers())
         if wanted == self._published:
             return
+        if self._published is not None:
+            added = sorted(set(wanted[0]) - set(self._published[0]))
+            for place, holder in conflicts(self._config, added).items():
+                LOG.error(
+                    "ring 2 cannot listen on %s: %s listens there; stop it and restart saw-ring2 (`ss -ltnp` as root names it)",
+                    place,
+                    holder,
+                )
         try:
             written = self._xds.write(*wanted)
         except OSError as error:
