@@ -20,6 +20,7 @@ import httpx
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from saw.cli.decide import boottime
 from saw.cli.policyd import build, main
 from saw.files import load_json
 from saw.identity.x509 import Authority, new_key_and_csr
@@ -244,10 +245,11 @@ class Lab:
 
     def _start_decide(self) -> None:
         """Serve the real decision service, in a thread of this process."""
+        self.heartbeat = Heartbeat(self.run / "policy" / "heartbeat", 15.0, boottime)
         decider = Decider(
             Generations(self.run / "generations", time.monotonic),
-            Lease(self.run / "svid" / "lease.json", lambda: datetime.now(UTC), time.monotonic),
-            Heartbeat(self.run / "policy" / "heartbeat", 15.0, time.monotonic),
+            Lease(self.run / "svid" / "lease.json", lambda: datetime.now(UTC), boottime),
+            self.heartbeat,
             Attribution(Path("/proc/self/ns/net")),
             Counts(time.monotonic()),
         )

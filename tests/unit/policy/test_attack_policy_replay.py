@@ -1,30 +1,4 @@
-"""The attacks on a policy's way to a workspace, and where each is tried.
-
-==============================  =========================================================================================
-case                            tests (here unless a file is named)
-==============================  =========================================================================================
-unsigned, wrong key, too few    test_policy_bundle (test_unsigned, test_wrong_key, test_too_few_and_then_enough),
-signatures                      test_tuf_attacks (test_too_few_signatures_wherever_they_are_counted)
-expired, not yet valid          test_policy_bundle (test_window)
-rolled back                     test_policy_bundle (test_rolled_back), test_policy_tuf, integration/policyd
-replayed to another blueprint   test_a_release_counts_for_its_own_blueprint, integration/policyd
-replayed to another ring        test_tuf_attacks (test_a_bundle_of_one_ring_is_not_served_for_another)
-replayed to another deployment  test_a_release_of_another_deployment_is_not_taken
-truncated, member swapped       test_policy_bundle, test_fuzz_policy_files
-duplicate keys, unknown fields  test_policy_bundle (envelope), test_policy_loader (files), test_signed_trouble_is_not_loaded
-alias bomb, huge input          test_fuzz_bounds, test_signed_trouble_is_not_loaded
-revoked key                     test_tuf_attacks, test_keys_lifecycle
-frozen metadata                 test_policy_tuf, integration/policyd (test_a_frozen_repository_is_refused)
-client state wiped              test_a_client_without_memory_still_has_the_floor, integration/policyd, runtime (TPM floor)
-clock set back or forward       test_a_clock_set_back_or_forward_loads_nothing, test_a_clock_set_back_brings_no_old_policy,
-                                unit/runtime/test_ring1_decisions (lease)
-suspended, stopped, partition   integration/policyd (heartbeat), unit/runtime/test_ring1_decisions (lease and heartbeat)
-crash between switch and        integration/policyd (test_a_kill_at_any_step_leaves_the_old_or_the_new_generation)
-acknowledgement
-agent edits policy or leaf      integration/policyd (test_a_changed_generation_is_found_restored_and_reported),
-                                e2e/test_2_root_in_the_vm; units and nft rules: integration/sandbox (not writable inside)
-==============================  =========================================================================================
-"""
+"""Attacks on a policy's way to a workspace that no other file tries; test_attack_coverage.py names the tests of each."""
 
 from __future__ import annotations
 
