@@ -17,6 +17,7 @@ import rfc8785
 from saw.policy.loader import Bundle
 from saw.policy.model import Request
 from saw.policy.reach_automata import Budget
+from saw.policy.reach_budgets import compare_budgets
 from saw.policy.reach_calls import CallComparison
 from saw.policy.reach_item import Item, Region, order
 from saw.policy.reach_settings import compare_directories, compare_settings
@@ -68,6 +69,9 @@ def _name(bundle: Bundle) -> str:
     return f"{bundle.governance.blueprint.name} {bundle.governance.blueprint.version}"
 
 
+_LOST = {"disk": "is closed now", "tool": "is refused now", "budget": "is tighter now", "setting": "is tighter now"}
+
+
 def _as_lost(items: Iterable[Item]) -> list[Item]:
     """Turn what the old bundle has beyond the new one into losses: examples the right way round, no risk."""
     result: list[Item] = []
@@ -75,7 +79,7 @@ def _as_lost(items: Iterable[Item]) -> list[Item]:
         witness = item.witness
         if witness is not None:
             witness = msgspec.structs.replace(witness, old=witness.new, new=witness.old)
-        why = {"disk": "is closed now", "tool": "is refused now", "setting": "is tighter now"}[item.subject]
+        why = _LOST[item.subject]
         result.append(msgspec.structs.replace(item, risk=None, why=why, witness=witness))
     return result
 
@@ -89,6 +93,7 @@ def diff_bundles(old: Bundle, new: Bundle) -> ReachDiff:
         *calls.gained,
         *compare_directories(old.policy, new.policy),
         *compare_settings(before, after),
+        *compare_budgets(old.governance, new.governance),
         *compare_tools(old.governance, new.governance, Budget(1_000_000)),
     ]
     lost = [
@@ -97,6 +102,7 @@ def diff_bundles(old: Bundle, new: Bundle) -> ReachDiff:
             [
                 *compare_directories(new.policy, old.policy),
                 *(item for item in compare_settings(after, before) if item.exact),
+                *(item for item in compare_budgets(new.governance, old.governance) if item.exact),
                 *compare_tools(new.governance, old.governance, Budget(1_000_000)),
             ]
         ),

@@ -14,7 +14,7 @@ from saw.policy.checks_governance import GOVERNANCE_CHECKS
 from saw.policy.checks_policy import check_absolute, check_path_glob, port_is_valid
 from saw.policy.decode import Checks, Decoder, Report, StructureReport
 from saw.policy.errors import PolicyError, Problem
-from saw.policy.governance import Argument
+from saw.policy.governance import Argument, Limit
 from saw.policy.model import Part, says
 from saw.policy.partial import Unknown
 from saw.policy.yamltree import parse
@@ -28,6 +28,7 @@ Kind = Literal[
     "tool_never",
     "push_never",
     "push_needs_review",
+    "inference_within_budget",
     "subset_of",
 ]
 
@@ -41,6 +42,7 @@ FIELDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "tool_never": (frozenset({"tool"}), frozenset({"server", "args"})),
     "push_never": (frozenset({"refs"}), frozenset({"hosts", "operations"})),
     "push_needs_review": (frozenset({"refs"}), frozenset({"hosts", "operations"})),
+    "inference_within_budget": (frozenset({"limit", "period"}), frozenset({"hosts"})),
     "subset_of": (frozenset(), frozenset({"parent"})),
 }
 """Fields that each kind must have, and those it may have, besides ``id``, ``kind`` and ``why``."""
@@ -74,6 +76,12 @@ class Invariant(Part, frozen=True):
     operations: Annotated[
         tuple[Literal["create", "update", "delete"], ...], says("Changes of a ref; empty: all.", ["delete"])
     ] = ()
+    limit: Annotated[
+        Limit | None, says("Most that a route may cost in one period.", {"currency": "USD", "amount": "50.00"})
+    ] = None
+    period: Annotated[
+        Literal["", "day", "week", "month"], says("The calendar period that the limit is about.", "month")
+    ] = ""
     parent: Annotated[str, says("Bundle folder that holds all that this one allows.", "../base")] = ""
 
 
@@ -173,7 +181,7 @@ def _file(value: Invariants, report: StructureReport) -> None:
 
 INVARIANT_CHECKS = Checks(
     fields={
-        **{key: check for key, check in GOVERNANCE_CHECKS.fields.items() if key[0] is Argument},
+        **{key: check for key, check in GOVERNANCE_CHECKS.fields.items() if key[0] in {Argument, Limit}},
         (Invariant, "id"): _id,
         (Invariant, "server"): _flat,
         (Invariant, "tool"): _flat,

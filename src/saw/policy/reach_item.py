@@ -12,7 +12,7 @@ Risk = Literal["critical", "high", "medium", "low"]
 RISKS: tuple[Risk, ...] = ("critical", "high", "medium", "low")
 """From the most to the least dangerous; ``docs/reach.md`` says what falls where."""
 
-Subject = Literal["call", "tool", "disk", "setting"]
+Subject = Literal["call", "tool", "disk", "budget", "setting"]
 
 
 class Region(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -35,6 +35,7 @@ class Region(msgspec.Struct, frozen=True, omit_defaults=True):
     tool: str = ""
     argument: str = ""
     directory: str = ""
+    budget: str = ""
     setting: str = ""
 
 

@@ -21,6 +21,7 @@ from saw.policy.mcp import decide_tool
 from saw.policy.model import READ_METHODS, Decision
 from saw.policy.reach_arguments import NOTHING, find
 from saw.policy.reach_automata import Budget, TooLarge
+from saw.policy.reach_budgets import budget_fault
 from saw.policy.reach_calls import as_call, verdict
 from saw.policy.reach_diff import diff_bundles
 from saw.policy.reach_invariants import Invariant, Invariants, split_address
@@ -288,6 +289,23 @@ def _tools(bundle: Bundle, invariant: Invariant) -> Finding:
     return _finding(invariant, "holds", "no such tool call is allowed")
 
 
+def _budgets(bundle: Bundle, invariant: Invariant) -> Finding:
+    limit, period = invariant.limit, invariant.period
+    for index, route in enumerate(bundle.governance.inference.routes):
+        if invariant.hosts and not any(
+            globs.host_glob(glob).fullmatch(route.alias.lower()) for glob in invariant.hosts
+        ):
+            continue
+        fault = (
+            "no limit is written"
+            if limit is None or not period
+            else budget_fault(bundle.governance, route, limit, period)
+        )
+        if fault is not None:
+            return _finding(invariant, "broken", fault, (f"inference.routes[{index}]",))
+    return _finding(invariant, "holds", "every route draws on a budget that stops within the limit")
+
+
 def _subset(bundle: Bundle, invariant: Invariant, parents: Mapping[str, Bundle]) -> Finding:
     parent = parents.get(invariant.parent)
     if parent is None:
@@ -315,6 +333,8 @@ def prove(bundle: Bundle, invariants: Invariants, parents: Mapping[str, Bundle] 
             findings.append(_disk(bundle, invariant))
         elif invariant.kind == "tool_never":
             findings.append(_tools(bundle, invariant))
+        elif invariant.kind == "inference_within_budget":
+            findings.append(_budgets(bundle, invariant))
         else:
             findings.append(_subset(bundle, invariant, parents or {}))
     return findings
