@@ -1,4 +1,7 @@
-"""``saw policy export`` and ``import``: OpenShell policies, and signed bundles of NVIDIA Agent Policy Fabric."""
+"""``saw policy export`` and ``import``: what leaves for other places and comes from them.
+
+OpenShell policies, signed bundles of NVIDIA Agent Policy Fabric, and the release repository as one archive.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from saw.cli import policy_rings
 from saw.cli.answers import Add, Answer, read_file
 from saw.cli.folders import write_new_folder
 from saw.errors import ConfigError
@@ -51,20 +55,45 @@ def _summary(findings: Sequence[Finding]) -> dict[str, Any]:
 
 
 def export(options: argparse.Namespace) -> Answer:
-    """Write the policy file that OpenShell loads, and report what it cannot express."""
-    if not options.openshell:
-        raise ConfigError("no format is named", cure="give --openshell")
+    """Write a bundle as the policy file that OpenShell loads, or the repository as one archive for a place without a network.
+
+    export FOLDER --openshell FILE        reports what OpenShell cannot express
+    export --repository DIR ARCHIVE       everything a client needs, also for a web server or an object store
+    """
+    if (options.openshell is None) == (options.repository is None):
+        raise ConfigError("what to export is not clear", cure="give either --openshell FILE or --repository DIR")
+    if options.repository is not None:
+        options.out = options.out or options.path
+        if not options.out:
+            raise ConfigError("the archive has no name", cure="give the file to write")
+        return policy_rings.export(options)
+    if options.timestamp_key or options.valid_for or options.passphrase_file:
+        raise ConfigError("a timestamp belongs to a repository", cure="use --timestamp-key with --repository")
+    out = options.openshell or options.out
+    if not options.path or not out or (options.openshell and options.out):
+        raise ConfigError("the bundle folder or the file to write is missing", cure="give FOLDER --openshell FILE")
     bundle = load_bundle_folder(options.path)
     Matcher.compile(bundle.policy, bundle.governance)
     made = to_openshell(bundle)
-    write_atomic(options.out, made.text)
+    write_atomic(out, made.text)
     lines = [str(finding) for finding in made.findings]
-    lines.append(f"{options.out}: for OpenShell; it cannot express {len(made.findings)} things of {options.path}")
-    return {"ok": True, "out": options.out, **_summary(made.findings)}, "\n".join(lines), 0
+    lines.append(f"{out}: for OpenShell; it cannot express {len(made.findings)} things of {options.path}")
+    return {"ok": True, "out": out, **_summary(made.findings)}, "\n".join(lines), 0
 
 
 def import_(options: argparse.Namespace) -> Answer:
-    """Make a bundle folder of another runtime's policy; exit code 1 if something of it was not carried over."""
+    """Make a bundle folder of another runtime's policy, or bring a copy of the repository up to an exported archive.
+
+    Exit code 1 if something of the policy was not carried over.
+    """
+    if options.repository is not None:
+        if not options.root or options.out or options.owner:
+            cure = "give ARCHIVE --repository DIR --root ROOT.json, and nothing that is about a bundle"
+            raise ConfigError("an archive is imported into a repository under a pinned root", cure=cure)
+        options.archive = options.path
+        return policy_rings.import_(options)
+    if not options.out or not options.owner:
+        raise ConfigError("the folder of the bundle or its owner is missing", cure="give --out FOLDER --owner TEAM")
     raw = read_file(options.path)
     name = options.name or re.sub(r"[^a-z0-9]+", "-", Path(options.path).stem.lower()).strip("-") or "imported"
     source = Path(options.path).name
@@ -107,14 +136,16 @@ def _fabric(options: argparse.Namespace, raw: bytes) -> fabric.FabricPolicy:
 
 def register(add: Add) -> None:
     """Add the commands to the group ``saw policy``."""
-    sub = add("export", export, "write the policy in the form of another runtime")
-    sub.add_argument("path", help="bundle folder")
-    sub.add_argument("--openshell", action="store_true", help="NVIDIA OpenShell's policy.yaml")
-    sub.add_argument("--out", required=True, help="file to write")
-    sub = add("import", import_, "make a bundle folder of another runtime's policy")
-    sub.add_argument("path", help="OpenShell policy, or the signed manifest of an Agent Policy Fabric bundle")
-    sub.add_argument("--out", required=True, help="folder of the bundle; must not exist")
-    sub.add_argument("--owner", required=True, help="the team that answers for it")
+    sub = add("export", export, "write a policy for another runtime, or the repository as one archive")
+    sub.add_argument("path", nargs="?", help="bundle folder; with --repository the archive to write")
+    sub.add_argument("--openshell", nargs="?", const="", metavar="FILE", help="NVIDIA OpenShell's policy.yaml to write")
+    policy_rings.add_export(sub, required=False)
+    sub = add("import", import_, "make a bundle folder of another runtime's policy, or take an archive in")
+    sub.add_argument(
+        "path", help="OpenShell policy, signed manifest of an Agent Policy Fabric bundle, or archive of a repository"
+    )
+    sub.add_argument("--out", help="folder of the bundle; must not exist")
+    sub.add_argument("--owner", help="the team that answers for it")
     sub.add_argument("--name", help="blueprint name (default: after the file)")
     sub.add_argument(
         "--dialect", choices=["0.0", "0.1", "either"], default="either", help="OpenShell release that wrote it"
@@ -123,3 +154,5 @@ def register(add: Add) -> None:
         "--trust-root", action="append", default=[], metavar="KEYID.pub", help="public key of a bundle's signer"
     )
     sub.add_argument("--document", default="default", help="sandbox policy of the bundle (default: %(default)s)")
+    sub.add_argument("--repository", help="copy of the repository to bring up to the archive")
+    sub.add_argument("--root", help="pinned root.json of that repository")

@@ -126,6 +126,15 @@ def import_(options: argparse.Namespace) -> Answer:
     return result, f"{text}{len(done.releases)} releases", 0
 
 
+def add_export(sub: argparse.ArgumentParser, *, required: bool) -> None:
+    """Add the options of an export of the repository."""
+    sub.add_argument("--repository", required=required, help="the broker's repository, or an imported one")
+    sub.add_argument("--timestamp-key", help="online key file, for a timestamp that outlasts the journey")
+    sub.add_argument("--passphrase-file", help="file with the passphrase of that key")
+    sub.add_argument("--valid-for", help="how long that timestamp counts, for example 7d")
+    sub.add_argument("--out", required=required, help="file to write")
+
+
 def register(add: Add) -> None:
     """Add the commands to ``saw policy``."""
     sub = add("rings", rings, "say what each ring gets now and got before")
@@ -143,11 +152,7 @@ def register(add: Add) -> None:
     sub.add_argument("--prepare-only", action="store_true", help="leave the complete change to saw policy publish")
     sub.add_argument("--context", help="context file of the broker (default: SAW_CONTEXT)")
     sub = add("repository-export", export, "write the repository as one archive")
-    sub.add_argument("--repository", required=True, help="the broker's repository, or an imported one")
-    sub.add_argument("--timestamp-key", help="online key file, for a timestamp that outlasts the journey")
-    sub.add_argument("--passphrase-file", help="file with the passphrase of that key")
-    sub.add_argument("--valid-for", help="how long that timestamp counts, for example 7d")
-    sub.add_argument("--out", required=True, help="archive to write (tar)")
+    add_export(sub, required=True)
     sub = add("repository-import", import_, "verify an archive and bring a copy of the repository up to it")
     sub.add_argument("archive")
     sub.add_argument("--repository", required=True, help="copy to bring up to date; made when it does not exist")

@@ -373,7 +373,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, di
 
 def test_export_and_import_as_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = tmp_path / "coding.yaml", tmp_path / "again"
-    code, answer = run(capsys, "export", ROOT / "policies/coding", "--openshell", "--out", file)
+    code, answer = run(capsys, "export", ROOT / "policies/coding", "--openshell", file)
     assert code == 0 and answer["counts"]["wider"] > 0 and answer["counts"]["left_out"] == 4
     code, answer = run(capsys, "import", file, "--out", out, "--owner", "team-x")
     assert code == 0 and answer["counts"]["left_out"] == 0

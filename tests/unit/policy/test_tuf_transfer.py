@@ -79,23 +79,33 @@ def test_export_is_the_same_every_time_and_import_brings_the_same_state(
     assert not import_repository(archive, tmp_path / "island", world.root, world.clock).changed
 
 
+NAME = "static.example"
+
+
 @pytest.fixture
-def web(tmp_path: Path, now: datetime) -> Iterator[tuple[str, PinnedFetcher, Path]]:
-    """A plain static web server with TLS, the client's pinned downloads, and the folder that is served."""
-    folder = tmp_path / "www"
-    folder.mkdir()
+def trusted(tmp_path: Path, now: datetime) -> tuple[ssl.SSLContext, str]:
+    """A server's TLS settings under :data:`NAME`, and the authority that vouches for it."""
     authority = Authority.create(tmp_path / "ca", "saw.example", now)
-    key, csr = new_key_and_csr("static.example", dns=("static.example",))
-    pem = authority.issue_server(csr, ["static.example"], datetime.now(UTC), timedelta(hours=1))
+    key, csr = new_key_and_csr(NAME, dns=(NAME,))
+    pem = authority.issue_server(csr, [NAME], datetime.now(UTC), timedelta(hours=1))
     (tmp_path / "server.pem").write_bytes(pem + key)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "server.pem")
+    return context, authority.ca_pem.decode()
+
+
+@pytest.fixture
+def web(tmp_path: Path, trusted: tuple[ssl.SSLContext, str]) -> Iterator[tuple[str, PinnedFetcher, Path]]:
+    """A plain static web server with TLS, the client's pinned downloads, and the folder that is served."""
+    folder = tmp_path / "www"
+    folder.mkdir()
+    context, ca = trusted
     handler = functools.partial(Quiet, directory=str(folder))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
-    fetcher = PinnedFetcher(authority.ca_pem.decode(), "static.example")
+    fetcher = PinnedFetcher(ca, NAME)
     try:
         yield f"https://127.0.0.1:{server.server_address[1]}/policy", fetcher, folder / "policy"
     finally:
@@ -125,6 +135,57 @@ def test_any_web_server_serves_what_was_imported(
     shutil.rmtree(tmp_path / "t")
     updater = refresh(tmp_path / "m", tmp_path / "t", url, world.root, fetcher)
     assert code_of(lambda: fetch_target(updater, STABLE)) == "mix_and_match"
+
+
+class Bucket(http.server.BaseHTTPRequestHandler):
+    """An object store without listing: flat keys, compared byte by byte; whatever is no key is ``absent``."""
+
+    protocol_version = "HTTP/1.1"
+    keys: dict[str, bytes]
+    absent: int
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        """Answer with the object under exactly this key."""
+        self.asked.append(self.path)
+        found = self.keys.get(self.path)
+        body = b"<Error/>" if found is None else found
+        self.send_response(self.absent if found is None else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("absent", [404, 403])
+def test_an_object_store_serves_the_archive_by_key(
+    world: World, archive: Path, tmp_path: Path, trusted: tuple[ssl.SSLContext, str], absent: int
+) -> None:
+    context, ca = trusted
+    keys = {f"/bucket/policy/{name}": raw for name, raw in members(archive).items()}
+    handler = type("Store", (Bucket,), {"keys": keys, "absent": absent, "asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    fetcher = PinnedFetcher(ca, NAME)
+    url = f"https://127.0.0.1:{server.server_address[1]}/bucket/policy"
+    try:
+        updater = refresh(tmp_path / "m", tmp_path / "t", url, world.root, fetcher)
+        for target in (STABLE, CANARY):
+            assert fetch_target(updater, target)[0] == read_target(world.store, target)
+        # Nobody asked for a folder, an index, or anything else than whole keys and the root after the newest one.
+        strange = {path for path in handler.asked if path not in keys}
+        assert strange == {"/bucket/policy/metadata/4.root.json"}
+        del keys["/bucket/policy/metadata/timestamp.json"]
+        assert code_of(lambda: refresh(tmp_path / "m", tmp_path / "t", url, world.root, fetcher)) == "unreachable"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
+        fetcher.close()
 
 
 def test_an_archive_of_other_officers_is_refused(world: World, archive: Path, tmp_path: Path) -> None:
@@ -312,3 +373,30 @@ def test_the_commands_export_and_import(world: World, archive: Path, tmp_path: P
     signed = ("repository-export", "--repository", world.store, "--out", out, "--timestamp-key", tmp_path / "other.key")
     assert run(*signed)[1]["error"]["code"] == "config_invalid"
     assert run(*signed, "--valid-for", "7d")[1]["error"]["code"] == "threshold"
+
+
+def test_one_command_exports_for_every_other_place(world: World, archive: Path, tmp_path: Path, capsys) -> None:
+    def run(*arguments: object) -> tuple[int, dict]:
+        code = main(["policy", *map(str, arguments), "--json"])
+        return code, json.loads(capsys.readouterr().out)
+
+    root = tmp_path / "root.json"
+    root.write_bytes(world.root)
+    out, old = tmp_path / "new.tar", tmp_path / "old.tar"
+    assert run("export", "--repository", world.store, out)[0] == 0
+    assert run("repository-export", "--repository", world.store, "--out", old)[0] == 0
+    assert out.read_bytes() == old.read_bytes()
+    code, answer = run("import", out, "--repository", tmp_path / "island", "--root", root)
+    assert code == 0 and answer["changed"] and len(answer["releases"]) == 2
+    for wrong in (
+        ("export",),
+        ("export", "--repository", world.store),
+        ("export", tmp_path, "--openshell", "a", "--repository", world.store),
+        ("export", "--openshell", tmp_path / "o.yaml"),
+        ("export", tmp_path, "--openshell", "a", "--valid-for", "7d"),
+        ("import", out, "--repository", tmp_path / "island"),
+        ("import", out, "--repository", tmp_path / "island", "--root", root, "--owner", "team"),
+        ("import", out),
+    ):
+        code, answer = run(*wrong)
+        assert (code, answer["error"]["code"]) == (1, "config_invalid"), wrong
