@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from saw.policy import globs
 from saw.policy.casefile import as_request
 from saw.policy.errors import PolicyError
-from saw.policy.loader import Bundle, load_members
+from saw.policy.loader import Bundle, load_bundle_folder, load_members
 from saw.policy.matcher import Matcher
 from saw.policy.mcp import decide_tool
 from saw.policy.reach_invariants import load_invariants
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.control("POL-01")
 
 POLICIES = Path(__file__).parents[3] / "policies"
 DEFAULTS = POLICIES / "invariants.yaml"
+CEILING = "ceiling/organisation"
 
 
 def edited(bundle: Bundle, file: str, old: str, new: str) -> Bundle:
@@ -138,7 +140,7 @@ def test_what_is_too_large_is_not_called_proven() -> None:
 @pytest.mark.parametrize("folder", sorted(path.parent for path in POLICIES.glob("*/policy.yaml")), ids=lambda p: p.name)
 def test_every_blueprint_keeps_the_default_invariants(folder: Path) -> None:
     bundle = load_members({name: (folder / name).read_bytes() for name in ("policy.yaml", "governance.yaml")})
-    findings = prove(bundle, load_invariants(DEFAULTS.read_bytes()))
+    findings = prove(bundle, load_invariants(DEFAULTS.read_bytes()), {CEILING: load_bundle_folder(POLICIES / CEILING)})
     assert len(findings) >= 8
     assert [found for found in findings if not found.ok] == []
 
@@ -158,3 +160,27 @@ def test_a_broken_file_of_invariants_is_refused(invariant: dict[str, Any], field
     with pytest.raises(PolicyError) as caught:
         load_invariants(json.dumps({"schema": 1, "invariants": [invariant]}).encode())
     assert field in {problem.field for problem in caught.value.problems}
+
+
+def broken_defaults(bundle: Bundle) -> set[str]:
+    ceiling = {CEILING: load_bundle_folder(POLICIES / CEILING)}
+    return {found.id for found in prove(bundle, load_invariants(DEFAULTS.read_bytes()), ceiling) if not found.ok}
+
+
+def test_the_shipped_invariants_notice_a_credential_that_strays_and_a_bundle_that_outgrows_the_ceiling() -> None:
+    coding = load_bundle_folder(POLICIES / "coding")
+    strayed = edited(coding, "governance.yaml", 'hosts: ["git.example.com:443"]', 'hosts: ["api.example.com:443"]')
+    strayed = edited(strayed, "governance.yaml", 'paths: ["/v1/**"]', 'paths: ["/v2/**"]')
+    strayed = edited(strayed, "governance.yaml", 'paths: ["/team/**"]', 'paths: ["/v1/**"]')
+    assert broken_defaults(strayed) == {"git-credentials-stay-home", "within-the-organisation"}
+    grown = load_members(
+        {name: raw.replace(b"api.example.com", b"api.example.org") for name, raw in coding.members.items()}
+    )
+    assert broken_defaults(grown) == {"api-token-stays-home", "within-the-organisation"}
+
+
+def test_every_credential_of_a_blueprint_is_bound_to_its_hosts() -> None:
+    bound = [i.credential for i in load_invariants(DEFAULTS.read_bytes()).invariants if i.kind == "credential_only_to"]
+    for path in POLICIES.glob("*/governance.yaml"):
+        for credential in load_bundle_folder(path.parent).governance.credentials:
+            assert any(globs.flat_glob(glob).fullmatch(credential.id) for glob in bound), credential.id
