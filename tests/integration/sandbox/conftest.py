@@ -165,7 +165,7 @@ def launch(networked):
     networked.write("/run/saw/sandbox/probe.py", PROBE.read_bytes())
     networked.write("/run/saw/sandbox/ca-bundle.pem", b"public\n")
     networked.write("/run/saw/ring1-ca/ca.key", b"secret\n")
-    networked.run("install", "-d", "/run/saw/generations", "/run/systemd/system")
+    networked.run("install", "-d", "/run/saw/generations/closed", "/run/systemd/system")
     networked.run("ln", "-s", "closed", "/run/saw/generations/current")
     return "/run/saw/sandbox/shell.json"
 
