@@ -42,6 +42,9 @@ MAY_ATTEST = frozenset({State.ATTESTING, State.ACTIVE})
 #: States in which an attestation key may be enrolled.
 MAY_ENROL = MAY_ATTEST | {State.PROVISIONING}
 
+#: States in which the broker hears what a workspace reports. A killed or retired one has no say in rollouts any more.
+MAY_REPORT = frozenset(State) - {State.QUARANTINED, State.DECOMMISSIONED}
+
 
 def parse_state(name: str) -> State:
     """Return the state called ``name``; raise :class:`MalformedError` with the list of states."""

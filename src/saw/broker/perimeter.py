@@ -14,8 +14,8 @@ from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.delegations import told
 from saw.broker.errors import ConflictError, ForbiddenError, MalformedError
-from saw.broker.lifecycle import State
-from saw.broker.registry import get_row
+from saw.broker.lifecycle import MAY_REPORT, State
+from saw.broker.registry import get_row, require_state
 from saw.broker.releases import Releases, bundles_of, live_bundles
 from saw.broker.rollout import Assignments, assigned_release
 from saw.broker.rollout_calls import Tally, count_inside
@@ -125,7 +125,10 @@ class Views:
         }
 
     def report(self, caller: Caller, report: Report, *, verified: bool) -> dict[str, Any]:
-        """Record a workspace's report. ``verified`` says whether it came over the workspace's own SVID."""
+        """Record a workspace's report. ``verified`` says whether it came over the workspace's own SVID.
+
+        Raises :class:`ForbiddenError` for a workspace that was killed or decommissioned.
+        """
         if report.kind == "calls":
             return self._hear_calls(caller, report, verified=verified)
         now = self._s.clock()
@@ -133,6 +136,7 @@ class Views:
         digest = report.policy_digest or ""
         with self._s.store.write() as tx:
             row = get_row(tx.connection, report.workspace_id)
+            require_state(row, MAY_REPORT)
             subject = caller.subject(row.id, agent=row.agent_id, policy_digest=digest)
             if report.kind == "finding":
                 tx.record(
@@ -185,6 +189,7 @@ class Views:
             return {"recorded": False, "verified": verified}
         with self._s.store.write() as tx:
             row = get_row(tx.connection, report.workspace_id)
+            require_state(row, MAY_REPORT)
             counted = 0 if row.policy_digest != digest else count_inside(tx, row.id, digest, said.denied)
             if counted:
                 tx.record(

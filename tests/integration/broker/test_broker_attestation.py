@@ -183,14 +183,22 @@ def test_no_good_quote_no_identity_and_a_good_one_gives_identity_lease_and_sessi
 
         # An image that is deprecated still attests; a revoked one loses its grants at once and attests no more.
         lab.move_image("measured", "deprecated")
-        assert agent.quote(agent.evidence(agent.nonce(), digest, newer)).status_code == 200
+        renewed = agent.quote(agent.evidence(agent.nonce(), digest, newer))
+        assert renewed.status_code == 200
+        key = agent.key
         assert lab.move_image("measured", "revoked")["workspaces_cut_off"] == ["ws-a"]
         assert lab.operator.request("GET", "/v1/workspaces/ws-a")["lease_expires_at"] is None
         assert failures(agent.quote(agent.evidence(agent.nonce(), digest, newer))) == {"image_revoked"}
 
-        # Killed: no nonce, no lease, no session; evidence asked for before the kill is worth nothing.
+        # Killed: no nonce, no lease, no session, no word; evidence asked for before the kill is worth nothing.
         nonce = agent.nonce()
-        lab.operator.request("POST", "/v1/workspaces/ws-a/kill", {"reason": "drill"})
+        with lab.tls(pair=(key, renewed.json()["svid_pem"].encode())) as own:
+            assert own.post("/v1/workspace/report", json=report).json()["verified"]
+            lab.operator.request("POST", "/v1/workspaces/ws-a/kill", {"reason": "drill"})
+            calls = {**report, "kind": "calls", "state": "", "calls": {"allowed": 1, "denied": {}, "window_s": 10}}
+            for speaker, said in ((own, report), (client, report), (own, calls)):
+                refused = speaker.post("/v1/workspace/report", json=said)
+                assert (refused.status_code, refused.json()["code"]) == (403, "workspace_not_admitted")
         assert failures(agent.quote(agent.evidence(nonce, digest, newer))) == {"workspace_not_admitted"}
         assert lab.operator.request("GET", "/v1/workspaces/ws-a")["lease_expires_at"] is None
         with pytest.raises(BrokerRefusal):
