@@ -201,7 +201,7 @@ def endorsement_key(spec: VmSpec) -> str:
 
 
 def network_up(spec: VmSpec) -> None:
-    """Make bridge and tap of the VM's private network; IPv6 is off on both."""
+    """Make bridge and tap of the VM's private network; IPv6 is off on both, and ARP tells of no other address of this host."""
     for name, kind in ((spec.bridge, ("type", "bridge", "forward_delay", "0")), (spec.tap, None)):
         if Path("/sys/class/net", name).exists():
             continue
@@ -212,6 +212,13 @@ def network_up(spec: VmSpec) -> None:
     for name in (spec.bridge, spec.tap):
         with contextlib.suppress(OSError):
             Path("/proc/sys/net/ipv6/conf", name, "disable_ipv6").write_text("1", encoding="ascii")
+    try:
+        Path("/proc/sys/net/ipv4/conf", spec.bridge, "arp_ignore").write_text("1", encoding="ascii")
+    except OSError as error:
+        raise VmError(
+            f"bridge {spec.bridge} would answer ARP for every address of this host: {error}",
+            cure="give this host a writable /proc/sys/net",
+        ) from error
     run("ip", "link", "set", spec.tap, "master", spec.bridge)
     run("ip", "addr", "replace", f"{spec.gateway}/30", "dev", spec.bridge)
     run("ip", "link", "set", spec.bridge, "up")

@@ -314,7 +314,7 @@ def test_a_start_without_a_word_on_the_console_is_ended_and_one_with_goes_its_wa
 
 
 @root_only
-def test_the_private_network_comes_up_twice_without_ipv6_and_goes(make_spec: Make) -> None:
+def test_the_private_network_comes_up_twice_without_ipv6_tells_no_other_address_and_goes(make_spec: Make) -> None:
     spec = make_spec()
 
     def life() -> dict[str, Any]:
@@ -330,6 +330,7 @@ def test_the_private_network_comes_up_twice_without_ipv6_and_goes(make_spec: Mak
                 Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").read_text().strip()
                 for name in ("sawbr7", "sawtap7")
             ],
+            "arp": Path("/proc/sys/net/ipv4/conf/sawbr7/arp_ignore").read_text().strip(),
         }
         qemu.network_down(spec)
         qemu.network_down(spec)
@@ -337,7 +338,7 @@ def test_the_private_network_comes_up_twice_without_ipv6_and_goes(make_spec: Mak
         return seen
 
     assert private(life) == {
-        "addresses": ["10.210.7.1/30"], "tap": [], "master": "sawbr7", "ipv6": ["1", "1"], "left": [],
+        "addresses": ["10.210.7.1/30"], "tap": [], "master": "sawbr7", "ipv6": ["1", "1"], "arp": "1", "left": [],
     }  # fmt: skip
 
 
