@@ -17,18 +17,15 @@ from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 from ansible_collections.secure_agent.workspace.plugins.module_utils.broker import fail
 
 try:
-    from msgspec.structs import replace
     from saw.errors import ConfigError, SawError
     from saw.files import write_atomic
-    from saw.policy.bundle import Reach, describe, good_signers, read_content
+    from saw.policy.bundle import describe, good_signers, read_content
     from saw.policy.errors import BundleRefused
-    from saw.policy.governance import Governance
     from saw.policy.keys import key_id, read_passphrase
-    from saw.policy.loader import Bundle, load_bundle_folder
-    from saw.policy.model import FilesystemPolicy, Policy
+    from saw.policy.loader import load_bundle_folder
     from saw.policy.reach_html import table
     from saw.policy.signers import open_signer
-    from saw.policy.tuf_reach import bundle_diff
+    from saw.policy.tuf_reach import bundle_diff, compare, statement
     from saw.policy.tuf_repository import target_name
     from saw.policy.tuf_rings import held_revision as held_bundle
 
@@ -113,22 +110,6 @@ def member_digests(members: Any) -> dict[str, str]:
     return {name: hashlib.sha256(raw).hexdigest() for name, raw in sorted(members.items())}
 
 
-def nothing_like(bundle: Any) -> Any:
-    """Return a bundle of the same blueprint that allows nothing: what a first release is compared with."""
-    policy, governance = bundle.policy, bundle.governance
-    closed = FilesystemPolicy(include_workdir=False)
-    return Bundle(
-        {},
-        Policy(version=1, filesystem_policy=closed, landlock=policy.landlock, process=policy.process),
-        Governance(
-            schema=1,
-            blueprint=replace(governance.blueprint, version="0.0.0"),
-            lease=governance.lease,
-            landlock=governance.landlock,
-        ),
-    )
-
-
 def held_revision(dest: str, bundle: Any, revision: int, offered: bytes | None, valid_for: timedelta) -> bytes | None:
     """Return the bundle file that further signatures go on, or None when one is to be made.
 
@@ -185,25 +166,13 @@ def earlier_bundles(directory: str, ring: str, blueprint: str) -> dict[str, dict
 def reach_between(base: str | None, new: Any) -> tuple[Any, Any]:
     """Return the diff of reach of ``new`` against the file or folder ``base`` (or nothing), and what signers state of it.
 
-    A statement names the digest of a signed base; against a folder or nothing there is none.
+    Nothing is stated against a folder: only a signed bundle can be in force.
     """
-    diff = bundle_diff()(nothing_like(new) if base is None else load_any(base), new)
-    if base is None or os.path.isdir(base):
-        return diff, None
-    return diff, Reach(describe(read_file(base))[0], diff.digest, diff.widening)
-
-
-def check_statement(raw: bytes, stated: Any) -> None:
-    """Raise unless the bundle file says of its reach what was computed here: nobody signs what they did not see."""
-    held = describe(raw)[1].reach
-    if held == stated:
-        return
-    said = "no reach" if held is None else f"the diff {held.diff_digest[:16]}… against {held.base_digest[:16]}…"
-    raise BundleRefused(
-        "reach_differs",
-        f"the bundle states {said}, and it is {stated.diff_digest[:16]}… against {stated.base_digest[:16]}…",
-        cure="sign the next revision on the release in force",
-    )
+    if base is not None and os.path.isdir(base):
+        return bundle_diff()(load_any(base), new), None
+    raw = None if base is None else read_file(base)
+    report = compare(raw, new, bundle_diff())
+    return report, statement(raw, report)
 
 
 def reach_result(diff: Any) -> dict[str, Any]:

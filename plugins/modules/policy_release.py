@@ -13,6 +13,7 @@ version_added: 0.1.0
 author: Secure Agent Workspace maintainers (!UNKNOWN)
 description:
   - Hands a publication that officers have signed (C(saw policy stage)) to the broker, which verifies it again.
+  - A change of reach that the officers did not sign is refused (C(unsigned_widening)).
   - A publication whose bundles are what their rings run already changes nothing. Going back is a new revision with old content.
 extends_documentation_fragment:
   - secure_agent.workspace.broker
@@ -72,10 +73,10 @@ from ansible_collections.secure_agent.workspace.plugins.module_utils.broker impo
 from ansible_collections.secure_agent.workspace.plugins.module_utils.policy import reach_lines, reach_result
 
 try:
-    from saw.errors import SawError
     from saw.policy.bundle import describe, read_content
-    from saw.policy.tuf_reach import bundle_diff
-    from saw.policy.tuf_repository import Publication, adopt_publication, read_target
+    from saw.policy.tuf_reach import bundle_diff, check_statement, compare, statement
+    from saw.policy.tuf_repository import Publication, adopt_publication
+    from saw.policy.tuf_statements import released, statements
 
     POLICY_ERROR = None
 except ImportError:
@@ -114,18 +115,25 @@ def by_target(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def changes_of_reach(repository: str, before: dict[str, Any], targets: dict[str, bytes]) -> dict[str, Any]:
-    """The diff of reach of each target whose release in force the officers' copy holds, by target path."""
+def changes_of_reach(
+    repository: str, before: dict[str, Any], metadata: dict[str, bytes], targets: dict[str, bytes]
+) -> dict[str, Any]:
+    """The diff of reach of each target whose release in force the officers' copy holds, by target path.
+
+    A change that was not signed is refused here already, and so in check mode; the broker refuses it in any case.
+    """
     found = {}
     for path, raw in targets.items():
-        if before[path] is None:
+        base = released(repository, path)
+        held = describe(base)[0] if base is not None else ""
+        in_force = before[path]["policy_digest"] if before[path] is not None else ""
+        if (
+            held != in_force or held == describe(raw)[0]
+        ):  # a copy that lags tells nothing; the broker decides without it
             continue
-        try:
-            base = read_target(repository, path)
-        except SawError:  # a copy that lacks it tells nothing; the broker decides without it
-            continue
-        if describe(base)[0] == before[path]["policy_digest"] and describe(raw)[0] != describe(base)[0]:
-            found[path] = bundle_diff()(read_content(base), read_content(raw))
+        report = compare(base, read_content(raw), bundle_diff())
+        check_statement(path, statement(base, report), statements(metadata, path, raw))
+        found[path] = report
     return found
 
 
@@ -154,7 +162,7 @@ def main() -> None:
         before = {path: present.get(path) for path in wanted}
         changed = before != wanted
         repository = module.params["repository"]
-        reach = changes_of_reach(repository, before, targets) if repository and changed else {}
+        reach = changes_of_reach(repository, before, metadata, targets) if repository and changed else {}
         if changed and not module.check_mode:
             body = {
                 "metadata": {name: base64.b64encode(raw).decode() for name, raw in metadata.items()},

@@ -13,8 +13,8 @@ version_added: 0.2.0
 author: Secure Agent Workspace maintainers (!UNKNOWN)
 description:
   - Signs a bundle folder as a new revision, or adds signatures to a bundle file.
-  - With O(base), what the revision lets workspaces reach beyond the release in force is computed and its digest is signed with
-    the bundle. An officer who adds a signature and gives O(base) signs only what was computed again here.
+  - What the revision lets workspaces reach beyond the release in force is computed and its digest is signed with the bundle. An
+    officer who adds a signature computes it again, and signs only a bundle that states the same.
   - When O(dest) holds the same content as the same revision already, only missing signatures are added; when all are there,
     nothing changes. The same revision with other content is refused, since a revision means one content.
 extends_documentation_fragment:
@@ -24,7 +24,7 @@ extends_documentation_fragment:
 attributes:
   diff_mode:
     support: full
-    description: Shows what the bundle lets workspaces reach beyond O(base) and no longer, not the difference of texts.
+    description: Shows what the bundle lets workspaces reach beyond the release in force and no longer, not a diff of texts.
 options:
   path:
     description: Bundle folder, or a bundle file that further officers sign.
@@ -42,8 +42,14 @@ options:
     type: str
     default: 30d
   base:
-    description: Bundle file of the release in force.
+    description:
+      - Bundle file of the release in force.
+      - Needed unless nothing is in force, which is so for revision 1, with O(first), and for a bundle file that states so.
     type: path
+  first:
+    description: The ring has no release of this blueprint yet, so its whole reach is new.
+    type: bool
+    default: false
 """
 
 EXAMPLES = r"""
@@ -60,6 +66,7 @@ EXAMPLES = r"""
   secure_agent.workspace.policy_sign:
     path: coding-7.bundle.json
     dest: coding-7.bundle.json
+    base: coding-6.bundle.json
     keys: [keys/cleo.key]
 """
 
@@ -93,7 +100,7 @@ signers:
 reach:
   description: What is gained and lost, as M(secure_agent.workspace.policy_bundle_check) returns it.
   type: dict
-  returned: when O(base) is given
+  returned: success
   sample: {widening: false, reach_digest: 066ba66d02bb12518e13, gained: [], lost: [], lines: []}
 failure:
   description: What failed, for programs.
@@ -109,7 +116,6 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.secure_agent.workspace.plugins.module_utils.policy import (
     SIGNING,
-    check_statement,
     held_revision,
     load_any,
     open_signers,
@@ -129,6 +135,7 @@ try:
     from saw.policy.governance import duration
     from saw.policy.keys import key_id
     from saw.policy.matcher import Matcher
+    from saw.policy.tuf_statements import check_stated, states_first
 except ImportError:  # reporting() tells the person
     ConfigError = None
 
@@ -150,9 +157,12 @@ def ensure(module: AnsibleModule) -> dict[str, Any]:
     if offered is not None:
         revision = describe(offered)[1].revision
     held = held_revision(dest, bundle, revision, offered, validity)
-    diff, stated = reach_between(base, bundle) if base or module._diff else (None, None)  # noqa: SLF001 - Ansible's flag
-    if stated is not None and held is not None:
-        check_statement(held, stated)
+    if base and module.params["first"]:
+        raise ConfigError("base and first exclude each other", cure="give base alone where something is in force")
+    _check_base(base, module.params["first"] or revision == 1 or (held is not None and states_first(held)))
+    diff, stated = reach_between(base, bundle)
+    if held is not None:
+        check_stated(held, stated)
     missing = signers if held is None else unsigned_by(held, signers)
     changed = bool(missing) or not os.path.exists(dest) or read_file(dest) != held
     written = held
@@ -169,9 +179,19 @@ def ensure(module: AnsibleModule) -> dict[str, Any]:
         digest, manifest, signed_by = describe(written)
         signed_by = sorted({*signed_by, *result["signers"]})
         result.update(policy_digest=digest, not_after=manifest.not_after, signers=signed_by)
-    if base:
-        result["reach"] = reach_result(diff)
-    return {**result, "diff": prepared(diff) if changed and diff is not None else {}}
+    result["reach"] = reach_result(diff)
+    return {**result, "diff": prepared(diff) if changed else {}}
+
+
+def _check_base(base: str | None, first: bool) -> None:
+    """Raise unless it is clear which release the bundle follows."""
+    if base is None and not first:
+        reason = "it follows another release, and who signs sees what changes"
+        raise ConfigError(
+            reason, cure="give base, the bundle file of the release in force; first where the ring has none yet"
+        )
+    if base is not None and os.path.isdir(base):
+        raise ConfigError(f"base {base} is a folder", cure="give the signed bundle file of the release in force")
 
 
 def main() -> None:
@@ -183,6 +203,7 @@ def main() -> None:
             "revision": {"type": "int"},
             "valid_for": {"type": "str", "default": "30d"},
             "base": {"type": "path"},
+            "first": {"type": "bool", "default": False},
             **SIGNING,
         },
         supports_check_mode=True,

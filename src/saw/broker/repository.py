@@ -5,7 +5,7 @@ What is verified before anything is written is decided in :mod:`saw.policy.tuf_r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from saw.policy import tuf_repository
 from saw.policy.keys import load_private_key, public_pem
+from saw.policy.tuf_compared import Compared
+from saw.policy.tuf_reach import ReachDiff, bundle_diff
 
 
 class OnlineKey:
@@ -37,6 +39,7 @@ class Repository:
         self._timestamp = directory / "metadata" / "timestamp.json"
         self._online = online
         self._lifetime = timedelta(seconds=timestamp_ttl_s)
+        self._compared = Compared(bundle_diff())
         self.online_public_pem = online.public_pem
 
     def root(self) -> bytes | None:
@@ -56,10 +59,26 @@ class Repository:
         """Take the first root; it must be signed by itself and give this broker's key the online roles."""
         tuf_repository.install_root(self._directory, raw, self._online.private, now)
 
+    @property
+    def compared(self) -> ReachDiff:
+        """What :meth:`compare` found: a comparison that answers from memory, for use under locks."""
+        return self._compared
+
+    def compare(self, targets: Mapping[str, bytes]) -> None:
+        """Compute what ``targets`` change of the reach in force; takes up to seconds, so never inside a transaction."""
+        self._compared.prepare(self._directory, targets)
+
     def accept(self, metadata: dict[str, bytes], targets: dict[str, bytes], now: datetime) -> None:
         """Verify and store a publication, then sign snapshot and timestamp; or raise and change nothing."""
+        self.compare(targets)
         tuf_repository.accept_publication(
-            self._directory, metadata, targets, self._online.private, now, timestamp_lifetime=self._lifetime
+            self._directory,
+            metadata,
+            targets,
+            self._online.private,
+            now,
+            timestamp_lifetime=self._lifetime,
+            diff=self.compared,
         )
 
     def refresh(self, now: datetime) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Annotated, Any
 
@@ -33,11 +34,22 @@ from saw.broker.rollout import (
 )
 from saw.broker.rollout_audit import RolloutAudit
 from saw.broker.rollout_calls import calls_under, forget_calls
-from saw.broker.rollout_escrow import check_escrow, command_for, decode_escrow, is_root, keep, kept, settle, unpack
+from saw.broker.rollout_escrow import (
+    check_escrow,
+    command_for,
+    decode_escrow,
+    is_root,
+    keep,
+    kept,
+    kept_targets,
+    settle,
+    unpack,
+)
 from saw.broker.rollout_limits import count, crossed
 from saw.broker.schema import policy_states, rollout_members, rollouts, workspaces
 from saw.broker.store import Transaction
 from saw.errors import SawError
+from saw.policy.tuf_compared import NotCompared
 
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 BlueprintName = Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)?\Z")]
@@ -134,6 +146,11 @@ class Rollouts:
 
     def tick(self) -> None:
         """Judge every newest rollout by the time that has passed, look after the escrow, and act."""
+        with self._s.store.read() as connection:
+            found = kept_targets(connection)
+        for targets in found:
+            with suppress(SawError):
+                self._repository.compare(targets)
         with self._s.store.write() as tx:
             for rollout in newest_rollouts(tx.connection):
                 self._judge(tx, rollout, self._s.clock())
@@ -180,6 +197,7 @@ class Rollouts:
         """Take a rollback into escrow for the newest release of ``ring``; return whether anything changed."""
         now = self._s.clock()
         escrow = decode_escrow(body.metadata, body.targets)
+        self._repository.compare(escrow.targets)
         with self._s.store.write() as tx:
             rollout = self._newest(tx, ring, body.blueprint)
             if rollout.state == Course.HALTED:
@@ -246,6 +264,8 @@ class Rollouts:
         try:
             now, directory = self._s.clock(), self._s.config.tuf_dir
             check_escrow(tx.connection, self._repository, directory, unpack(rollback), rollout, now=now)
+        except NotCompared:
+            return  # somebody published a moment ago; the next tick compares with that
         except SawError as error:
             settle(tx, rollout, "stale", error.message)
             text = f"the rollback in escrow can no longer be published: {error.message}"

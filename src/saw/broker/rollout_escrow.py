@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Row, select
 from saw.broker.clock import iso
 from saw.broker.errors import ConflictError, MalformedError
 from saw.broker.repository import Repository
-from saw.broker.rollout import earlier_content
+from saw.broker.rollout import earlier_content, newest_rollouts
 from saw.broker.schema import rollbacks
 from saw.broker.store import Transaction
 from saw.policy.bundle import describe
@@ -46,8 +46,10 @@ def check_escrow(
 ) -> Rollback:
     """Return what ``escrow`` does; raise unless it would be accepted now and only takes ``rollout``'s release back.
 
-    ``store`` is the directory of the repository. Raises :class:`ConflictError`, :class:`MalformedError` and the
-    repository's own refusals (``threshold``, ``stale_base``, ``bundle`` …).
+    ``store`` is the directory of the repository. What going back allows again must be signed like every change of reach;
+    it was compared beforehand (:meth:`saw.broker.repository.Repository.compare`). Raises :class:`ConflictError`,
+    :class:`MalformedError` and the
+    repository's own refusals (``threshold``, ``stale_base``, ``unsigned_widening``, ``bundle`` …).
     """
     raw_root = repository.root()
     if raw_root is None:
@@ -55,7 +57,13 @@ def check_escrow(
     if any(is_root(name) and not repository.holds_root(raw) for name, raw in escrow.metadata.items()):
         raise MalformedError("a rollback does not change the root", cure="publish the new root by itself first")
     checked = check_publication(
-        store, parse(Root, raw_root, "root.json").signed, escrow.metadata, escrow.targets, now, rotated=False, diff=None
+        store,
+        parse(Root, raw_root, "root.json").signed,
+        escrow.metadata,
+        escrow.targets,
+        now,
+        rotated=False,
+        diff=repository.compared,
     )
     path = f"rings/{rollout.ring}/{rollout.blueprint}.bundle.json"
     if [release.path for release in checked.changed] != [path]:
@@ -100,6 +108,12 @@ def keep(tx: Transaction, rollout: Row[Any], escrow: Escrow, found: Rollback, *,
 def kept(connection: Connection, rollout: Row[Any]) -> Row[Any] | None:
     """Return the rollback that was deposited for ``rollout``, in whatever state, or None."""
     return connection.execute(select(rollbacks).where(_of(rollout))).one_or_none()
+
+
+def kept_targets(connection: Connection) -> list[dict[str, bytes]]:
+    """Return the bundles of every rollback that is in escrow for a newest release, by target path."""
+    rows = [kept(connection, rollout) for rollout in newest_rollouts(connection)]
+    return [unpack(row).targets for row in rows if row is not None and row.state == "kept"]
 
 
 def settle(tx: Transaction, rollout: Row[Any], state: str, reason: str) -> None:

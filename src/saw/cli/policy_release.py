@@ -8,6 +8,17 @@ from datetime import timedelta
 from pathlib import Path
 
 from saw.cli.answers import Add, Answer, read_file
+from saw.cli.policy_review import (
+    add_base,
+    base_for,
+    base_of_signed,
+    compare_for,
+    line,
+    review_for,
+    show,
+    told,
+    told_all,
+)
 from saw.cli.policy_signing import (
     add_signing,
     encoded,
@@ -28,7 +39,8 @@ from saw.policy.keys import load_public_key
 from saw.policy.loader import load_bundle_folder
 from saw.policy.matcher import Matcher
 from saw.policy.tuf_draft import contribute, is_draft, load_draft, owed, save_draft
-from saw.policy.tuf_reach import bundle_diff, reach_between
+from saw.policy.tuf_reach import ReachReport, bundle_diff
+from saw.policy.tuf_statements import check_stated, copy_of, review, state_reach
 
 DEFAULT_VALIDITY = "30d"
 
@@ -36,23 +48,18 @@ DEFAULT_VALIDITY = "30d"
 def sign(options: argparse.Namespace) -> Answer:
     """Sign a folder as a new revision, or add signatures to a bundle.
 
-    With --base, the diff of reach against the release in force is computed and its digest signed with the bundle.
+    What it changes of the reach in force is computed here and shown, and its digest is signed with the bundle. Who adds a
+    signature computes it again, and signs only when the bundle states the same.
     """
-    keys = signers_of(options)
     if Path(options.path).is_dir():
-        if options.revision is None:
-            raise ConfigError("a new bundle needs a revision", cure="give --revision, one more than the last")
-        bundle = load_bundle_folder(options.path)
-        Matcher.compile(bundle.policy, bundle.governance)
-        reach = reach_between(read_file(options.base), bundle, bundle_diff()) if options.base else None
-        start = present()
-        validity = timedelta(seconds=duration(options.valid_for))
-        manifest = bundles.build_manifest(bundle, options.revision, start, start + validity, reach=reach)
-        raw = bundles.sign(manifest, bundle.members, keys)
+        report, raw = _sign_folder(options)
     else:
-        if options.base:
-            raise ConfigError("the reach of a signed bundle is fixed", cure="give --base when signing the folder")
-        raw = bundles.add_signatures(read_file(options.path), keys)
+        if options.revision is not None:
+            raise ConfigError("a signed bundle has its revision", cure="leave --revision out")
+        held = read_file(options.path)
+        report, reach = compare_for(options, base_of_signed(options, held), bundles.read_content(held))
+        check_stated(held, reach)
+        raw = bundles.add_signatures(held, signers_of(options))
     write_atomic(options.out, raw)
     value, parsed, signers = bundles.describe(raw)
     result: dict[str, object] = {
@@ -63,15 +70,28 @@ def sign(options: argparse.Namespace) -> Answer:
     }
     text = f"{options.out}: revision {parsed.revision}, {len(signers)} signatures, digest {value}"
     if parsed.reach is not None:
-        shown = parsed.reach
-        result["reach"] = {
-            "base_digest": shown.base_digest,
-            "diff_digest": shown.diff_digest,
-            "widening": shown.widening,
-        }
-        kind = "WIDENS the reach" if shown.widening else "does not widen the reach"
-        text += f"\n{kind} of {shown.base_digest}; diff {shown.diff_digest}"
+        result |= told(report, parsed.reach)
+        text += f"\n{line(parsed.reach)}"
     return result, text, 0
+
+
+def _sign_folder(options: argparse.Namespace) -> tuple[ReachReport, bytes]:
+    """Return the diff of reach that is signed, and the bundle file."""
+    bundle = load_bundle_folder(options.path)
+    Matcher.compile(bundle.policy, bundle.governance)
+    if options.revision is None and not options.repository:
+        raise ConfigError("a new bundle needs a revision", cure="give --revision, or --repository and --ring")
+    base = base_for(options, bundle.governance.blueprint.name, first=options.revision == 1)
+    follows = bundles.describe(base)[1].revision if base is not None else 0
+    revision = options.revision if options.revision is not None else follows + 1
+    if revision <= follows:
+        reason = f"revision {revision} does not follow revision {follows}, which is in force"
+        raise ConfigError(reason, cure=f"sign it as revision {follows + 1}")
+    report, reach = compare_for(options, base, bundle)
+    start = present()
+    validity = timedelta(seconds=duration(options.valid_for))
+    manifest = bundles.build_manifest(bundle, revision, start, start + validity, reach=reach)
+    return report, bundles.sign(manifest, bundle.members, signers_of(options))
 
 
 def verify(options: argparse.Namespace) -> Answer:
@@ -108,34 +128,46 @@ def init_repo(options: argparse.Namespace) -> Answer:
 
 
 def stage(options: argparse.Namespace) -> Answer:
-    """Make a publication, or add signatures to one, or to a change under way (rotation, delegation, rollback)."""
-    keys = signers_of(options)
+    """Make a publication, or add signatures to one, or to a change under way (rotation, delegation, rollback).
+
+    What it changes of a ring's reach is computed here and shown. It is signed with the publication when the bundle states
+    another change, and whoever adds a signature computes it again.
+    """
     if options.bundle is None and is_draft(options.out):
-        draft = contribute(load_draft(options.out), keys)
+        held = load_draft(options.out)
+        changes = review_for(options, held)
+        draft = contribute(held, signers_of(options))
         save_draft(options.out, draft)
         left = owed(draft)
         names = sorted(draft.targets)
         result = {"ok": True, "targets": names, "directory": options.out, "complete": not left, "owed": owed_json(left)}
-        return result, owed_text(left, f"{options.out}: {draft.note.subject} is complete; publish it"), 0
+        text = owed_text(left, f"{options.out}: {draft.note.subject} is complete; publish it")
+        return {**result, "changes": told_all(changes)}, text, 0
     if options.bundle is None:
-        publication = repositories.cosign_publication(load_publication(options.out), keys)
+        offered = load_publication(options.out)
+        changes = review_for(options, offered)
+        publication = repositories.cosign_publication(offered, signers_of(options))
     else:
         if not options.repository or not options.ring:
             raise ConfigError("a new publication needs --repository and --ring", cure="add them")
         raw = read_file(options.bundle)
         target = repositories.target_name(options.ring, bundles.describe(raw)[1].blueprint)
-        reach = None
-        if options.state_reach:
-            base = repositories.read_target(options.repository, target)
-            reach = reach_between(base, bundles.read_content(raw), bundle_diff())
+        change, reach = state_reach(options.repository, target, raw, bundle_diff())
+        show(options, change.report, change.path)
+        changes, keys = (change,), signers_of(options)
         publication = repositories.stage_publication(options.repository, target, raw, keys, present(), reach=reach)
     save_publication(options.out, publication)
     names = sorted(publication.targets)
-    return {"ok": True, "targets": names, "directory": options.out}, f"{options.out}: publishes {', '.join(names)}", 0
+    value = {"ok": True, "targets": names, "directory": options.out, "changes": told_all(changes)}
+    text = "".join(f"\n{change.path}: {line(change.reach)}" for change in changes)
+    return value, f"{options.out}: publishes {', '.join(names)}{text}", 0
 
 
 def publish(options: argparse.Namespace) -> Answer:
-    """Hand a publication to the broker and bring the officers' copy up to date."""
+    """Hand a publication to the broker and bring the officers' copy up to date.
+
+    With a copy, a change of reach that was not signed is refused before anything is sent; the broker refuses it in any case.
+    """
     if is_draft(options.path):
         draft = load_draft(options.path)
         left = owed(draft)
@@ -144,6 +176,8 @@ def publish(options: argparse.Namespace) -> Answer:
             cure = f"let them sign: saw policy stage --key KEY --out {options.path}"
             raise RepositoryError("threshold", reason, cure=cure, details={"owed": owed_json(left)})
     publication = load_publication(options.path)
+    if options.repository:
+        review(publication, copy_of(options.repository), bundle_diff())
     answer = hand_over(publication, options.context, options.install_root)
     if options.repository:
         repositories.adopt_publication(options.repository, publication)
@@ -166,9 +200,13 @@ def register(add: Add) -> None:
     sub = add("sign", sign, "sign a bundle folder, or add signatures to a bundle file")
     sub.add_argument("path")
     add_signing(sub)
-    sub.add_argument("--revision", type=int, help="number of the revision; must grow with each release")
+    sub.add_argument(
+        "--revision",
+        type=int,
+        help="number of the revision; must grow (default: one more than in force, with --repository)",
+    )
     sub.add_argument("--valid-for", default=DEFAULT_VALIDITY, help="how long it counts (default: %(default)s)")
-    sub.add_argument("--base", help="bundle file of the release in force; the diff of reach against it is signed too")
+    add_base(sub)
     sub.add_argument("--out", required=True, help="bundle file to write")
     sub = add("verify", verify, "verify a bundle file")
     sub.add_argument("path")
@@ -184,14 +222,10 @@ def register(add: Add) -> None:
     sub.add_argument("--threshold", type=int, default=2, help="how many officers must sign (default: %(default)s)")
     sub = add("stage", stage, "make the publication of a bundle, or add signatures to it (without --bundle)")
     add_signing(sub)
-    sub.add_argument("--repository", help="officers' copy of the repository")
+    sub.add_argument("--repository", help="officers' copy of the repository, which the reach is compared with")
     sub.add_argument("--ring", help="ring to release to, for example stable")
     sub.add_argument("--bundle", help="signed bundle file")
-    sub.add_argument(
-        "--state-reach",
-        action="store_true",
-        help="sign the diff of reach against this ring's release, for a bundle that was signed against another one",
-    )
+    sub.add_argument("--base", help="bundle file of the release in force, for who adds a signature and has no copy")
     sub.add_argument("--out", required=True, help="directory of the publication")
     sub = add("publish", publish, "hand a publication to the broker")
     sub.add_argument("path", help="directory of the publication")

@@ -10,16 +10,17 @@ import msgspec
 
 from saw.cli.answers import Add, Answer, read_file
 from saw.cli.policy_release import DEFAULT_VALIDITY, hand_over
+from saw.cli.policy_review import review_for, told_all
 from saw.cli.policy_signing import add_signing, owed_json, owed_text, present, signers_of
 from saw.errors import ConfigError
 from saw.files import write_atomic
+from saw.policy.bundle import read_content
 from saw.policy.governance import duration
 from saw.policy.keys import load_private_key, read_passphrase
 from saw.policy.tuf_changes import roll_back
 from saw.policy.tuf_draft import Draft, contribute, is_draft, load_draft, owed, save_draft
-from saw.policy.tuf_reach import bundle_diff
 from saw.policy.tuf_repository import adopt_publication
-from saw.policy.tuf_rings import RingStatus, held_revision, ring_status
+from saw.policy.tuf_rings import RingStatus, held_revision, revision_before, ring_status
 from saw.policy.tuf_store import current_releases
 from saw.policy.tuf_transfer import export_repository, import_repository
 
@@ -60,25 +61,32 @@ def _blueprint(options: argparse.Namespace) -> str:
 def _rollback_draft(options: argparse.Namespace) -> Draft:
     """Return the rollback that the folder holds already, or a new one."""
     blueprint = _blueprint(options)
-    old = held_revision(options.repository, options.ring, blueprint, options.to)
+    to = options.to if options.to is not None else revision_before(options.repository, options.ring, blueprint)
+    old = held_revision(options.repository, options.ring, blueprint, to)
     validity = timedelta(seconds=duration(options.valid_for))
-    diff = bundle_diff() if options.state_reach else None
-    wanted = roll_back(options.repository, options.ring, blueprint, old, now=present(), validity=validity, diff=diff)
+    wanted = roll_back(options.repository, options.ring, blueprint, old, now=present(), validity=validity)
     if not is_draft(options.out):
         return wanted
     held = load_draft(options.out)
-    if (held.note.kind, held.note.subject) != (wanted.note.kind, wanted.note.subject) or held.base != wanted.base:
+    same = (held.note.kind, held.note.subject) == (wanted.note.kind, wanted.note.subject) and held.base == wanted.base
+    if not same or _contents(held) != _contents(wanted):
         cure = "choose another --out, or remove the folder if that change is given up"
         raise ConfigError(f"{options.out} holds another change ({held.note.subject})", cure=cure)
     return held
 
 
+def _contents(draft: Draft) -> dict[str, dict[str, bytes]]:
+    return {path: read_content(raw).members for path, raw in draft.targets.items()}
+
+
 def rollback(options: argparse.Namespace) -> Answer:
     """Release the content of an earlier revision as the next one; repeat the command with each officer's key.
 
-    Ends published (0), or says who must still sign (1).
+    What going back allows again is shown and signed. Ends published (0), or says who must still sign (1).
     """
-    draft = contribute(_rollback_draft(options), signers_of(options))
+    started = _rollback_draft(options)
+    changes = review_for(options, started)
+    draft = contribute(started, signers_of(options))
     save_draft(options.out, draft)
     left = owed(draft)
     result: dict[str, Any] = {
@@ -88,6 +96,7 @@ def rollback(options: argparse.Namespace) -> Answer:
         "complete": not left,
         "published": False,
         "owed": owed_json(left),
+        "changes": told_all(changes),
     }
     if left or options.prepare_only:
         done = f"{options.out}: complete; hand it over with saw policy publish {options.out}"
@@ -144,9 +153,8 @@ def register(add: Add) -> None:
     sub.add_argument("--repository", required=True, help="officers' copy of the repository")
     sub.add_argument("--ring", required=True, help="ring to roll back")
     sub.add_argument("--blueprint", help="blueprint (default: the only one of the ring)")
-    sub.add_argument("--to", type=int, required=True, help="revision whose content is wanted")
+    sub.add_argument("--to", type=int, help="revision whose content is wanted (default: the one before)")
     sub.add_argument("--valid-for", default=DEFAULT_VALIDITY, help="how long it counts (default: %(default)s)")
-    sub.add_argument("--state-reach", action="store_true", help="sign the diff of reach against the release in force")
     add_signing(sub)
     sub.add_argument("--out", required=True, help="folder of the change; the same for each officer")
     sub.add_argument("--prepare-only", action="store_true", help="leave the complete change to saw policy publish")

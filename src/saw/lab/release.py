@@ -81,6 +81,10 @@ def publish_blueprint(
         *signers,
         "--revision",
         str(revision),
+        "--repository",
+        str(repository),
+        "--ring",
+        ring,
         "--valid-for",
         VALID_FOR,
         "--out",
@@ -96,5 +100,8 @@ def publish_blueprint(
     release = {"content": content, "policy_digest": now["policy_digest"], "revision": now["revision"]}
     write_atomic(note, json.dumps(release, indent=2) + "\n")
     digest = str(signed.get("policy_digest", ""))
-    say(f"revision {revision} published to ring {ring}, signed by {' and '.join(OFFICERS[:2])}: {digest[:16]}…")
+    who = " and ".join(OFFICERS[:2])
+    say(f"revision {revision} published to ring {ring}, signed by {who}: {digest[:16]}…")
+    if current and signed["reach"]["widening"]:
+        say(f"it is wider than revision {current['revision']}: saw policy rings, docs/reach.md")
     return {**release, "changed": True}

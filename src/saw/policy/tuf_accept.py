@@ -31,7 +31,7 @@ from saw.policy.tuf_metadata import (
     sign_metadata,
     signing_key,
 )
-from saw.policy.tuf_reach import ReachDiff
+from saw.policy.tuf_reach import ReachDiff, bundle_diff
 from saw.policy.tuf_store import (
     Release,
     current_root,
@@ -131,11 +131,13 @@ def accept_publication(
     """Verify everything about a publication, then sign snapshot and timestamp and write it; or raise and change nothing.
 
     ``metadata`` holds ``targets.json``, ``ring-<ring>.json`` for delegated rings and, when the root changes, ``root.json``
-    or ``<N>.root.json``. With ``diff`` (see :func:`saw.policy.tuf_reach.bundle_diff`), a release that follows another one
-    must carry the signed diff of reach. Refusals are :class:`RepositoryError`: ``threshold``, ``stale_base``,
-    ``rollback``, ``freeze`` (expired), ``bundle``, ``unsigned_widening``, ``malformed``, ``online_key``, ``no_root``.
+    or ``<N>.root.json``. Every new release must carry the signed diff of reach; ``diff`` computes it
+    (:func:`saw.policy.tuf_reach.bundle_diff` unless given). Refusals are :class:`RepositoryError`: ``threshold``, ``stale_base``,
+    ``rollback``, ``freeze`` (expired), ``bundle``, ``unsigned_widening``, ``reach_undecided``, ``malformed``,
+    ``online_key``, ``no_root``.
     """
     store = Path(store_dir)
+    compared = diff or bundle_diff()
     for name in metadata:
         officers = name == "targets.json" or ring_of_role(name.removesuffix(".json")) is not None
         if not officers and not _NUMBERED_ROOT.match(name):
@@ -145,7 +147,7 @@ def accept_publication(
         chain = _roots(metadata, present, now)
         root = parse(Root, chain[-1] if chain else present, "root.json").signed
         _serves(root, online_key)
-        checked = check_publication(store, root, metadata, targets, now, rotated=bool(chain), diff=diff)
+        checked = check_publication(store, root, metadata, targets, now, rotated=bool(chain), diff=compared)
         folder = metadata_dir(store)
         for release in (*checked.changed, *checked.resigned):
             path = stored_target(store, release.path, checked.state.files[release.path])

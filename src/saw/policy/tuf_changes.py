@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from saw.policy.bundle import Reach, build_manifest, check_signatures, describe, keep_signatures, read_content, sign
+from saw.policy.bundle import build_manifest, check_signatures, describe, keep_signatures, read_content, sign
 from saw.policy.errors import BundleRefused, RepositoryError
 from saw.policy.keys import PublicKey, key_id
 from saw.policy.tuf_delegation import with_ring, without_key, without_ring
@@ -28,7 +28,7 @@ from saw.policy.tuf_metadata import (
     sign_metadata,
     signing_key,
 )
-from saw.policy.tuf_reach import ReachDiff, reach_between
+from saw.policy.tuf_reach import ReachDiff, bundle_diff, reach_between
 from saw.policy.tuf_repository import OFFICER_LIFETIME, current_root, next_targets, target_file
 from saw.policy.tuf_store import (
     State,
@@ -38,6 +38,7 @@ from saw.policy.tuf_store import (
     read_role,
     read_target,
     ring_role,
+    stated_reach,
     target_name,
 )
 
@@ -147,7 +148,8 @@ def _signed_anew(directory: Path | str, draft: Draft, state: State, change: Root
     for path, raw in bundles.items():
         digest, manifest, _ = describe(raw)
         owner = next(signed for signed in successors.values() if path in signed.targets)
-        owner.targets[path] = target_file(path, raw, digest, manifest.revision)
+        stated = stated_reach(path, owner.targets[path])
+        owner.targets[path] = target_file(path, raw, digest, manifest.revision, stated)
     metadata = dict(draft.metadata)
     for role, signed in successors.items():
         named = any(path in signed.targets for path in bundles)
@@ -198,8 +200,8 @@ def roll_back(
 ) -> Draft:
     """Return the draft of the next revision in ``ring`` with the content of the bundle file ``old``.
 
-    ``validity`` is how long the new revision counts from ``now``. With ``diff``, the manifest states the reach against the
-    release in force, so that signers see what going back allows again.
+    ``validity`` is how long the new revision counts from ``now``. The manifest states the reach against the release in
+    force, so that signers see what going back allows again; ``diff`` computes it (the product's own unless given).
     """
     base, _, state = _base(directory)
     path = target_name(ring, blueprint)
@@ -207,7 +209,7 @@ def roll_back(
     if current is None:
         raise RepositoryError("not_found", f"{path} is not released", cure="publish it first")
     content = read_content(old)
-    reach: Reach | None = reach_between(read_target(directory, path), content, diff) if diff is not None else None
+    reach = reach_between(read_target(directory, path), content, diff or bundle_diff())
     revision = current.revision + 1
     manifest = build_manifest(content, revision, now, now + validity, reach=reach)
     raw = sign(manifest, content.members, [])

@@ -11,6 +11,7 @@ import msgspec
 from saw.policy.bundle import check_signatures, describe, read_content, verify_bundle
 from saw.policy.errors import BundleRefused, PolicyError, RepositoryError
 from saw.policy.keys import PublicKey
+from saw.policy.loader import Bundle
 from saw.policy.tuf_delegation import check_delegations
 from saw.policy.tuf_metadata import Root, TargetFile, Targets, check_role, parse, policy_keys
 from saw.policy.tuf_reach import ReachDiff, check_reach
@@ -50,7 +51,7 @@ class _Context(msgspec.Struct, frozen=True):
     threshold: int
     now: datetime
     rotated: bool
-    diff: ReachDiff | None
+    diff: ReachDiff
 
 
 def check_publication(
@@ -61,12 +62,12 @@ def check_publication(
     now: datetime,
     *,
     rotated: bool,
-    diff: ReachDiff | None,
+    diff: ReachDiff,
 ) -> Checked:
     """Return what the publication leads to, or raise :class:`RepositoryError`; writes nothing.
 
-    ``rotated`` tells that the root changes with it, so that what stays is judged again. With ``diff``, every release that
-    follows another one must carry the signed diff of reach.
+    ``rotated`` tells that the root changes with it, so that what stays is judged again. Every new release must carry the
+    signed diff of reach, as ``diff`` computes it.
     """
     keys, threshold = policy_keys(root)
     context = _Context(store, keys, threshold, now, rotated, diff)
@@ -208,7 +209,6 @@ def _check_new(context: _Context, release: Release, file: TargetFile, raw: bytes
     if stated != (bundle.blueprint, bundle.digest, bundle.revision):
         reason = f"{release.path} states another blueprint, digest or revision than the bundle has"
         raise RepositoryError("bundle", reason, cure="stage it again")
-    reach = stated_reach(release.path, file)
-    if context.diff is not None and old is not None:
-        base = read_target(context.store, release.path)
-        check_reach(release.path, base, bundle, reach, context.diff)
+    base = read_target(context.store, release.path) if old is not None else None
+    content = Bundle(bundle.members, bundle.policy, bundle.governance)
+    check_reach(release.path, base, content, (bundle.reach, stated_reach(release.path, file)), context.diff)

@@ -120,3 +120,12 @@ def held_revision(directory: Path | str, ring: str, blueprint: str, revision: in
         reason = f"revision {revision} of {ring}/{blueprint} is not held here (held: {known})"
         raise RepositoryError("not_found", reason, cure="choose one of them, or bring the copy up to date")
     return held[revision]
+
+
+def revision_before(directory: Path | str, ring: str, blueprint: str) -> int:
+    """Return the newest revision that is held and older than the one in force; raise ``not_found`` when there is none."""
+    held = sorted(_held(Path(directory), target_name(ring, blueprint)).get(target_name(ring, blueprint), {}))
+    if len(held) < 2:
+        reason = f"{ring}/{blueprint} has no earlier revision here"
+        raise RepositoryError("not_found", reason, cure="see saw policy rings, or bring the copy up to date")
+    return held[-2]

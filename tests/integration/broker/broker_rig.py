@@ -31,7 +31,9 @@ from saw.identity.x509 import new_key_and_csr
 from saw.policy.bundle import build_manifest, policy_digest, sign
 from saw.policy.envelope import seal
 from saw.policy.loader import load_bundle_folder
+from saw.policy.tuf_reach import bundle_diff
 from saw.policy.tuf_repository import Publication, cosign_publication, init_repository, stage_publication
+from saw.policy.tuf_statements import state_reach
 
 NAME = "broker.saw.internal"
 PCRS = {str(pcr): f"{pcr:064x}" for pcr in RELEASED_PCRS}
@@ -104,10 +106,11 @@ class Officers:
     def publication(
         self, revision: int, ring: str = "stable", base: Path | None = None, **text: str
     ) -> tuple[str, Publication]:
+        """Return digest and publication of a bundle whose change of reach two officers state."""
         digest, raw = self.bundle(revision, **text)
-        staged = stage_publication(
-            base or self.directory, f"rings/{ring}/coding.bundle.json", raw, self.keys[:1], datetime.now(UTC)
-        )
+        copy, path = base or self.directory, f"rings/{ring}/coding.bundle.json"
+        reach = state_reach(copy, path, raw, bundle_diff())[1]
+        staged = stage_publication(copy, path, raw, self.keys[:1], datetime.now(UTC), reach=reach)
         return digest, cosign_publication(staged, self.keys[1:2])
 
 

@@ -6,11 +6,13 @@ import base64
 from datetime import UTC, datetime
 
 import pytest
-from broker_rig import encode
+from broker_rig import POLICY, encode
 
 from saw.broker.client import BrokerRefusal
+from saw.policy.bundle import read_content
 from saw.policy.tuf_client import fetch_target, refresh
-from saw.policy.tuf_repository import init_repository
+from saw.policy.tuf_reach import bundle_diff, reach_between
+from saw.policy.tuf_repository import init_repository, read_target, stage_publication
 
 
 def test_a_root_is_installed_once_and_must_belong_to_this_broker(own_broker, tmp_path) -> None:
@@ -66,8 +68,6 @@ def test_too_few_signatures_are_refused_and_audited_and_enough_are_taken(own_bro
     lab.operator.request("POST", "/v1/policy/publish", encode(publication))
     base = lab.config.tuf_dir
     digest, good = lab.officers.publication(2, base=base)
-    from saw.policy.tuf_repository import stage_publication
-
     path = "rings/stable/coding.bundle.json"
     alone = stage_publication(base, path, good.targets[path], lab.officers.keys[:1], datetime.now(UTC))
     with pytest.raises(BrokerRefusal) as caught:
@@ -77,6 +77,30 @@ def test_too_few_signatures_are_refused_and_audited_and_enough_are_taken(own_bro
     assert lab.operator.request("GET", "/v1/policy/state")["releases"][0]["revision"] == 1
     lab.operator.request("POST", "/v1/policy/publish", encode(good))
     assert lab.operator.request("GET", "/v1/policy/state")["releases"][0]["policy_digest"] == digest
+
+
+@pytest.mark.control("POL-01")
+def test_a_widening_that_the_signers_did_not_sign_is_refused_and_audited_and_a_signed_one_taken(own_broker) -> None:
+    lab = own_broker
+    digest, publication = lab.officers.publication(1)
+    lab.operator.request("POST", "/v1/policy/publish", encode(publication))
+    base, path = lab.config.tuf_dir, "rings/stable/coding.bundle.json"
+    wider = POLICY.replace("read-only", "full")
+    _, good = lab.officers.publication(2, base=base, content=wider)
+    now, keys = datetime.now(UTC), lab.officers.keys[:2]
+    # Signed by enough officers, as a change that they did not see, or as another one than it is.
+    other = read_content(lab.officers.publication(2, base=base)[1].targets[path])
+    untrue = reach_between(read_target(base, path), other, bundle_diff())
+    for reach in (None, untrue):
+        unseen = stage_publication(base, path, good.targets[path], keys, now, reach=reach)
+        with pytest.raises(BrokerRefusal) as caught:
+            lab.operator.request("POST", "/v1/policy/publish", encode(unseen))
+        assert caught.value.code == "unsigned_widening"
+        assert caught.value.cure
+        assert lab.events()[-1]["event"]["status_detail"] == "unsigned_widening"
+        assert lab.operator.request("GET", "/v1/policy/state")["releases"][0]["policy_digest"] == digest
+    lab.operator.request("POST", "/v1/policy/publish", encode(good))
+    assert lab.operator.request("GET", "/v1/policy/state")["releases"][0]["revision"] == 2
 
 
 def test_a_publication_survives_a_restart_and_a_lost_registry_row_is_restored(own_broker) -> None:

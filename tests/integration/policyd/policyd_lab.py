@@ -26,7 +26,9 @@ from saw.files import load_json
 from saw.identity.x509 import Authority, new_key_and_csr
 from saw.policy.bundle import build_manifest, sign
 from saw.policy.loader import load_members
+from saw.policy.tuf_reach import bundle_diff
 from saw.policy.tuf_repository import accept_publication, init_repository, stage_publication
+from saw.policy.tuf_statements import state_reach
 from saw.runtime.attribution import Attribution
 from saw.runtime.decide import Decider, DecideService
 from saw.runtime.decide_counts import Counts
@@ -312,7 +314,8 @@ class Lab:
     def publish(self, raw: bytes | None = None, *, now: datetime | None = None, **options) -> bytes:
         raw = raw or self.bundle()
         now = now or datetime.now(UTC)
-        staged = stage_publication(self.store, TARGET, raw, self.officers[:2], now)
+        reach = state_reach(self.store, TARGET, raw, bundle_diff())[1]
+        staged = stage_publication(self.store, TARGET, raw, self.officers[:2], now, reach=reach)
         accept_publication(self.store, staged.metadata, staged.targets, self.online, now, **options)
         self.broker.sequence += 1
         return raw

@@ -34,6 +34,7 @@ from saw.policy.keys import load_public_key
 from saw.policy.loader import load_members
 from saw.policy.tuf_changes import roll_back
 from saw.policy.tuf_draft import contribute
+from saw.policy.tuf_reach import bundle_diff
 from saw.policy.tuf_repository import (
     Publication,
     adopt_publication,
@@ -41,6 +42,7 @@ from saw.policy.tuf_repository import (
     stage_publication,
 )
 from saw.policy.tuf_rings import held_revision
+from saw.policy.tuf_statements import state_reach
 
 OPERATOR = Caller("operator:ada", "operator-socket", "r-1")
 RING = "stable"
@@ -100,7 +102,10 @@ class World:
         self.broker.close()
         self.open()
 
-    def publication(self, revision: int, content: int | None = None) -> Publication:
+    def publication(
+        self, revision: int, content: int | None = None, *, ring: str = RING, blind: bool = False
+    ) -> Publication:
+        """A publication whose change of reach is stated, unless ``blind``."""
         members = {
             "policy.yaml": POLICY.replace("gitN", f"git{content or revision}").encode(),
             "governance.yaml": GOVERNANCE.encode(),
@@ -108,7 +113,9 @@ class World:
         manifest = build_manifest(load_members(members), revision, self.now, self.now + timedelta(days=30))
         self.digests[revision] = policy_digest(manifest)
         raw = sign(manifest, members, self.keys[:2])
-        return stage_publication(self.officers, f"rings/{RING}/coding.bundle.json", raw, self.keys[:2], self.now)
+        path = f"rings/{ring}/coding.bundle.json"
+        reach = None if blind else state_reach(self.officers, path, raw, bundle_diff())[1]
+        return stage_publication(self.officers, path, raw, self.keys[:2], self.now, reach=reach)
 
     def publish(self, revision: int, content: int | None = None) -> str:
         made = self.publication(revision, content)
@@ -412,18 +419,77 @@ def test_a_rollback_is_taken_only_when_it_would_be_accepted_and_really_goes_back
     assert refused(stale) == "stale_base"
 
 
+@pytest.mark.control("POL-01")
+@pytest.mark.control("LIF-03")
+def test_a_rollback_that_allows_again_what_nobody_signed_is_not_kept(ring):
+    """Otherwise it would lie there and be refused at the moment when it is needed."""
+    world = ring()
+    blind = world.publication(3, content=1, blind=True)
+    with pytest.raises(SawError) as caught:
+        world.broker.rollouts.deposit(OPERATOR, RING, msgspec.convert(msgspec.to_builtins(blind), Deposit))
+    assert caught.value.code == "unsigned_widening"
+    assert world.view().rollback is None
+    stated = world.publication(3, content=1)
+    assert world.broker.rollouts.deposit(OPERATOR, RING, msgspec.convert(msgspec.to_builtins(stated), Deposit))
+    world.pass_time(1)
+    world.restart()
+    world.pass_time(1)
+    assert world.view().rollback.state == "kept", "also when it is compared again"
+    world.say("b", "refused", world.digests[2], "validate_failed")
+    assert (world.view().revision, world.view(2).rollback.state) == (3, "published")
+
+
+@pytest.mark.control("POL-01")
+def test_a_release_whose_change_of_reach_nobody_signed_is_refused_and_audited(ring):
+    world = ring()
+    with pytest.raises(SawError) as caught:
+        world.broker.releases.publish(OPERATOR, as_body(world.publication(3, blind=True)))
+    assert caught.value.code == "unsigned_widening"
+    assert world.view().revision == 2
+    assert world.broker.trail.page("broker", 0, 1000)["events"][-1].event["status_detail"] == "unsigned_widening"
+    first = world.publication(3, ring="canary", blind=True)
+    with pytest.raises(SawError) as caught:
+        world.broker.releases.publish(OPERATOR, as_body(first))
+    assert caught.value.code == "unsigned_widening", "the first of a ring as well"
+    world.publish(3)
+    assert world.view().revision == 3
+
+
+def test_reach_is_compared_outside_the_locks_of_register_and_repository(ring):
+    """A comparison may take seconds; attestation, the timestamp and halts must not wait for it."""
+    import fcntl
+    import sqlite3
+
+    compared: list[str] = []
+
+    def diff(old, new):
+        with sqlite3.connect(world.config.database, timeout=0) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.rollback()
+        database.close()
+        descriptor = os.open(world.config.tuf_dir, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+        compared.append(new.governance.blueprint.name)
+        return bundle_diff()(old, new)
+
+    world = ring()
+    world.broker.repository._compared._diff = diff
+    world.publish(3)
+    world.deposit(2)
+    assert len(compared) == 2
+    world.pass_time(1)
+    assert len(compared) == 2, "what is in escrow is not compared again each minute"
+    world.say("b", "refused", world.digests[3], "validate_failed")
+    assert world.view().revision == 4
+    assert len(compared) == 2
+
+
 @pytest.mark.control("LIF-03")
 def test_a_rollback_that_another_publication_made_useless_is_told_before_it_is_needed(ring):
     world = ring()
     world.deposit(1)
-    other = stage_publication(
-        world.officers,
-        "rings/canary/coding.bundle.json",
-        world.publication(3).targets[f"rings/{RING}/coding.bundle.json"],
-        world.keys[:2],
-        world.now,
-    )
-    world.broker.releases.publish(OPERATOR, as_body(other))
+    world.broker.releases.publish(OPERATOR, as_body(world.publication(3, ring="canary")))
     world.pass_time(1)
     assert (world.view(2).rollback.state, world.findings()) == ("stale", ["rollback_stale"])
 

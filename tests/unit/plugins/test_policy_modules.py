@@ -166,7 +166,7 @@ def test_a_revision_means_one_content(signing, folder, tmp_path):
     assert refused["failure"]["code"] == "revision_taken"
     assert refused["failure"]["cure"] == "sign it as the next revision"
     assert (tmp_path / "coding-1.bundle.json").read_bytes() == before
-    assert signing(revision=2)["revision"] == 2
+    assert signing(revision=2, first=True)["revision"] == 2
 
 
 def test_nobody_signs_a_longer_window_than_they_asked_for(signing, officers):
@@ -180,9 +180,11 @@ def test_a_bundle_whose_time_is_over_is_not_signed_on(signing, tmp_path, folder,
     from datetime import UTC, datetime, timedelta
 
     from saw.policy.bundle import build_manifest, sign
+    from saw.policy.tuf_reach import bundle_diff, reach_between
 
     bundle, now = load_bundle_folder(folder), datetime.now(UTC).replace(microsecond=0)
-    manifest = build_manifest(bundle, 1, now - timedelta(days=2), now - timedelta(days=1))
+    reach = reach_between(None, bundle, bundle_diff())
+    manifest = build_manifest(bundle, 1, now - timedelta(days=2), now - timedelta(days=1), reach=reach)
     keys = [officers.private["ada"]]
     (tmp_path / "coding-1.bundle.json").write_bytes(sign(manifest, bundle.members, keys))
     refused = signing()
@@ -216,10 +218,18 @@ def test_an_officer_does_not_sign_a_reach_that_is_not_what_they_see(signing, tmp
     base = str(tmp_path / "coding-1.bundle.json")
     wider = write_bundle(tmp_path / "wider", "read-write")
     arguments = {"path": wider, "revision": 2, "dest": str(tmp_path / "coding-2.bundle.json")}
-    signing(**arguments, keys=officers.keys("ada"))  # states nothing
+    blind = signing(**arguments, keys=officers.keys("ada"))
+    assert "who signs sees what changes" in blind["msg"]
+    assert blind["failure"]["cure"].startswith("give base")
+    both = signing(**arguments, keys=officers.keys("ada"), base=base, first=True)
+    assert "exclude each other" in both["msg"]
+    folder = signing(**arguments, keys=officers.keys("ada"), base=wider)
+    assert "is a folder" in folder["msg"]
+    assert not Path(arguments["dest"]).exists()
+    signing(**arguments, keys=officers.keys("ada"), first=True)  # the whole reach is new, says ada
     refused = signing(**arguments, keys=officers.keys("ben"), base=base)
     assert refused["failure"]["code"] == "reach_differs"
-    assert "the bundle states no reach" in refused["msg"]
+    assert "against nothing (first release)" in refused["msg"]
     Path(arguments["dest"]).unlink()
     signing(**arguments, keys=officers.keys("ada"), base=base)
     assert signing(**arguments, keys=officers.keys("ben"), base=base)["signers"] == officers.ids("ada", "ben")

@@ -21,6 +21,7 @@ from policy_parts import write_bundle
 from saw.policy.keys import create_key, load_public_key
 from saw.policy.loader import load_bundle_folder
 from saw.policy.reach_diff import diff_bundles
+from saw.policy.tuf_reach import nothing_like
 from saw.policy.tuf_repository import init_repository
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -125,8 +126,6 @@ def office(broker: Lab, tmp_path_factory: pytest.TempPathFactory) -> Office:
 
 def change(office: Office, new: str = "read-only", old: str = "") -> str:
     """The digest of the change of reach from one form of the policy to another; ``old`` empty: from the first release."""
-    from ansible_collections.secure_agent.workspace.plugins.module_utils.policy import nothing_like
-
     scratch = office.base / "scratch"
     after = load_bundle_folder(write_bundle(scratch / "new", new))
     before = load_bundle_folder(write_bundle(scratch / "old", old)) if old else nothing_like(after)
@@ -252,3 +251,28 @@ def test_a_copy_that_somebody_published_past_is_refused(office: Office, tmp_path
     stale = office.release(repository=str(tmp_path / "copy"))
     assert not stale.ok
     assert "is not what ring canary runs" in stale.words
+
+
+@pytest.mark.parametrize(
+    ("versions", "newest"), [((1,), "1"), (range(1, 10), "9"), (range(1, 11), "10"), ((9, 10, 11, 100), "100")]
+)
+def test_the_newest_root_is_told_by_its_number(versions: range, newest: str, tmp_path: Path) -> None:
+    import yaml
+
+    [play] = yaml.safe_load((ROOT / "playbooks/policy_release.yml").read_text(encoding="utf-8"))
+    (tmp_path / "metadata").mkdir()
+    for version in versions:
+        (tmp_path / f"metadata/{version}.root.json").touch()
+    root = play["vars"]["policy_release_root"]
+    values = {"policy_release_root": root, "policy_release_repository": str(tmp_path)}
+    done = subprocess.run(
+        [Path(sys.executable).parent / "ansible", "localhost", "-m", "debug", "-a", "var=policy_release_root",
+         "-e", json.dumps(values)],
+        env={**os.environ, "ANSIBLE_NOCOLOR": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert re.search(rf'"policy_release_root": "?{newest}"?$', done.stdout, re.MULTILINE), done.stdout + done.stderr
+    verify = "{{ policy_release_repository }}/metadata/{{ policy_release_root }}.root.json"
+    assert verify in (ROOT / "playbooks/policy_release.yml").read_text(encoding="utf-8")

@@ -73,6 +73,26 @@ def test_a_copy_that_is_none_and_a_broker_that_is_away_are_named(run_module, tmp
 
 
 @pytest.mark.control("POL-01")
+def test_a_change_of_reach_that_nobody_signed_is_refused_in_check_mode_too(
+    broker_context, two_releases, run_module, tmp_path
+):
+    from datetime import UTC, datetime
+
+    from saw.policy.tuf_repository import stage_publication
+
+    lab, path = broker_context, "rings/told/coding.bundle.json"
+    _, raw = lab.officers.bundle(3, POLICY.replace("git.example.com", "git3.example.com"))
+    blind = stage_publication(lab.officers.directory, path, raw, lab.officers.keys[:2], datetime.now(UTC))
+    folder, copy = lay_out(blind, tmp_path / "blind"), str(lab.officers.directory)
+    for check, more in ((True, {"repository": copy}), (False, {"repository": copy}), (False, {})):
+        refused = run_module(policy_release, check=check, context=lab.context, publication=folder, **more)
+        assert refused["failure"]["code"] == "unsigned_widening"
+        assert "no diff was signed" in refused["msg"]
+    [release] = run_module(policy_release_info, context=lab.context, ring="told")["releases"]
+    assert release["policy_digest"] == two_releases[1]
+
+
+@pytest.mark.control("POL-01")
 def test_a_release_shows_its_change_of_reach(broker_context, two_releases, run_module, tmp_path):
     lab = broker_context
     narrow = POLICY.replace("git.example.com", "git2.example.com")

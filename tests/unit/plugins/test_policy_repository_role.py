@@ -21,7 +21,9 @@ from policy_parts import write_bundle
 
 from saw.policy.bundle import build_manifest, sign
 from saw.policy.loader import load_bundle_folder
+from saw.policy.tuf_reach import bundle_diff
 from saw.policy.tuf_repository import accept_publication, init_repository, install_root, stage_publication
+from saw.policy.tuf_statements import state_reach
 
 ROLE = Path(__file__).resolve().parents[3] / "roles/policy_repository"
 SAW = Path(sys.executable).parent / "saw"
@@ -54,7 +56,8 @@ class Published:
         now = datetime.now(UTC).replace(microsecond=0)
         bundle = load_bundle_folder(write_bundle(self.base / "coding"))
         raw = sign(build_manifest(bundle, revision, now, now + timedelta(days=1)), bundle.members, self.officers)
-        staged = stage_publication(self.base / "officers", PATH, raw, self.officers, now)
+        reach = state_reach(self.base / "officers", PATH, raw, bundle_diff())[1]
+        staged = stage_publication(self.base / "officers", PATH, raw, self.officers, now, reach=reach)
         accept_publication(self.tree, staged.metadata, staged.targets, self.online, now)
 
     def mirror(self) -> bool:

@@ -22,6 +22,7 @@ from saw.policy.tuf_draft import Draft, load_draft, owed, save_draft
 from saw.policy.tuf_metadata import Metadata, Root, Targets, parse, sign_metadata, trusted_policy_keys
 from saw.policy.tuf_repository import Publication, current_releases, current_root, read_target, target_file
 from saw.policy.tuf_roots import follow_roots, root_chain
+from saw.policy.tuf_store import stated_reach
 
 pytestmark = [pytest.mark.control("POL-01"), pytest.mark.control("POL-02")]
 
@@ -92,7 +93,8 @@ def test_a_revocation_does_not_wait_for_the_window_of_a_release(world: World) ->
 def with_file(draft: Draft, raw: bytes, digest: str, signers: Sequence[Ed25519PrivateKey]) -> Publication:
     """The draft's publication with another file behind the entry of the stable ring."""
     targets = parse(Targets, draft.metadata["targets.json"], "targets.json")
-    targets.signed.targets[STABLE] = target_file(STABLE, raw, digest, 1)
+    reach = stated_reach(STABLE, targets.signed.targets[STABLE])
+    targets.signed.targets[STABLE] = target_file(STABLE, raw, digest, 1, reach)
     targets.signatures.clear()
     return Publication({**draft.metadata, "targets.json": sign_metadata(targets, signers)}, {STABLE: raw})
 

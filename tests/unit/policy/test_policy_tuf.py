@@ -7,16 +7,19 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tuf.api.exceptions import DownloadError, DownloadHTTPError
 from tuf.ngclient.fetcher import FetcherInterface
+from tuf_world import stage
 
 from saw.policy.bundle import build_manifest, policy_digest, sign, verify_bundle
 from saw.policy.errors import BundleRefused, RepositoryError
 from saw.policy.loader import Bundle
 from saw.policy.tuf_client import fetch_target, refresh
 from saw.policy.tuf_metadata import Metadata, Root, TargetFile, Targets, parse, sign_metadata, signing_key
+from saw.policy.tuf_reach import bundle_diff, reach_between
 from saw.policy.tuf_repository import (
     Accepted,
     accept_publication,
@@ -28,7 +31,6 @@ from saw.policy.tuf_repository import (
     install_root,
     read_target,
     resign_timestamp,
-    stage_publication,
     trusted_policy_keys,
 )
 
@@ -67,7 +69,7 @@ class World:
         self.served = Served(self.store)
 
     def publish(self, raw: bytes, signers: int = 2, now: datetime | None = None, **more: timedelta) -> None:
-        publication = stage_publication(self.copy, TARGET, raw, self.officers[:signers], self.now)
+        publication = stage(self.copy, TARGET, raw, self.officers[:signers], self.now)
         accept_publication(self.store, publication.metadata, publication.targets, self.online, now or self.now, **more)
         adopt_publication(self.copy, publication)
 
@@ -94,6 +96,8 @@ def test_publish_and_fetch(world: World, signed: Make, now: datetime) -> None:
     keys, threshold = trusted_policy_keys(world.root)
     bundle = verify_bundle(fetched, keys, threshold, now)
     assert fetched == raw == read_target(world.store, TARGET)
+    reach = custom.pop("reach")
+    assert isinstance(reach, dict) and set(reach) == {"base_digest", "diff_digest", "widening"}
     assert custom == {"policy_digest": bundle.digest, "revision": 1}
     assert threshold == 2 and len(keys) == 3
     world.publish(signed(revision=2))
@@ -102,7 +106,7 @@ def test_publish_and_fetch(world: World, signed: Make, now: datetime) -> None:
 
 
 def test_publication_with_too_few_signatures_and_then_enough(world: World, signed: Make, now: datetime) -> None:
-    publication = stage_publication(world.copy, TARGET, signed(), world.officers[:1], now)
+    publication = stage(world.copy, TARGET, signed(), world.officers[:1], now)
     offer = (publication.metadata, publication.targets, world.online, now)
     assert code_of(lambda: accept_publication(world.store, *offer)) == "threshold"
     assert not (world.store / "metadata" / "timestamp.json").exists()
@@ -113,14 +117,14 @@ def test_publication_with_too_few_signatures_and_then_enough(world: World, signe
 
 def test_publication_by_strangers(world: World, signed: Make, now: datetime) -> None:
     strangers = [Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()]
-    publication = stage_publication(world.copy, TARGET, signed(), strangers, now)
+    publication = stage(world.copy, TARGET, signed(), strangers, now)
     offer = (publication.metadata, publication.targets, world.online, now)
     assert code_of(lambda: accept_publication(world.store, *offer)) == "threshold"
 
 
 def test_stale_base(world: World, signed: Make, now: datetime) -> None:
-    first = stage_publication(world.copy, TARGET, signed(revision=1), world.officers, now)
-    second = stage_publication(world.copy, TARGET, signed(revision=2), world.officers, now)
+    first = stage(world.copy, TARGET, signed(revision=1), world.officers, now)
+    second = stage(world.copy, TARGET, signed(revision=2), world.officers, now)
     accept_publication(world.store, first.metadata, first.targets, world.online, now)
     offer = (second.metadata, second.targets, world.online, now)
     assert code_of(lambda: accept_publication(world.store, *offer)) == "stale_base"
@@ -131,12 +135,12 @@ def test_revision_must_grow(world: World, signed: Make, tmp_path: Path, now: dat
     assert code_of(lambda: world.publish(signed(revision=5))) == "rolled_back"
     # An officer whose copy forgot the release can sign the old revision, but the broker does not take it.
     (world.copy / "metadata" / "2.targets.json").unlink()
-    old = stage_publication(world.copy, TARGET, signed(revision=4), world.officers, now)
+    old = stage(world.copy, TARGET, signed(revision=4), world.officers, now)
     targets = parse_targets(old.metadata["targets.json"], 3, world.officers)
     offer = ({"targets.json": targets}, old.targets, world.online, now)
     assert code_of(lambda: accept_publication(world.store, *offer)) == "bundle"
     # The twin: a later revision, signed on a base that is current.
-    newer = stage_publication(world.copy, TARGET, signed(revision=6), world.officers, now)
+    newer = stage(world.store, TARGET, signed(revision=6), world.officers, now)
     targets = parse_targets(newer.metadata["targets.json"], 3, world.officers)
     accept_publication(world.store, {"targets.json": targets}, newer.targets, world.online, now)
 
@@ -160,7 +164,7 @@ def test_targets_cannot_vanish(world: World, signed: Make, now: datetime) -> Non
 
 
 def test_bundle_swapped_between_signing_and_publishing(world: World, signed: Make, now: datetime) -> None:
-    publication = stage_publication(world.copy, TARGET, signed(revision=1), world.officers, now)
+    publication = stage(world.copy, TARGET, signed(revision=1), world.officers, now)
     other = {TARGET: signed(revision=2)}
     offer = (publication.metadata, other, world.online, now)
     assert code_of(lambda: accept_publication(world.store, *offer)) == "malformed"
@@ -291,7 +295,8 @@ def test_a_usurper_cannot_bring_root_targets_and_bundle_together(
         manifest = build_manifest(coding, 2, now, now + timedelta(days=1))
         raw = sign(manifest, coding.members, officers)
         file = TargetFile.from_data(TARGET, raw, ["sha256"])
-        file.unrecognized_fields["custom"] = {"policy_digest": policy_digest(manifest), "revision": 2}
+        reach = msgspec.to_builtins(reach_between(read_target(world.store, TARGET), coding, bundle_diff()))
+        file.unrecognized_fields["custom"] = {"policy_digest": policy_digest(manifest), "revision": 2, "reach": reach}
         targets = Targets(version=3, expires=now + timedelta(days=1), targets={TARGET: file})
         metadata = {"root.json": root, "targets.json": sign_metadata(Metadata(targets), officers)}
         return accept_publication(world.store, metadata, {TARGET: raw}, world.online, now)
@@ -320,7 +325,7 @@ def test_an_expired_root_is_not_installed(
 def test_a_crash_before_the_timestamp_leaves_the_old_state(world: World, signed: Make, now: datetime) -> None:
     world.publish(signed(revision=1))
     timestamp = (world.store / "metadata" / "timestamp.json").read_bytes()
-    publication = stage_publication(world.copy, TARGET, signed(revision=2), world.officers, now)
+    publication = stage(world.copy, TARGET, signed(revision=2), world.officers, now)
     offer = (publication.metadata, publication.targets, world.online, now)
     accept_publication(world.store, *offer)
     (world.store / "metadata" / "timestamp.json").write_bytes(timestamp)

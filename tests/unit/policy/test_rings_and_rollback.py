@@ -86,7 +86,7 @@ class Commands:
         code = main(["policy", *map(str, arguments), "--json"])
         return code, json.loads(self.capsys.readouterr().out)
 
-    def rollback(self, *officers: str, to: int = 1, out: str = "back") -> tuple[int, dict]:
+    def rollback(self, *officers: str, to: int | None = 1, out: str = "back") -> tuple[int, dict]:
         keys = [part for name in officers for part in ("--key", self.folder / f"{name}.key")]
         return self(
             "rollback",
@@ -94,8 +94,7 @@ class Commands:
             self.world.copy,
             "--ring",
             "stable",
-            "--to",
-            to,
+            *(() if to is None else ("--to", to)),
             *keys,
             "--out",
             self.folder / out,
@@ -120,6 +119,17 @@ def test_two_keys_roll_back_in_one_command(commands: Commands) -> None:
     code, answer = commands("rings", "--repository", commands.world.copy)
     stable = answer["rings"][1]
     assert code == 0 and (stable["current"]["revision"], stable["current"]["version"]) == (3, "1.0.0")
+
+
+def test_without_a_revision_it_goes_back_by_one(commands: Commands) -> None:
+    code, answer = commands.rollback("ada", "ben", to=None)
+    assert code == 0 and answer["subject"] == "stable/coding to revision 1 as 3"
+    [change] = answer["changes"]
+    before = describe(held_revision(commands.world.copy, "stable", "coding", 2))[0]
+    assert (change["target"], change["reach"]["base_digest"]) == (STABLE, before), "and it is shown what that changes"
+    code, answer = commands("rollback", "--repository", commands.world.copy, "--ring", "canary", "--key",
+                            commands.folder / "ada.key", "--out", commands.folder / "none")  # fmt: skip
+    assert code == 1 and "has no earlier revision here" in answer["error"]["message"]
 
 
 def test_one_key_prepares_and_says_who_must_still_sign(commands: Commands) -> None:

@@ -12,12 +12,12 @@ from tuf.api.exceptions import DownloadHTTPError
 from tuf.ngclient.fetcher import FetcherInterface
 
 from saw.errors import SawError
-from saw.policy.bundle import build_manifest, sign, verify_bundle
+from saw.policy.bundle import Reach, build_manifest, sign, verify_bundle
 from saw.policy.loader import Bundle
 from saw.policy.signers import Signer
 from saw.policy.tuf_client import fetch_target, refresh
 from saw.policy.tuf_draft import Draft, contribute
-from saw.policy.tuf_reach import ReachDiff
+from saw.policy.tuf_reach import ReachDiff, bundle_diff
 from saw.policy.tuf_repository import (
     Accepted,
     Publication,
@@ -28,6 +28,7 @@ from saw.policy.tuf_repository import (
     stage_publication,
     trusted_policy_keys,
 )
+from saw.policy.tuf_statements import state_reach
 
 STABLE = "rings/stable/coding.bundle.json"
 CANARY = "rings/canary/coding.bundle.json"
@@ -74,7 +75,19 @@ class World:
         return sign(manifest, chosen.members, self.officers[:2] if signers is None else signers)
 
     def staged(self, raw: bytes, target: str = STABLE, signers: Sequence[Signer] | None = None) -> Publication:
-        return stage_publication(self.copy, target, raw, self.officers[:2] if signers is None else signers, self.clock)
+        """A publication whose signers state what it changes of the reach in force, as ``saw policy stage`` makes it."""
+        return stage(self.copy, target, raw, self.officers[:2] if signers is None else signers, self.clock)
+
+    def blind(
+        self,
+        raw: bytes,
+        target: str = STABLE,
+        signers: Sequence[Signer] | None = None,
+        reach: Reach | None = None,
+    ) -> Publication:
+        """A publication that states this reach, or none."""
+        chosen = self.officers[:2] if signers is None else signers
+        return stage_publication(self.copy, target, raw, chosen, self.clock, reach=reach)
 
     def accept(
         self, what: Publication | Draft, online: Ed25519PrivateKey | None = None, diff: ReachDiff | None = None
@@ -107,6 +120,12 @@ class World:
     def trusted_root(self) -> bytes:
         """The root that the client has followed to."""
         return (self.client / "m" / "root.json").read_bytes()
+
+
+def stage(copy: Path, target: str, raw: bytes, signers: Sequence[Signer], now: datetime) -> Publication:
+    """A publication with the change of reach stated, as ``saw policy stage`` makes it."""
+    reach = state_reach(copy, target, raw, bundle_diff())[1]
+    return stage_publication(copy, target, raw, signers, now, reach=reach)
 
 
 def signed_by(draft: Draft, *rounds: Sequence[Signer]) -> Draft:
