@@ -79,7 +79,7 @@ def _change(options: argparse.Namespace) -> RootChange:
 def _begun(options: argparse.Namespace, draft: Draft) -> Answer:
     """Let the signers of the options contribute, write the draft, and say what is still owed."""
     if is_draft(options.out):
-        cure = f"add signatures with saw policy stage --key KEY --out {options.out}, or choose another folder"
+        cure = f"add signatures with saw policy stage --repository COPY --key KEY --out {options.out}, or choose another folder"
         raise ConfigError(f"{options.out} holds a change under way", cure=cure)
     draft = contribute(draft, signers_of(options))
     save_draft(options.out, draft)

@@ -173,7 +173,7 @@ def publish(options: argparse.Namespace) -> Answer:
         left = owed(draft)
         if left:
             reason = f"{draft.note.subject} lacks signatures: {'; '.join(str(one) for one in left)}"
-            cure = f"let them sign: saw policy stage --key KEY --out {options.path}"
+            cure = f"let them sign: saw policy stage --repository COPY --key KEY --out {options.path}"
             raise RepositoryError("threshold", reason, cure=cure, details={"owed": owed_json(left)})
     publication = load_publication(options.path)
     if options.repository:

@@ -239,7 +239,9 @@ def escrow(options: argparse.Namespace) -> Answer:
         if left:
             reason = f"the rollback lacks signatures: {'; '.join(str(one) for one in left)}"
             raise RepositoryError(
-                "threshold", reason, cure=f"let them sign: saw policy stage --key KEY --out {options.path}"
+                "threshold",
+                reason,
+                cure=f"let them sign: saw policy stage --repository COPY --key KEY --out {options.path}",
             )
     body = {**encoded(load_publication(options.path)), "blueprint": options.blueprint or ""}
     answer = _client(options).request("PUT", _ring_path(options.ring, "rollback"), body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_from_source_to_publication(keys: Path, tmp_path: Path, capsys: pytest.C
         {path.name: path.read_bytes() for path in (publication / "metadata").iterdir()},
         {"rings/stable/coding.bundle.json": second.read_bytes()},
         online,
-        now,
+        datetime.now(UTC),
     )
     assert current_releases(store)[0].policy_digest == answer["policy_digest"]
 
