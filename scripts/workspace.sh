@@ -8,7 +8,7 @@ build=${SAW_BUILD:-build}
 before=partial
 if [ ! -x .venv/bin/saw ] && [ ! -d "$build/images" ] && [ ! -d "$build/lab" ]; then
   before=nothing
-elif [ -d "$build/lab" ] && grep -q '^ *"ok": true,\?$' "$build/report.json" 2>/dev/null; then
+elif [ -d "$build/lab" ] && grep -q '^  "ok": true,$' "$build/report.json" 2>/dev/null; then
   before=everything
 fi
 installed=$(dpkg-query -W -f '${db:Status-Status}\n' 2>/dev/null | grep -cx installed || true)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -242,3 +243,49 @@ def test_the_real_paths_say_what_they_are_compared_with_and_their_goal(results):
     median, slowest = paths.rows(paths.KILL_ROWS, [(1.0, 0.5), (2.5, 0.6), (1.5, 0.5)], "3 kills")
     assert (median.value, median.baseline, median.ratio, median.goal) == (1.5, 0.5, 3.0, "")
     assert (slowest.value, slowest.goal, slowest.met) == (2.5, "value at most 2", False)
+
+
+SAW_STUB = """#!/bin/sh
+[ "$1 $2" = "lab up" ] || exit 2
+mkdir -p build/lab build/images
+cat report >build/report.json
+exit "$(cat status)"
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A tree in which ``make workspace`` runs with a bring-up that only writes the report that it is told to."""
+    root = BENCHMARKS.parent
+    for name in ("scripts/workspace.sh", "benchmarks/workspace_runs.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((root / name).read_bytes())
+    (tmp_path / "saw").write_text(SAW_STUB)
+    (tmp_path / "scripts/bootstrap.sh").write_text(
+        f"#!/bin/sh\nset -e; mkdir -p .venv/bin; cp saw .venv/bin/saw; chmod 755 .venv/bin/saw\n"
+        f"printf '#!/bin/sh\\nexec {sys.executable} \"$@\"\\n' >.venv/bin/python; chmod 755 .venv/bin/python\n"
+    )
+    (tmp_path / "scripts/bootstrap.sh").chmod(0o755)
+    return tmp_path
+
+
+def bring_up(checkout, image_seconds, status):
+    """Run the script; return its exit code and the kinds of the runs that are noted by now."""
+    steps = [{"name": "golden image (Packer, Ansible)", "ok": True, "seconds": image_seconds}]
+    (checkout / "report").write_text(json.dumps({"ok": status == 0, "steps": steps}, indent=2))
+    (checkout / "status").write_text(str(status))
+    done = subprocess.run(["bash", "scripts/workspace.sh"], cwd=checkout, capture_output=True, text=True, check=False)
+    runs = checkout / "build/workspace-runs.json"
+    return done.returncode, [(run["kind"], run["ok"]) for run in json.loads(runs.read_text())] if runs.exists() else []
+
+
+def test_make_workspace_notes_whole_runs_and_keeps_their_exit_code(checkout):
+    assert bring_up(checkout, 40.0, 0) == (0, [("cold", True)])
+    assert bring_up(checkout, 0.5, 0) == (0, [("cold", True), ("warm", True)])
+    code, runs = bring_up(checkout, 0.5, 1)
+    assert (code, runs[-1]) == (1, ("warm", False))
+    assert bring_up(checkout, 0.5, 0)[1][-1] == ("other", True)
+
+
+def test_an_interrupted_run_is_not_noted(checkout):
+    assert bring_up(checkout, 40.0, 130) == (130, [])
