@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from saw.errors import ConfigError
-from saw.vm import measure, qemu
+from saw.vm import golden, measure, qemu
 from saw.vm.spec import STATE, load_spec, parse_spec
 
 
@@ -32,6 +32,9 @@ def parser() -> argparse.ArgumentParser:
     rebuild.add_argument("id")
     rebuild.add_argument("--image", default="", help="another golden image (default: the present one)")
     rebuild.add_argument("--image-sha256", default="", help="its SHA-256")
+    image = verbs.add_parser("check-image", help="compare an image file with its SHA-256; nothing changes")
+    image.add_argument("--image", required=True, type=Path)
+    image.add_argument("--image-sha256", required=True)
     verbs.add_parser("list", help="list the VMs")
     boot = verbs.add_parser("measure", help="boot an image once with a fresh vTPM and print its PCR values")
     boot.add_argument("--image", type=Path, required=True)
@@ -62,6 +65,9 @@ def main(argv: list[str]) -> int:
     elif options.verb == "list":
         names = sorted(path.parent.name for path in STATE.glob("*/spec.json"))
         answer = {"changed": False, "vms": [qemu.status(load_spec(name)) for name in names]}
+    elif options.verb == "check-image":
+        golden.matches(golden.hash_image(options.image), options.image_sha256)
+        answer = {"changed": False, "image": str(options.image), "image_sha256": options.image_sha256}
     elif options.verb == "rebuild":
         answer = qemu.rebuild(load_spec(options.id), options.image, options.image_sha256)
     elif options.verb == "measure":

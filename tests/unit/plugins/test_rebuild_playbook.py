@@ -1,0 +1,159 @@
+"""workspace_rebuild as people run it: a real broker, the real driver with qemu-img and swtpm, in a mount namespace of its own.
+
+The service manager at the far end is a small program. Nothing attests here, so the last step, waiting for that, is skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from broker_rig import image_record
+
+ROOT = Path(__file__).resolve().parents[3]
+SAW = Path(sys.executable).with_name("saw")
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts in a namespace of its own")
+ENTER = """set -e
+mount --make-rprivate /
+mkdir -p /var/lib/saw
+mount --bind {base}/state /var/lib/saw
+mount -t tmpfs tmpfs /opt
+mkdir -p /opt/saw/bin
+cp {base}/saw /opt/saw/bin/saw
+exec "$@"
+"""
+# The installed command; a fuse makes `saw vm rebuild` fail as on a full disk, before or after the disk was replaced.
+COMMAND = """#!/bin/sh
+if [ "$1 $2" = "vm rebuild" ] && [ -e {base}/fuse ]; then
+  echo '{{"ok": false, "error": {{"code": "vm_failed", "message": "No space left on device", "cure": "", "details": {{}}}}}}'
+  exit 1
+fi
+exec {saw} "$@"
+"""
+
+
+class Hypervisor:
+    """A VM called ``name`` on the image ``one``, registered with the broker; ``two`` is there as well."""
+
+    def __init__(self, base: Path, broker: Any, name: str) -> None:
+        self.base, self.broker, self.name = base, broker, name
+        (base / "state/images").mkdir(parents=True)
+        (base / "bin").mkdir()
+        for path, text in (
+            (base / "saw", COMMAND.format(base=base, saw=SAW)),
+            (base / "bin/systemctl", '#!/bin/sh\n[ "$1" != is-active ]\n'),
+        ):
+            path.write_text(text)
+            path.chmod(0o755)
+        link = base / "installed/ansible_collections/secure_agent/workspace"
+        link.parent.mkdir(parents=True)
+        link.symlink_to(ROOT)
+        self.digests = {}
+        for number, image in enumerate(("one", "two")):
+            path = base / f"state/images/{image}.qcow2"
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), f"{64 + number}M"], check=True)
+            self.digests[image] = hashlib.sha256(path.read_bytes()).hexdigest()
+            broker.register_image(image_record(f"{name}-{image}", self.digests[image]))
+        broker.workspace(name, to=None, image="workspace")
+        self.saw("workspace", "reprovision", name, "--image", f"{name}-one")
+        for state in ("provisioning", "attesting"):
+            broker.step(name, state)
+        spec = {
+            "id": name,
+            "number": 9,
+            "image": self.path("one"),
+            "image_sha256": self.digests["one"],
+            "data_disk_mib": 64,
+        }
+        (base / "spec.json").write_text(json.dumps(spec))
+        self.inside("/opt/saw/bin/saw", "vm", "create", "--spec", str(base / "spec.json"))
+
+    @staticmethod
+    def path(image: str) -> str:
+        return f"/var/lib/saw/images/{image}.qcow2"
+
+    def inside(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        environment = {
+            **os.environ,
+            "PATH": f"{self.base}/bin:{os.environ['PATH']}",
+            "ANSIBLE_COLLECTIONS_PATH": str(self.base / "installed"),
+            "SAW_CONTEXT": self.broker.context,
+            "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_PIPELINING": "1",
+        }
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", ENTER.format(base=self.base), "sh", *command],
+            capture_output=True, text=True, check=False, timeout=180, env=environment,
+        )  # fmt: skip
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def saw(self, *command: str) -> dict[str, Any]:
+        return dict(json.loads(self.inside(str(SAW), *command, "--json").stdout))
+
+    def rebuild(self, image: str = "two", sha256: str = "") -> str:
+        """Run the playbook and return what it said."""
+        inventory = self.base / "inventory"
+        inventory.write_text(
+            f"[hypervisors]\nlocalhost ansible_connection=local ansible_python_interpreter={sys.executable}\n"
+        )
+        values = {
+            "workspace_id": self.name, "workspace_image": f"{self.name}-{image}", "workspace_image_path": self.path(image),
+            "workspace_image_sha256": sha256 or self.digests[image], "workspace_active_retries": 1,
+        }  # fmt: skip
+        playbook = SAW.with_name("ansible-playbook")
+        book = ROOT / "playbooks/workspace_rebuild.yml"
+        return self.inside(str(playbook), "-i", str(inventory), str(book), "-e", json.dumps(values), check=False).stdout
+
+    def found(self) -> tuple[str, str, str]:
+        """Return the image that the broker expects, the one that the disk lies on, and the workspace's state."""
+        names = {digest: image for image, digest in self.digests.items()}
+        shown = self.broker.operator.request("GET", f"/v1/workspaces/{self.name}")
+        disk = json.loads(self.inside("/opt/saw/bin/saw", "vm", "status", self.name, "--json").stdout)
+        return names[shown["image_sha256"]], names[disk["image_sha256"]], shown["state"]
+
+
+@pytest.fixture
+def hypervisor(tmp_path, broker_context, request):
+    return Hypervisor(tmp_path, broker_context, f"reb-{abs(hash(request.node.name)) % 100000}")
+
+
+@pytest.mark.control("LIF-03")
+def test_a_rebuild_binds_the_workspace_and_makes_the_disk(hypervisor):
+    said = hypervisor.rebuild()
+    assert hypervisor.found() == ("two", "two", "attesting"), said
+
+
+@pytest.mark.control("P0-04")
+def test_a_wrong_image_is_refused_before_anything_is_touched(hypervisor):
+    said = hypervisor.rebuild(sha256="0" * 64)
+    assert f"has SHA-256 {hypervisor.digests['two']}, wanted is {'0' * 64}" in said
+    assert hypervisor.found() == ("one", "one", "attesting")
+
+
+@pytest.mark.control("LIF-03")
+def test_a_rebuild_that_fails_binds_the_workspace_to_its_old_image_again(hypervisor):
+    (hypervisor.base / "fuse").touch()
+    said = " ".join(hypervisor.rebuild().split())
+    assert "Make the root disk again: No space left on device. The root disk of" in said, said
+    assert "playbook workspace_start runs it as it was" in said
+    assert hypervisor.found() == ("one", "one", "stopped")
+    (hypervisor.base / "fuse").unlink()
+    assert hypervisor.rebuild()
+    assert hypervisor.found() == ("two", "two", "attesting")
+
+
+def test_an_image_that_the_broker_knows_by_another_digest_is_not_used(hypervisor):
+    """The file on the hypervisor is what the caller says, but it is not what was registered under that name."""
+    other = hypervisor.base / "state/images/two.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(other), "80M"], check=True)
+    found = hashlib.sha256(other.read_bytes()).hexdigest()
+    said = " ".join(hypervisor.rebuild(sha256=found).split())
+    assert f"the broker holds SHA-256 {hypervisor.digests['two']} for this image, wanted is {found}" in said, said
+    assert hypervisor.found() == ("one", "one", "stopped")
