@@ -86,6 +86,8 @@ class TpmFloor:
     A counter can only be incremented, and a new one starts above every value that a removed counter of this TPM had. There
     is no base to subtract and no record beside it, so nothing that the workspace's root can write lowers the floor. An index
     of the ordinary kind, as earlier versions made it or as root may put in its place, gives way to a counter.
+
+    The value is read once and then known to this process, which is the stricter of the two should the index be replaced.
     """
 
     def __init__(self, index: str, tcti: str | None = None, timeout: float = 60.0) -> None:
@@ -93,10 +95,13 @@ class TpmFloor:
         self._helper = self._index ^ _HELPER_BIT
         self._environment = {**os.environ, **({"TPM2TOOLS_TCTI": tcti} if tcti else {})}
         self._timeout = timeout
+        self._known: int | None = None
 
     def get(self) -> int:
         """Return the counter's value. A counter that is not there is defined, and starts at 1 or above."""
-        return self._counter(self._index)
+        if self._known is None:
+            self._known = self._counter(self._index)
+        return self._known
 
     def check(self, revision: int) -> None:
         """Raise :class:`FloorError` for a revision that is more than :data:`MAX_STEP` above the counter."""
@@ -108,10 +113,10 @@ class TpmFloor:
             )
 
     def raise_to(self, revision: int) -> None:
-        """Increment the counter to ``revision``."""
+        """Increment the counter to ``revision``, making it anew if it was removed meanwhile."""
         self.check(revision)
-        for _ in range(revision - self.get()):
-            self._run(["tpm2_nvincrement", "-C", "o", f"{self._index:#x}"])
+        if revision > self.get():
+            self._known = max(self.get(), self._counter(self._index, revision))
 
     def _counter(self, index: int, start: int = 0) -> int:
         """Return the value of the counter ``index``, after making it one and bringing it to ``start``."""
@@ -127,7 +132,7 @@ class TpmFloor:
         value = self._value(index)
         if start - value > MAX_STEP:
             raise FloorError(
-                f"TPM index {self._index:#x} holds {start + 1}, more than {MAX_STEP} above any counter of this TPM",
+                f"TPM index {index:#x} would have to rise from {value} to {start}, more than {MAX_STEP} at once",
                 cure="name another nv_index; the floor in the file still counts",
             )
         for _ in range(start - value):
