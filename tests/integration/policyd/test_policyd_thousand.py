@@ -22,6 +22,7 @@ from saw.policy.tuf_accept import sign_online
 from saw.policy.tuf_metadata import Metadata, TargetFile, Targets, parse, sign_metadata
 from saw.policy.tuf_repository import init_repository, target_file
 from saw.runtime import generation, ring1
+from saw.runtime.decide_counts import Counted
 from saw.runtime.leaf import LeafAuthority
 from saw.runtime.policyd import Policyd
 from saw.runtime.policyd_activate import ActivationRefused, Activator
@@ -93,6 +94,9 @@ class FarBroker:
     def report(self, kind: str, state: str, *, reason: str, policy_digest: str, **_further: object) -> None:
         if kind == "policy_state":
             self.said.append((state, reason, policy_digest))
+
+    def report_calls(self, digest: str, _counted: Counted, _window: float) -> None:
+        raise AssertionError(f"no call was decided, {digest}")
 
 
 class Enforcement(Activator):
