@@ -35,6 +35,10 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom",
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the sandbox's own
 """The one writable directory below ``/dev``, private to each sandbox."""
 
+_LATER = "this field is not enforced by this version"
+_CONVERT = "saw policy import FILE --out FOLDER --owner TEAM takes over what it can and reports the rest"
+_REMOVE = f"remove it; {_CONVERT}"
+
 _METHOD = re.compile(r"(?:\*|[A-Za-z][A-Za-z-]{0,31})\Z")
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
 _ACCOUNT = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")
@@ -168,12 +172,14 @@ def _allowed_ip(value: str, report: Report) -> None:
 
 def _protocol(value: str, report: Report) -> None:
     if value not in {"", "rest"}:
-        report(f"protocol {value} is not enforced by this version", "use rest, or remove the endpoint")
+        report(f"protocol {value} is not enforced by this version", f"use rest, or remove the endpoint; {_CONVERT}")
 
 
 def _tls(value: str, report: Report) -> None:
     if value in {"skip", "passthrough"}:
-        report("uninspected TLS is not carried: every call is decided by host, method and path", "remove tls")
+        report(
+            "uninspected TLS is not carried: every call is decided by host, method and path", f"remove tls; {_CONVERT}"
+        )
 
 
 def _host(value: str, report: Report) -> None:
@@ -255,8 +261,15 @@ def _rule_key(value: str, report: Report) -> None:
         report(f"{value!r} is not a name", "use letters, digits, dot, dash and underscore")
 
 
-_LATER = "this field is not enforced by this version"
-_REMOVE = "remove it"
+def _off(value: bool, report: Report) -> None:
+    if value:
+        report(_LATER, f"write false, or {_REMOVE}")
+
+
+def _no_middlewares(value: dict[str, Any], report: Report) -> None:
+    if value:
+        report("nothing here looks into or changes bodies: this field is not enforced by this version", _REMOVE)
+
 
 POLICY_CHECKS = Checks(
     fields={
@@ -272,6 +285,10 @@ POLICY_CHECKS = Checks(
         (Endpoint, "path"): check_path_glob,
         (Endpoint, "protocol"): _protocol,
         (Endpoint, "tls"): _tls,
+        (Endpoint, "websocket_credential_rewrite"): _off,
+        (Endpoint, "request_body_credential_rewrite"): _off,
+        (Endpoint, "allow_uninspected_credentials"): _off,
+        (Policy, "network_middlewares"): _no_middlewares,
         (Endpoint, "allowed_ips"): not_empty(
             "the list is empty", "list networks such as 10.20.0.0/16, or remove the field"
         ),
@@ -291,7 +308,6 @@ POLICY_CHECKS = Checks(
     },
     keys={(Policy, "network_policies"): _rule_key},
     unsupported={
-        (Policy, "network_middlewares"): (_LATER, _REMOVE),
         **{
             (Endpoint, field): (_LATER, _REMOVE)
             for field in (
@@ -300,9 +316,6 @@ POLICY_CHECKS = Checks(
                 "graphql_max_body_bytes",
                 "mcp",
                 "json_rpc",
-                "request_body_credential_rewrite",
-                "websocket_credential_rewrite",
-                "allow_uninspected_credentials",
                 "credential_signing",
                 "signing_service",
                 "signing_region",
@@ -311,7 +324,7 @@ POLICY_CHECKS = Checks(
         },
         **{
             (Match, field): (_LATER, _REMOVE)
-            for field in ("operation_type", "operation_name", "fields", "tool", "params")
+            for field in ("operation_type", "operation_name", "fields", "tool", "params", "command")
         },
     },
 )

@@ -141,6 +141,9 @@ class Endpoint(Part, frozen=True):
         says("Networks the host may resolve to, in place of the guard on private addresses.", ["10.20.0.0/16"]),
     ] = ()
     allow_encoded_slash: Annotated[bool, says("Whether %2F may stay in the path.", True)] = False
+    websocket_credential_rewrite: Annotated[bool, says("Of OpenShell; only false loads.", False)] = False
+    request_body_credential_rewrite: Annotated[bool, says("Of OpenShell; only false loads.", False)] = False
+    allow_uninspected_credentials: Annotated[bool, says("Of OpenShell; only false loads.", False)] = False
 
     @property
     def all_ports(self) -> tuple[int, ...]:
@@ -154,6 +157,7 @@ class Binary(Part, frozen=True):
     """An executable (exact path or glob) that may use the rule's endpoints. Attribution, not a boundary."""
 
     path: Annotated[str, says("Absolute path of the resolved executable, or a glob.", "/usr/lib/git-core/**")]
+    harness: Annotated[bool, says("Of OpenShell 0.0.x; without effect there and here.", False)] = False
 
 
 _ENDPOINT = {"host": "api.example.com", "port": 443, "protocol": "rest", "access": "read-only"}
@@ -187,6 +191,9 @@ class Policy(Part, frozen=True):
     process: Annotated[
         Process, says("The account of the sandbox.", {"run_as_user": "agent", "run_as_group": "agent"})
     ] = Process()
+    network_middlewares: Annotated[
+        dict[str, Any], says("Of OpenShell. Nothing here looks into bodies: only an empty map loads.", {})
+    ] = msgspec.field(default_factory=dict)
     network_policies: Annotated[
         dict[str, NetworkRule], says("The network rules by name. None: no network.", {"api": _RULE})
     ] = msgspec.field(default_factory=dict)

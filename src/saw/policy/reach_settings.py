@@ -18,7 +18,7 @@ Access = Literal["read", "write"]
 _KNOWN: dict[type, frozenset[str]] = {
     kind: frozenset(fields.split())
     for kind, fields in {
-        model.Policy: "version filesystem_policy landlock process network_policies",
+        model.Policy: "version filesystem_policy landlock process network_policies network_middlewares",
         model.FilesystemPolicy: "include_workdir read_only read_write",
         model.Landlock: "compatibility",
         model.Process: "run_as_user run_as_group",
@@ -26,9 +26,10 @@ _KNOWN: dict[type, frozenset[str]] = {
         model.Match: "method path query",
         model.AllowRule: "allow",
         model.Endpoint: (
-            "host port ports path protocol tls enforcement access rules deny_rules allowed_ips allow_encoded_slash"
+            "host port ports path protocol tls enforcement access rules deny_rules allowed_ips allow_encoded_slash "
+            "websocket_credential_rewrite request_body_credential_rewrite allow_uninspected_credentials"
         ),
-        model.Binary: "path",
+        model.Binary: "path harness",
         model.NetworkRule: "endpoints binaries name",
         words.Governance: "schema blueprint lease landlock allow_audit plaintext credentials inference actions mcp budgets",
         words.Blueprint: "name version owner incident_contact review_days",

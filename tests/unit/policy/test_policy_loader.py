@@ -13,6 +13,7 @@ from saw.policy.errors import PolicyError
 from saw.policy.loader import Bundle, load_governance, load_members, load_policy
 from saw.policy.matcher import Matcher
 from saw.policy.model import MAX_FILE_BYTES, Request
+from saw.policy.reach_diff import diff_bundles
 
 pytestmark = pytest.mark.control("POL-02")
 
@@ -295,3 +296,61 @@ def test_a_large_policy_loads_and_decides_fast() -> None:
     # Wide margins over the goals of 50 ms and 10 µs: this guards against a change of order, not a busy machine.
     assert loaded < 1.0
     assert decided < 0.0005
+
+
+@pytest.mark.control("INT-01")
+@pytest.mark.parametrize(
+    ("harmless", "refused", "field"),
+    [
+        (
+            "binaries: [{path: /usr/bin/curl, harness: true}]",
+            "binaries: [{path: /usr/bin/curl, harness: 1}]",
+            "harness",
+        ),
+        ("access: read-only", "access: read-only\n        mcp: {versions: ['2025-06-18']}", "endpoints[0].mcp"),
+        (
+            "access: read-only\n        websocket_credential_rewrite: false",
+            "access: read-only\n        websocket_credential_rewrite: true",
+            "websocket_credential_rewrite",
+        ),
+        (
+            "access: read-only\n        allow_uninspected_credentials: false",
+            "access: read-only\n        allow_uninspected_credentials: true",
+            "allow_uninspected_credentials",
+        ),
+        ("access: read-only", "rules: [{allow: {command: SELECT}}]", "rules[0].allow.command"),
+        ("access: read-only\n        tls: terminate", "access: read-only\n        tls: passthrough", "tls"),
+    ],
+)
+def test_fields_of_both_dialects_load_only_where_they_mean_nothing(harmless: str, refused: str, field: str) -> None:
+    line = harmless if harmless.startswith("binaries") else "access: read-only"
+    line = "binaries: [{path: /usr/bin/curl}]" if harmless.startswith("binaries") else line
+    assert (
+        load_policy(with_endpoint(line, harmless).encode()).network_policies["api"].endpoints[0].access == "read-only"
+    )
+    found = problems(with_endpoint(line, refused))
+    assert len(found) == 1
+    assert f".{field}: " in found[0]
+    if field != "harness":
+        assert "saw policy import FILE" in found[0]
+
+
+@pytest.mark.control("INT-01")
+def test_middlewares_load_only_when_there_are_none() -> None:
+    assert load_policy((GOOD + "network_middlewares: {}\n").encode()).network_middlewares == {}
+    (found,) = problems(GOOD + "network_middlewares: {scan: {name: x}}\n")
+    assert found.startswith("policy.yaml:10:22: network_middlewares: ")
+    assert "saw policy import FILE" in found
+
+
+@pytest.mark.control("INT-01")
+def test_fields_without_meaning_change_no_reach() -> None:
+    def bundle(policy: str) -> Bundle:
+        return load_members({"policy.yaml": policy.encode(), "governance.yaml": GOVERNANCE.encode()})
+
+    dialect = (
+        GOOD.replace("{path: /usr/bin/curl}", "{path: /usr/bin/curl, harness: true}") + "network_middlewares: {}\n"
+    )
+    dialect = dialect.replace("access:", "request_body_credential_rewrite: false\n        access:")
+    diff = diff_bundles(bundle(GOOD), bundle(dialect))
+    assert (diff.gained, diff.lost) == ((), ())
