@@ -26,6 +26,7 @@ sys.path[:0] = [str(Path(__file__).parent)]
 
 from results import Goal, Result, quantile, result  # noqa: E402 - the module beside this one
 
+from saw.lab.demo import wait_shell  # noqa: E402
 from saw.lab.process import wait_for  # noqa: E402
 from saw.lab.steps import Progress  # noqa: E402
 from saw.lab.topology import Lab  # noqa: E402
@@ -153,6 +154,7 @@ def kill_once(job: Bringup, workspace: str) -> tuple[float, float]:
         "the released workspace is active",
         lambda: job.saw("workspace", "show", workspace)["state"] == "active", patience=600, interval=2.0,
     )  # fmt: skip
+    wait_shell(job, workspace)
     return refused - begin, done[0] - begin
 
 
