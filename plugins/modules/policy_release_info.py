@@ -14,6 +14,7 @@ author: Secure Agent Workspace maintainers (!UNKNOWN)
 description:
   - Asks the broker, or with O(repository) reads a copy of the policy repository and no broker is needed.
   - From a copy, also where the bundle file of each release lies, for comparing and signing.
+  - From the broker, also where the rollout of each release stands, and which limits are in force.
 extends_documentation_fragment:
   - secure_agent.workspace.broker
   - secure_agent.workspace.broker.attributes
@@ -52,8 +53,10 @@ releases:
   description:
     - One entry for each ring and blueprint, sorted; empty where nothing is released. C(history) has the earlier revisions, newest
       first, in the same form.
-    - C(signers) are the key ids of those of today's officers whose signature holds. C(released_at) comes from the broker alone;
-      C(role), C(bundle) (path of the bundle file) and C(members) (SHA-256 of its files) from a copy alone.
+    - C(signers) are the key ids of those of today's officers whose signature holds. C(released_at) and C(rollout) come from the
+      broker alone; C(role), C(bundle) (path of the bundle file) and C(members) (SHA-256 of its files) from a copy alone.
+    - C(rollout.rollback) is the state of the rollback in escrow, empty without one; C(rollout.standing) the revision that the
+      next release would go back to, 0 for none.
   type: list
   elements: dict
   returned: success
@@ -68,6 +71,12 @@ releases:
       signers: [4e777de0d275f9d28588dd9a1606cc748e548f9e22b6795b7cb3f63f98035fcb]
       reach: {base_digest: 6b86b273ff34, diff_digest: 066ba66d02bb, widening: false}
       history: []
+      rollout: {state: running, reason: "", previous_revision: 6, returns_to: null, rollback: kept, standing: 7}
+limits:
+  description: When the broker halts a rollout, and whether it wants a rollback in escrow first (C(docs/rollout.md)).
+  type: dict
+  returned: when the broker was asked
+  sample: {max_refused: 0, max_silent_s: 300, first_wave: 0, require_rollback: true}
 failure:
   description: What failed, for programs.
   type: dict
@@ -103,6 +112,18 @@ def told(status: dict[str, Any]) -> dict[str, Any]:
     return {**rest, **status["current"], "history": list(status["history"])}
 
 
+def rollout_of(release: dict[str, Any], told_of: dict[str, Any]) -> dict[str, Any]:
+    """Where the rollout of a release stands; empty for one from before there were rollouts."""
+    key = (release["ring"], release["blueprint"])
+    standing = [one["revision"] for one in told_of["standing"] if (one["ring"], one["blueprint"]) == key]
+    for one in told_of["rollouts"]:
+        if (one["ring"], one["blueprint"], one["revision"]) == (*key, release["revision"]):
+            names = ("state", "reason", "previous_revision", "returns_to")
+            escrow = one["rollback"]["state"] if one["rollback"] else ""
+            return {**{name: one[name] for name in names}, "rollback": escrow, "standing": sum(standing[:1])}
+    return {}
+
+
 def from_copy(directory: str, params: dict[str, Any]) -> list[dict[str, Any]]:
     """The releases of a copy, with the places of their files."""
     found = [told(status) for status in map(msgspec.to_builtins, ring_status(directory)) if wanted(status, params)]
@@ -126,7 +147,10 @@ def main() -> None:
             module.exit_json(changed=False, releases=from_copy(params["repository"], params))
         with operator(module) as client:
             rings = client.request("GET", "/v1/policy/rings")["rings"]
-        module.exit_json(changed=False, releases=[told(status) for status in rings if wanted(status, params)])
+            rollouts = client.request("GET", "/v1/policy/rollouts")
+        found = [told(status) for status in rings if wanted(status, params)]
+        releases = [{**release, "rollout": rollout_of(release, rollouts)} for release in found]
+        module.exit_json(changed=False, releases=releases, limits=rollouts["limits"])
 
 
 if __name__ == "__main__":

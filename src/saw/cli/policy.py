@@ -20,6 +20,7 @@ from saw.cli import (
     policy_release,
     policy_rings,
     policy_watch,
+    policy_way_back,
 )
 from saw.cli.answers import Answer, Run, read_file
 from saw.errors import ConfigError
@@ -149,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         policy_keys,
         policy_release,
         policy_rings,
+        policy_way_back,
         policy_watch,
         policy_learn,
         policy_interop,

@@ -135,18 +135,24 @@ def _why(one: Rollout) -> list[str]:
 
 
 def follow(
-    read: Callable[[], list[Rollout]], clock: Callable[[], float], pause: Callable[[float], None], timeout_s: float
+    read: Callable[[], list[Rollout]],
+    clock: Callable[[], float],
+    pause: Callable[[float], None],
+    timeout_s: float,
+    revision: int | None = None,
 ) -> Iterator[tuple[list[Rollout], str]]:
     """Yield what is seen, with the outcome once there is one: ``loaded``, ``halted``, ``refused`` or ``timeout``.
 
-    The releases that are newest at the beginning are followed; one that is followed by another (a rollback) is halted.
+    The releases that are newest at the beginning are followed, or those of ``revision``; one that is followed by another
+    (a rollback) is halted.
     """
     end = clock() + timeout_s
     followed: dict[tuple[str, str], int] = {}
     while True:
         seen = read()
         if not followed:
-            followed = {(one.ring, one.blueprint): one.revision for one in seen if one.newest}
+            chosen = [one for one in seen if (one.newest if revision is None else one.revision == revision)]
+            followed = {(one.ring, one.blueprint): one.revision for one in chosen}
         mine = [one for one in seen if followed.get((one.ring, one.blueprint)) == one.revision]
         outcome = _outcome(mine)
         if not outcome and clock() >= end:
@@ -158,7 +164,7 @@ def follow(
 
 
 def _outcome(rollouts: list[Rollout]) -> str:
-    if any(one.state == "halted" or not one.newest for one in rollouts):
+    if not rollouts or any(one.state == "halted" or not one.newest for one in rollouts):
         return "halted"
     if any(one.counts.refused for one in rollouts) and not any(
         one.counts.waiting + one.counts.offered + one.counts.verified or one.held for one in rollouts
@@ -168,7 +174,7 @@ def _outcome(rollouts: list[Rollout]) -> str:
 
 
 def watch(options: argparse.Namespace) -> Answer:
-    """Follow the newest release of a ring until every running workspace has loaded it.
+    """Follow the newest release of a ring, or one revision of it, until every running workspace has loaded it.
 
     Ends 0 when all have loaded it; 1 when it is halted, refused, or not there in time.
     """
@@ -176,14 +182,17 @@ def watch(options: argparse.Namespace) -> Answer:
         raise ConfigError("a timeout below zero", cure="give --timeout in seconds, 0 to look once")
     client = _client(options)
     first = _rollouts(client.request("GET", _ring_path(options.ring)), options.blueprint)
+    if options.revision is not None:
+        first = [one for one in first if one.revision == options.revision]
     if not first:
-        raise ConfigError(f"nothing rolls out to ring {options.ring}", cure="see saw policy rings")
+        what = "nothing" if options.revision is None else f"no revision {options.revision}"
+        raise ConfigError(f"{what} rolls out to ring {options.ring}", cure="see saw policy rings")
 
     def read() -> list[Rollout]:
         return _rollouts(client.request("GET", _ring_path(options.ring)), options.blueprint)
 
     last, rollouts, outcome = "", first, ""
-    for seen in follow(read, time.monotonic, time.sleep, options.timeout):
+    for seen in follow(read, time.monotonic, time.sleep, options.timeout, options.revision):
         rollouts, outcome = seen
         text = "\n".join(_line(one) for one in rollouts)
         if text != last and not options.json:
@@ -259,6 +268,7 @@ def register(add: Add) -> None:
         return sub
 
     sub = ring(add("watch", watch, "follow a release until everyone loaded it, or it halts"))
+    sub.add_argument("--revision", type=int, help="follow this revision, whatever came after it (default: the newest)")
     sub.add_argument("--timeout", type=float, default=600.0, help="seconds to wait (default: %(default)s)")
     sub = ring(add("halt", halt, "stop offering the newest release of a ring"))
     sub.add_argument("--reason", required=True, help="why, for the audit trail")

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from saw.attest.image_record import PAYLOAD_TYPE
 from saw.attest.verifier import RELEASED_PCRS
 from saw.broker.client import BrokerContext, Context, OperatorClient
-from saw.broker.config import BrokerConfig, Listen, TufSettings
+from saw.broker.config import BrokerConfig, Listen, RolloutSettings, TufSettings
 from saw.broker.setup import initialise
 from saw.identity.x509 import new_key_and_csr
 from saw.policy.bundle import build_manifest, policy_digest, sign
@@ -117,7 +117,9 @@ class Officers:
 class Lab:
     """One broker process. ``directory`` is readable by others so that another user can reach the socket."""
 
-    def __init__(self, directory: Path, operator_group: str | None = None) -> None:
+    def __init__(
+        self, directory: Path, operator_group: str | None = None, rollout: RolloutSettings | None = None
+    ) -> None:
         self.directory = directory
         directory.chmod(0o755)
         (directory / "run").mkdir()
@@ -129,6 +131,7 @@ class Lab:
             listen=Listen("127.0.0.1", 0),
             operator_group=operator_group,
             tuf=TufSettings(3600),
+            rollout=rollout or RolloutSettings(),
         )
         self.config_file = directory / "broker.json"
         self.config_file.write_bytes(msgspec.json.encode(self.config))
@@ -194,11 +197,17 @@ class Lab:
         return self.operator.request("POST", f"/v1/images/{name}/state", {"to": to, "reason": "test"})
 
     def workspace(
-        self, name: str, *, to: str | None = None, ring: str = "stable", image: str = "workspace"
+        self,
+        name: str,
+        *,
+        to: str | None = None,
+        ring: str = "stable",
+        image: str = "workspace",
+        blueprint: str = "coding",
     ) -> dict[str, Any]:
         """Register a workspace and, with ``to``, walk it there."""
         self.register_image(image_record(image))
-        body = {"id": name, "sponsor": "ada@example.com", "blueprint": "coding", "ring": ring, "image": image}
+        body = {"id": name, "sponsor": "ada@example.com", "blueprint": blueprint, "ring": ring, "image": image}
         answer = self.operator.request("POST", "/v1/workspaces", body)
         for state in {None: [], "attesting": ["provisioning", "attesting"]}[to]:
             answer = self.step(name, state)

@@ -116,6 +116,11 @@ def test_a_broken_release_is_halted_rolled_back_and_stays_so_over_a_kill(ring):
     # A watcher who begins now follows the rollback.
     assert (code, seen["rollouts"][0]["revision"], seen["rollouts"][0]["returns_to"]) == (1, 3, 1)
     assert seen["outcome"] == "timeout"
+    # Who asks for the release that was rolled back is told so, and about no other.
+    code, asked = ring.saw("watch", "--ring", "stable", "--revision", "2", "--timeout", "0")
+    assert (code, asked["outcome"], asked["rollouts"][0]["revision"]) == (1, "halted", 2)
+    code, unknown = ring.saw("watch", "--ring", "stable", "--revision", "9", "--timeout", "0")
+    assert (code, unknown["error"]["message"]) == (1, "no revision 9 rolls out to ring stable")
     ring.lab.process.kill()
     ring.lab.process.wait(10)
     ring.lab.start()

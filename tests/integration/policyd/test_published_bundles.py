@@ -160,7 +160,7 @@ class Chain:
         bundle = load_members(members)
         copy = self.officers.directory
         held = any(release.path == TARGET for release in current_releases(copy))
-        reach = reach_between(read_target(copy, TARGET), bundle, bundle_diff()) if held else None
+        reach = reach_between(read_target(copy, TARGET) if held else None, bundle, bundle_diff())
         if kind == "a policy that does not load":
             members["policy.yaml"] += b"surprise: 1\n"
             bundle = type(bundle)(members, bundle.policy, bundle.governance)

@@ -16,8 +16,8 @@ import yaml
 from ansible.module_utils.testing import patch_module_args
 
 ROOT = Path(__file__).resolve().parents[3]
-# The rig that the broker's own tests use: a real broker process.
-sys.path.insert(0, str(ROOT / "tests/integration/broker"))
+# The rigs that the services' own tests use: a real broker process, and a workspace's real policy agent.
+sys.path[:0] = [str(ROOT / "tests/integration/broker"), str(ROOT / "tests/integration/policyd")]
 
 
 def install_collection() -> None:

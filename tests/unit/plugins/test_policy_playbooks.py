@@ -1,4 +1,7 @@
-"""policy_release and policy_rollback as people run them, against a real broker: shown, approved, signed, released, gone back."""
+"""policy_release and policy_rollback as people run them, against a real broker: shown, approved, signed, released, gone back.
+
+Every test has a blueprint and rings of its own, so each runs alone and in any order.
+"""
 
 from __future__ import annotations
 
@@ -6,265 +9,343 @@ import json
 import os
 import re
 import shutil
-import sqlite3
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
+import yaml
 from broker_rig import Lab
-from policy_parts import write_bundle
+from playbook_rig import ROOT, Desk, Office, RunningWorkspace, until
 
-from saw.policy.keys import create_key, load_public_key
-from saw.policy.loader import load_bundle_folder
-from saw.policy.reach_diff import diff_bundles
-from saw.policy.tuf_reach import nothing_like
-from saw.policy.tuf_repository import init_repository
-
-ROOT = Path(__file__).resolve().parents[3]
-NAMES = ("ada", "ben", "cleo")
+from saw.broker.config import RolloutSettings
 
 
-class Office:
-    """A broker, the officers' machine, and the playbooks on it."""
-
-    def __init__(self, lab: Lab, base: Path) -> None:
-        from datetime import UTC, datetime
-
-        self.lab, self.base = lab, base
-        private = [create_key(base / "keys", name) for name in NAMES]
-        online = load_public_key(lab.config.keys / "tuf-online.pub")
-        root = init_repository(base / "copy", private, online, 2, now=datetime.now(UTC))
-        lab.operator.request("PUT", "/v1/policy/root", {"root": json.loads(root)})
-        self.context = base / "context.json"
-        self.context.write_text(json.dumps({"broker": {"socket": lab.config.operator_socket}}))
-        link = base / "installed/ansible_collections/secure_agent/workspace"
-        link.parent.mkdir(parents=True)
-        link.symlink_to(ROOT)
-        self.folder = write_bundle(base / "policies/coding")
-        (base / "policies/invariants.yaml").write_text(
-            "schema: 1\ninvariants:\n  - {id: no-metadata, kind: never_reach, hosts: [metadata.google.internal], why: secrets}\n"
-        )
-
-    def play(self, name: str, *options: str, keys: tuple[str, ...] = ("ada", "ben"), **more: object) -> Play:
-        """Run a playbook and return what came of it."""
-        prefix = name
-        values = {
-            f"{prefix}_repository": str(self.base / "copy"),
-            f"{prefix}_directory": str(self.base / "releases"),
-            f"{prefix}_keys": [str(self.base / "keys" / f"{key}.key") for key in keys],
-            f"{prefix}_watch_seconds": 0,
-            **({f"{prefix}_folder": self.folder} if name == "policy_release" else {}),
-            **{f"{prefix}_{key}": value for key, value in more.items()},
-        }
-        done = subprocess.run(
-            [
-                Path(sys.executable).parent / "ansible-playbook",
-                "-i",
-                "localhost,",
-                ROOT / f"playbooks/{name}.yml",
-                "-e",
-                json.dumps(values),
-                *options,
-            ],
-            env={
-                **os.environ,
-                "ANSIBLE_COLLECTIONS_PATH": str(self.base / "installed"),
-                "SAW_CONTEXT": str(self.context),
-                "ANSIBLE_NOCOLOR": "1",
-                "ANSIBLE_PIPELINING": "1",
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=self.base,
-        )
-        return Play(done)
-
-    def release(self, *options: str, **more: object) -> Play:
-        """Release to the ring canary, approving what is asked for."""
-        return self.play("policy_release", *options, **{"ring": "canary", **more})
-
-    def released(self, ring: str = "canary") -> int:
-        """The revision that the broker releases to the ring, 0 for none."""
-        found = self.lab.operator.request("GET", "/v1/policy/state")["releases"]
-        return next((one["revision"] for one in found if one["ring"] == ring), 0)
-
-
-class Play:
-    """The end of a playbook."""
-
-    def __init__(self, done: subprocess.CompletedProcess[str]) -> None:
-        self.text = done.stdout + done.stderr
-        self.words = " ".join(self.text.split())
-        self.ok = done.returncode == 0
-        recap = re.search(r"changed=(\d+)", self.text)
-        self.changed = int(recap[1]) if recap else -1
-        asked = re.search(r"policy_release_approved=([0-9a-f]{64})", self.words)
-        self.approval = asked[1] if asked else ""
-
-
-@pytest.fixture(scope="module")
-def broker() -> Iterator[Lab]:
+def _office(base: Path, **limits: object) -> Iterator[Office]:
     directory = Path(tempfile.mkdtemp(prefix="saw-playbooks-"))
-    lab = Lab(directory)
+    lab = Lab(directory, rollout=RolloutSettings(**limits))
     try:
         lab.start()
-        yield lab
+        yield Office(lab, base)
     finally:
         lab.stop()
         shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="module")
-def office(broker: Lab, tmp_path_factory: pytest.TempPathFactory) -> Office:
-    return Office(broker, tmp_path_factory.mktemp("office"))
+def free(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
+    """The officers of a broker with the limits that it has by itself."""
+    yield from _office(tmp_path_factory.mktemp("free"))
 
 
-def change(office: Office, new: str = "read-only", old: str = "") -> str:
-    """The digest of the change of reach from one form of the policy to another; ``old`` empty: from the first release."""
-    scratch = office.base / "scratch"
-    after = load_bundle_folder(write_bundle(scratch / "new", new))
-    before = load_bundle_folder(write_bundle(scratch / "old", old)) if old else nothing_like(after)
-    return diff_bundles(before, after).digest
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
+    """The officers of a broker that offers nothing without a way back."""
+    yield from _office(tmp_path_factory.mktemp("guarded"), require_rollback=True)
+
+
+def _name(request: pytest.FixtureRequest) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", request.node.name.removeprefix("test_"))[:40].strip("-")
+
+
+@pytest.fixture
+def desk(free: Office, request: pytest.FixtureRequest) -> Desk:
+    return Desk(free, _name(request))
+
+
+@pytest.fixture
+def careful(guarded: Office, request: pytest.FixtureRequest) -> Desk:
+    return Desk(guarded, _name(request))
+
+
+# ------------------------------------------------------------ shown, approved, signed, published
 
 
 @pytest.mark.control("POL-01")
-def test_1_a_first_release_is_shown_refused_without_approval_and_then_released(office: Office) -> None:
-    shown = office.release("--check", "--diff")
+def test_a_first_release_is_shown_refused_without_approval_and_then_released_once(desk: Desk) -> None:
+    before = desk.fingerprint()
+    shown = desk.release("--check", "--diff")
     assert shown.ok, shown.text
     assert "GET, HEAD, OPTIONS https://git.example.com:443" in shown.text
     assert shown.text.count("reach digest") == 2, "the list and --diff both show the reach"
-    assert office.released() == 0
-    refused = office.release()
+    assert (desk.fingerprint(), desk.released()) == (before, 0), "check mode changes nothing"
+    refused = desk.release()
     assert not refused.ok
-    assert "this lets ring canary reach more" in refused.words
-    assert refused.approval == change(office)
+    assert "reach more" in refused.words
+    assert refused.approval == desk.change()
     assert refused.approval in shown.text
-    assert office.released() == 0
-    released = office.release(approved=refused.approval)
+    assert desk.released() == 0
+    released = desk.release(approved=refused.approval)
     assert released.ok, released.text
     assert released.changed > 0
-    assert office.released() == 1
-
-
-def test_2_a_second_run_changes_nothing(office: Office) -> None:
-    again = office.release()
+    assert desk.released() == 1
+    held = desk.fingerprint()
+    again = desk.release()
     assert again.ok, again.text
-    assert again.changed == 0
-    assert office.released() == 1
+    assert (again.changed, desk.released(), desk.fingerprint()) == (0, 1, held)
 
 
 @pytest.mark.control("POL-01")
-def test_3_officers_sign_one_after_the_other(office: Office) -> None:
-    write_bundle(Path(office.folder), "read-write")
-    digest = change(office, "read-write", "read-only")
-    for key, revision in (("ada", 1), ("ben", 1), ("ada", 2)):
-        run = office.release(keys=(key,), approved=digest)
+def test_check_mode_shows_a_widening_as_diff_and_changes_nothing(desk: Desk) -> None:
+    desk.publish("read-only", 1)
+    desk.write("read-write")
+    before = desk.fingerprint()
+    shown = desk.release("--check", "--diff")
+    assert shown.ok, shown.text
+    assert "PATCH, POST, PUT https://git.example.com:443" in shown.text
+    assert desk.change("read-write", "read-only") in shown.text
+    assert (desk.fingerprint(), desk.released()) == (before, 1)
+
+
+@pytest.mark.control("POL-01")
+def test_officers_sign_one_after_the_other(desk: Desk) -> None:
+    digest = desk.change()
+    for key, revision in (("ada", 0), ("ben", 0), ("ada", 1)):
+        run = desk.release(keys=(key,), approved=digest)
         assert run.ok, run.text
-        assert ("nothing is released yet" in run.words) == (revision == 1), run.text
-        assert office.released() == revision
+        assert ("nothing is released yet" in run.words) == (revision == 0), run.text
+        assert desk.released() == revision
 
 
-def test_4_the_same_bundle_goes_to_the_next_ring(office: Office) -> None:
-    released = office.release(ring="stable", approved=change(office, "read-write"))
+def test_the_same_bundle_goes_to_the_next_ring(desk: Desk) -> None:
+    desk.publish("read-only", 1)
+    stable = f"{desk.name}-stable"
+    released = desk.release(ring=stable, approved=desk.change())
     assert released.ok, released.text
-    assert office.released("stable") == 2
-    [canary, stable] = office.lab.operator.request("GET", "/v1/policy/rings")["rings"]
-    assert canary["current"]["policy_digest"] == stable["current"]["policy_digest"]
+    assert desk.released(stable) == 1
+    found = {one["ring"]: one["current"] for one in desk.lab.operator.request("GET", "/v1/policy/rings")["rings"]}
+    assert found[desk.ring]["policy_digest"] == found[stable]["policy_digest"]
 
 
-def test_5_less_reach_needs_no_approval_and_a_hook_can_refuse(office: Office, tmp_path: Path) -> None:
-    write_bundle(Path(office.folder), "read-only")
-    hook = tmp_path / "hook.yml"
-    hook.write_text(
+def _hook(place: Path, condition: str) -> str:
+    place.write_text(
         "- name: Ask the ticket system\n  ansible.builtin.assert:\n"
-        "    that: not policy_release_compared.reach.lost\n    fail_msg: ticket 4711 is not closed\n"
+        f"    that: {condition}\n    fail_msg: ticket 4711 is not closed\n"
     )
-    refused = office.release(approval=str(hook))
+    return str(place)
+
+
+@pytest.mark.control("POL-01")
+def test_a_hook_that_passes_lets_a_widening_through_and_one_that_fails_stops_it(desk: Desk, tmp_path: Path) -> None:
+    desk.publish("read-only", 1)
+    desk.write("read-write")
+    unapproved = desk.release()
+    assert not unapproved.ok, "without a hook this change needs its digest"
+    refused = desk.release(approval=_hook(tmp_path / "no.yml", "not policy_release_compared.reach.widening"))
     assert not refused.ok
     assert "ticket 4711 is not closed" in refused.text
-    assert office.released() == 2
-    assert office.release().ok
-    assert office.released() == 3
+    assert (desk.released(), desk.releases.exists()) == (1, False), "nothing was signed"
+    digest = desk.change("read-write", "read-only")
+    passed = desk.release(
+        approval=_hook(tmp_path / "yes.yml", f"policy_release_compared.reach.reach_digest == '{digest}'")
+    )
+    assert passed.ok, passed.text
+    assert desk.released() == 2
 
 
-def test_6_what_breaks_an_invariant_stops_before_anything_is_signed(office: Office) -> None:
-    invariants = office.base / "policies/invariants.yaml"
-    good = invariants.read_text()
-    invariants.write_text(good.replace("metadata.google.internal", "git.example.com"))
-    broken = office.release()
-    invariants.write_text(good)
+def test_less_reach_needs_no_approval(desk: Desk) -> None:
+    desk.publish("read-write", 1)
+    released = desk.release()
+    assert released.ok, released.text
+    assert desk.released() == 2
+
+
+def test_what_breaks_an_invariant_stops_before_anything_is_signed(desk: Desk, tmp_path: Path) -> None:
+    good = (desk.office.base / "policies/invariants.yaml").read_text()
+    (tmp_path / "invariants.yaml").write_text(good.replace("metadata.google.internal", "git.example.com"))
+    broken = desk.release(invariants=str(tmp_path / "invariants.yaml"), approved=desk.change())
     assert not broken.ok
     assert "no-metadata" in broken.text
     assert "TASK [Sign]" not in broken.text
 
 
+def test_a_copy_that_somebody_published_past_is_refused(desk: Desk, tmp_path: Path) -> None:
+    desk.publish("read-only", 1)
+    shutil.copytree(desk.office.copy, tmp_path / "copy")
+    desk.publish("read-write", 2)
+    stale = desk.release(repository=str(tmp_path / "copy"))
+    assert not stale.ok
+    assert f"is not what ring {desk.ring} runs" in stale.words
+
+
+def test_a_play_that_is_killed_between_staging_and_publishing_goes_on_where_it_was(desk: Desk) -> None:
+    digest = desk.change()
+    staged = desk.releases / f"{desk.name}-1-{desk.ring}/metadata/targets.json"
+    desk.release_killed(staged.exists, "the publication is staged", approved=digest)
+    assert desk.released() == 0
+    again = desk.release(approved=digest)
+    assert again.ok, again.text
+    assert desk.released() == 1
+    assert desk.release().changed == 0
+
+
+# ------------------------------------------------------------ what the ring says
+
+
 @pytest.mark.control("POL-02")
-def test_7_a_ring_that_does_not_load_it_is_halted(office: Office) -> None:
-    office.lab.workspace("ws-late", to="attesting", ring="late")
-    with closing(sqlite3.connect(office.lab.config.database)) as store, store:
-        store.execute(
-            "UPDATE workspaces SET state = 'active' WHERE id = 'ws-late'"
-        )  # as if it had attested, and fell silent
-    late = office.release(ring="late", approved=change(office))
+def test_a_ring_that_says_nothing_is_halted(desk: Desk) -> None:
+    desk.workspace("ws-late")
+    late = desk.release(approved=desk.change())
     assert not late.ok
-    assert "ring late did not load revision 3 of coding (timeout); it is halted there" in late.words
-    [rollout] = office.lab.operator.request("GET", "/v1/policy/rollouts/late")["rollouts"]
-    assert rollout["state"] == "halted"
-    assert rollout["reason"].startswith("by playbook")
+    assert f"ring {desk.ring} did not load revision 1 of {desk.name} (timeout); it is halted there" in late.words
+    [rollout] = desk.rollouts()
+    assert (rollout["state"], rollout["reason"].split(":")[0]) == ("halted", "by playbook")
+
+
+@pytest.mark.control("POL-02")
+def test_a_ring_whose_workspace_refuses_is_halted(desk: Desk) -> None:
+    workspace = desk.workspace("ws-refusing")
+    desk.publish("read-only", 1)
+    workspace.say("refused", desk.rollouts()[0]["policy_digest"], 1, "validate_failed")
+    assert desk.rollouts()[0]["state"] == "running", "limits halt no first release"
+    refused = desk.release(watch_seconds=60)
+    assert not refused.ok
+    assert f"ring {desk.ring} did not load revision 1 of {desk.name} (refused); it is halted there" in refused.words
+    assert "ws-refusing refused" in refused.words
+    assert desk.rollouts()[0]["state"] == "halted"
+
+
+@pytest.mark.control("LIF-03")
+@pytest.mark.control("POL-02")
+def test_a_ring_loads_it_breaks_is_halted_and_rolled_back_by_itself(careful: Desk) -> None:
+    machine = RunningWorkspace(careful, "ws-real")
+    try:
+        loaded = careful.release(approved=careful.change(), watch_seconds=60)
+        assert loaded.ok, loaded.text
+        first = careful.rollouts()[0]
+        assert [(one["workspace"], one["state"]) for one in first["members"]] == [("ws-real", "loaded")]
+        assert machine.current() == machine.known.attested() == first["policy_digest"]
+
+        machine.break_checker(broken=True)
+        careful.write("read-write")
+        broken = careful.release(approved=careful.change("read-write", "read-only"), watch_seconds=60)
+        assert not broken.ok
+        assert f"did not load revision 2 of {careful.name} (halted" in broken.words, broken.text
+        newest, halted, _ = careful.rollouts()
+        assert (halted["revision"], halted["state"], halted["rollback"]["state"]) == (2, "halted", "published")
+        assert (newest["revision"], newest["returns_to"]) == (3, 1)
+        assert machine.current() == first["policy_digest"], "what was in force stays in force"
+
+        machine.break_checker(broken=False)
+        until(lambda: machine.known.attested() == newest["policy_digest"], "the workspace loads the way back")
+        until(lambda: careful.rollouts()[0]["all_loaded"], "the ring has loaded it")
+        assert careful.released() == 3
+    finally:
+        machine.stop()
+
+
+# ------------------------------------------------------------ the way back
+
+
+@pytest.mark.control("LIF-03")
+def test_where_a_way_back_is_wanted_it_is_signed_first_and_kept_before_anybody_is_offered_the_release(
+    careful: Desk,
+) -> None:
+    careful.publish("read-write", 1)
+    released = careful.release()
+    assert released.ok, released.text
+    tasks = re.findall(r"TASK \[([^\]]+)\]", released.text)
+    places = [tasks.index(name) for name in ("Sign the way back", "Publish", "Hand it to the broker")]
+    assert places == sorted(places)
+    [newest, _] = careful.rollouts()
+    assert (newest["revision"], newest["state"]) == (2, "running")
+    assert (newest["rollback"]["state"], newest["rollback"]["returns_to"]) == ("kept", 1)
+    again = careful.release()
+    assert again.ok, again.text
+    assert (again.changed, careful.released()) == (0, 2)
+
+
+@pytest.mark.control("LIF-03")
+def test_a_release_whose_way_back_cannot_be_made_is_not_published(careful: Desk) -> None:
+    careful.publish("read-write", 1)
+    lost = careful.release(back_to=77)
+    assert not lost.ok
+    assert "revision 77" in lost.words
+    assert "is not held here" in lost.words
+    assert (careful.released(), len(careful.rollouts())) == (1, 1)
+
+
+def test_officers_sign_the_way_back_one_after_the_other(careful: Desk) -> None:
+    careful.publish("read-write", 1)
+    said = []
+    for key in ("ada", "ben", "ada", "ben", "ada"):
+        run = careful.release(keys=(key,))
+        assert run.ok, run.text
+        said.append("the way back lacks signatures" in run.words)
+        assert careful.released() == (2 if len(said) == 5 else 1), run.text
+    assert said == [False, False, True, True, False]
+    assert careful.rollouts()[0]["rollback"]["state"] == "kept"
+
+
+def test_a_play_that_is_killed_between_publishing_and_escrow_is_made_good_by_the_next(careful: Desk) -> None:
+    careful.publish("read-write", 1)
+    careful.release_killed(lambda: careful.released() == 2, "revision 2 is published")
+    [newest, _] = careful.rollouts()
+    assert (newest["state"], newest["rollback"]) == ("waiting", None)
+    again = careful.release()
+    assert again.ok, again.text
+    [newest, _] = careful.rollouts()
+    assert (newest["state"], newest["rollback"]["state"]) == ("running", "kept")
+    assert careful.release().changed == 0
+
+
+def test_a_way_back_can_be_asked_for_where_the_broker_does_not_want_one(desk: Desk) -> None:
+    desk.publish("read-write", 1)
+    released = desk.release(way_back=True)
+    assert released.ok, released.text
+    assert desk.rollouts()[0]["rollback"]["state"] == "kept"
+
+
+def test_a_renewal_and_a_return_need_no_way_back(careful: Desk) -> None:
+    careful.publish("read-only", 1)
+    renewed = careful.release(renew=True)
+    assert renewed.ok, renewed.text
+    assert (careful.released(), careful.rollouts()[0]["state"]) == (2, "running")
+    assert "TASK [Sign the way back]" not in renewed.text
+
+
+# ------------------------------------------------------------ going back
 
 
 @pytest.mark.control("POL-01")
-def test_8_rolling_back_is_one_command_and_repeating_it_changes_nothing(office: Office) -> None:
-    arguments = {"ring": "canary", "to": 2}
-    shown = office.play("policy_rollback", "--check", "--diff", **arguments)
+def test_rolling_back_is_one_command_and_repeating_it_changes_nothing(desk: Desk) -> None:
+    desk.publish("read-write", 1)
+    desk.publish("read-only", 2)
+    before = desk.fingerprint()
+    shown = desk.play("policy_rollback", "--check", "--diff", to=1)
     assert shown.ok, shown.text
     assert "PATCH, POST, PUT https://git.example.com:443" in shown.text
-    assert office.released() == 3
-    alone = office.play("policy_rollback", keys=("ada",), **arguments)
+    assert (desk.fingerprint(), desk.released()) == (before, 2)
+    alone = desk.play("policy_rollback", keys=("ada",), to=1)
     assert alone.ok, alone.text
     assert "nothing is released yet" in alone.words
-    back = office.play("policy_rollback", keys=("ben", "ada"), **arguments)
+    back = desk.play("policy_rollback", keys=("ben", "ada"), to=1)
     assert back.ok, back.text
-    assert office.released() == 4
-    again = office.play("policy_rollback", **arguments)
+    assert desk.released() == 3
+    again = desk.play("policy_rollback", to=1)
     assert again.ok, again.text
-    assert again.changed == 0
-    assert office.released() == 4
+    assert (again.changed, desk.released()) == (0, 3)
 
 
-def test_9_a_revision_that_is_not_held_is_named(office: Office) -> None:
-    refused = office.play("policy_rollback", ring="canary", to=77)
+def test_a_revision_that_is_not_held_is_named(desk: Desk) -> None:
+    desk.publish("read-only", 1)
+    refused = desk.play("policy_rollback", to=77)
     assert not refused.ok
-    assert "revision 77 is not held; held are 4, 3, 2, 1" in refused.words
-
-
-def test_a_copy_that_somebody_published_past_is_refused(office: Office, tmp_path: Path) -> None:
-    shutil.copytree(office.base / "copy", tmp_path / "copy")
-    for path in (tmp_path / "copy/metadata").glob("*.targets.json"):
-        if int(path.name.split(".")[0]) > 2:
-            path.unlink()
-    stale = office.release(repository=str(tmp_path / "copy"))
-    assert not stale.ok
-    assert "is not what ring canary runs" in stale.words
+    assert "revision 77 is not held; held are 1" in refused.words
 
 
 @pytest.mark.parametrize(
     ("versions", "newest"), [((1,), "1"), (range(1, 10), "9"), (range(1, 11), "10"), ((9, 10, 11, 100), "100")]
 )
 def test_the_newest_root_is_told_by_its_number(versions: range, newest: str, tmp_path: Path) -> None:
-    import yaml
-
     [play] = yaml.safe_load((ROOT / "playbooks/policy_release.yml").read_text(encoding="utf-8"))
     (tmp_path / "metadata").mkdir()
     for version in versions:
         (tmp_path / f"metadata/{version}.root.json").touch()
     root = play["vars"]["policy_release_root"]
-    values = {"policy_release_root": root, "policy_release_repository": str(tmp_path)}
+    values = {"policy_release_root": root, "policy_release_at": {"repository": str(tmp_path)}}
     done = subprocess.run(
         [Path(sys.executable).parent / "ansible", "localhost", "-m", "debug", "-a", "var=policy_release_root",
          "-e", json.dumps(values)],
@@ -274,5 +355,5 @@ def test_the_newest_root_is_told_by_its_number(versions: range, newest: str, tmp
         check=False,
     )  # fmt: skip
     assert re.search(rf'"policy_release_root": "?{newest}"?$', done.stdout, re.MULTILINE), done.stdout + done.stderr
-    verify = "{{ policy_release_repository }}/metadata/{{ policy_release_root }}.root.json"
+    verify = "{{ policy_release_at.repository }}/metadata/{{ policy_release_root }}.root.json"
     assert verify in (ROOT / "playbooks/policy_release.yml").read_text(encoding="utf-8")

@@ -45,6 +45,15 @@ def test_the_broker_tells_revision_digest_signers_and_window(broker_context, two
         assert sorted(release["signers"]) == signers
         assert release["not_after"] > release["not_before"]
         assert [old["policy_digest"] for old in release["history"]] == two_releases[:1]
+        assert release["rollout"] == {
+            "state": "running",
+            "reason": "",
+            "previous_revision": 1,
+            "returns_to": None,
+            "rollback": "",
+            "standing": 2,
+        }
+        assert outcome["limits"]["require_rollback"] is False
         documented(policy_release_info)(outcome)
     assert run_module(policy_release_info, **{**arguments, "ring": "nowhere"})["releases"] == []
 

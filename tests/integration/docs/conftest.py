@@ -1,0 +1,7 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# The rig of a real broker.
+sys.path.append(str(Path(__file__).parents[1] / "broker"))
