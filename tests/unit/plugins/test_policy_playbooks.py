@@ -298,7 +298,7 @@ def test_a_way_back_can_be_asked_for_where_the_broker_does_not_want_one(desk: De
     assert desk.rollouts()[0]["rollback"]["state"] == "kept"
 
 
-def test_a_renewal_and_a_return_need_no_way_back(careful: Desk) -> None:
+def test_a_renewal_needs_no_way_back(careful: Desk) -> None:
     careful.publish("read-only", 1)
     renewed = careful.release(renew=True)
     assert renewed.ok, renewed.text
