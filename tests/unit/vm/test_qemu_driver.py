@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -388,10 +389,44 @@ def test_no_kernel_means_emulation_and_is_not_kept(tmp_path: Path) -> None:
 
 
 @root_only
-def test_a_missing_device_means_emulation(tmp_path: Path) -> None:
+def test_a_missing_device_means_emulation_and_names_the_cure(tmp_path: Path) -> None:
     (tmp_path / "vmlinuz").touch()
     found = private(lambda: accel.try_kvm(tmp_path / "vmlinuz", 1.0), tmpfs={"/dev": "1m"})
-    assert found == accel.Acceleration("tcg", "/dev/kvm is missing or not accessible: software emulation")
+    assert (found.name, found.reason) == ("tcg", "/dev/kvm is missing: software emulation")
+    assert "about five times slower" in found.cure
+    assert "nested" in found.cure
+    assert "give a container the device /dev/kvm" in found.cure
+
+
+@root_only
+def test_a_device_that_this_user_may_not_open_is_told_from_a_missing_one(tmp_path: Path) -> None:
+    def attempt() -> accel.Acceleration:
+        Path("/dev/kvm").touch(mode=0o600)
+        os.setuid(65534)
+        return accel.try_kvm(Path("/nowhere/vmlinuz"), 1.0)
+
+    found = private(attempt, tmpfs={"/dev": "1m"})
+    assert found.reason == "/dev/kvm may not be read and written by this user: software emulation"
+    assert found.cure.endswith("give the user, or the container, the device")
+
+
+@root_only
+@pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="needs qemu")
+def test_a_device_that_is_no_kvm_means_emulation_with_qemus_word(tmp_path: Path) -> None:
+    """The node is there and opens, but what answers is not KVM."""
+    image = kernel() or tmp_path / "vmlinuz"
+    if not image.exists():
+        image.write_bytes(bytes(4096))
+
+    def attempt() -> accel.Acceleration:
+        for name, minor in (("kvm", 3), ("null", 3), ("urandom", 9), ("zero", 5)):
+            os.mknod(f"/dev/{name}", 0o666 | stat.S_IFCHR, os.makedev(1, minor))
+        return accel.try_kvm(image, 20.0)
+
+    found = private(attempt, tmpfs={"/dev": "1m"})
+    assert found.name == "tcg"
+    assert found.reason.startswith("/dev/kvm is there, but qemu under KVM ended with ")
+    assert "nested" in found.cure
 
 
 REPORT = (
