@@ -6,9 +6,12 @@ failed with a reason, 2 wrong usage.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import os
 import sys
+import tempfile
 
 import saw
 from saw.errors import SawError
@@ -57,13 +60,27 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(module.main(arguments[1:]))
     except SawError as error:
-        if "--json" in arguments:
-            print(json.dumps({"ok": False, "error": error.as_dict()}))
-        print(f"saw {arguments[0]}: {error}", file=sys.stderr)
-        return 1
+        return _failed(arguments, error)
+    except OSError as error:
+        from saw.files import storage_error
+
+        full = storage_error(error, os.getcwd(), tempfile.gettempdir())  # noqa: PTH109 - what it is, not where
+        if full is None:
+            raise
+        return _failed(arguments, full)
     except KeyboardInterrupt:
         print(f"saw {arguments[0]}: interrupted", file=sys.stderr)
         return 130
+
+
+def _failed(arguments: list[str], error: SawError) -> int:
+    """Say why a command failed, as JSON too where that is wanted; standard output may be on the full disk itself."""
+    with contextlib.suppress(OSError):
+        if "--json" in arguments:
+            print(json.dumps({"ok": False, "error": error.as_dict()}), flush=True)
+    with contextlib.suppress(OSError):
+        print(f"saw {arguments[0]}: {error}", file=sys.stderr, flush=True)
+    return 1
 
 
 if __name__ == "__main__":
