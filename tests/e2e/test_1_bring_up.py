@@ -99,7 +99,10 @@ def test_calls_are_refused_for_their_reason_and_their_twins_are_allowed(report: 
     assert seen["program that the rule does not name"]["reason"] == "binary_not_allowed"
     assert seen["method that no rule allows"]["reason"] == "method_or_path_not_allowed"
     assert seen["git push to agent/ branch"]["verdict"] == seen["write a note"]["verdict"] == "allow"
-    assert all(len(call["policy_digest"]) == 64 for call in report["calls"])
+    decided = [call for call in report["calls"] if call["control"] in {"RUN-01", "CRED-01", "REV-01", "INF-01"}]
+    told = [call for call in decided if call["name"] != "no credential in the sandbox"]
+    assert {call["policy_digest"] for call in told} == {report["attestation"]["policy_digest"]}
+    assert {call["digest_source"] for call in told} == {"answer", "audit"}
 
 
 @pytest.mark.control("CRED-01")
@@ -113,7 +116,8 @@ def test_the_real_credential_arrives_outside_and_is_never_in_the_sandbox(report:
 @pytest.mark.control("NET-01")
 @pytest.mark.control("NET-03")
 def test_nothing_leaves_past_the_rings(report: dict[str, Any]) -> None:
-    assert calls(report, "NET-01")["connection past the proxy"]["verdict"] == "deny"
+    assert calls(report, "NET-01")["connection past the proxy"]["reason"] == "not_permitted"
+    assert calls(report, "NET-01")["the same through the proxy"]["verdict"] == "allow"
     assert calls(report, "NET-01")["nothing refused arrived"]["ok"]
     assert calls(report, "NET-03")["metadata address"]["reason"] == "destination_blocked"
     assert calls(report, "CRED-01")["read the ticket API"]["verdict"] == "allow"
@@ -165,6 +169,20 @@ def test_only_a_certificate_of_minutes_gets_in(workspace: Workspace, tmp_path: P
         assert refused.returncode == 255
         assert "Permission denied" in refused.stderr
     assert workspace.agent("id -un").stdout.strip() == "agent"
+
+
+def test_the_report_says_what_ran_the_machine_and_that_the_terminal_kept_its_work(report: dict[str, Any]) -> None:
+    assert report["accelerator"]["name"] in {"kvm", "tcg"}
+    assert report["accelerator"]["reason"]
+    assert bool(report["accelerator"]["cure"]) == (report["accelerator"]["name"] == "tcg")
+    attach = report["workspace"]["attach"]
+    assert (attach["attachments"], attach["detached"], attach["kept"], attach["kept_after_hangup"]) == (
+        3,
+        True,
+        True,
+        True,
+    )
+    assert (report["problems"], report["error"]) == ([], None)
 
 
 def test_the_multiplexer_outlives_the_connection(workspace: Workspace) -> None:

@@ -13,7 +13,7 @@ import saw
 from saw.cli import lab as lab_cli
 from saw.cli import main as cli
 from saw.errors import SawError
-from saw.lab import up
+from saw.lab import main_job, up
 
 
 def test_help_lists_every_area_and_succeeds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,7 +93,7 @@ def test_lab_verbs_reach_the_job_with_their_options(
 ) -> None:
     monkeypatch.setenv("SAW_BUILD", str(tmp_path))
     calls: list[object] = []
-    monkeypatch.setattr(up, "bring_up", lambda lab, *, keep_image: calls.append((lab.build, keep_image)) or 7)
+    monkeypatch.setattr(main_job, "bring_up", lambda lab, *, keep_image: calls.append((lab.build, keep_image)) or 7)
     monkeypatch.setattr(up, "tear_down", lambda _, *, purge: calls.append(purge))
     monkeypatch.setattr(up, "lifecycle", lambda _, verb, reason: calls.append((verb, reason)))
     assert lab_cli.main(["up", "--keep-image"]) == 7

@@ -119,7 +119,7 @@ def test_every_decision_record_is_listed_and_has_its_three_parts() -> None:
 
 
 def test_the_readme_names_the_real_steps_in_their_order() -> None:
-    source = (ROOT / "src/saw/lab/up.py").read_text(encoding="utf-8")
+    source = (ROOT / "src/saw/lab/main_job.py").read_text(encoding="utf-8")
     steps = re.findall(r'progress\.step\("([^"]+)"\)', source)
     shown = re.findall(r"^\[ ?\d+/\d+\] (.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert shown == steps

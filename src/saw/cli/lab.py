@@ -30,10 +30,10 @@ def main(argv: list[str]) -> int:
         sub.add_argument("--reason", default=f"{name} by operator", help="why; it is audited")
     options = parser.parse_args(argv)
     lab = find_lab()
-    from saw.lab import up
+    from saw.lab import main_job, up
 
     if options.verb == "up":
-        return up.bring_up(lab, keep_image=options.keep_image)
+        return main_job.bring_up(lab, keep_image=options.keep_image)
     if options.verb == "down":
         up.tear_down(lab, purge=options.purge)
         return 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from saw.files import write_atomic
 from saw.image.base_os import BaseOs
 from saw.image.disk import ImageError, free_space_needed, run
 
+NEED_BYTES = 1024**3
+"""Free space that making one tar takes at most: its tree and the tar itself."""
 EXCLUDED = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*")
 
 
@@ -45,40 +49,52 @@ def read_packages(listing: Path) -> list[str]:
     return sorted({line for line in lines if line})
 
 
+def base_path(listing: Path, cache: Path, base: BaseOs) -> Path:
+    """Return where the tar of ``listing`` lies once it is made; named after its content."""
+    digest = hashlib.sha256("\n".join([base.suite, *EXCLUDED, *read_packages(listing)]).encode()).hexdigest()
+    return cache / f"base-{listing.stem}-{digest[:16]}.tar"
+
+
 def base_tar(listing: Path, cache: Path, base: BaseOs) -> Path:
     """Return the tar of a minimal tree of ``base`` with the packages of ``listing``; made once per list and cached.
 
     An interrupted run leaves nothing that looks finished. Takes 25–40 s on two cores with a near mirror.
     """
     packages, suite = read_packages(listing), base.suite
-    digest = hashlib.sha256("\n".join([suite, *EXCLUDED, *packages]).encode()).hexdigest()
-    target = cache / f"base-{listing.stem}-{digest[:16]}.tar"
+    target = base_path(listing, cache, base)
     if target.exists():
         return target
-    free_space_needed(cache, 3 * 1024**3)
+    if shutil.which("mmdebstrap") is None:
+        raise ImageError("mmdebstrap is not installed", cure="run `make workspace`, which installs it")
+    free_space_needed(cache, NEED_BYTES)
     mirrors = machine_mirrors()
     signed = f"[signed-by={base.keyring}]"
     sources = [f"deb {signed} {mirrors.archive} {suite} main", f"deb {signed} {mirrors.archive} {suite}-updates main"]
     if mirrors.security:
         sources.append(f"deb {signed} {mirrors.security} {suite}-security main")
-    sources_file = cache / f".{target.name}.list"
-    write_atomic(sources_file, "\n".join(sources) + "\n")
     temporary = cache / f".{target.name}.partial"
     log = cache / f"{target.name}.log"
-    command = [
-        "mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar",
-        "--hook-dir=/usr/share/mmdebstrap/hooks/eatmydata", "--dpkgopt=force-unsafe-io",
-        '--aptopt=APT::Install-Recommends "false"', *(f"--dpkgopt=path-exclude={path}" for path in EXCLUDED),
-        "--customize-hook=rm -f \"$1\"/etc/ssh/ssh_host_* \"$1\"/etc/machine-id \"$1\"/var/lib/dbus/machine-id",
-        f"--include={','.join(packages)}", suite, str(temporary), str(sources_file),
-    ]  # fmt: skip
+    # The tree is laid out below the build directory: there its space is known to be free, and what a killed run leaves is
+    # found. The installer's own unprivileged user must get in. What it mounts in the tree goes with its mount namespace.
+    scratch = Path(tempfile.mkdtemp(prefix=".mmdebstrap-", dir=cache))
     try:
+        scratch.chmod(0o755)
+        sources_file = scratch / "sources.list"
+        write_atomic(sources_file, "\n".join(sources) + "\n")
+        command = [
+            "unshare", "--mount", "--propagation", "private", "mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar",
+            "--hook-dir=/usr/share/mmdebstrap/hooks/eatmydata", "--dpkgopt=force-unsafe-io",
+            '--aptopt=APT::Install-Recommends "false"', *(f"--dpkgopt=path-exclude={path}" for path in EXCLUDED),
+            "--customize-hook=rm -f \"$1\"/etc/ssh/ssh_host_* \"$1\"/etc/machine-id \"$1\"/var/lib/dbus/machine-id",
+            f"--include={','.join(packages)}", suite, str(temporary), str(sources_file),
+        ]  # fmt: skip
         with log.open("wb") as stream:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, check=False)
-    except FileNotFoundError as error:
-        raise ImageError("mmdebstrap is not installed", cure="run `make workspace`, which installs it") from error
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, check=False,
+                env={**os.environ, "TMPDIR": str(scratch)},
+            )  # fmt: skip
     finally:
-        sources_file.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)  # what cannot go now is removed by the next run
     if done.returncode:
         temporary.unlink(missing_ok=True)
         tail = log.read_text(encoding="utf-8", errors="replace").strip()[-800:]

@@ -36,6 +36,8 @@ from saw.image.wheelhouse import wheelhouse
 from saw.lab.nspawn import LabNetwork, LightHost, known_hosts, login_key_of
 
 Say = Callable[[str], None]
+NEED_BYTES = 3 * 1024**3
+"""Free space that one build takes at most: the tree, the root file system, the raw disk and the image at the same time."""
 
 
 class GoldenImage(msgspec.Struct, frozen=True):
@@ -100,7 +102,7 @@ class ImageBuild:
         target = self.images / name
         if target.exists():
             shutil.rmtree(target)
-        free_space_needed(self.build, 6 * 1024**3)
+        free_space_needed(self.build, NEED_BYTES)
         cache = self.build / "cache"
         cache.mkdir(parents=True, exist_ok=True)
         system = base_os(self.repository)

@@ -20,6 +20,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from pathlib import Path
 from saw.errors import SawError
 from saw.files import write_atomic, write_private
 from saw.lab.process import recall, remember, run, stop, wait_for
+from saw.lab.strays import unmarked
 
 PREFIX = "10.77.0"
 GATEWAY = f"{PREFIX}.1"
@@ -205,9 +207,16 @@ class LightHost:
         ]  # fmt: skip
         with (self.directory / "console.log").open("wb") as console:
             child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        remember(self.pid_file, child.pid)
+                command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, start_new_session=True,
+                env=unmarked(),
+            )  # fmt: skip
+        try:
+            remember(self.pid_file, child.pid)
+        except OSError:  # a host that no later run could find must not run
+            child.kill()
+            child.wait()
+            end_cgroup(self.cgroup)
+            raise
 
     def ssh_server_only(self) -> list[str]:
         """Arguments that run an SSH server as the only process; its keys lie under /run and never touch the tree."""
@@ -275,11 +284,14 @@ def end_cgroup(name: str) -> None:
 
 
 def key_pair(path: Path, comment: str) -> Path:
-    """Make an Ed25519 key pair at ``path`` once and return the private key's path."""
+    """Make an Ed25519 key pair at ``path`` once and return the private key's path, which appears last and complete."""
     if not path.exists():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.with_suffix(".pub").unlink(missing_ok=True)
-        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(path))
+        with tempfile.TemporaryDirectory(prefix=".key-", dir=path.parent) as scratch:
+            fresh = Path(scratch, "key")
+            run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(fresh))
+            write_atomic(path.with_suffix(".pub"), fresh.with_suffix(".pub").read_bytes())
+            write_private(path, fresh.read_bytes())
     return path
 
 

@@ -42,6 +42,11 @@ class Lab:
         """Golden images, bound read-only into the hypervisor."""
         return self.build / "images"
 
+    @property
+    def host_names(self) -> tuple[str, ...]:
+        """Names of the light hosts."""
+        return ("control", "edge", "enterprise")
+
     def hosts(self) -> list[LightHost]:
         """The light hosts: control plane; perimeter and hypervisor; far-end services."""
         self.images.mkdir(parents=True, exist_ok=True)

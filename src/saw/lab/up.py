@@ -11,17 +11,14 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from saw.attest.verifier import RELEASED_PCRS
-from saw.broker.client import BrokerRefusal, OperatorClient
+from saw.broker.client import OperatorClient
 from saw.errors import SawError, UnavailableError
 from saw.files import write_atomic
 from saw.image.base import base_tar
@@ -32,23 +29,11 @@ from saw.lab import demo_pki
 from saw.lab.image_release import release_image
 from saw.lab.nspawn import login_key_of
 from saw.lab.playbook import PlaybookRun, run_playbook
-from saw.lab.process import end_strays, run
-from saw.lab.report import Report
+from saw.lab.process import run
 from saw.lab.steps import Progress
+from saw.lab.strays import MARK, clear_scratch, end_marked, mark_children
 from saw.lab.topology import ENTERPRISE_NAMES, TRUST_DOMAIN, WORKSPACE, Lab
 
-PROGRAMS = {
-    "packer": "packer",
-    "mmdebstrap": "mmdebstrap",
-    "qemu-img": "qemu-utils",
-    "systemd-nspawn": "systemd-container",
-    "ip": "iproute2",
-    "ssh": "openssh-client",
-    "mkfs.vfat": "dosfstools",
-    "mcopy": "mtools",
-    "sfdisk": "fdisk",
-    "npm": "npm",
-}
 DELEGATION = {
     "task": "the demonstration engagement",
     "duration": "7d",
@@ -60,7 +45,6 @@ DELEGATION = {
     ],
 }
 """What the agent of the demonstration workspace is handed: less than its policy allows, which the engagement shows."""
-NEED_BYTES = 12 * 1024**3
 
 
 class LabBusy(SawError):
@@ -84,44 +68,18 @@ def exclusive(lab: Lab) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise LabBusy("another run uses this build directory", cure="wait for it, or end it") from error
-        end_strays(str(lab.build), ("ansible-playbook", "packer"))
-        yield
-
-
-def preflight(lab: Lab) -> None:
-    """Check what the whole needs, and say all that is missing at once, each with its cure."""
-    problems = []
-    if os.geteuid() != 0:
-        problems.append("root is needed (namespaces, nspawn, taps): run it with sudo")
-    missing = sorted({package for program, package in PROGRAMS.items() if shutil.which(program) is None})
-    if missing:
-        problems.append(f"programs are missing: apt-get install {' '.join(missing)}")
-    if not Path("/dev/net/tun").exists():
-        problems.append("/dev/net/tun is missing: modprobe tun")
-    free = shutil.disk_usage(lab.build).free
-    if free < NEED_BYTES:
-        problems.append(
-            f"{lab.build} has {free // 1024**2} MiB free, {NEED_BYTES // 1024**2} MiB are needed: "
-            "free disk space, or set SAW_BUILD to a directory on a larger disk"
-        )
-    problems += taken_addresses(lab)
-    if problems:
-        raise UnavailableError("this machine is not ready:\n  - " + "\n  - ".join(problems), cure="then run it again")
-
-
-def taken_addresses(lab: Lab) -> list[str]:
-    """Return a problem for each network of the lab that something else on this machine already uses."""
-    problems: list[str] = []
-    if shutil.which("ip") is None:
-        return problems
-    routes = run("ip", "-4", "route", "show").splitlines()
-    for prefix in (f"{lab.network.prefix}.", "10.210."):
-        problems += [
-            f"network {prefix}0 is already in use here ({route.strip()}): remove that route or interface"
-            for route in routes
-            if route.startswith(prefix) and lab.network.uplink not in route
-        ]
-    return problems
+        ended = end_marked(lab.build)
+        removed = clear_scratch(lab.build)
+        if ended or removed:
+            print(f"an earlier run was cut off: {ended} processes of it ended, {len(removed)} scratch folders removed")
+        before = os.environ.get(MARK)
+        mark_children(lab.build)
+        try:
+            yield
+        finally:
+            os.environ.pop(MARK)
+            if before is not None:
+                os.environ[MARK] = before
 
 
 class Bringup:
@@ -131,7 +89,10 @@ class Bringup:
         self.lab = lab
         self.progress = progress
         self.hosts = {host.name: host for host in lab.hosts()}
-        self.client = OperatorClient
+
+    def client(self) -> OperatorClient:
+        """Return the operator's client of the lab's broker."""
+        return OperatorClient.from_context(self.lab.context_file)
 
     def playbook(self, name: str, variables: dict[str, Any] | None = None) -> PlaybookRun:
         """Run a playbook with progress."""
@@ -305,66 +266,6 @@ def lifecycle(job: Bringup, verb: str, reason: str) -> str:
 
         wait_shell(job, name)
     return name
-
-
-def bring_up(lab: Lab, *, keep_image: bool = False) -> int:
-    """Run the whole; write ``build/report.json``; return the exit code."""
-    progress = Progress(total=10)
-    report = Report(ok=False, steps=progress.steps, calls=[], attestation={}, audit={})
-    begin, started = time.monotonic(), datetime.now(UTC)
-    try:
-        with exclusive(lab):
-            with progress.step("check this machine"):
-                preflight(lab)
-            job = Bringup(lab, progress)
-            with progress.step("golden image (Packer, Ansible)"):
-                image = job.image(keep=keep_image)
-            with progress.step("light hosts for control plane, perimeter and far end"):
-                job.write_files(job.start_hosts())
-            with progress.step("control plane, perimeter, hypervisor and far-end services (Ansible)"):
-                job.playbook("demo_enterprise")
-                job.playbook("control_plane")
-            with progress.step("sign the blueprint with 2 of 3 keys and publish it"):
-                release = job.publish()
-                job.playbook("control_plane")
-            with progress.step("release record of the image"):
-                job.register_image(image)
-            with progress.step("workspace: create, boot, attest, activate"):
-                workspace = job.create_workspace(image)
-                shown = job.saw("workspace", "show", workspace)
-                boot = boot_seconds(job, shown, started)
-            with progress.step("attach with a certificate of minutes"):
-                attached = job.attach(workspace)
-            with progress.step("demonstration engagement in the sandbox"):
-                report.calls = job.engagement(workspace)
-            with progress.step("audit trail"):
-                report.audit = job.saw("audit", "verify")
-            report.workspace = {**shown, "attach": attached, "boot_seconds": boot}
-            report.image = msgspec.to_builtins(image)
-            shown = job.saw("workspace", "show", workspace)
-            report.attestation = {
-                "verdict": "attested" if shown.get("state") == "active" else "not_attested",
-                "policy_digest": shown.get("policy_digest"),
-                "released_digest": release["policy_digest"],
-                "lease_expires_at": shown.get("lease_expires_at"),
-            }
-            report.ok = (
-                all(call["ok"] for call in report.calls)
-                and bool(report.calls)
-                and bool(report.audit.get("complete"))
-                and report.attestation["policy_digest"] == release["policy_digest"]
-                and bool(attached.get("ok"))
-            )
-    except (SawError, BrokerRefusal) as error:
-        print(f"\n{error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the next `make workspace` goes on from here", file=sys.stderr)
-        report.write(lab.build / "report.json")
-        return 130
-    report.write(lab.build / "report.json")
-    print(report.table())
-    print(f"{time.monotonic() - begin:.0f} s; report: {lab.build / 'report.json'}")
-    return 0 if report.ok else 1
 
 
 def tear_down(lab: Lab, *, purge: bool) -> None:

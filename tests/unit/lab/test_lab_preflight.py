@@ -8,11 +8,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from private_ns import private, sh
 
 from saw.errors import SawError, UnavailableError
-from saw.lab import up
+from saw.image import inputs
+from saw.image.base import base_path
+from saw.image.base_os import base_os
+from saw.image.build import GoldenImage
+from saw.lab import preflight, up
 from saw.lab.topology import Lab
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes private namespaces")
@@ -32,7 +37,7 @@ def lab() -> Iterator[Lab]:
 def refusal(lab: Lab) -> str:
     """Return what preflight says, or nothing when it is content."""
     try:
-        up.preflight(lab)
+        preflight.preflight(lab)
     except UnavailableError as error:
         return f"{error.message} ({error.cure})"
     return ""
@@ -41,7 +46,7 @@ def refusal(lab: Lab) -> str:
 def programs(directory: Path, *, without: tuple[str, ...] = ()) -> str:
     """Return a PATH that has every needed program but ``without`` (the lookup is all that preflight does with most)."""
     directory.mkdir()
-    for name in up.PROGRAMS:
+    for name in preflight.PROGRAMS:
         if name not in without:
             real = Path("/usr/sbin/ip" if Path("/usr/sbin/ip").exists() else "/usr/bin/ip")
             (directory / name).symlink_to(real if name == "ip" else "/bin/true")
@@ -66,7 +71,7 @@ def test_an_empty_path_names_every_package_and_nothing_hides_the_list(
     text = refusal(lab)
     assert "programs are missing: apt-get install " in text
     named = text.partition("apt-get install ")[2].partition("\n")[0].partition(" (")[0].split()
-    assert named == sorted(set(up.PROGRAMS.values()))
+    assert named == sorted(set(preflight.PROGRAMS.values()))
 
 
 def test_one_missing_program_names_its_package_alone(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,11 +79,74 @@ def test_one_missing_program_names_its_package_alone(lab: Lab, tmp_path: Path, m
     assert "programs are missing: apt-get install mtools" in refusal(lab)
 
 
-def test_a_small_disk_is_refused_with_both_numbers_and_the_cure(lab: Lab) -> None:
+def test_a_small_disk_is_refused_with_both_numbers_the_parts_and_the_cure(lab: Lab) -> None:
     text = private(lambda: refusal(lab), tmpfs={str(lab.build): "16m"})
-    assert f"{lab.build} has 16 MiB free, {up.NEED_BYTES // 1024**2} MiB are needed" in text
+    need = sum(preflight.still_needed(lab).values())
+    assert f"{lab.build} has 16 MiB free, {need} MiB are needed for what is still to be made (golden image " in text
     assert "free disk space, or set SAW_BUILD to a directory on a larger disk" in text
     assert "MiB free" not in private(lambda: refusal(lab))
+
+
+def make(lab: Lab) -> None:
+    """Put there what a finished run leaves, as far as the check looks at it."""
+    cache, digest = lab.build / "cache", inputs.collect(ROOT)
+    for name in ("mcp-1", "wheels-1"):
+        (cache / name).mkdir(parents=True)
+    for name in ("host", "workspace"):
+        base_path(ROOT / f"packer/packages/{name}.txt", cache, base_os(ROOT)).touch()
+    image = lab.images / "workspace-1"
+    image.mkdir(parents=True)
+    (image / "image.qcow2").touch()
+    record = GoldenImage(
+        "workspace-1", str(image), str(image / "image.qcow2"), "0" * 64, digest.digest, "2026", 1.0, "6"
+    )
+    (image / "build.json").write_bytes(msgspec.json.encode(record))
+    (image / "inputs.json").write_bytes(msgspec.json.encode(digest))
+    for name in lab.host_names:
+        (lab.directory / "hosts" / name / "root").mkdir(parents=True)
+        (lab.directory / "hosts" / name / "unpacked").touch()
+    disk = lab.directory / "hosts/edge/root/var/lib/saw/vms/ws-demo"
+    disk.mkdir(parents=True)
+    (disk / "data.img").touch()
+
+
+def test_a_warm_run_asks_for_what_a_run_writes_and_no_more(lab: Lab) -> None:
+    cold = preflight.still_needed(lab)
+    make(lab)
+    assert preflight.still_needed(lab) == {"logs and growth": preflight.NEED_MIB["run"]}
+    assert preflight.NEED_MIB["run"] * 4 < sum(cold.values())
+
+
+@pytest.mark.parametrize(
+    ("gone", "parts"),
+    [
+        ("images/workspace-1/build.json", {"golden image"}),
+        ("cache/wheels-1", {"Python wheels"}),
+        ("lab/hosts/control/unpacked", {"hosts control"}),
+        ("lab/hosts/edge/root/var/lib/saw/vms/ws-demo/data.img", {"workspace"}),
+    ],
+)
+def test_what_is_gone_is_asked_for_again(lab: Lab, gone: str, parts: set[str]) -> None:
+    make(lab)
+    path = lab.build / gone
+    if path.is_dir():
+        path.rmdir()
+    else:
+        path.unlink()
+    assert set(preflight.still_needed(lab)) == parts | {"logs and growth"}
+
+
+def test_an_image_of_other_inputs_is_asked_for_but_its_packages_are_there(lab: Lab) -> None:
+    make(lab)
+    old = lab.images / "workspace-1/inputs.json"
+    old.write_bytes(msgspec.json.encode(inputs.Inputs("0" * 64, {})))
+    assert set(preflight.still_needed(lab)) == {"golden image", "logs and growth"}
+
+
+def test_a_build_directory_that_is_not_there_yet_is_measured_where_it_will_be(lab: Lab) -> None:
+    later = Lab(ROOT, lab.build / "deeper/build")
+    text = private(lambda: refusal(later), tmpfs={str(lab.build): "16m"})
+    assert f"{later.build} has 16 MiB free" in text
 
 
 @pytest.mark.parametrize(
@@ -90,7 +158,7 @@ def test_an_address_range_in_use_is_refused(lab: Lab, address: str, refused: boo
         sh("ip", "link", "add", "other0", "type", "bridge")
         sh("ip", "addr", "add", address, "dev", "other0")
         sh("ip", "link", "set", "other0", "up")
-        return up.taken_addresses(lab)
+        return preflight.taken_addresses(lab)
 
     problems = private(taken)
     assert bool(problems) == refused
@@ -103,7 +171,7 @@ def test_an_address_range_in_use_is_refused(lab: Lab, address: str, refused: boo
 def test_the_labs_own_uplink_is_no_stranger(lab: Lab) -> None:
     def own() -> list[str]:
         lab.network.up()
-        return up.taken_addresses(lab)
+        return preflight.taken_addresses(lab)
 
     assert private(own) == []
 

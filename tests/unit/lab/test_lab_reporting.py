@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import ssl
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
 
 from saw.lab import demo_pki
 from saw.lab.report import Report
-from saw.lab.steps import Progress
+from saw.lab.steps import Progress, Step
 
 CALL = {
     "name": "clone",
@@ -37,23 +38,81 @@ def test_a_step_is_recorded_with_its_outcome_and_its_error_goes_on(capsys: pytes
     assert "FAILED after" in seen.err
 
 
-def test_the_report_marks_what_is_not_as_expected(tmp_path: Path) -> None:
-    wrong = {**CALL, "name": "admin", "verdict": "allow", "expected": "deny", "ok": False}
-    report = Report(ok=False, steps=[], calls=[CALL, wrong], attestation={}, audit={"complete": False})
+DIGEST = "d" * 64
+
+
+def good_report() -> Report:
+    """The report of a run in which everything was as it must be."""
+    return Report(
+        ok=False,
+        steps=[Step("all", ok=True, seconds=1.0)],
+        calls=[dict(CALL)],
+        attestation={"verdict": "attested", "problems": [], "policy_digest": DIGEST, "released_digest": DIGEST},
+        audit={"complete": True, "events": 7, "findings": []},
+        workspace={"attach": {"ok": True}},
+        accelerator={"name": "kvm", "reason": "a kernel booted under KVM", "cure": ""},
+    )
+
+
+def test_a_report_of_a_good_run_says_so(tmp_path: Path) -> None:
+    report = good_report()
+    assert report.judge()
+    assert report.table().endswith("RESULT: everything as expected")
+    assert "audit trail: complete, 7 events" in report.table()
+    assert "accelerator: kvm (a kernel booted under KVM)" in report.table()
+    report.write(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["ok"] is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"calls": []}, "no call was made"),
+        ({"calls": [CALL, {**CALL, "name": "admin", "ok": False, "expected": "deny"}]}, "admin: allow (no reason) where deny"),
+        ({"attestation": {}}, "not attested: there is no verdict"),
+        (
+            {"attestation": {"verdict": "not_attested", "problems": ["there is no lease"], "policy_digest": DIGEST,
+                             "released_digest": DIGEST}},
+            "not attested: there is no lease",
+        ),
+        (
+            {"attestation": {"verdict": "attested", "policy_digest": DIGEST, "released_digest": "e" * 64}},
+            "the attested policy is not the released one",
+        ),
+        (
+            {"attestation": {"verdict": "attested", "policy_digest": "", "released_digest": ""}},
+            "the attested policy is not the released one",
+        ),
+        ({"audit": {}}, "the audit trail is not complete: 0 findings"),
+        ({"audit": {"complete": False, "findings": [1, 2]}}, "the audit trail is not complete: 2 findings"),
+        ({"workspace": {}}, "attaching to the persistent terminal did not work"),
+        ({"workspace": {"attach": {"ok": False}}}, "attaching to the persistent terminal did not work"),
+        ({"steps": [Step("boot", ok=False, seconds=2.0)]}, "step 'boot' failed"),
+        ({"error": {"code": "x", "message": "the disk is full"}}, "the disk is full"),
+    ],
+)  # fmt: skip
+def test_one_thing_that_does_not_hold_makes_the_whole_not_ok(
+    changes: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    report = good_report()
+    for name, value in changes.items():
+        setattr(report, name, value)
+    assert not report.judge()
+    assert [text for text in report.problems if text.startswith(problem)] == report.problems[:1]
+    lines = report.table().splitlines()
+    assert any(line.startswith(f"! {problem}") for line in lines)
+    assert lines[-1] == "RESULT: NOT as expected - see the lines marked !"
+    report.write(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["ok"] is False
+
+
+def test_the_table_marks_the_call_that_is_not_as_expected() -> None:
+    report = good_report()
+    report.calls.append({**CALL, "name": "admin", "expected": "deny", "ok": False})
+    report.judge()
     lines = report.table().splitlines()
     assert any(line.startswith("!admin") for line in lines)
     assert any(line.startswith(" clone") for line in lines)
-    assert "audit trail: NOT complete, 0 events" in lines
-    assert lines[-1] == "RESULT: NOT as expected - see the lines marked !"
-    report.write(tmp_path / "report.json")
-    assert json.loads((tmp_path / "report.json").read_text())["calls"][1]["ok"] is False
-
-
-def test_a_report_of_a_good_run_says_so() -> None:
-    good = {"complete": True, "events": 7}
-    report = Report(ok=True, steps=[], calls=[CALL], attestation={"verdict": "attested"}, audit=good)
-    assert report.table().endswith("RESULT: everything as expected")
-    assert "audit trail: complete, 7 events" in report.table()
 
 
 def test_the_far_ends_certificate_is_made_once_and_verifies_for_its_names(tmp_path: Path) -> None:
