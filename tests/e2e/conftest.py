@@ -57,6 +57,28 @@ def workspace(report: dict[str, Any], checkout: Path) -> Workspace:
     return Workspace(checkout, report["workspace"]["id"], int(report["workspace"]["number"]))
 
 
+@pytest.fixture(scope="session")
+def rooted(workspace: Workspace) -> Workspace:
+    """The workspace with a root implant; it boots and attests like before."""
+    if workspace.agent("test -d ~/.implant").returncode != 0:
+        workspace.saw("lab", "stop", timeout=300)
+        workspace.implant()
+        workspace.saw("lab", "start", timeout=900)
+    code, text = workspace.root("id -u")
+    assert (code, text.strip()) == (0, "0")
+    return workspace
+
+
+@pytest.fixture(scope="session")
+def figures() -> Iterator[dict[str, Any]]:
+    """Figures that the tests measured: name → ``{value, unit, goal}``; kept in the outer checkout's build directory."""
+    measured: dict[str, Any] = {}
+    yield measured
+    path = Path("build/e2e-figures.json")
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**earlier, **measured}, indent=2) + "\n", encoding="utf-8")
+
+
 def run(checkout: Path, *argv: str, log: Any = None, timeout: float = 1500) -> int:
     """Run a command of the clone; return its exit code."""
     done = subprocess.run(

@@ -2,115 +2,246 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from typing import Any
 
 import pytest
-from vm_access import Workspace, wait_until
+from secret_search import Markers, forms_of, search
+from vm_access import Workspace, facts, wait_until
 
-DIRECT = (
-    "curl -s -m 15 --cert {cert} --key {key} --cacert /run/saw/ca.pem --resolve ring2.saw.internal:8443:10.210.{number}.1 "
-    "-H 'Host: api.example.com' -H 'x-saw-scheme: https' -H 'x-saw-port: 443' -H 'x-saw-binary: /usr/bin/curl' "
-    "-H 'x-saw-ring1: allow' -w '\\n%{{http_code}}' https://ring2.saw.internal:8443{path}"
-)
+from saw.policy.loader import load_governance, load_policy
+from saw.policy.matcher import Matcher
+from saw.policy.model import Request
 
-
-def direct(workspace: Workspace, path: str = "/v1/items") -> str:
-    """Shell command: a call straight to ring 2 with the workspace's own identity, past ring 1."""
-    return DIRECT.format(cert="/run/saw/svid/svid.pem", key="/run/saw/svid/key.pem", number=workspace.number, path=path)
-
-
-@pytest.fixture(scope="module")
-def rooted(workspace: Workspace) -> Workspace:
-    """The workspace with a root implant; it boots and attests like before."""
-    workspace.saw("lab", "stop", timeout=300)
-    workspace.implant()
-    workspace.saw("lab", "start", timeout=900)
-    code, text = workspace.root("id -u")
-    assert (code, text.strip()) == (0, "0")
-    return workspace
-
-
-@pytest.mark.control("NET-01")
-@pytest.mark.control("NET-03")
-def test_root_reaches_ring_2_and_the_broker_and_nothing_else(rooted: Workspace) -> None:
-    gateway = f"10.210.{rooted.number}.1"
-    targets = {
-        f"{gateway}:8443": "open", f"{gateway}:8444": "open", f"{gateway}:22": "shut", f"{gateway}:80": "shut",
-        "10.77.0.10:8443": "shut", "10.77.0.10:22": "shut", "10.77.0.20:22": "shut", "10.77.0.30:443": "shut",
-        "10.77.0.1:22": "shut", "169.254.169.254:80": "shut", "10.210.2.1:8443": "shut", "127.0.0.1:22": "open",
-    }  # fmt: skip
-    connect = "import socket, sys; h, p = sys.argv[1].rsplit(':', 1); socket.create_connection((h, int(p)), 2)"
-    script = f"""
-nft flush ruleset
-ip route replace default via {gateway}
-for t in {" ".join(targets)}; do
-  if timeout 5 python3 -c "{connect}" $t 2>/dev/null; then echo $t open; else echo $t shut; fi
-done
-"""
-    code, text = rooted.root(script)
-    assert code == 0
-    assert dict(line.split() for line in text.strip().splitlines()) == targets
-    dns = (
-        "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(2); "
-        "s.sendto(b'x' * 12, ('10.77.0.1', 53)); s.recv(9)"
-    )
-    assert rooted.root(f'python3 -c "{dns}"')[0] != 0
+POLICY = "/run/saw/generations/current/policy.yaml"
+LAST_GOOD = "/var/lib/saw/policyd/last-good.bundle.json"
+ITEMS = "https://api.example.com/v1/items"
+ADMIN = "https://api.example.com/v1/admin/users"
+WIDEN = "sed -i 's#/v1/notes#/v1/**#; s#/v1/admin/#/v1/nothing/#' {file} && grep -q /v1/nothing/ {file}"
+"""What the attacker wants: every POST to the API, and its administration."""
 
 
 @pytest.mark.control("POL-04")
 @pytest.mark.control("POL-05")
 def test_ring_2_decides_again_when_ring_1_is_bypassed(rooted: Workspace) -> None:
-    allowed = rooted.root(direct(rooted))[1].strip().splitlines()
+    allowed = rooted.root(rooted.direct())[1].strip().splitlines()
     assert allowed[-1] == "200"
-    refused = rooted.root(direct(rooted, "/v1/admin/users"))[1].strip().splitlines()
+    refused = rooted.root(rooted.direct("/v1/admin/users"))[1].strip().splitlines()
     assert refused[-1] == "403"
     body = json.loads(refused[0])
     assert (body["layer"], body["reason"]) == ("ring2", "deny_rule")
 
 
-@pytest.mark.control("CRED-01")
-def test_no_credential_is_in_the_memory_or_on_the_disks_of_the_vm(rooted: Workspace) -> None:
-    marker = "marker-that-is-in-the-vm-4711"
-    assert rooted.agent(f"printf %s {marker} > ~/marker; sync; cat ~/marker").stdout == marker
-    dump = (
-        f"/opt/saw/bin/python - <<'EOF'\n"
-        "from saw.vm import qemu\nfrom saw.vm.spec import load_spec\n"
-        f"spec = load_spec('{rooted.id}')\n"
-        "size = spec.memory_mib * 1048576\n"
-        "print(qemu.qmp(spec, {'execute': 'stop'}, {'execute': 'pmemsave', 'arguments': {'val': 0, 'size': size, "
-        "'filename': str(spec.directory / 'memory.dump')}}, {'execute': 'cont'}))\nEOF\n"
-    )
-    assert "error" not in rooted.host("edge", dump)
-    rooted.host(
-        "edge", f"cd /var/lib/saw/vms/{rooted.id}; qemu-img convert -U -O raw root.qcow2 root.dump", timeout=300
-    )
-    search = f"""
-cat > /run/patterns
-cd /var/lib/saw/vms/{rooted.id}
-for f in memory.dump root.dump data.img; do
-  if grep -q -a -F -f /run/patterns $f; then echo $f found; else echo $f clean; fi
-done
+PLANT = """
+import os, subprocess, sys, time
+sys.path.insert(0, "/run")
+from markers import Markers, forms_of
+markers = Markers(sys.argv[1])
+for place, path in (("root disk", "/var/lib/marker"), ("data disk", "/home/agent/marker")):
+    with open(path, "w") as stream:
+        stream.write(markers.text(place))
+        stream.flush()
+        os.fsync(stream.fileno())
+tpm = {**os.environ, "TPM2TOOLS_TCTI": "device:/dev/tpmrm0"}
+index = "0x01800e2e"
+subprocess.run(["tpm2_nvdefine", "-Q", "-C", "o", "-s", "35", "-a", "ownerread|ownerwrite", index], env=tpm, check=True)
+subprocess.run(["tpm2_nvwrite", "-Q", "-C", "o", "-i", "-", index], env=tpm, check=True, input=markers.text("tpm").encode())
+held = [text.encode() for text in forms_of(markers.text("memory")).values()] + [markers.text("utf-16").encode("utf-16-le")]
+if os.fork() == 0:
+    os.setsid()
+    for descriptor in range(3):
+        os.dup2(os.open("/dev/null", os.O_RDWR), descriptor)
+    with open("/run/marker.pid", "w") as stream:
+        stream.write(str(os.getpid()))
+    held = [bytes(text) for text in held]
+    while True:
+        time.sleep(60)
+        held.reverse()
+os.sync()
 """
+FORGET = """
+kill "$(cat /run/marker.pid)"
+rm -f /run/marker.pid /run/markers.py /var/lib/marker /home/agent/marker
+TPM2TOOLS_TCTI=device:/dev/tpmrm0 tpm2_nvundefine -Q -C o 0x01800e2e
+"""
+
+
+def use_every_credential(workspace: Workspace) -> None:
+    """Make a call with each of the three credentials, so that each could have leaked."""
+    assert workspace.call()[0] == 200
+    listed = workspace.agent("git ls-remote https://git.example.com/team/project.git main")
+    assert "refs/heads/main" in listed.stdout, listed.stderr
+    question = json.dumps({"model": "demo-small", "messages": [{"role": "user", "content": "hello"}]})
+    url = "https://inference.local/v1/chat/completions"
+    assert workspace.call(url, "-H", "Content-Type: application/json", "--data", question)[0] == 200
+
+
+@pytest.mark.control("CRED-01")
+def test_no_credential_is_in_the_memory_on_the_disks_or_in_the_tpm_of_the_vm(rooted: Workspace) -> None:
+    use_every_credential(rooted)
+    assert rooted.root("swapon --show --noheadings")[1] == "", "swap would be one more place to search"
+    markers = Markers()
+    library = f"cat > /run/markers.py <<'END_OF_PROGRAM'\n{marker_library()}\nEND_OF_PROGRAM\n"
+    assert rooted.root(library)[0] == 0
+    rooted.root_python(PLANT, markers.seed)
+    places = ("memory", "utf-16", "root disk", "data disk", "tpm")
+    planted = {place: markers.text(place) for place in places}
+    credentials = {f"credential {number}": secret for number, secret in enumerate(rooted.secrets())}
+    assert len(credentials) == 3
     try:
-        assert "found" in rooted.host("edge", search, stdin=marker), "the search finds what is there"
-        found = rooted.host("edge", search, stdin="\n".join(rooted.secrets()))
+        found = search(rooted, planted | credentials)
     finally:
-        rooted.host("edge", f"cd /var/lib/saw/vms/{rooted.id}; rm -f memory.dump root.dump /run/patterns")
-    assert found.split() == ["memory.dump", "clean", "root.dump", "clean", "data.img", "clean"]
+        rooted.root(FORGET)
+    seen_at = {place: {name for name, _ in pairs} for place, pairs in found.items()}
+    every_form = {("memory", form) for form in forms_of("marker")}
+    for place in ("memory", "process qemu-system-x86_64"):
+        assert every_form <= found[place], (place, "the search finds each form in memory")
+        assert ("utf-16", "raw") in found[place], place
+    for place in ("root disk", "data disk", "tpm"):
+        assert (place, "raw") in found[place], (place, "the search finds what is there")
+        assert not {"memory", "utf-16"} & seen_at[place], (place, "and only that")
+    assert not {"root disk", "tpm"} & seen_at["data disk"]
+    assert not {"data disk", "tpm"} & seen_at["root disk"]
+    assert {"process swtpm", "other files"} <= found.keys()
+    assert {place: names & credentials.keys() for place, names in seen_at.items()} == {place: set() for place in found}
+
+
+def marker_library() -> str:
+    """The source of this search's own markers and forms, for the VM to derive them itself."""
+    import inspect
+
+    import secret_search
+
+    parts = (inspect.getsource(secret_search.forms_of), inspect.getsource(secret_search.Markers))
+    head = "import base64\nimport secrets\nfrom dataclasses import dataclass, field\n"
+    return "from __future__ import annotations\n" + head + "\n".join(parts)
+
+
+def refused_by_ring_1(workspace: Workspace, url: str, reason: str, *options: str) -> None:
+    """Assert that ring 1 itself refused: ring 2 would refuse a call of a widened policy as well."""
+    status, body = workspace.call(url, *options)
+    assert (status, body.get("layer"), body.get("reason")) == (403, "ring1", reason), body
+
+
+def old_policy_decides(workspace: Workspace) -> None:
+    """Assert that ring 1 decides by the policy that was released: both wishes refused by it, the allowed twin passes."""
+    refused_by_ring_1(workspace, ADMIN, "deny_rule")
+    refused_by_ring_1(workspace, ITEMS, "method_or_path_not_allowed", "--data", "x")
+    assert workspace.call()[0] == 200
+
+
+def findings_since(workspace: Workspace, seq: int, reason: str) -> list[dict[str, Any]]:
+    """The findings about this workspace for ``reason`` that the trail took in behind ``seq``."""
+    return [
+        event
+        for event in workspace.events(after=seq)
+        if event["event"]["class_uid"] == 2004
+        and event["event"]["finding_info"]["title"] == reason
+        and facts(event).get("workspace") == workspace.id
+    ]
+
+
+def would_allow(policy: str, governance: str) -> None:
+    """Assert that the changed policy gives the attacker both wishes: loading it would have shown."""
+    matcher = Matcher.compile(load_policy(policy.encode()), load_governance(governance.encode()))
+    for method, path in (("GET", "/v1/admin/users"), ("POST", "/v1/items")):
+        request = Request("https", "api.example.com", 443, method, path, binary="/usr/bin/curl")
+        assert matcher.decide(request).verdict == "allow", (method, path)
 
 
 @pytest.mark.control("POL-02")
-def test_a_policy_that_root_changed_is_not_loaded_and_is_reported(rooted: Workspace) -> None:
-    before = rooted.show()["policy_digest"]
-    policy = "/run/saw/generations/current/policy.yaml"
-    widen = f"sed -i 's#/v1/notes#/v1/**#; s#/v1/admin/#/v1/nothing/#' {policy} && grep -q nothing {policy}"
-    assert rooted.root(widen)[0] == 0
+def test_a_generation_that_root_changed_is_not_loaded_is_restored_and_reported(rooted: Workspace) -> None:
+    digest, seq = rooted.show()["policy_digest"], rooted.last_seq()
+    old_policy_decides(rooted)
+    widen = WIDEN.format(file=POLICY)
+    read = (
+        f"sha256sum < {POLICY}; {widen}; echo ---; cat {POLICY}; echo ---; cat {POLICY.replace('policy', 'governance')}"
+    )
+    code, text = rooted.root(read)
+    assert code == 0
+    genuine, changed, governance = text.split("---\n")
+    would_allow(changed, governance)
 
-    def found() -> bool:
-        return any("tamper" in json.dumps(event["event"]) for event in rooted.events())
+    def reported() -> list[dict[str, Any]]:
+        old_policy_decides(rooted)
+        return findings_since(rooted, seq, "generation_tampered")
 
-    wait_until("a finding about the changed policy", found, patience=120, interval=3)
-    status, body = rooted.call("https://api.example.com/v1/admin/users")
-    assert (status, body.get("reason")) == (403, "deny_rule")
-    assert rooted.call()[0] == 200
-    assert rooted.show()["policy_digest"] == before
+    wait_until("a finding about the changed policy", reported, patience=120, interval=1)
+    old_policy_decides(rooted)
+    again = f"sha256sum < {POLICY}; readlink /run/saw/generations/current; cat /run/saw/policy/state.json"
+    restored, current, state = rooted.root(again)[1].splitlines()
+    assert (restored, current) == (genuine.strip(), digest)
+    assert (json.loads(state)["state"], json.loads(state)["policy_digest"]) == ("loaded", digest)
+    assert rooted.show()["policy_digest"] == digest
+
+
+@pytest.mark.control("POL-02")
+def test_a_decision_service_that_starts_on_a_changed_generation_refuses_it(rooted: Workspace) -> None:
+    digest, seq = rooted.show()["policy_digest"], rooted.last_seq()
+    change = f"systemctl stop saw-policyd && {WIDEN.format(file=POLICY)} && systemctl restart saw-decide"
+    try:
+        assert rooted.root(change)[0] == 0
+        for url in (ITEMS, ADMIN):
+            status, body = rooted.call(url)
+            assert (status, body["layer"], body["reason"]) == (403, "ring1", "not_released"), body
+            assert "policy.yaml was changed" in body["detail"]
+    finally:
+        rooted.root("systemctl start saw-policyd")
+    wait_until("an allowed call by the restored policy", lambda: rooted.call()[0] == 200, patience=90)
+    old_policy_decides(rooted)
+    wait_until("a finding", lambda: findings_since(rooted, seq, "generation_tampered"), patience=60, interval=2)
+    assert rooted.root("readlink /run/saw/generations/current")[1].strip() == rooted.show()["policy_digest"] == digest
+
+
+CHANGE_LAST_GOOD = """
+import base64, json, subprocess, sys
+path = sys.argv[1]
+with open(path) as stream:
+    bundle = json.load(stream)
+policy = base64.b64decode(bundle["members"]["policy.yaml"]).decode()
+changed = policy.replace("/v1/notes", "/v1/**").replace("/v1/admin/", "/v1/nothing/")
+bundle["members"]["policy.yaml"] = base64.b64encode(changed.encode()).decode()
+with open(path, "w") as stream:
+    json.dump(bundle, stream)
+print(bundle["members"]["policy.yaml"])
+print(bundle["members"]["governance.yaml"])
+"""
+CUT_OFF = """
+nft add table inet cut
+nft add chain inet cut out '{ type filter hook output priority 0; }'
+nft add rule inet cut out tcp dport 8444 reject with tcp reset
+"""
+WAIT_FOR_STATE = """
+for try in $(seq 240); do
+  if grep -q '"state":"STATE"' /run/saw/policy/state.json; then break; fi
+  sleep 0.5
+done
+cat /run/saw/policy/state.json; echo; readlink /run/saw/generations/current
+"""
+
+
+@pytest.mark.control("POL-02")
+def test_a_last_known_good_bundle_that_root_changed_is_not_loaded_and_is_replaced(rooted: Workspace) -> None:
+    digest, seq = rooted.show()["policy_digest"], rooted.last_seq()
+    assert rooted.root(f"systemctl stop saw-policyd && cp {LAST_GOOD} /root/genuine.json")[0] == 0
+    try:
+        changed = rooted.root_python(CHANGE_LAST_GOOD, LAST_GOOD).split()
+        would_allow(*(base64.b64decode(member).decode() for member in changed))
+        # Without the broker the agent has nothing but its copy to take up.
+        begin = f"set -e\n{CUT_OFF}\nrm -f /run/saw/policy/state.json\nsystemctl start saw-policyd\n"
+        code, text = rooted.root(begin + WAIT_FOR_STATE.replace("STATE", "refused"))
+        assert code == 0, text
+        state, current = text.strip().splitlines()[-2:]
+        told = json.loads(state)
+        assert (told["state"], told["reason"]) == ("refused", "member_mismatch"), told
+        assert told["detail"].startswith("last-known-good: ")
+        assert current == digest
+        old_policy_decides(rooted)
+    finally:
+        rooted.root("nft delete table inet cut; systemctl start saw-policyd")
+    code, text = rooted.root(WAIT_FOR_STATE.replace("STATE", "loaded") + f"\ncmp {LAST_GOOD} /root/genuine.json")
+    assert code == 0, text
+    old_policy_decides(rooted)
+    wait_until("a finding", lambda: findings_since(rooted, seq, "member_mismatch"), patience=60, interval=2)
+    assert rooted.show()["policy_digest"] == digest

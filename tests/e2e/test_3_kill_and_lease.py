@@ -7,22 +7,48 @@ import shlex
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
-from test_2_root_in_the_vm import direct
-from vm_access import Workspace, wait_until
+from conftest import run
+from vm_access import Workspace, facts, wait_until
+
+KILL_GOAL_S, KILL_BOUND_S = 2.0, 10.0
+STALE_AFTER_S, LONGEST_POLL_S = 90.0, 10.0
+"""After how long without the broker the gatekeeper refuses everything, and how long its question to the broker may last."""
+CURL = "curl -s -m 5 -w '\\n%{http_code}'"
+COMMANDS = {
+    "api": f"{CURL} https://api.example.com/v1/items",
+    "git": "git -c http.lowSpeedLimit=1 -c http.lowSpeedTime=5 ls-remote -q https://git.example.com/team/project.git main "
+    ">/dev/null 2>/tmp/git.error && echo 200 || { grep -o 'error: [0-9]*' /tmp/git.error || echo 000; }",
+    "models": f"{CURL} -H 'Content-Type: application/json' --data "
+    '\'{"model": "demo-small", "messages": [{"role": "user", "content": "hello"}]}\' '
+    "https://inference.local/v1/chat/completions",
+}
+"""One allowed call to each far end; what it prints ends with a status."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call: when its result came here (seconds since 1970), its status, and the reason of a refusal."""
+
+    at: float
+    status: str
+    reason: str
 
 
 class Caller:
-    """A loop in the sandbox that makes a governed call again and again; notes each status as it comes."""
+    """A loop in the sandbox that makes a governed call again and again; notes each outcome as it comes."""
 
-    def __init__(self, workspace: Workspace, seconds: int) -> None:
-        loop = (
-            f"end=$(( $(date +%s) + {seconds} )); while [ $(date +%s) -lt $end ]; do "
-            "curl -s -o /dev/null -m 5 -w '%{http_code}\\n' https://api.example.com/v1/items; done"
-        )
-        self.seen: list[tuple[float, str]] = []
+    def __init__(self, workspace: Workspace, seconds: int, command: str = COMMANDS["api"]) -> None:
+        once = f"{{ {command}; }} | tr '\\n' ' '; echo"
+        loop = f"end=$(( $(date +%s) + {seconds} )); while [ $(date +%s) -lt $end ]; do {once}; done"
+        self.seen: list[Seen] = []
         self.process = subprocess.Popen(
             [str(workspace.checkout / ".venv/bin/saw"), "ssh", workspace.id, "--", "sh", "-c", shlex.quote(loop)],
             env=workspace.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -33,9 +59,31 @@ class Caller:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self.seen.append((time.monotonic(), line.strip()))
+            text, _, status = line.strip().rpartition(" ")
+            try:
+                reason = str(json.loads(text).get("reason", ""))
+            except (ValueError, AttributeError):
+                reason = ""
+            self.seen.append(Seen(time.time(), status, reason))
+
+    def since(self, moment: float) -> list[Seen]:
+        """The calls whose result came after ``moment``."""
+        return [call for call in list(self.seen) if call.at > moment]
+
+    def allowed(self, moment: float = 0.0) -> list[Seen]:
+        """The allowed calls after ``moment``."""
+        return [call for call in self.since(moment) if call.status == "200"]
+
+    def refused(self, moment: float = 0.0) -> list[Seen]:
+        """The calls after ``moment`` that were not allowed."""
+        return [call for call in self.since(moment) if call.status != "200"]
+
+    def ended(self) -> bool:
+        """Whether the session itself has ended."""
+        return self.process.poll() is not None
 
     def close(self) -> None:
+        """End the session."""
         self.process.kill()
         self.process.wait()
         self.thread.join(5)
@@ -43,78 +91,39 @@ class Caller:
         self.process.stdout.close()
 
 
-@pytest.mark.control("LIF-02")
-def test_a_kill_refuses_everything_within_seconds_and_outlives_restarts(workspace: Workspace) -> None:
-    caller = Caller(workspace, 120)
+@contextmanager
+def callers(workspace: Workspace, seconds: int) -> Iterator[dict[str, Caller]]:
+    """A caller for each far end, at least one call of each allowed."""
+    made: dict[str, Caller] = {}
     try:
-        wait_until("allowed calls", lambda: [s for _, s in caller.seen if s == "200"], patience=60)
-        begin = time.monotonic()
-        workspace.saw("workspace", "kill", workspace.id, "--reason", "exercise")
-        returned = time.monotonic()
-
-        def refused() -> list[float]:
-            return [at for at, status in list(caller.seen) if at > begin and status != "200"]
-
-        def ended() -> bool:  # the kill ends the way in as well, and with it this loop's own session
-            return caller.process.poll() is not None
-
-        wait_until("a refusal or the end of the session", lambda: refused() or ended(), patience=30, interval=0.05)
-        refused_at = min([*refused(), time.monotonic()])
-        wait_until("the end of the session, or more refusals", lambda: ended() or len(refused()) > 3, patience=60)
-        after = [status for at, status in list(caller.seen) if at > refused_at]
+        for name, command in COMMANDS.items():
+            made[name] = Caller(workspace, seconds, command)
+        for name, caller in made.items():
+            wait_until(f"an allowed call to {name}", caller.allowed, patience=90)
+        yield made
     finally:
-        caller.close()
-    assert "200" not in after
-    assert refused_at - begin < 10, f"kill took {refused_at - begin:.1f} s (command {returned - begin:.1f} s)"
-    workspace.host("edge", "systemctl restart saw-gatekeeper saw-ring2")
-    workspace.host("control", "systemctl restart saw-broker")
+        for caller in made.values():
+            caller.close()
+
+
+def wait_for_broker(workspace: Workspace) -> None:
+    """Wait until the broker answers its operator."""
     wait_until("the broker", lambda: workspace.saw("workspace", "list", check=False).returncode == 0, patience=60)
-    assert workspace.show()["state"] == "quarantined"
-    assert workspace.saw("ssh", workspace.id, "--", "true", check=False).returncode != 0, "no certificate either"
 
 
-@pytest.mark.control("ID-04")
-def test_a_released_workspace_attests_again_and_works(workspace: Workspace) -> None:
-    workspace.saw("workspace", "stop", workspace.id, "--reason", "released after the exercise")
-    workspace.saw("workspace", "start", workspace.id, "--reason", "released after the exercise")
-    wait_until("active again", lambda: workspace.show()["state"] == "active", patience=240, interval=2)
-    wait_until("an allowed call", lambda: workspace.call()[0] == 200, patience=60)
-
-
-@pytest.mark.control("POL-05")
-def test_without_the_broker_calls_go_on_within_the_lease_and_not_beyond_even_for_root(workspace: Workspace) -> None:
-    log = "/home/agent/direct.log"
-    copies = "mkdir -p /root/kept; cp /run/saw/svid/svid.pem /run/saw/svid/key.pem /root/kept/"
-    call = direct(workspace).replace("/run/saw/svid/", "/root/kept/")
-    loop = f"({copies}; for i in $(seq 60); do date +%s; {call} | tr '\\n' ' '; echo; sleep 3; done) > {log} 2>&1 &"
-    workspace.host("control", "systemctl stop saw-broker")
-    try:
-        # The channel into the VM needs the broker for its certificate: start it, hand over the script, stop it again.
-        workspace.host("control", "systemctl start saw-broker")
-        wait_until("the broker", lambda: workspace.saw("workspace", "list", check=False).returncode == 0, patience=60)
-        assert workspace.root(loop)[0] == 0
-        workspace.host("control", "systemctl stop saw-broker")
-        time.sleep(150)  # longer than the lease of 120 s: its end is the state that is waited for
-    finally:
-        workspace.host("control", "systemctl start saw-broker")
-    wait_until("the broker", lambda: workspace.saw("workspace", "list", check=False).returncode == 0, patience=60)
-    wait_until("an allowed call again", lambda: workspace.call()[0] == 200, patience=180, interval=2)
-    text = workspace.agent(f"cat {log}").stdout
-    statuses = [line.split()[-1] for line in text.splitlines() if line and not line.isdigit()]
-    reasons = [json.loads(line.rpartition("}")[0] + "}")["reason"] for line in text.splitlines() if '"reason"' in line]
-    assert statuses[0] == "200", text[:500]
-    assert "403" in statuses, text[-500:]
-    assert set(reasons) <= {"lease_expired", "gatekeeper_stale", "no_identity"}, reasons
-    first = statuses.index("403")
-    assert all(status == "200" for status in statuses[:first])
+def keep_identity(workspace: Workspace) -> Workspace:
+    """Copy the identity of this moment, as root in the VM would; returns a view whose direct calls use the copy."""
+    keep = "mkdir -p /root/kept; cp /run/saw/svid/svid.pem /run/saw/svid/key.pem /root/kept/"
+    assert workspace.root(keep)[0] == 0
+    return replace(workspace, svid="/root/kept")
 
 
 def loop_of_calls(workspace: Workspace, log: str, times: int) -> str:
-    """Shell loop for root in the VM: calls straight to ring 2 with a kept identity, one status a line in ``log``.
+    """Shell loop for root in the VM: calls straight to ring 2, past ring 1; one status a line in ``log``.
 
     Without a connection the status is 000.
     """
-    call = direct(workspace).replace("/run/saw/svid/", "/root/kept/")
+    call = workspace.direct()
     return f"(for i in $(seq {times}); do {call} | tail -n 1; echo; sleep 3; sync; done) > {log} 2>&1 &"
 
 
@@ -123,60 +132,247 @@ def statuses_in(text: str) -> list[str]:
     return [line.strip()[-3:] for line in text.splitlines() if line.strip()[-3:].isdigit()]
 
 
+REPORT = (
+    "curl -s -m 15 --cert {svid}/svid.pem --key {svid}/key.pem --cacert /run/saw/ca.pem "
+    "--resolve broker.saw.internal:8444:10.210.{number}.1 -H 'Content-Type: application/json' "
+    '--data \'{{"workspace_id": "{id}", "kind": "finding", "state": "", "reason": "exercise"}}\' '
+    "-w '\\n%{{http_code}}' https://broker.saw.internal:8444/v1/workspace/report"
+)
+NONCE = (
+    "curl -s -m 15 --cacert /run/saw/ca.pem --resolve broker.saw.internal:8444:10.210.{number}.1 "
+    "-H 'Content-Type: application/json' --data '{{\"workspace_id\": \"{id}\"}}' "
+    "-w '\\n%{{http_code}}' https://broker.saw.internal:8444/v1/attest/nonce"
+)
+FAR_ENDS = {
+    "api": {"path": "/v1/items"},
+    "git": {"path": "/team/project.git/info/refs?service=git-upload-pack", "host": "git.example.com",
+            "options": "-H 'x-saw-binary: /usr/lib/git-core/git-remote-http'"},
+    "models": {"path": "/v1/chat/completions", "host": "inference.local",
+               "options": "-H 'Content-Type: application/json' --data '{\"model\": \"demo-small\", \"messages\": []}'"},
+}  # fmt: skip
+
+
+def everything(workspace: Workspace) -> str:
+    """Shell script for root in the VM: a call to each far end and to the broker; prints ``name status`` a line."""
+    lines = [f"echo {name} $({workspace.direct(**call)} | tail -n 1)" for name, call in FAR_ENDS.items()]
+    told = {"svid": workspace.svid, "number": workspace.number, "id": workspace.id}
+    lines += [
+        f"echo report $({REPORT.format(**told)} | tail -n 1)",
+        f"echo nonce $({NONCE.format(**told)} | tail -n 1)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def vm_processes(workspace: Workspace) -> list[str]:
+    """The processes of the VM on the hypervisor."""
+    listed = workspace.host("edge", "ps -eo args").splitlines()
+    return [
+        line for line in listed if line.startswith(("qemu-system", "/usr/bin/qemu-system")) and workspace.id in line
+    ]
+
+
+@pytest.mark.control("LIF-02")
+def test_a_kill_by_the_operator_refuses_everything_in_seconds(
+    rooted: Workspace, checkout: Path, log: Any, figures: dict[str, Any]
+) -> None:
+    kept = keep_identity(rooted)
+    before = rooted.root(everything(kept))[1].split("\n")
+    assert dict(line.split() for line in before if line) == dict.fromkeys([*FAR_ENDS, "report", "nonce"], "200")
+    assert vm_processes(rooted)
+    with callers(rooted, 300) as made:
+        begin = time.time()
+        killing = subprocess.Popen(["make", "kill"], cwd=checkout, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+
+            def all_stopped() -> bool:  # the kill ends the way in as well, and with it these loops' own sessions
+                return all(caller.refused(begin) or caller.ended() for caller in made.values())
+
+            wait_until("a refusal of each or the end of its session", all_stopped, patience=60, interval=0.05)
+            first = {name: min([c.at for c in caller.refused(begin)] or [time.time()]) for name, caller in made.items()}
+            assert killing.wait(120) == 0
+        finally:
+            if killing.poll() is None:
+                killing.terminate()
+                killing.wait(60)
+        returned = time.time()
+        wait_until("the end of the sessions", lambda: all(c.ended() for c in made.values()), patience=60)
+        assert {name: len(caller.allowed(first[name])) for name, caller in made.items()} == dict.fromkeys(made, 0)
+    refused_after, ended_after = max(first.values()) - begin, returned - begin
+    figures["make kill: operator's call to first refusal inside"] = {
+        "value": round(refused_after, 2),
+        "unit": "s",
+        "goal": KILL_GOAL_S,
+    }
+    figures["make kill: operator's call to its end"] = {"value": round(ended_after, 2), "unit": "s", "goal": None}
+    assert refused_after < KILL_BOUND_S, f"{refused_after:.1f} s"
+    assert vm_processes(rooted) == []
+    assert rooted.show()["state"] == "quarantined"
+    assert rooted.show()["lease_expires_at"] is None
+
+
+@pytest.mark.control("LIF-02")
+@pytest.mark.control("ID-02")
+def test_a_killed_workspace_stays_refused_over_restarts_and_when_its_vm_is_run_again(
+    rooted: Workspace, checkout: Path, log: Any
+) -> None:
+    rooted.host("edge", "systemctl restart saw-gatekeeper saw-ring2")
+    rooted.host("control", "systemctl restart saw-broker")
+    wait_for_broker(rooted)
+    assert rooted.show()["state"] == "quarantined"
+    seq, seen = rooted.last_seq(), rooted.last_seq("edge")
+    attach = rooted.saw("ssh", rooted.id, "--", "true", check=False)
+    assert attach.returncode != 0
+    assert "quarantined" in attach.stderr, "no certificate"
+    assert run(checkout, "make", "start", log=log, timeout=300) != 0
+    assert rooted.show()["state"] == "quarantined"
+    assert vm_processes(rooted) == []
+    # Somebody on the hypervisor runs it nevertheless, and it still holds the identity of before.
+    times = "for i in $(seq 1000); do echo round $i; "
+    kept = replace(rooted, svid="/root/kept")
+    rooted.leave_script("killed", f"({times}{everything(kept)}sync; sleep 2; done) > /home/agent/killed.log 2>&1 &")
+    rooted.host("edge", f"systemctl start saw-vm@{rooted.id}")
+    try:
+
+        def tried() -> list[dict[str, Any]]:
+            refusals = [
+                e for e in rooted.events(after=seq) if e["event"].get("status_detail") == "workspace_not_admitted"
+            ]
+            return refusals if len(refusals) > 3 else []
+
+        wait_until("refused attempts to attest", tried, patience=300, interval=3)
+        assert rooted.show()["state"] == "quarantined"
+    finally:
+        rooted.host("edge", f"systemctl stop saw-vm@{rooted.id}")
+    rounds = rooted.home_file("agent/killed.log").split("round ")[1:]
+    statuses = [line.split() for text in rounds for line in text.splitlines()[1:] if len(line.split()) == 2]
+    assert {name for name, _ in statuses} == {*FAR_ENDS, "report", "nonce"}, "each was tried"
+    assert {status for _, status in statuses} <= {"403", "000"}, statuses
+    assert {status for name, status in statuses if name in {"report", "nonce"}} >= {"403"}, "the broker itself refused"
+    assert not [e for e in rooted.events("edge", seen) if facts(e).get("verdict") == "allow"]
+
+
+@pytest.mark.control("ID-04")
+def test_a_released_workspace_attests_again_and_works(rooted: Workspace, checkout: Path, log: Any) -> None:
+    rooted.saw("workspace", "stop", rooted.id, "--reason", "released after the exercise")
+    assert run(checkout, "make", "start", log=log, timeout=900) == 0
+    assert rooted.show()["state"] == "active"
+    wait_until("an allowed call", lambda: rooted.call()[0] == 200, patience=60)
+
+
+def lease_end(workspace: Workspace) -> float:
+    """When the lease that the broker holds for the workspace ends (seconds since 1970; 0 when there is none)."""
+    expires = workspace.show()["lease_expires_at"]
+    return datetime.fromisoformat(str(expires)).timestamp() if expires else 0.0
+
+
+def lease_at_perimeter(workspace: Workspace) -> float:
+    """The same as the perimeter knows it, which needs no broker."""
+    read = (
+        "import json; state = json.load(open('/var/lib/saw/gatekeeper/state.json'))['state']; "
+        f"print(next(w['lease_expires_at'] for w in state['workspaces'] if w['id'] == '{workspace.id}'))"
+    )
+    return datetime.fromisoformat(workspace.host("edge", f'python3 -c "{read}"').strip()).timestamp()
+
+
+@pytest.mark.control("POL-05")
+def test_without_the_broker_calls_go_on_within_the_lease_and_not_beyond_even_for_root(rooted: Workspace) -> None:
+    kept = keep_identity(rooted)
+    log = "/home/agent/direct.log"
+    assert rooted.root(loop_of_calls(kept, log, 100))[0] == 0
+    caller = Caller(rooted, 900)
+    seen = rooted.last_seq("edge")
+    try:
+        wait_until("allowed calls", lambda: len(caller.allowed()) > 2, patience=60)
+        # Shortly before a renewal, so that the lease ends before the gatekeeper itself gives the broker up.
+        wait_until(
+            "the last third of a lease", lambda: 0 < lease_end(rooted) - time.time() < 72, patience=240, interval=0.5
+        )
+        rooted.host("control", "systemctl stop saw-broker")
+        stopped = time.time()
+        try:
+            end = lease_at_perimeter(rooted)
+            assert stopped < end < stopped + 120
+            until = min(end, stopped + STALE_AFTER_S - LONGEST_POLL_S)
+            wait_until(
+                "refusals after the end of the lease",
+                lambda: len(caller.refused(end)) > 5,
+                patience=end - time.time() + 90,
+                interval=0.2,
+            )
+        finally:
+            returned = time.time()
+            rooted.host("control", "systemctl start saw-broker")
+        calls = [call for call in caller.since(stopped) if call.at < returned]
+        wait_for_broker(rooted)
+        wait_until("an allowed call again", lambda: caller.allowed(returned), patience=180)
+    finally:
+        caller.close()
+    assert not caller.ended() or caller.allowed(returned)
+    within, beyond = [c for c in calls if c.at < until - 3], [c for c in calls if c.at > end + 5]
+    assert len(within) > 5
+    assert {call.status for call in within} == {"200"}, within
+    assert beyond
+    assert {call.status for call in beyond} == {"403"}, beyond
+    reasons = {call.reason for call in calls if call.status != "200"}
+    assert reasons <= {"lease_expired", "gatekeeper_stale", "no_identity"}, reasons
+    # The perimeter's own record of the same time, which it kept while the broker was away.
+    edge = [e["event"] | facts(e) for e in rooted.events("edge", seen)]
+    outage = [e for e in edge if stopped * 1000 < e["time"] < returned * 1000]
+    late = [e for e in outage if e["time"] >= end * 1000]
+    assert [e for e in outage if e.get("verdict") == "allow"]
+    assert [e for e in late if e.get("verdict") == "allow"] == []
+    assert {e.get("reason") for e in late} <= {"lease_expired", "gatekeeper_stale"}
+    assert late, "root's own calls, past ring 1, were asked and refused as well"
+    statuses = statuses_in(rooted.agent(f"cat {log}").stdout)
+    assert statuses[0] == "200"
+    assert "403" in statuses
+
+
 def refused_with(workspace: Workspace, code: str, since: int) -> bool:
-    """Tell whether the broker has refused an attestation for ``code`` after the first ``since`` events."""
-    return any(code in json.dumps(e["event"]) for e in workspace.events()[since:])
+    """Tell whether the broker has refused an attestation for ``code`` behind the event ``since``."""
+    return any(code in json.dumps(event["event"]) for event in workspace.events(after=since))
 
 
 @pytest.mark.control("POL-03")
-def test_a_tpm_that_tells_of_something_else_gets_no_identity_and_its_calls_end(workspace: Workspace) -> None:
-    keep = "mkdir -p /root/kept; cp /run/saw/svid/svid.pem /run/saw/svid/key.pem /root/kept/"
-    assert workspace.root(f"{keep}; {loop_of_calls(workspace, '/home/agent/pcr.log', 100)}")[0] == 0
-    before = len(workspace.events())
+def test_a_tpm_that_tells_of_something_else_gets_no_identity_and_its_calls_end(rooted: Workspace) -> None:
+    kept = keep_identity(rooted)
+    assert rooted.root(loop_of_calls(kept, "/home/agent/pcr.log", 100))[0] == 0
+    before = rooted.last_seq()
     extend = "tpm2_pcrextend -T device:/dev/tpmrm0 14:sha256=" + "ab" * 32
-    assert workspace.root(extend)[0] == 0
-    wait_until("a refused attestation", lambda: refused_with(workspace, "policy_pcr", before), patience=180, interval=3)
+    assert rooted.root(extend)[0] == 0
+    wait_until("a refused attestation", lambda: refused_with(rooted, "policy_pcr", before), patience=180, interval=3)
 
-    seen = workspace.events("edge")[-1]["seq"]
+    seen = rooted.last_seq("edge")
 
     def refused_calls() -> list[Any]:
-        return [e for e in workspace.events("edge", seen) if "lease_expired" in json.dumps(e["event"])]
+        return [e for e in rooted.events("edge", seen) if facts(e).get("reason") == "lease_expired"]
 
     wait_until("refused calls", lambda: len(refused_calls()) > 1, patience=240, interval=3)
-    assert not lease_in_force(workspace)
-    workspace.saw("lab", "stop", timeout=300)
-    statuses = statuses_in(workspace.home_file("agent/pcr.log"))
+    assert lease_end(rooted) < datetime.now(UTC).timestamp()
+    rooted.saw("lab", "stop", timeout=300)
+    statuses = statuses_in(rooted.home_file("agent/pcr.log"))
     assert statuses[0] == "200", "allowed while the lease lasted"
     assert set(statuses[statuses.index("403") :]) <= {"403", "000"}, statuses
 
 
 @pytest.mark.control("POL-03")
-def test_a_vm_with_another_tpm_gets_no_identity_and_nothing_out_of_it_is_accepted(workspace: Workspace) -> None:
-    folder = f"/var/lib/saw/vms/{workspace.id}"
-    workspace.leave_script("foreign", loop_of_calls(workspace, "/home/agent/foreign.log", 1000))
-    workspace.host("edge", f"cd {folder}; mv tpm tpm.own; mkdir -m 700 tpm; swtpm_setup --tpm2 --tpmstate {folder}/tpm")
-    before = len(workspace.events())
-    workspace.saw("workspace", "start", workspace.id, "--reason", "exercise with another TPM")
-    workspace.host("edge", f"systemctl start saw-vm@{workspace.id}")
+def test_a_vm_with_another_tpm_gets_no_identity_and_nothing_out_of_it_is_accepted(rooted: Workspace) -> None:
+    folder = f"/var/lib/saw/vms/{rooted.id}"
+    kept = replace(rooted, svid="/root/kept")
+    rooted.leave_script("foreign", loop_of_calls(kept, "/home/agent/foreign.log", 1000))
+    rooted.host("edge", f"cd {folder}; mv tpm tpm.own; mkdir -m 700 tpm; swtpm_setup --tpm2 --tpmstate {folder}/tpm")
+    before = rooted.last_seq()
+    rooted.saw("workspace", "start", rooted.id, "--reason", "exercise with another TPM")
+    rooted.host("edge", f"systemctl start saw-vm@{rooted.id}")
     try:
-        wait_until(
-            "a refused enrolment", lambda: refused_with(workspace, "unknown_ek", before), patience=300, interval=3
-        )
-        assert workspace.show()["state"] == "attesting"
-        assert not any('"attested"' in json.dumps(e["event"]) for e in workspace.events()[before:])
+        wait_until("a refused enrolment", lambda: refused_with(rooted, "unknown_ek", before), patience=300, interval=3)
+        assert rooted.show()["state"] == "attesting"
+        assert not any('"attested"' in json.dumps(e["event"]) for e in rooted.events(after=before))
     finally:
-        workspace.saw("lab", "stop", timeout=300)
-        workspace.host("edge", f"cd {folder}; rm -rf tpm; mv tpm.own tpm")
-    statuses = statuses_in(workspace.home_file("agent/foreign.log"))
+        rooted.saw("lab", "stop", timeout=300)
+        rooted.host("edge", f"cd {folder}; rm -rf tpm; mv tpm.own tpm")
+    statuses = statuses_in(rooted.home_file("agent/foreign.log"))
     assert statuses, "calls were tried"
     assert set(statuses) <= {"403", "000"}, statuses
-    workspace.saw("lab", "start", timeout=900)
-    wait_until("an allowed call with its own TPM", lambda: workspace.call()[0] == 200, patience=90)
-
-
-def lease_in_force(workspace: Workspace) -> bool:
-    """Tell whether the broker still holds a lease for the workspace that has not run out."""
-    from datetime import UTC, datetime
-
-    expires = workspace.show()["lease_expires_at"]
-    return bool(expires) and datetime.fromisoformat(str(expires)) > datetime.now(UTC)
+    rooted.saw("lab", "start", timeout=900)
+    wait_until("an allowed call with its own TPM", lambda: rooted.call()[0] == 200, patience=90)

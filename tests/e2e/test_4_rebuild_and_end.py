@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,61 @@ import pytest
 from conftest import run
 from vm_access import Workspace, wait_until
 
+PLACES = {
+    "/etc/kept-by-attacker": "plain file",
+    "/usr/local/bin/kept-by-attacker": "program",
+    "/root/kept-by-attacker": "root's home",
+    "/var/lib/kept-by-attacker": "state",
+    "/opt/saw/kept-by-attacker": "our own runtime",
+    "/etc/systemd/system/implant.service": "the implant's unit",
+}
+"""Where the attacker leaves something on the root disk."""
+
 
 @pytest.mark.control("P0-06")
-def test_a_rebuild_keeps_the_home_and_throws_the_attacker_out(workspace: Workspace) -> None:
-    workspace.saw("lab", "rebuild", timeout=900)
-    assert workspace.show()["state"] == "active"
-    wait_until("an allowed call", lambda: workspace.call()[0] == 200, patience=90)
-    assert workspace.agent("cat ~/marker").stdout == "marker-that-is-in-the-vm-4711"
-    dropped = "printf 'touch /home/agent/i-was-here' > ~/.implant/x.sh; sleep 5; ls ~/i-was-here"
-    assert workspace.agent(dropped).returncode != 0, "the implant is gone"
+def test_a_rebuild_keeps_the_home_and_throws_the_attacker_out(rooted: Workspace) -> None:
+    marker = secrets.token_hex(16)
+    planted = [path for path in PLACES if path.endswith("attacker")]
+    plant = "\n".join(f"echo {marker} > {path}" for path in [*planted, "/home/agent/kept-by-user"])
+    assert rooted.root(f"{plant}\nchown agent: /home/agent/kept-by-user; sync")[0] == 0
+    before = rooted.host("edge", f"sha256sum {rooted.folder}/tpm/ek-rsa2048.*").split()[0]
+    # The root disk is searched as it lies there, by the search that finds all of it now.
+    rooted.saw("lab", "stop", timeout=300)
+    assert found_on_root_disk(rooted, marker) == dict.fromkeys(PLACES, True)
+    rooted.saw("lab", "rebuild", timeout=900)
+    assert rooted.show()["state"] == "active"
+    wait_until("an allowed call", lambda: rooted.call()[0] == 200, patience=90)
+    assert rooted.agent("cat ~/kept-by-user").stdout.strip() == marker, "what the user had is there"
+    # The attacker's folder is part of the home; a script in it is run by nobody any more.
+    assert (
+        rooted.agent(
+            "printf 'touch /home/agent/i-was-here' > ~/.implant/after.sh && cat ~/.implant/after.sh"
+        ).returncode
+        == 0
+    )
+    rooted.saw("lab", "stop", timeout=300)
+    assert found_on_root_disk(rooted, marker) == dict.fromkeys(PLACES, False)
+    assert rooted.home_file("agent/.implant/after.sh") == "touch /home/agent/i-was-here", "it was left where it lay"
+    assert rooted.home_file("agent/i-was-here") == ""
+    assert rooted.host("edge", f"sha256sum {rooted.folder}/tpm/ek-rsa2048.*").split()[0] == before, "the same TPM"
+
+
+def found_on_root_disk(workspace: Workspace, marker: str) -> dict[str, bool]:
+    """Tell for each of ``PLACES`` whether it is on the stopped VM's root disk; ``marker`` must be nowhere when none is."""
+    script = f"""
+{workspace.open_root_disk()}
+for path in {" ".join(PLACES)} /etc/passwd; do
+  if debugfs -R "stat $path" "root.raw?offset=$offset" 2>/dev/null | grep -q '^Inode:'; then found=yes; else found=no; fi
+  echo $path $found
+done
+if grep -q -a -F {marker} root.raw; then echo marker yes; else echo marker no; fi
+rm root.raw
+"""
+    answer = dict(line.split() for line in workspace.host("edge", script).strip().splitlines())
+    assert answer["/etc/passwd"] == "yes", "the disk can be read"
+    found = {path: answer[path] == "yes" for path in PLACES}
+    assert (answer["marker"] == "yes") == any(found.values()), answer
+    return found
 
 
 @pytest.mark.control("ID-04")

@@ -37,6 +37,12 @@ class Workspace:
     checkout: Path
     id: str
     number: int
+    svid: str = "/run/saw/svid"
+
+    @property
+    def folder(self) -> str:
+        """Where the hypervisor keeps the VM."""
+        return f"/var/lib/saw/vms/{self.id}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -63,10 +69,13 @@ class Workspace:
 
     def events(self, source: str = "broker", after: int = 0) -> list[dict[str, Any]]:
         """The audit chain of ``source`` (``broker``, or ``edge`` for the perimeter) behind sequence number ``after``."""
-        answer = self.saw(
-            "audit", "events", "--source", source, "--after", str(after), "--limit", "1000", "--json"
-        ).stdout
-        return list(json.loads(answer)["events"])
+        answer = self.saw("audit", "export", "--source", source, "--after", str(after)).stdout
+        return [json.loads(line) for line in answer.splitlines()]
+
+    def last_seq(self, source: str = "broker") -> int:
+        """The sequence number of the newest event of ``source``: what comes behind it happened afterwards."""
+        chains = json.loads(self.saw("audit", "verify", "--json").stdout)["chains"]
+        return next(int(chain["events"]) for chain in chains if chain["source"] == source)
 
     def agent(self, command: str, *, timeout: float = 300, stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Run a shell command in the sandbox."""
@@ -86,6 +95,33 @@ class Workspace:
             body = {}
         return int(status or 0), body
 
+    def direct(self, path: str = "/v1/items", *, host: str = "api.example.com", options: str = "") -> str:
+        """Shell command for root in the VM: a call straight to ring 2 with the workspace's own identity, past ring 1."""
+        return (
+            f"curl -s -m 15 --cert {self.svid}/svid.pem --key {self.svid}/key.pem --cacert /run/saw/ca.pem "
+            f"--resolve ring2.saw.internal:8443:10.210.{self.number}.1 -H 'Host: {host}' -H 'x-saw-scheme: https' "
+            "-H 'x-saw-port: 443' -H 'x-saw-binary: /usr/bin/curl' -H 'x-saw-ring1: allow' "
+            f"{options} -w '\\n%{{http_code}}' 'https://ring2.saw.internal:8443{path}'"
+        )
+
+    def counters(self) -> dict[str, int]:
+        """What the perimeter host counted: nft's counters of table ``inet saw``, and the kernel's for the VM's link."""
+        script = f"""
+nft -j list counters table inet saw
+cat /sys/class/net/sawtap{self.number}/statistics/rx_packets
+cat /proc/net/netstat /proc/net/snmp
+"""
+        rules, received, *kernel = self.host("edge", script).strip().splitlines()
+        counted = {
+            item["counter"]["name"]: int(item["counter"]["packets"])
+            for item in json.loads(rules)["nftables"]
+            if "counter" in item
+        }
+        for names, values in zip(kernel[::2], kernel[1::2], strict=True):
+            head, *rest = names.split()
+            counted |= {f"{head}{name}": int(value) for name, value in zip(rest, values.split()[1:], strict=True)}
+        return {**counted, "received": int(received)}
+
     def host(self, name: str, script: str, *, stdin: str = "", timeout: float = 300) -> str:
         """Run a shell script on a light host as root."""
         lab = self.checkout / "build/lab"
@@ -103,19 +139,32 @@ class Workspace:
         """The real credentials that the perimeter injects."""
         return [path.read_text(encoding="ascii") for path in sorted((self.checkout / "build/lab/secrets").iterdir())]
 
+    def open_root_disk(self) -> str:
+        """Shell lines: in the VM's folder, make ``root.raw`` from its root disk; ``$offset`` is where the file system begins."""
+        second_partition = "f.seek(1024 + 128 + 32); print(struct.unpack('<Q', f.read(8))[0] * 512)"
+        return (
+            f"cd {self.folder}\nqemu-img convert -O raw root.qcow2 root.raw\n"
+            f"offset=$(python3 -c \"import struct; f = open('root.raw', 'rb'); {second_partition}\")"
+        )
+
     def implant(self) -> None:
         """Write the implant into the stopped VM's root file system."""
         script = f"""
-cd /var/lib/saw/vms/{self.id}
-qemu-img convert -O raw root.qcow2 root.raw
-offset=$(python3 -c 'import struct; f = open("root.raw", "rb"); f.seek(1024 + 128 + 32); print(struct.unpack("<Q", f.read(8))[0] * 512)')
+{self.open_root_disk()}
 cat > /run/implant.service
-printf 'cd /etc/systemd/system\\nrm implant.service\\nwrite /run/implant.service implant.service\\ncd multi-user.target.wants\\nrm implant.service\\nsymlink implant.service /etc/systemd/system/implant.service\\n' > /run/implant.debugfs
+cat > /run/implant.debugfs <<'END'
+cd /etc/systemd/system
+rm implant.service
+write /run/implant.service implant.service
+cd multi-user.target.wants
+rm implant.service
+symlink implant.service /etc/systemd/system/implant.service
+END
 debugfs -w -f /run/implant.debugfs "root.raw?offset=$offset"
 qemu-img convert -O qcow2 root.raw root.qcow2.new
 mv root.qcow2.new root.qcow2
 rm root.raw
-"""  # noqa: E501
+"""
         self.host("edge", script, stdin=UNIT)
 
     def home_file(self, path: str) -> str:
@@ -132,6 +181,13 @@ rm root.raw
             stdin=script,
         )
 
+    def root_python(self, program: str, *arguments: str, timeout: float = 240) -> str:
+        """Run a Python program as root in the VM and return its output; fail the test when it fails."""
+        words = " ".join(shlex.quote(word) for word in arguments)
+        code, text = self.root(f"python3 - {words} <<'END_OF_PROGRAM'\n{program}\nEND_OF_PROGRAM\n", timeout=timeout)
+        assert code == 0, text
+        return text
+
     def root(self, script: str, *, timeout: float = 240) -> tuple[int, str]:
         """Run ``script`` as root in the VM through the implant; return its exit code and output."""
         name = f"/home/agent/.implant/{uuid.uuid4().hex}"
@@ -145,6 +201,11 @@ rm root.raw
             raise AssertionError(f"the implant gave no answer: {done.returncode} {done.stderr[-800:]}")
         text, _, code = done.stdout.rpartition("rc=")
         return int(code), text
+
+
+def facts(event: dict[str, Any]) -> dict[str, Any]:
+    """What the product itself noted in a chained event, beside the fields of OCSF."""
+    return dict(event["event"].get("unmapped", {}).get("saw", {}))
 
 
 def wait_until(what: str, condition: Callable[[], Any], *, patience: float, interval: float = 1.0) -> Any:
