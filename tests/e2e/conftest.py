@@ -48,7 +48,7 @@ def report(checkout: Path) -> dict[str, Any]:
     path = checkout / "build/report.json"
     if not path.exists():
         pytest.fail("there is no report: the bring-up failed")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="session")

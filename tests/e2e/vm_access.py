@@ -95,12 +95,19 @@ class Workspace:
             body = {}
         return int(status or 0), body
 
-    def direct(self, path: str = "/v1/items", *, host: str = "api.example.com", options: str = "") -> str:
+    def direct(
+        self,
+        path: str = "/v1/items",
+        *,
+        host: str = "api.example.com",
+        binary: str = "/usr/bin/curl",
+        options: str = "",
+    ) -> str:
         """Shell command for root in the VM: a call straight to ring 2 with the workspace's own identity, past ring 1."""
         return (
             f"curl -s -m 15 --cert {self.svid}/svid.pem --key {self.svid}/key.pem --cacert /run/saw/ca.pem "
             f"--resolve ring2.saw.internal:8443:10.210.{self.number}.1 -H 'Host: {host}' -H 'x-saw-scheme: https' "
-            "-H 'x-saw-port: 443' -H 'x-saw-binary: /usr/bin/curl' -H 'x-saw-ring1: allow' "
+            f"-H 'x-saw-port: 443' -H 'x-saw-binary: {binary}' -H 'x-saw-ring1: allow' "
             f"{options} -w '\\n%{{http_code}}' 'https://ring2.saw.internal:8443{path}'"
         )
 
@@ -169,15 +176,21 @@ rm root.raw
 
     def home_file(self, path: str) -> str:
         """Read a file of the stopped VM's data disk; ``path`` is relative to /home."""
-        return self.host("edge", f"debugfs -R 'cat {path}' /var/lib/saw/vms/{self.id}/data.img 2>/dev/null")
+        return self.host(
+            "edge", f"{self.settle_data_disk()}; debugfs -R 'cat {path}' {self.folder}/data.img 2>/dev/null"
+        )
+
+    def settle_data_disk(self) -> str:
+        """Shell command: replay the journal of the stopped VM's data disk, as its next boot would (after a hard end)."""
+        return f"e2fsck -p {self.folder}/data.img >/dev/null || [ $? -le 2 ]"
 
     def leave_script(self, name: str, script: str) -> None:
         """Put a script where the implant of the stopped VM finds and runs it at the next boot."""
         folder = "cd agent/.implant"
         self.host(
             "edge",
-            f"cat > /run/left.sh; printf '{folder}\\nwrite /run/left.sh {name}.sh\\n' | "
-            f"debugfs -w -f - /var/lib/saw/vms/{self.id}/data.img; rm /run/left.sh",
+            f"{self.settle_data_disk()}; cat > /run/left.sh; printf '{folder}\\nwrite /run/left.sh {name}.sh\\n' | "
+            f"debugfs -w -f - {self.folder}/data.img; rm /run/left.sh",
             stdin=script,
         )
 
