@@ -15,6 +15,8 @@ import pytest
 from conftest import run
 from vm_access import Workspace, wait_until
 
+from saw.lab.up import DELEGATION
+
 PACKER_LOG = "build/packer.log"
 STARTED_JOB = ".venv/bin/saw lab up"
 
@@ -333,6 +335,7 @@ def test_a_second_creation_changes_nothing_and_check_mode_works_before_and_after
         "workspace_sponsor": "demo.user@example.com",
         "workspace_blueprint": "coding",
         "workspace_ring": "stable",
+        "workspace_delegations": [DELEGATION],
     }
     before = workspace.show()
     assert playbook_changes(checkout, "workspace_create", (True, False, True), profile) == [[], [], []]
