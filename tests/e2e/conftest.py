@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vm_access import Workspace
+from vm_access import Workspace, wait_until
 
 CHECKOUT = os.environ.get("SAW_E2E_CHECKOUT", "")
 
@@ -60,7 +60,9 @@ def workspace(report: dict[str, Any], checkout: Path) -> Workspace:
 @pytest.fixture(scope="session")
 def rooted(workspace: Workspace) -> Workspace:
     """The workspace with a root implant; it boots and attests like before."""
-    if workspace.agent("test -d ~/.implant").returncode != 0:
+    look = "test -d ~/.implant && echo there || echo absent"
+    seen = wait_until("a shell", lambda: workspace.agent(look).stdout.strip(), patience=300)
+    if seen == "absent":
         workspace.saw("lab", "stop", timeout=300)
         workspace.implant()
         workspace.saw("lab", "start", timeout=900)
