@@ -60,9 +60,11 @@ def workspace(report: dict[str, Any], checkout: Path) -> Workspace:
 @pytest.fixture(scope="session")
 def rooted(workspace: Workspace) -> Workspace:
     """The workspace with a root implant; it boots and attests like before."""
-    look = "test -d ~/.implant && echo there || echo absent"
-    seen = wait_until("a shell", lambda: workspace.agent(look).stdout.strip(), patience=300)
-    if seen == "absent":
+
+    def seen() -> str:
+        return workspace.agent("test -d ~/.implant && echo there || echo absent").stdout.strip()
+
+    if wait_until("a shell", seen, patience=300) == "absent":
         workspace.saw("lab", "stop", timeout=300)
         workspace.implant()
         workspace.saw("lab", "start", timeout=900)

@@ -19,7 +19,7 @@ LAST_GOOD = "/var/lib/saw/policyd/last-good.bundle.json"
 ITEMS = "https://api.example.com/v1/items"
 ADMIN = "https://api.example.com/v1/admin/users"
 WIDEN = "sed -i 's#/v1/notes#/v1/**#; s#/v1/admin/#/v1/nothing/#' {file} && grep -q /v1/nothing/ {file}"
-"""What the attacker wants: every POST to the API, and its administration."""
+"""What the attacker wants: the administration of the API, and that POST is not refused as outside the rules."""
 
 
 @pytest.mark.control("POL-04")
@@ -125,7 +125,7 @@ def refused_by_ring_1(workspace: Workspace, url: str, reason: str, *options: str
 
 
 def old_policy_decides(workspace: Workspace) -> None:
-    """Assert that ring 1 decides by the policy that was released: both wishes refused by it, the allowed twin passes."""
+    """Assert that ring 1 decides by the policy that was released: both calls refused by its rules, the allowed twin passes."""
     refused_by_ring_1(workspace, ADMIN, "deny_rule")
     refused_by_ring_1(workspace, ITEMS, "method_or_path_not_allowed", "--data", "x")
     assert workspace.call()[0] == 200
@@ -142,12 +142,16 @@ def findings_since(workspace: Workspace, seq: int, reason: str) -> list[dict[str
     ]
 
 
-def would_allow(policy: str, governance: str) -> None:
-    """Assert that the changed policy gives the attacker both wishes: loading it would have shown."""
+def would_show(policy: str, governance: str) -> None:
+    """Assert that the changed policy decides both calls in another way: loading it would have shown."""
     matcher = Matcher.compile(load_policy(policy.encode()), load_governance(governance.encode()))
-    for method, path in (("GET", "/v1/admin/users"), ("POST", "/v1/items")):
-        request = Request("https", "api.example.com", 443, method, path, binary="/usr/bin/curl")
-        assert matcher.decide(request).verdict == "allow", (method, path)
+
+    def decide(method: str, path: str) -> tuple[str, str]:
+        decision = matcher.decide(Request("https", "api.example.com", 443, method, path, binary="/usr/bin/curl"))
+        return decision.verdict, decision.reason
+
+    assert decide("GET", "/v1/admin/users") == ("allow", "")
+    assert decide("POST", "/v1/items") == ("deny", "review_required"), "the rules allow it, its class alone does not"
 
 
 @pytest.mark.control("POL-02")
@@ -161,7 +165,7 @@ def test_a_generation_that_root_changed_is_not_loaded_is_restored_and_reported(r
     code, text = rooted.root(read)
     assert code == 0
     genuine, changed, governance = text.split("---\n")
-    would_allow(changed, governance)
+    would_show(changed, governance)
 
     def reported() -> list[dict[str, Any]]:
         old_policy_decides(rooted)
@@ -227,7 +231,7 @@ def test_a_last_known_good_bundle_that_root_changed_is_not_loaded_and_is_replace
     assert rooted.root(f"systemctl stop saw-policyd && cp {LAST_GOOD} /root/genuine.json")[0] == 0
     try:
         changed = rooted.root_python(CHANGE_LAST_GOOD, LAST_GOOD).split()
-        would_allow(*(base64.b64decode(member).decode() for member in changed))
+        would_show(*(base64.b64decode(member).decode() for member in changed))
         # Without the broker the agent has nothing but its copy to take up.
         begin = f"set -e\n{CUT_OFF}\nrm -f /run/saw/policy/state.json\nsystemctl start saw-policyd\n"
         code, text = rooted.root(begin + WAIT_FOR_STATE.replace("STATE", "refused"))
