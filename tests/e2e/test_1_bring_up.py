@@ -80,7 +80,7 @@ class Interrupted:
 
 def processes() -> dict[int, tuple[int, str]]:
     """Every process: pid → parent and arguments."""
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
     return {int(row[0]): (int(row[1]), row[2]) for row in rows if len(row) == 3}
 
