@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,18 +81,19 @@ def run_playbook(
         "SAW_CONTEXT": str(lab.context_file),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    result = run(
-        private_data_dir=str(runner_directory),
-        playbook=str(lab.repository / f"playbooks/{name}.yml"),
-        inventory=str(lab.inventory_file),
-        extravars=variables or {},
-        envvars=environment,
-        ident=name,
-        cmdline="--check --diff" if check else None,
-        quiet=True,
-        rotate_artifacts=20,
-        event_handler=on_event,
-    )
+    with signals_given_back():
+        result = run(
+            private_data_dir=str(runner_directory),
+            playbook=str(lab.repository / f"playbooks/{name}.yml"),
+            inventory=str(lab.inventory_file),
+            extravars=variables or {},
+            envvars=environment,
+            ident=name,
+            cmdline="--check --diff" if check else None,
+            quiet=True,
+            rotate_artifacts=20,
+            event_handler=on_event,
+        )
     stats = result.stats or {}
     if result.status == "canceled":  # the runner takes the interrupt for itself
         raise KeyboardInterrupt
@@ -102,6 +106,18 @@ def run_playbook(
     return PlaybookRun(
         changed=sum(stats.get("changed", {}).values()), ok=sum(stats.get("ok", {}).values()), changes=tuple(changes)
     )
+
+
+@contextmanager
+def signals_given_back() -> Iterator[None]:
+    """Restore what SIGINT and SIGTERM did: the runner takes both for itself and keeps them after the playbook's end."""
+    main = threading.current_thread() is threading.main_thread()  # elsewhere the runner takes none
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def what_changed(result: dict[str, Any]) -> str:
