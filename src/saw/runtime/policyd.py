@@ -31,6 +31,8 @@ from saw.runtime.policyd_config import PolicydConfig, Workspace
 from saw.runtime.policyd_floor import FloorError, RevisionFloor
 
 _LONGEST_BACKOFF = 300.0
+_MOST_OWED = 32
+"""Most findings that wait for the broker."""
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +95,7 @@ class Policyd:
         self._went_round = boottime()
         self._sequence = 0
         self._reported: set[tuple[str, ...]] = set()
+        self._owed: dict[tuple[str, str, str, str], str] = {}
         self._failed: dict[str, tuple[int, float]] = {}
         self._tried = ""
         self._calls = CallReports(config.decide_socket, broker.report_calls, boottime, config.calls_s)
@@ -128,6 +131,7 @@ class Policyd:
             self._log(f"broker unreachable: {error.message}")
             self._use_last_good()
             return
+        self._deliver_owed()
         active = self._activator.active
         digest, revision = offer.policy_digest or "", offer.revision or 0
         if active is not None and digest == active.digest:
@@ -369,8 +373,18 @@ class Policyd:
             )
         except SawError as error:
             self._log(f"report not delivered: {error.message}")
+            if kind == "finding" and len(self._owed) < _MOST_OWED:
+                self._owed[mark] = detail
         else:
             self._reported.add(mark)
+            self._owed.pop(mark, None)
+
+    def _deliver_owed(self) -> None:
+        """Tell the findings that could not be told while the broker was away."""
+        for (kind, state, reason, digest), detail in list(self._owed.items()):
+            self._owed.pop((kind, state, reason, digest))
+            self._report(kind, state, reason, detail, policy_digest=digest)
+            self._forget_reports("finding")
 
     def _forget_reports(self, kind: str, keep: tuple[str, ...] = ()) -> None:
         self._reported = {mark for mark in self._reported if mark == keep or (kind == "finding") != (mark[0] == kind)}

@@ -234,6 +234,19 @@ def test_a_changed_generation_is_found_restored_and_reported(loaded):
     assert lab.current() == before
 
 
+def test_a_finding_made_while_the_broker_is_away_is_told_once_it_answers(loaded):
+    lab, agent, before = loaded
+    lab.broker.stop()
+    (lab.run / "generations" / before / "policy.yaml").write_bytes(b"# wider\n")
+    agent.cycle()
+    agent.cycle()
+    assert ("refused", "generation_tampered") not in lab.reported("finding")
+    lab.broker.start()
+    agent.cycle()
+    agent.cycle()
+    assert lab.reported("finding").count(("refused", "generation_tampered")) == 1
+
+
 @pytest.mark.control("POL-05")
 def test_a_generation_changed_while_the_agent_was_away_is_restored(loaded):
     lab, _, before = loaded
