@@ -60,4 +60,7 @@ def test_a_limit_out_of_range_is_refused_before_the_file_is_taken(tmp_path: Path
         rendered(tmp_path, **{f"broker_rollout_{name}": value})
     tasks = yaml.safe_load((ROLE / "tasks/service.yml").read_text())
     [entry] = [one for one in tasks[0]["secure_agent.workspace.component"]["files"] if one["dest"].endswith(".json")]
-    assert "load_config" in entry["validate"][3], "the role runs the same check on the host"
+    assert entry["validate"][0] == "/opt/saw/bin/saw"
+    check = [sys.executable, "-m", "saw.cli.main", *entry["validate"][1:-1], str(tmp_path / "broker.json")]
+    refused = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert (refused.returncode, f"rollout.{name} must be" in refused.stderr) == (1, True), "the host runs the same check"
