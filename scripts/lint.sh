@@ -45,7 +45,7 @@ check_galaxy() { # what is released holds all that its playbooks name, and nothi
   mkdir -p "$place/empty"
   ansible-galaxy collection build --output-path "$place" . || return 1
   tarball=$(find "$place" -name '*.tar.gz')
-  ANSIBLE_HOME=$logs/ansible ansible-galaxy collection install --offline --no-deps -p "$place/installed" "$tarball" || return 1
+  ANSIBLE_HOME=$logs/ansible ansible-galaxy collection install --force --offline --no-deps -p "$place/installed" "$tarball" || return 1
   local installed=$place/installed/ansible_collections/secure_agent/workspace
   missing=$(git ls-files --cached --others --exclude-standard -- plugins roles playbooks policies meta docs | sort |
     while IFS= read -r file; do [ ! -e "$file" ] || [ -e "$installed/$file" ] || printf '%s\n' "$file"; done)

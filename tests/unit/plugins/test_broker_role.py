@@ -63,4 +63,6 @@ def test_a_limit_out_of_range_is_refused_before_the_file_is_taken(tmp_path: Path
     assert entry["validate"][0] == "/opt/saw/bin/saw"
     check = [sys.executable, "-m", "saw.cli.main", *entry["validate"][1:-1], str(tmp_path / "broker.json")]
     refused = subprocess.run(check, capture_output=True, text=True, check=False)
-    assert (refused.returncode, f"rollout.{name} must be" in refused.stderr) == (1, True), "the host runs the same check"
+    assert (refused.returncode, f"rollout.{name} must be" in refused.stderr) == (1, True), (
+        "the host runs the same check"
+    )
