@@ -39,7 +39,6 @@ class Interruption:
 
 INTERRUPTIONS = (
     Interruption(1, "[ 1/10]", "kill"),
-    Interruption(2, "base tree from", "kill", 4.0),
     Interruption(2, "MCP servers", "leader"),
     Interruption(2, "Running local shell script", "kill", 2.0, in_packer=True),
     Interruption(3, "[ 3/10]", "kill", 2.0),

@@ -77,7 +77,8 @@ def test_an_image_of_another_digest_is_not_used(host):
     )
     assert refused.returncode != 0
     found = host.run("sha256sum /var/lib/saw/images/other/image.qcow2").stdout.split()[0]
-    assert f"has SHA-256 {found}, wanted is {wrong}" in refused.stdout
+    told = " ".join((refused.stdout + refused.stderr).split())
+    assert f"has SHA-256 {found}, wanted is {wrong}" in told, told
     assert not host.file("/var/lib/saw/vms/ws-life").exists
 
 

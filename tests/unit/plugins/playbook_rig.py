@@ -114,6 +114,9 @@ class Desk:
         write_bundle(folder, access)
         governance = folder / "governance.yaml"
         governance.write_text(governance.read_text().replace("name: coding", f"name: {self.name}"))
+        # A policy agent that runs here checks the sandbox too: its account must exist on this machine.
+        policy = folder / "policy.yaml"
+        policy.write_text(policy.read_text() + "process: {run_as_user: nobody, run_as_group: nogroup}\n")
         return folder
 
     def command(self, name: str, *options: str, keys: tuple[str, ...] = ("ada", "ben"), **more: object) -> list[str]:

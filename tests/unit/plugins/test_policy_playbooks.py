@@ -212,7 +212,7 @@ def test_a_ring_whose_workspace_refuses_is_halted(desk: Desk) -> None:
 def test_a_ring_loads_it_breaks_is_halted_and_rolled_back_by_itself(careful: Desk) -> None:
     machine = RunningWorkspace(careful, "ws-real")
     try:
-        loaded = careful.release(approved=careful.change(), watch_seconds=240)
+        loaded = careful.release(approved=careful.change(), watch_seconds=120)
         assert loaded.ok, loaded.text
         first = careful.rollouts()[0]
         assert [(one["workspace"], one["state"]) for one in first["members"]] == [("ws-real", "loaded")]
@@ -220,7 +220,7 @@ def test_a_ring_loads_it_breaks_is_halted_and_rolled_back_by_itself(careful: Des
 
         machine.break_checker(broken=True)
         careful.write("read-write")
-        broken = careful.release(approved=careful.change("read-write", "read-only"), watch_seconds=240)
+        broken = careful.release(approved=careful.change("read-write", "read-only"), watch_seconds=120)
         assert not broken.ok
         assert f"did not load revision 2 of {careful.name} (halted" in broken.words, broken.text
         newest, halted, _ = careful.rollouts()
