@@ -36,6 +36,12 @@ ROOT = Path(__file__).resolve().parents[3]
 NAMES = ("ada", "ben", "cleo")
 
 
+RUNNABLE = """\
+filesystem_policy: {read_only: [/usr], read_write: [/srv/work]}
+process: {run_as_user: nobody, run_as_group: nogroup}
+"""
+
+
 def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
     """Return the first true result of ``condition``; fail after ``seconds``."""
     deadline = time.monotonic() + seconds
@@ -116,7 +122,7 @@ class Desk:
         governance.write_text(governance.read_text().replace("name: coding", f"name: {self.name}"))
         # A policy agent that runs here checks the sandbox too: its account must exist on this machine.
         policy = folder / "policy.yaml"
-        policy.write_text(policy.read_text() + "process: {run_as_user: nobody, run_as_group: nogroup}\n")
+        policy.write_text(policy.read_text() + RUNNABLE)
         return folder
 
     def command(self, name: str, *options: str, keys: tuple[str, ...] = ("ada", "ben"), **more: object) -> list[str]:
@@ -299,9 +305,11 @@ class RunningWorkspace(policyd_lab.Lab):
         self.break_checker(broken=False)
         self.configure(envoy=str(self.checker), poll_s=1.0)
         self._start_decide()
-        self.start_envoy()
         command = [sys.executable, "-m", "saw.cli.main", "policyd", "--config", str(self.directory / "policyd.json")]
         self.processes.append(subprocess.Popen(command, stderr=(self.directory / "policyd.log").open("wb")))
+        # The agent makes the closed generation that the proxy starts with.
+        until((self.run / "generations/current").is_symlink, "a first generation")
+        self.start_envoy()
 
     def break_checker(self, *, broken: bool) -> None:
         """Let the proxy refuse every policy that it is asked about, or judge them as it does."""

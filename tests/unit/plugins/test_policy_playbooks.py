@@ -213,7 +213,7 @@ def test_a_ring_loads_it_breaks_is_halted_and_rolled_back_by_itself(careful: Des
     machine = RunningWorkspace(careful, "ws-real")
     try:
         loaded = careful.release(approved=careful.change(), watch_seconds=120)
-        assert loaded.ok, loaded.text
+        assert loaded.ok, loaded.text + (machine.directory / "policyd.log").read_text()
         first = careful.rollouts()[0]
         assert [(one["workspace"], one["state"]) for one in first["members"]] == [("ws-real", "loaded")]
         assert machine.current() == machine.known.attested() == first["policy_digest"]
