@@ -81,13 +81,16 @@ verified:
   sample: saw 0.1.0
 """
 
+import fcntl
 import glob
 import hashlib
 import os
 import shutil
 import tarfile
 import tempfile
-from typing import Any
+import time
+from contextlib import contextmanager
+from typing import Any, Iterator
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -160,8 +163,35 @@ def link(links: dict[str, str]) -> None:
         os.replace(temporary, name)
 
 
+@contextmanager
+def alone(module: AnsibleModule) -> Iterator[None]:
+    """Hold the environment's lock: the module of a killed run may still be at work on this host, and must end first."""
+    path = module.params["path"]
+    name = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:16]
+    with open(f"/run/saw-runtime-{name}.lock", "w", encoding="ascii") as lock:
+        end = time.monotonic() + 600
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    module.fail_json(
+                        msg=f"another run has been installing {path} for ten minutes",
+                        failure={"code": "busy", "details": {"path": path}, "cure": "end it, then run this again"},
+                    )
+                time.sleep(0.2)
+        yield
+
+
 def install(module: AnsibleModule) -> str:
     """Replace the environment, or leave the previous one as it was."""
+    with alone(module):
+        return replace(module)
+
+
+def replace(module: AnsibleModule) -> str:
+    """Make the environment anew beside the previous one."""
     path = module.params["path"]
     previous = f"{path}.previous"
     if os.path.isdir(path):
