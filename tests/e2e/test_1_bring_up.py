@@ -154,7 +154,7 @@ def test_the_main_job_completes_after_being_ended_at_every_step(
         }  # fmt: skip
         if not done.hit:
             continue
-        told = "interrupted; the next `make workspace` goes on" in done.output
+        told = "interrupted (the next `make workspace` goes on" in done.output
         assert told == (wanted.how == "ctrl-c"), (wanted, done.code, done.output[-2000:], hosts_state(checkout))
         # An error of its own is no interruption: each ends by our signal, at the step that was meant.
         assert f"[{wanted.step:>2}/10]" in done.output, (wanted, done.output[-2000:])
