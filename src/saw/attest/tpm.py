@@ -9,6 +9,7 @@ kernel resource manager (``/dev/tpmrm0``) makes needless.
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from saw.files import write_private
 #: Default TCTI: the kernel's resource manager when it is there.
 _DEVICES = ("/dev/tpmrm0", "/dev/tpm0")
 _MEMORY_FULL = ("0x902", "0x903")
+_AK_ATTRIBUTES = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|restricted|sign|noda"
 _CREDENTIAL_MAGIC = bytes.fromhex("badcc0de00000001")
 
 
@@ -78,13 +80,18 @@ class Tpm:
         """Create the RSA endorsement key's context and a fresh attestation key.
 
         Returns the endorsement key as PEM and the attestation key as TPM2B_PUBLIC. The endorsement key is derived from
-        the TPM's seed and so always the same; the attestation key is new.
+        the TPM's seed and so always the same; the attestation key, a primary key of the endorsement hierarchy whose
+        template has a random unique field, is new. It has noDA: after an end without TPM2_Shutdown, as of a VM that is
+        killed, a TPM counts each use of another key as a failed authorization (Part 1, dictionary attack protection)
+        and locks itself after three.
         """
         ek_pem = self._create_ek()
         with self._workplace() as work:
+            unique = Path(work) / "unique"
+            unique.write_bytes(b"".join(len(part).to_bytes(2, "little") + part for part in _random_point()))
             self._tool(
-                "tpm2_createak -Q -C ek.ctx -c ak.ctx -G ecc -g sha256 -s ecdsa -f tss",
-                ["-u", f"{work}/ak.pub", "-n", f"{work}/ak.name"],
+                f"tpm2_createprimary -Q -C e -c ak.ctx -G ecc256:ecdsa-sha256:null -g sha256 -a {_AK_ATTRIBUTES} -f tss",
+                ["-u", str(unique), "-o", f"{work}/ak.pub"],
             )
             ak_pub = _read(Path(work) / "ak.pub")
         write_private(self.directory / "ak.pub", ak_pub)
@@ -189,6 +196,10 @@ def read_ek(tcti: str | None) -> str:
     """
     with tempfile.TemporaryDirectory(prefix="saw-ek.") as directory:
         return Tpm(directory, tcti).read_ek().decode()
+
+
+def _random_point() -> tuple[bytes, bytes]:
+    return secrets.token_bytes(32), secrets.token_bytes(32)
 
 
 def _default_tcti() -> str:

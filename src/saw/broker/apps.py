@@ -103,6 +103,7 @@ def operator_app(broker: Broker) -> Starlette:
                 with_body(Publication, lambda c, b, _r: releases.publish(c, b), limit=MAX_PUBLICATION),
             ),
             route("/v1/policy/state", "GET", without_body(lambda _c, _r: releases.state())),
+            route("/v1/policy/repository", "GET", without_body(lambda _c, _r: releases.archive())),
             route("/v1/policy/rings", "GET", without_body(lambda _c, _r: releases.rings())),
             *operator_rollout_routes(broker, route),
             *operator_delegation_routes(broker, route),

@@ -202,6 +202,10 @@ class Releases:
             ]
         }
 
+    def archive(self) -> dict[str, Any]:
+        """Return the TUF repository as one archive (base64 of a tar); whoever takes it verifies it under its own root."""
+        return {"archive": base64.b64encode(self._repository.archive(self._s.clock())).decode()}
+
     def state(self) -> dict[str, Any]:
         """Return the installed root, the online public key and every current release."""
         with self._s.store.read() as connection:

@@ -16,6 +16,7 @@ from saw.policy import tuf_repository
 from saw.policy.keys import load_private_key, public_pem
 from saw.policy.tuf_compared import Compared
 from saw.policy.tuf_reach import ReachDiff, bundle_diff
+from saw.policy.tuf_transfer import export_repository
 
 
 class OnlineKey:
@@ -90,6 +91,10 @@ class Repository:
             return False
         tuf_repository.resign_timestamp(self._directory, self._online.private, now, timestamp_lifetime=self._lifetime)
         return True
+
+    def archive(self, now: datetime) -> bytes:
+        """Return the whole repository as one archive, for a copy to be brought up to it."""
+        return export_repository(self._directory, now)
 
     def current_targets(self) -> Iterator[tuple[str, bytes]]:
         """Yield path and content of every target that is released, content checked against the signed metadata."""

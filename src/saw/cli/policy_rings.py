@@ -1,9 +1,12 @@
-"""``saw policy rings, rollback, repository-export, repository-import``: what is released, going back, carrying it over."""
+"""``saw policy rings, rollback, repository-export, -import, -update``: what is released, going back, carrying it over."""
 
 from __future__ import annotations
 
 import argparse
+import base64
+import tempfile
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,7 +24,7 @@ from saw.policy.tuf_changes import roll_back
 from saw.policy.tuf_draft import Draft, contribute, is_draft, load_draft, owed, save_draft
 from saw.policy.tuf_repository import adopt_publication
 from saw.policy.tuf_rings import RingStatus, held_revision, revision_before, ring_status
-from saw.policy.tuf_store import current_releases
+from saw.policy.tuf_store import current_releases, current_root
 from saw.policy.tuf_transfer import export_repository, import_repository
 
 
@@ -122,7 +125,27 @@ def export(options: argparse.Namespace) -> Answer:
 
 def import_(options: argparse.Namespace) -> Answer:
     """Verify an archive completely against a pinned root and bring a copy of the repository up to it."""
-    done = import_repository(options.archive, options.repository, read_file(options.root), present())
+    return _imported(options.repository, options.archive, read_file(options.root))
+
+
+def update(options: argparse.Namespace) -> Answer:
+    """Bring the officers' copy up to what the broker serves, verified under the root that the copy trusts already.
+
+    Needed after anybody else has published: another officer, or the broker itself, which releases a signed way back when a
+    rollout halts. Nothing older than the copy, and nothing of another root of trust, is taken.
+    """
+    from saw.broker.client import OperatorClient
+
+    root = current_root(options.repository)
+    held = OperatorClient.from_context(options.context).request("GET", "/v1/policy/repository")["archive"]
+    with tempfile.TemporaryDirectory(prefix="saw-update-") as scratch:
+        archive = Path(scratch) / "repository.tar"
+        archive.write_bytes(base64.b64decode(held))
+        return _imported(options.repository, archive, root)
+
+
+def _imported(repository: str, archive: Path | str, root: bytes) -> Answer:
+    done = import_repository(archive, repository, root, present())
     result = {
         "ok": True,
         "changed": done.changed,
@@ -131,7 +154,7 @@ def import_(options: argparse.Namespace) -> Answer:
         "releases": [msgspec.to_builtins(release) for release in done.releases],
     }
     word = "brought up to" if done.changed else "is at"
-    text = f"{options.repository}: {word} root {done.root_version}, targets {done.targets_version}, "
+    text = f"{repository}: {word} root {done.root_version}, targets {done.targets_version}, "
     return result, f"{text}{len(done.releases)} releases", 0
 
 
@@ -165,3 +188,6 @@ def register(add: Add) -> None:
     sub.add_argument("archive")
     sub.add_argument("--repository", required=True, help="copy to bring up to date; made when it does not exist")
     sub.add_argument("--root", required=True, help="pinned root.json")
+    sub = add("repository-update", update, "bring the officers' copy up to what the broker serves")
+    sub.add_argument("--repository", required=True, help="officers' copy of the repository")
+    sub.add_argument("--context", help="context file of the broker (default: SAW_CONTEXT)")

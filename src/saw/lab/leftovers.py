@@ -75,6 +75,8 @@ def running(proc: Path = PROC) -> Iterator[Running]:
             arguments = (entry / "cmdline").read_bytes().decode("utf-8", "replace").split("\0")
         except OSError:
             continue
+        if arguments == [""]:  # a process that has ended and that nobody has collected yet
+            continue
         group = re.search(r"^0::/saw-([a-z0-9]+)-([a-z0-9.-]+)", groups, re.MULTILINE)
         if group:
             root = next((word.partition("=")[2] for word in arguments if word.startswith("--directory=")), "")

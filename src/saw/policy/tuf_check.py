@@ -117,7 +117,7 @@ def _role(
     signed = check_role(parent, role, Targets, offered, now)
     if present and signed.version != present + 1:
         reason = f"{role} version {signed.version} does not follow the present version {present}"
-        raise RepositoryError("stale_base", reason, cure="fetch the repository and stage the publication again")
+        raise RepositoryError("stale_base", reason, cure="run saw policy repository-update, then stage it again")
     if role != "targets" and signed.delegations is not None:
         raise RepositoryError("malformed", f"{role} delegates to other roles", cure="sign without delegations")
     written[role] = offered

@@ -84,10 +84,17 @@ def export_repository(
     its own that counts for that long.
     """
     base = Path(directory)
+    if not base.is_dir():
+        raise RepositoryError("not_found", f"{directory} is not there", cure="check the path")
+    with _locked(base):  # never half of a publication
+        return _export(base, now, online_key, lifetime)
+
+
+def _export(base: Path, now: datetime, online_key: Ed25519PrivateKey | None, lifetime: timedelta | None) -> bytes:
     state, snapshot = current_state(base), current_snapshot(base)
     if state is None or snapshot is None:
         cure = "export the broker's repository, or an imported one"
-        raise RepositoryError("not_found", f"{directory} has no snapshot and timestamp", cure=cure)
+        raise RepositoryError("not_found", f"{base} has no snapshot and timestamp", cure=cure)
     files: dict[str, bytes] = {}
     for version in range(1, newest(base, "root") + 1):
         files[f"metadata/{version}.root.json"] = read_role(base, "root", version)

@@ -68,6 +68,14 @@ class SwTpm:
         self.stop()
         self.start()
 
+    def lose_power(self) -> None:
+        """End without TPM2_Shutdown and without a word, as when the VM is killed; then on again."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
+        self.process = None
+        self.start()
+
     def boot(self, events: Iterable[Event]) -> None:
         extensions = [f"{pcr}:sha256={hashlib.sha256(data).hexdigest()}" for pcr, _, data in events]
         self.tool("tpm2_pcrextend", *extensions)

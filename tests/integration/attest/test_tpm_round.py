@@ -189,6 +189,19 @@ def test_keys_from_before_a_reset_are_not_usable(machine):
     assert machine.quote()
 
 
+def test_a_tpm_that_lost_power_again_and_again_still_attests(machine, tmp_path):
+    """Each loss of power counts as a guess at the keys that were in use, and three lock the TPM, unless the keys are exempt."""
+    for number in range(5):
+        machine.swtpm.lose_power()
+        again = Machine(machine.swtpm, tmp_path / f"boot{number}")
+        again.tpm.extend_policy(CURRENT)
+        assert verify_evidence(again.evidence(CURRENT), again.expectation(CURRENT)).ok
+
+
+def test_the_attestation_key_of_each_boot_is_new(machine, tmp_path):
+    assert Tpm(tmp_path / "again", machine.swtpm.tcti).create_keys()[1] != machine.ak_pub
+
+
 def test_a_missing_tpm_is_named(tmp_path):
     with pytest.raises(TpmError, match="tpm2_createek failed"):
         Tpm(tmp_path / "keys", "swtpm:host=127.0.0.1,port=1").create_keys()

@@ -113,7 +113,9 @@ def test_a_host_is_known_by_its_control_group_and_its_tree_by_its_nspawn(tmp_pat
         ("/saw-sawmol-edge/payload", "/usr/bin/systemd-nspawn", "/b/build/molecule/hosts/edge/root"),
         ("/saw-sawlab-control/payload/init.scope", "/sbin/init", "/c"),
         ("/user.slice", "/usr/bin/systemd-nspawn", "/d/build/lab/hosts/control/root"),
+        ("/saw-sawlab-control (deleted)", "/sbin/init", "/e"),
     )
+    (tmp_path / "proc/104/cmdline").write_bytes(b"")  # it has ended, and its parent has not asked yet
     found = list(running(proc))
     assert [(process.namespace, process.host, str(process.root)) for process in found] == [
         ("sawlab", "control", "/a/build/lab/hosts/control/root"),

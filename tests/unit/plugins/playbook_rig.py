@@ -182,6 +182,8 @@ class Desk:
             bundle, out = f"{scratch}/bundle.json", f"{scratch}/publication"
             keys = ["--key", self.office.key("ada"), "--key", self.office.key("ben")]
             copy = str(self.office.copy)
+            if any(self.office.copy.glob("metadata/*.ring-*.json")):  # the broker itself may have rolled back meanwhile
+                self.office.saw("repository-update", "--repository", copy, "--context", str(self.office.context))
             base = ["--base", self.bundle(ring)] if self.released(ring) else []
             self.office.saw("sign", str(folder), *keys, "--revision", str(revision), *base, "--out", bundle)
             self.office.saw("stage", *keys, "--repository", copy, "--ring", ring, "--bundle", bundle, "--out", out)

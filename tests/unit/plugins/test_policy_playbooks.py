@@ -168,6 +168,11 @@ def test_a_copy_that_somebody_published_past_is_refused(desk: Desk, tmp_path: Pa
     stale = desk.release(repository=str(tmp_path / "copy"))
     assert not stale.ok
     assert f"is not what ring {desk.ring} runs" in stale.words
+    update = ("repository-update", "--repository", str(tmp_path / "copy"), "--context", str(desk.office.context))
+    assert "brought up to" in desk.office.saw(*update)
+    assert "is at" in desk.office.saw(*update)
+    current = desk.release(repository=str(tmp_path / "copy"))
+    assert current.ok, current.text
 
 
 def test_a_play_that_is_killed_between_staging_and_publishing_goes_on_where_it_was(desk: Desk) -> None:

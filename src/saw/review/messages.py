@@ -1,0 +1,131 @@
+"""What perimeter and broker say to each other about a reviewed write (``/v1/perimeter/reviews``).
+
+The perimeter holds the call's bytes only while it hands them over; the broker keeps them, takes the decisions and gives
+the one claim; the perimeter that gets the claim sends exactly these bytes, once, and tells what came back.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+MAX_REVIEWED_BODY = 8 * 1024 * 1024
+"""Largest body of a call that can wait for a review (bytes)."""
+MAX_REVIEWED_ANSWER = 1024 * 1024
+"""How much of a far end's answer is kept (bytes); what is longer is cut and marked so."""
+
+ReviewState = Literal["pending", "approved", "executing", "done", "failed", "unknown", "denied", "expired", "cancelled"]
+"""``pending`` waits for decisions; ``approved`` for its one claim; ``executing`` is claimed and has not ended; ``done``: the
+far end answered; ``failed``: nothing was sent; ``unknown``: it was sent, or may have been, and no answer is known."""
+FINAL = frozenset({"done", "failed", "unknown", "denied", "expired", "cancelled"})
+
+Name = Annotated[str, msgspec.Meta(max_length=255)]
+Header = tuple[Name, Annotated[str, msgspec.Meta(max_length=8192)]]
+Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+ReviewId = Annotated[str, msgspec.Meta(pattern=r"^rv-[0-9a-f]{32}\Z")]
+Secret = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{43}\Z")]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of everything here: unknown fields are refused."""
+
+
+class ReviewedCall(Message, frozen=True):
+    """The call as the agent made it. ``headers`` are the agent's own, lower case, in order, without hop-by-hop headers,
+    ``host``, ``content-length``, control headers and credentials; ``body`` are the exact bytes (base64 in JSON)."""
+
+    method: Annotated[str, msgspec.Meta(pattern=r"^[A-Z]{1,16}\Z")]
+    scheme: Literal["https", "http"]
+    host: Name
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    path: Annotated[str, msgspec.Meta(pattern=r"^/", max_length=8192)]
+    headers: Annotated[tuple[Header, ...], msgspec.Meta(max_length=100)] = ()
+    body: Annotated[bytes, msgspec.Meta(max_length=MAX_REVIEWED_BODY)] = b""
+
+
+class OpenReview(Message, frozen=True):
+    """``POST /v1/perimeter/reviews``: a call that policy lets a person decide on. The broker answers :class:`ReviewView`.
+
+    The same call of the same workspace under the same policy opens no second review while the first is not final: the
+    answer is the first one's. ``rule`` is the policy rule that asks, ``delegation`` the id of the delegation that does.
+    """
+
+    workspace_id: Annotated[str, msgspec.Meta(max_length=64)]
+    call: ReviewedCall
+    policy_digest: Digest
+    group: Name
+    quorum: Annotated[int, msgspec.Meta(ge=1, le=16)]
+    expires_in_s: Annotated[int, msgspec.Meta(ge=60, le=30 * 86400)]
+    rule: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    delegation: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    binary: Annotated[str, msgspec.Meta(max_length=4096)] = ""
+    request_id: Annotated[str, msgspec.Meta(max_length=64)] = ""
+
+
+class ReviewedAnswer(Message, frozen=True):
+    """What the far end answered. ``truncated`` says that ``body`` is only its beginning."""
+
+    status: Annotated[int, msgspec.Meta(ge=100, le=599)]
+    headers: Annotated[tuple[Header, ...], msgspec.Meta(max_length=100)] = ()
+    body: Annotated[bytes, msgspec.Meta(max_length=MAX_REVIEWED_ANSWER)] = b""
+    truncated: bool = False
+
+
+class ReviewView(Message, frozen=True):
+    """A review as its workspace may see it: ``GET /v1/perimeter/reviews/{id}?workspace_id=…&wait=SECONDS``.
+
+    ``wait`` holds the answer back until the review is final or that many seconds (at most 30) have passed. Another workspace's
+    review is ``unknown_review``, as one that does not exist.
+    """
+
+    id: ReviewId
+    workspace_id: str
+    state: ReviewState
+    request_digest: Digest
+    opened_at: str
+    expires_at: str
+    approvals: int = 0
+    quorum: int = 1
+    detail: str = ""
+    answer: ReviewedAnswer | None = None
+
+
+class ClaimReview(Message, frozen=True):
+    """``POST /v1/perimeter/reviews/claim``: ask for one approved call of a workspace of this perimeter; ``wait`` as above.
+
+    The broker answers :class:`ClaimAnswer`. A claim is given once: the review is ``executing`` before the answer is sent.
+    """
+
+    wait: Annotated[int, msgspec.Meta(ge=0, le=30)] = 0
+
+
+class Claimed(Message, frozen=True):
+    """An approved call with the right to send it once. ``claim`` proves the right when the result is told; whoever is not
+    done by ``claim_ends_at`` has lost it, and the review is ``unknown``."""
+
+    id: ReviewId
+    claim: Secret
+    claim_ends_at: str
+    workspace_id: str
+    policy_digest: Digest
+    request_digest: Digest
+    call: ReviewedCall
+
+
+class ClaimAnswer(Message, frozen=True):
+    """``claimed`` is None when nothing is approved at the moment."""
+
+    claimed: Claimed | None = None
+
+
+class ReviewResult(Message, frozen=True):
+    """``POST /v1/perimeter/reviews/{id}/result``: how the one attempt ended.
+
+    ``done`` needs ``answer``; ``failed`` is said only when certainly nothing reached the far end; anything else is ``unknown``.
+    """
+
+    claim: Secret
+    outcome: Literal["done", "failed", "unknown"]
+    answer: ReviewedAnswer | None = None
+    detail: Annotated[str, msgspec.Meta(max_length=1024)] = ""
