@@ -180,6 +180,24 @@ def test_a_generation_that_root_changed_is_not_loaded_is_restored_and_reported(r
     assert rooted.show()["policy_digest"] == digest
 
 
+@pytest.mark.control("POL-02")
+def test_a_decision_service_that_starts_on_a_changed_generation_refuses_it(rooted: Workspace) -> None:
+    digest, seq = rooted.show()["policy_digest"], rooted.last_seq()
+    change = f"systemctl stop saw-policyd && {WIDEN.format(file=POLICY)} && systemctl restart saw-decide"
+    try:
+        assert rooted.root(change)[0] == 0
+        for url in (ITEMS, ADMIN):
+            status, body = rooted.call(url)
+            assert (status, body.get("layer"), body.get("reason")) == (403, "ring1", "not_released"), body
+            assert "policy.yaml was changed" in body["detail"]
+    finally:
+        rooted.root("systemctl start saw-policyd")
+    wait_until("an allowed call by the restored policy", lambda: rooted.call()[0] == 200, patience=90)
+    old_policy_decides(rooted)
+    wait_until("a finding", lambda: findings_since(rooted, seq, "generation_tampered"), patience=60, interval=2)
+    assert rooted.root("readlink /run/saw/generations/current")[1].strip() == rooted.show()["policy_digest"] == digest
+
+
 CHANGE_LAST_GOOD = """
 import base64, json, subprocess, sys
 path = sys.argv[1]

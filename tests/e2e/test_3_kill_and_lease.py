@@ -21,6 +21,8 @@ from conftest import run
 from vm_access import Workspace, facts, wait_until
 
 KILL_GOAL_S, KILL_BOUND_S = 2.0, 30.0
+STALE_AFTER_S, LONGEST_POLL_S = 90.0, 10.0
+"""After how long without the broker the gatekeeper refuses everything, and how long its question to the broker may last."""
 CURL = "curl -s -m 5 -w '\\n%{http_code}'"
 COMMANDS = {
     "api": f"{CURL} https://api.example.com/v1/items",
@@ -234,7 +236,10 @@ def test_a_kill_by_the_operator_refuses_everything_in_seconds(
     }
     figures["make kill: operator's call to its end"] = {"value": round(ended_after, 2), "unit": "s", "goal": None}
     assert refused_after < KILL_BOUND_S, f"{refused_after:.1f} s"
+    assert vm_processes(rooted) == []
     assert rooted.show()["state"] == "quarantined"
+    assert rooted.show()["lease_expires_at"] is None
+    assert set(thief.ask().values()) == {(403, "workspace_not_admitted")}, "neither heard nor admitted"
 
 
 @pytest.mark.control("LIF-02")
@@ -287,6 +292,68 @@ def lease_end(workspace: Workspace) -> float:
     """When the lease that the broker holds for the workspace ends (seconds since 1970; 0 when there is none)."""
     expires = workspace.show()["lease_expires_at"]
     return datetime.fromisoformat(str(expires)).timestamp() if expires else 0.0
+
+
+def lease_at_perimeter(workspace: Workspace) -> float:
+    """The same as the perimeter knows it, which needs no broker."""
+    read = (
+        "import json; state = json.load(open('/var/lib/saw/gatekeeper/state.json'))['state']; "
+        f"print(next(w['lease_expires_at'] for w in state['workspaces'] if w['id'] == '{workspace.id}'))"
+    )
+    return datetime.fromisoformat(workspace.host("edge", f'python3 -c "{read}"').strip()).timestamp()
+
+
+@pytest.mark.control("POL-05")
+def test_without_the_broker_calls_go_on_within_the_lease_and_not_beyond(rooted: Workspace) -> None:
+    kept = keep_identity(rooted)
+    log = "/home/agent/direct.log"
+    assert rooted.root(loop_of_calls(kept, log, 100))[0] == 0
+    caller = Caller(rooted, 900)
+    seen = rooted.last_seq("edge")
+    try:
+        wait_until("allowed calls", lambda: len(caller.allowed()) > 2, patience=60)
+        # Shortly before a renewal, so that the lease ends before the gatekeeper itself gives the broker up.
+        wait_until(
+            "the last third of a lease", lambda: 0 < lease_end(rooted) - time.time() < 72, patience=240, interval=0.5
+        )
+        rooted.host("control", "systemctl stop saw-broker")
+        stopped = time.time()
+        try:
+            end = lease_at_perimeter(rooted)
+            assert stopped < end < stopped + 120
+            until = min(end, stopped + STALE_AFTER_S - LONGEST_POLL_S)
+            wait_until(
+                "refusals after the end of the lease",
+                lambda: len([call for call in caller.refused(end) if call.reason]) > 5,
+                patience=end - time.time() + 90,
+                interval=0.2,
+            )
+        finally:
+            returned = time.time()
+            rooted.host("control", "systemctl start saw-broker")
+        calls = [call for call in caller.since(stopped) if call.at < returned]
+        wait_for_broker(rooted)
+        wait_until("an allowed call again", lambda: caller.allowed(returned), patience=180)
+    finally:
+        caller.close()
+    # 000: curl gave up waiting on a slow, emulated machine; such a call proves neither.
+    within, beyond = [c for c in calls if c.at < until - 3], [c for c in calls if c.at > end + 5]
+    assert len([call for call in within if call.status == "200"]) > 5, within
+    assert {call.status for call in within} <= {"200", "000"}, within
+    assert "403" in {call.status for call in beyond} <= {"403", "000"}, beyond
+    reasons = {call.reason for call in calls if call.status == "403"}
+    assert reasons <= {"lease_expired", "gatekeeper_stale", "no_identity"}, reasons
+    # The perimeter's own record of the same time, which it kept while the broker was away.
+    edge = [e["event"] | facts(e) for e in rooted.events("edge", seen)]
+    outage = [e for e in edge if stopped * 1000 < e["time"] < returned * 1000]
+    late = [e for e in outage if e["time"] >= end * 1000]
+    assert [e for e in outage if e.get("verdict") == "allow"]
+    assert [e for e in late if e.get("verdict") == "allow"] == []
+    assert {e.get("reason") for e in late} <= {"lease_expired", "gatekeeper_stale"}
+    assert late, "root's own calls, past ring 1, were asked and refused as well"
+    statuses = statuses_in(rooted.agent(f"cat {log}").stdout)
+    assert statuses[0] == "200"
+    assert "403" in statuses
 
 
 def refused_with(workspace: Workspace, code: str, since: int) -> bool:
