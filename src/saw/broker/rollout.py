@@ -240,13 +240,22 @@ def of_rollout(rollout: Row[Any]) -> Any:
 
 
 def earlier_content(connection: Connection, ring: str, blueprint: str, revision: int, raw: bytes) -> int | None:
-    """Return the revision before the last one whose content the bundle ``raw`` has again, or None: no way back."""
+    """Return the revision before the last one whose content the bundle ``raw`` has again, or None: no way back.
+
+    A release that was halted is nothing to go back to: its content counts as new, and is limited as such.
+    """
     where = (releases.c.ring == ring) & (releases.c.blueprint == blueprint) & (releases.c.revision < revision)
-    query = select(releases.c.revision, releases.c.bundle).where(where).order_by(releases.c.revision.desc())
+    query = (
+        select(releases.c.revision, releases.c.bundle, rollouts.c.state)
+        .select_from(releases.outerjoin(rollouts, _KEY))
+        .where(where)
+        .order_by(releases.c.revision.desc())
+    )
     members = describe(raw)[1].members
     for place, row in enumerate(connection.execute(query)):
-        if describe(row.bundle)[1].members == members:
-            return int(row.revision) if place else None
+        if describe(row.bundle)[1].members != members or (place and row.state == Course.HALTED):
+            continue
+        return int(row.revision) if place else None
     return None
 
 

@@ -580,6 +580,21 @@ def test_waves_go_on_when_the_one_before_has_loaded(ring):
     assert world.view().all_loaded
 
 
+@pytest.mark.control("LIF-03")
+def test_content_that_was_halted_is_no_earlier_content_when_it_comes_again(ring):
+    world = ring(first_wave=1)
+    world.say("a", "refused", world.digests[2], "validate_failed")
+    assert world.view().state == "halted"
+    world.publish(3, content=1)
+    assert [world.given(name) for name in "abc"] == [world.digests[3]] * 3
+    world.publish(4, content=2)
+    assert (world.view().revision, world.view().returns_to) == (4, None)
+    assert [world.given(name) for name in "abc"] == [world.digests[4], world.digests[3], world.digests[3]]
+    world.publish(5, content=1)
+    assert world.view().returns_to == 3, "what was not halted is"
+    assert [world.given(name) for name in "abc"] == [world.digests[5]] * 3
+
+
 def test_a_wave_that_refuses_spares_the_rest(ring):
     world = ring(first_wave=1)
     world.say("a", "refused", world.digests[2], "validate_failed")
