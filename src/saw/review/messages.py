@@ -102,7 +102,8 @@ class ClaimReview(Message, frozen=True):
 
 class Claimed(Message, frozen=True):
     """An approved call with the right to send it once. ``claim`` proves the right when the result is told; whoever is not
-    done by ``claim_ends_at`` has lost it, and the review is ``unknown``."""
+    done by ``claim_ends_at`` has lost it, and the review is ``unknown``. ``binary`` is that of :class:`OpenReview`: policy
+    judges the call again before it is sent."""
 
     id: ReviewId
     claim: Secret
@@ -111,6 +112,7 @@ class Claimed(Message, frozen=True):
     policy_digest: Digest
     request_digest: Digest
     call: ReviewedCall
+    binary: Annotated[str, msgspec.Meta(max_length=4096)] = ""
 
 
 class ClaimAnswer(Message, frozen=True):
