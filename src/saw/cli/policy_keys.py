@@ -11,6 +11,7 @@ from typing import Any
 from saw.cli.answers import Add, Answer, read_file
 from saw.cli.policy_signing import add_signing, owed_json, owed_text, present, signers_of
 from saw.errors import ConfigError
+from saw.files import write_atomic
 from saw.policy import tuf_ceremony as ceremonies
 from saw.policy.errors import KeyFileError
 from saw.policy.keys import PublicKey, create_key, key_id, load_public_key, read_passphrase
@@ -94,6 +95,16 @@ def _begun(options: argparse.Namespace, draft: Draft) -> Answer:
     }
     done = f"{options.out}: {draft.note.subject} is complete; hand it over with saw policy publish {options.out}"
     return result, owed_text(left, done), 0
+
+
+def online(options: argparse.Namespace) -> Answer:
+    """Write the broker's online public key, which a root gives the roles snapshot and timestamp to."""
+    from saw.broker.client import OperatorClient
+
+    pem = str(OperatorClient.from_context(options.context).request("GET", "/v1/policy/state")["online_key_pem"])
+    write_atomic(options.out, pem)
+    identifier = key_id(load_public_key(options.out))
+    return {"ok": True, "out": options.out, "key_id": identifier}, f"{options.out}  {identifier}", 0
 
 
 def rotate(options: argparse.Namespace) -> Answer:
@@ -183,6 +194,10 @@ def register(add: Add) -> None:
     sub.add_argument("--root", help="root.json")
     sub.add_argument("--repository", help="officers' copy of the repository; tells the rings' officers too")
     sub.add_argument("--dir", help="folder of .pub files whose names are shown")
+
+    sub = add("online", online, "write the broker's online public key, which init-repo and ceremonies need", group)
+    sub.add_argument("--out", required=True, help="file to write")
+    sub.add_argument("--context", help="context file of the broker (default: SAW_CONTEXT)")
 
     sub = add("rotate", rotate, "make the next root: officers, threshold, online key, or another year", group)
     _change_options(sub)

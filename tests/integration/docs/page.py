@@ -45,18 +45,28 @@ def lacks(shown: str, printed: str) -> bool:
 
 
 def run_page(
-    name: str, folder: Path, environment: Mapping[str, str], read: Callable[[str], Mapping[str, str]] = lambda _: {}
+    name: str,
+    folder: Path,
+    environment: Mapping[str, str],
+    read: Callable[[str], Mapping[str, str]] = lambda _: {},
+    places: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Run every block of the page ``name`` in ``folder``; return what each printed.
 
-    ``read`` is the reader: from what a block printed, variables that the next ones use.
+    ``read`` is the reader: from what a block printed, variables that the next ones use. ``places`` says where directories of
+    a real host lie here. Blocks that begin with a comment alone (``# name``) are parts of files and have tests of their own.
     """
     page = (ROOT / name).read_text(encoding="utf-8")
     printed: list[str] = []
     told = {**os.environ, **environment}
     for block in blocks(page):
+        if re.match(r"(#!/bin/sh\n)?# [a-z-]+\n", block.text):
+            continue
+        text = block.text
+        for place, here in (places or {}).items():
+            text = text.replace(place, here)
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block.text],
+            ["bash", "-euo", "pipefail", "-c", text],
             cwd=folder,
             env=told,
             capture_output=True,
