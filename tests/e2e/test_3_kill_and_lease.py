@@ -23,7 +23,8 @@ from vm_access import Workspace, facts, wait_until
 KILL_GOAL_S, KILL_BOUND_S = 2.0, 30.0
 STALE_AFTER_S, LONGEST_POLL_S = 90.0, 10.0
 """After how long without the broker the gatekeeper refuses everything, and how long its question to the broker may last."""
-CURL = "curl -s -m 5 -w '\\n%{http_code}'"
+CURL = "curl -s -m 5 -w '\\n%{http_code}:%{http_connect}'"
+"""Without a lease, ring 1 already refuses the way in (CONNECT), and then there is no other status."""
 COMMANDS = {
     "api": f"{CURL} https://api.example.com/v1/items",
     "git": "git -c http.lowSpeedLimit=1 -c http.lowSpeedTime=5 ls-remote -q https://git.example.com/team/project.git main "
@@ -37,7 +38,7 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Seen:
-    """One call: when its result came here (seconds since 1970), its status, and the reason of a refusal."""
+    """One call: when its result came here (seconds since 1970), its status (000: no answer), and the reason of a refusal."""
 
     at: float
     status: str
@@ -61,7 +62,9 @@ class Caller:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            text, _, status = line.strip().rpartition(" ")
+            text, _, told = line.strip().rpartition(" ")
+            code, _, connect = told.partition(":")
+            status = "403" if (code, connect) == ("000", "403") else code
             try:
                 reason = str(json.loads(text).get("reason", ""))
             except (ValueError, AttributeError):
@@ -77,8 +80,8 @@ class Caller:
         return [call for call in self.since(moment) if call.status == "200"]
 
     def refused(self, moment: float = 0.0) -> list[Seen]:
-        """The calls after ``moment`` that were not allowed."""
-        return [call for call in self.since(moment) if call.status != "200"]
+        """The refused calls after ``moment``; one without any answer is none, on a busy machine."""
+        return [call for call in self.since(moment) if call.status.endswith("403")]
 
     def ended(self) -> bool:
         """Whether the session itself has ended."""
@@ -324,7 +327,7 @@ def test_without_the_broker_calls_go_on_within_the_lease_and_not_beyond(rooted: 
             until = min(end, stopped + STALE_AFTER_S - LONGEST_POLL_S)
             wait_until(
                 "refusals after the end of the lease",
-                lambda: len([call for call in caller.refused(end) if call.reason]) > 5,
+                lambda: len(caller.refused(end)) > 5,
                 patience=end - time.time() + 90,
                 interval=0.2,
             )
@@ -342,7 +345,7 @@ def test_without_the_broker_calls_go_on_within_the_lease_and_not_beyond(rooted: 
     assert {call.status for call in within} <= {"200", "000"}, within
     assert "403" in {call.status for call in beyond} <= {"403", "000"}, beyond
     reasons = {call.reason for call in calls if call.status == "403"}
-    assert reasons <= {"lease_expired", "gatekeeper_stale", "no_identity"}, reasons
+    assert reasons <= {"", "lease_expired", "gatekeeper_stale", "no_identity"}, reasons
     # The perimeter's own record of the same time, which it kept while the broker was away.
     edge = [e["event"] | facts(e) for e in rooted.events("edge", seen)]
     outage = [e for e in edge if stopped * 1000 < e["time"] < returned * 1000]
