@@ -38,6 +38,7 @@ from saw.broker.peer import SCOPE_KEY, Peer
 from saw.broker.perimeter import Report, Shipment
 from saw.broker.registry import CreateWorkspace, Kill, RecordEk, Reprovision, Step
 from saw.broker.releases import Publication, TrustRoot
+from saw.broker.review_routes import operator_review_routes, perimeter_review_routes
 from saw.broker.rollout_routes import operator_rollout_routes
 from saw.broker.wake import PERIMETER
 from saw.errors import SawError
@@ -107,6 +108,7 @@ def operator_app(broker: Broker) -> Starlette:
             route("/v1/policy/rings", "GET", without_body(lambda _c, _r: releases.rings())),
             *operator_rollout_routes(broker, route),
             *operator_delegation_routes(broker, route),
+            *operator_review_routes(broker, route),
             route(
                 "/v1/images",
                 "PUT",
@@ -213,6 +215,7 @@ def public_app(broker: Broker) -> Starlette:
                 with_body(Renewal, lambda c, b, _r: broker.certificates.renew(c, b)),
                 perimeter,
             ),
+            *perimeter_review_routes(broker, lambda path, method, handler: route(path, method, handler, perimeter)),
             Mount("/tuf/metadata", StaticFiles(directory=tuf / "metadata", check_dir=False)),
             Mount("/tuf/targets", StaticFiles(directory=tuf / "targets", check_dir=False)),
         ],

@@ -21,6 +21,10 @@ from saw.broker.perimeter import Views
 from saw.broker.registry import Registry
 from saw.broker.releases import Releases
 from saw.broker.repository import OnlineKey, Repository
+from saw.broker.review_decisions import Decisions
+from saw.broker.review_vault import Vault
+from saw.broker.reviewers import Reviewers
+from saw.broker.reviews import Reviews
 from saw.broker.rollout_control import Rollouts
 from saw.broker.rollout_views import RolloutViews
 from saw.broker.store import Store
@@ -52,6 +56,9 @@ class Broker:
     rollout_views: RolloutViews
     certificates: Certificates
     delegations: Delegations
+    reviewers: Reviewers
+    reviews: Reviews
+    decisions: Decisions
     views: Views
     trail: Trail
 
@@ -67,6 +74,7 @@ class Broker:
         services = Services(config, store, clock, random, events)
         repository = Repository(config.tuf_dir, online, config.tuf.timestamp_ttl_s)
         registry = Registry(services)
+        vault = Vault.load(config, random)
         releases = Releases(services, repository)
         rollouts = Rollouts(services, repository, releases)
         broker = cls(
@@ -84,6 +92,9 @@ class Broker:
             rollout_views=RolloutViews(services),
             certificates=Certificates(services, authority, ssh, RING2_NAME),
             delegations=Delegations(services),
+            reviewers=Reviewers(services),
+            reviews=Reviews(services, vault),
+            decisions=Decisions(services, vault),
             views=Views(services, releases, rollouts),
             trail=Trail(services),
         )

@@ -15,6 +15,7 @@ from saw.broker.context import Caller, Services
 from saw.broker.errors import ConflictError, ForbiddenError, MalformedError, NotFoundError
 from saw.broker.images import admit, find_image
 from saw.broker.lifecycle import State, check_step, parse_state
+from saw.broker.review_states import Moves
 from saw.broker.schema import agents, workspaces
 from saw.broker.store import Transaction
 from saw.errors import SawError
@@ -70,6 +71,7 @@ class Registry:
 
     def __init__(self, services: Services) -> None:
         self._s = services
+        self._reviews = Moves(services)
         self._candidate_rings = frozenset(services.config.image.candidate_rings)
 
     def create(self, caller: Caller, wanted: CreateWorkspace) -> dict[str, Any]:
@@ -269,6 +271,7 @@ class Registry:
                 detail={"from": row.state, "to": str(to)},
             )
         )
+        self._reviews.cancel_all(tx, caller, row.id, reason)
         tx.touch(row.id)
 
     @staticmethod

@@ -253,3 +253,85 @@ delegations = Table(
     Column("revoked_at", String(32)),
     Column("revoked_reason", Text),
 )
+
+#: People who may decide on reviews (:mod:`saw.broker.reviewers`). A name and a key are never used again.
+reviewers = Table(
+    "reviewers",
+    metadata,
+    Column("name", String(256), primary_key=True),
+    Column("groups", Text, nullable=False),
+    Column("public_key", Text, nullable=False),
+    Column("key_id", String(64), nullable=False),
+    Column("key_sha256", String(64), nullable=False, unique=True),
+    Column("state", String(32), nullable=False),
+    Column("added_by", String(256), nullable=False),
+    Column("added_at", String(32), nullable=False),
+    Column("retired_by", String(256)),
+    Column("retired_at", String(32)),
+    Column("retired_reason", Text),
+)
+
+#: Calls that wait for people, or did (:mod:`saw.broker.reviews`). ``call`` and ``answer`` are encrypted; the path has no query.
+reviews = Table(
+    "reviews",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("workspace_id", String(64), nullable=False, index=True),
+    Column("agent_id", String(64), nullable=False),
+    Column("sponsor", String(256), nullable=False),
+    Column("perimeter", String(256), nullable=False),
+    Column("policy_digest", String(64), nullable=False),
+    Column("request_digest", String(64), nullable=False, index=True),
+    Column("group_name", String(256), nullable=False),
+    Column("quorum", Integer, nullable=False),
+    Column("rule", String(256), nullable=False),
+    Column("delegation", String(64), nullable=False),
+    Column("binary", Text, nullable=False),
+    Column("request_id", String(64), nullable=False),
+    Column("method", String(32), nullable=False),
+    Column("scheme", String(8), nullable=False),
+    Column("host", String(256), nullable=False),
+    Column("port", Integer, nullable=False),
+    Column("path", Text, nullable=False),
+    Column("call", LargeBinary),
+    Column("held_bytes", Integer, nullable=False),
+    Column("state", String(32), nullable=False, index=True),
+    Column("detail", Text, nullable=False),
+    Column("opened_at", String(32), nullable=False),
+    Column("expires_at", String(32), nullable=False),
+    Column("approved_at", String(32)),
+    Column("claimed_at", String(32)),
+    Column("claim_sha256", String(64)),
+    Column("claim_ends_at", String(32)),
+    Column("ended_at", String(32)),
+    Column("answer", LargeBinary),
+    Column("answer_status", Integer),
+    Column("answer_sha256", String(64)),
+)
+
+#: What reviewers signed, in order; ``public_key`` is the key that counted then.
+review_decisions = Table(
+    "review_decisions",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("review_id", String(64), nullable=False, index=True),
+    Column("approver", String(256), nullable=False),
+    Column("decision", String(32), nullable=False),
+    Column("statement", Text, nullable=False),
+    Column("signature", Text, nullable=False),
+    Column("public_key", Text, nullable=False),
+    Column("key_sha256", String(64), nullable=False),
+    Column("not_after", String(32), nullable=False),
+    Column("decided_by", String(256), nullable=False),
+    Column("decided_at", String(32), nullable=False),
+)
+
+#: The one nonce that an approver holds for a review; it is deleted when it is used.
+review_nonces = Table(
+    "review_nonces",
+    metadata,
+    Column("review_id", String(64), primary_key=True),
+    Column("approver", String(256), primary_key=True),
+    Column("nonce", String(64), nullable=False),
+    Column("expires_at", String(32), nullable=False),
+)

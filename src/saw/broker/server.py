@@ -164,7 +164,7 @@ async def _upkeep(broker: Broker, context: ssl.SSLContext, clock: Clock) -> None
 
 
 def upkeep_once(broker: Broker, context: ssl.SSLContext, clock: Clock) -> None:
-    """Renew what ends soon (new handshakes use a new certificate at once), and judge rollouts by the time that passed."""
+    """Renew what ends soon (new handshakes use a new certificate at once), judge rollouts and reviews by the time that passed."""
     if renew_server_certificate(broker.config, broker.authority, clock()):
         context.load_cert_chain(server_files(broker.config)[0])
         logger.info("server certificate renewed")
@@ -172,3 +172,4 @@ def upkeep_once(broker: Broker, context: ssl.SSLContext, clock: Clock) -> None:
         logger.info("signer of statements renewed")
     broker.repository.refresh(clock())
     broker.rollouts.tick()
+    broker.reviews.tick()

@@ -8,6 +8,7 @@ from pathlib import Path
 from cryptography import x509
 
 from saw.broker.config import BrokerConfig
+from saw.broker.review_vault import make_vault_key
 from saw.broker.store import Store
 from saw.broker.wake import Waker
 from saw.errors import ConfigError
@@ -56,6 +57,8 @@ def initialise(config: BrokerConfig, now: datetime) -> list[str]:
         made.append("server certificate")
     if renew_signer(config, authority, now):
         made.append("signer of statements")
+    if make_vault_key(config):
+        made.append("key of reviewed calls")
     return made
 
 

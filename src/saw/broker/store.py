@@ -52,6 +52,10 @@ class Transaction:
         self.woken |= {PERIMETER, *workspace_ids}
         return int(row.seq)
 
+    def wake(self, *keys: str) -> None:
+        """Wake those who wait for ``keys`` when the transaction has succeeded; perimeters' state stays as it is."""
+        self.woken |= set(keys)
+
 
 class Store:
     """The database behind two doors: :meth:`read` and :meth:`write`."""

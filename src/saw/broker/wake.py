@@ -35,6 +35,11 @@ class Waker:
             keys = list(self._waiters)
         self.wake(keys)
 
+    @property
+    def closed(self) -> bool:
+        """Whether nobody waits any more: a poll returns at once."""
+        return self._closed
+
     async def poll(self, key: str, read: Callable[[], Awaitable[T]], changed: Callable[[T], bool], wait_s: float) -> T:
         """Return ``read()`` as soon as ``changed`` holds for it, or as it is after ``wait_s`` seconds.
 
