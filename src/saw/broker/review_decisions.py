@@ -37,8 +37,8 @@ from saw.review.statement import (
 
 NONCE_FOR = timedelta(minutes=10)
 """How long a reviewer has from taking a nonce to handing in the signed decision."""
-MAX_DECISIONS = 32
-"""Most decisions that are kept of one review."""
+MAX_DECISIONS = 20
+"""Most decisions that are kept of one review; so many fit into a receipt."""
 _HIDDEN = frozenset({"claim_sha256", "held_bytes"})
 
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]

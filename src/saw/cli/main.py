@@ -21,6 +21,7 @@ AREAS: dict[str, tuple[str, str]] = {
     "workspace": ("saw.cli.workspace", "list, create, stop, start, kill and destroy workspaces; bootstrap (in the VM)"),
     "ssh": ("saw.cli.ssh", "attach to a workspace with a certificate of minutes"),
     "delegation": ("saw.cli.delegation", "hand tasks to agents, take them back, verify a signed delegation"),
+    "review": ("saw.cli.review", "look at calls that wait for people, decide under a key, verify receipts"),
     "audit": ("saw.cli.audit", "read and verify the audit trail"),
     "image": ("saw.cli.image", "golden image records"),
     "lab": ("saw.cli.lab", "the embedded default: from an empty machine to a governed workspace"),

@@ -96,6 +96,8 @@ def parse_statement(raw: bytes) -> ReviewStatement:
         raise StatementRefused(f"the statement is not valid: {error}", cure="sign what saw review shows") from error
     if not hmac.compare_digest(canonical, raw):
         raise StatementRefused("the statement is not in canonical form", cure="write it by RFC 8785, every field")
+    if not statement.comment.isprintable():
+        raise StatementRefused("the comment has characters that are not printable", cure="write one line of text")
     return statement
 
 

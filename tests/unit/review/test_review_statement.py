@@ -102,6 +102,7 @@ def test_the_bare_bytes_signed_as_something_else_do_not_count() -> None:
         lambda raw: raw.replace(b',"comment":"looked at it"', b"").replace(b'"comment":"looked at it",', b""),
         lambda raw: raw.replace(b"saw-review-statement/1", b"saw-review-statement/2"),
         lambda raw: raw.replace(b"looked", b"l" * 9000),
+        lambda raw: raw.replace(b"looked", b"looked\\n"),
     ],
 )
 def test_only_the_one_canonical_form_is_read(change) -> None:

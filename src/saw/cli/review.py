@@ -1,0 +1,275 @@
+"""``saw review``: look at calls that wait for people, approve or deny them under one's own key, keep and verify receipts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import msgspec
+
+from saw.cli.answers import read_file
+from saw.cli.operator_options import add_options, fields, show, table
+from saw.errors import SawError
+from saw.files import write_atomic
+
+_COLUMNS = ("id", "state", "workspace_id", "method", "host", "path", "group", "quorum", "approved_by", "expires_at")
+_REVIEWERS = ("name", "state", "groups", "key_sha256", "added_at", "retired_reason")
+_BRIEF = (
+    "id",
+    "state",
+    "detail",
+    "workspace_id",
+    "agent_id",
+    "sponsor",
+    "policy_digest",
+    "rule",
+    "delegation",
+    "binary",
+    "group",
+    "quorum",
+    "approved_by",
+    "opened_at",
+    "expires_at",
+    "claimed_at",
+    "ended_at",
+    "answer_status",
+)
+
+
+class NotConfirmed(SawError):
+    """A decision was not confirmed by whoever asked for it."""
+
+    code = "not_confirmed"
+
+
+class ShownOtherwise(SawError):
+    """What the broker says of a call is not what this machine makes of the same bytes."""
+
+    code = "rendering_differs"
+
+
+class NoReviewer(SawError):
+    """The key belongs to no active reviewer."""
+
+    code = "not_a_reviewer"
+
+
+def main(argv: list[str]) -> int:
+    """Run one ``saw review`` command."""
+    options = _parser().parse_args(argv)
+    if options.command == "verify":
+        return _verify(options)
+    from saw.broker.client import OperatorClient
+
+    client = OperatorClient.from_context(options.context)
+    with client.session():
+        return int(options.run(client, options))
+
+
+def _list(client: Any, options: argparse.Namespace) -> int:
+    wanted = {"state": options.state, "workspace_id": options.workspace}
+    query = urlencode({name: value for name, value in wanted.items() if value})
+    answer = client.request("GET", f"/v1/reviews{'?' if query else ''}{query}")
+    show(answer, table(answer["reviews"], _COLUMNS), as_json=options.json)
+    return 0
+
+
+def _show(client: Any, options: argparse.Namespace) -> int:
+    answer = client.request("GET", _path(options.id))
+    if options.body:
+        _, call = _fetch(client, answer)
+        write_atomic(options.body, call.body, mode=0o600)
+    show(answer, _text(answer), as_json=options.json)
+    return 0
+
+
+def _decide(client: Any, options: argparse.Namespace) -> int:
+    """Show the call, ask, sign, hand in. What is shown and digested is made on this machine from the call's bytes."""
+    from saw.policy.keys import key_id, read_passphrase
+    from saw.policy.signers import open_signer
+    from saw.review.statement import ReviewStatement, encode_statement, render_digest, request_digest, sign_review
+
+    signer = open_signer(options.key, read_passphrase(options.passphrase_file))
+    mine = key_id(signer.public_key())
+    people = client.request("GET", "/v1/reviewers")["reviewers"]
+    name = next((one["name"] for one in people if one["key_id"] == mine and one["state"] == "active"), None)
+    if name is None:
+        raise NoReviewer(f"the key {mine[:16]}… is no active reviewer's", cure="saw review reviewer add registers one")
+    found = client.request("GET", _path(options.id))
+    rendering, call = _fetch(client, found)
+    print(_text({**found, "rendering": rendering}), file=sys.stderr if options.json else sys.stdout, flush=True)
+    _confirm(options, found["id"])
+    nonce = client.request("POST", f"{_path(options.id)}/nonce", {"approver": name})["nonce"]
+    statement = ReviewStatement(
+        review=found["id"],
+        request_digest=request_digest(found["workspace_id"], call),
+        render_digest=render_digest(rendering),
+        policy_digest=found["policy_digest"],
+        decision=options.command,
+        approver=name,
+        nonce=nonce,
+        not_after=found["expires_at"],
+        comment=options.comment,
+    )
+    body = {"statement": encode_statement(statement).decode(), "signature": sign_review(statement, signer)}
+    answer = client.request("POST", f"{_path(options.id)}/decide", body)
+    text = f"{answer['id']} is {answer['state']}; approved by {', '.join(answer['approved_by']) or 'nobody yet'}"
+    show(answer, text, as_json=options.json)
+    return 0
+
+
+def _cancel(client: Any, options: argparse.Namespace) -> int:
+    answer = client.request("POST", f"{_path(options.id)}/cancel", {"reason": options.reason})
+    show(answer, fields({name: answer[name] for name in ("id", "state", "detail", "changed")}), as_json=options.json)
+    return 0
+
+
+def _receipt(client: Any, options: argparse.Namespace) -> int:
+    answer = client.request("GET", f"{_path(options.id)}/receipt")
+    if options.out:
+        write_atomic(options.out, answer["receipt"] + "\n")
+    show(answer, f"written to {options.out}" if options.out else answer["receipt"], as_json=options.json)
+    return 0
+
+
+def _reviewer_add(client: Any, options: argparse.Namespace) -> int:
+    body = {"groups": options.group, "public_key": read_file(options.key).decode("ascii", "replace")}
+    answer = client.request("PUT", f"/v1/reviewers/{quote(options.name, safe='')}", body)
+    show(answer, fields({name: answer[name] for name in (*_REVIEWERS, "changed")}), as_json=options.json)
+    return 0
+
+
+def _reviewer_list(client: Any, options: argparse.Namespace) -> int:
+    answer = client.request("GET", "/v1/reviewers")
+    show(answer, table(answer["reviewers"], _REVIEWERS), as_json=options.json)
+    return 0
+
+
+def _reviewer_retire(client: Any, options: argparse.Namespace) -> int:
+    path = f"/v1/reviewers/{quote(options.name, safe='')}/retire"
+    answer = client.request("POST", path, {"reason": options.reason})
+    show(answer, fields({name: answer[name] for name in (*_REVIEWERS, "changed")}), as_json=options.json)
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    """Check a receipt without the broker; ``--ca`` is the certificate of its authority."""
+    from saw.review.receipt import verify_receipt
+
+    token = read_file(options.file).decode("ascii", "replace").strip()
+    if token.startswith("{"):
+        try:
+            token = str(msgspec.json.decode(token).get("receipt", ""))
+        except msgspec.DecodeError as error:
+            raise SawError(f"{options.file} holds no receipt", cure="give what saw review receipt printed") from error
+    found = verify_receipt(token, read_file(options.ca))
+    decisions = [
+        {
+            "approver": one.said.approver,
+            "decision": one.said.decision,
+            "decided_at": one.decided_at,
+            "key_sha256": one.key_sha256,
+            "comment": one.said.comment,
+        }
+        for one in found.decisions
+    ]
+    plain = msgspec.to_builtins(found.receipt)
+    answer = {**plain, "decisions": decisions, "signer": found.signer}
+    text = "\n".join(
+        [
+            fields({name: value for name, value in answer.items() if name != "decisions"}),
+            "",
+            table(decisions, ("approver", "decision", "decided_at", "key_sha256", "comment")),
+        ]
+    )
+    show(answer, text, as_json=options.json)
+    return 0
+
+
+def _path(identifier: str) -> str:
+    return f"/v1/reviews/{quote(identifier, safe='')}"
+
+
+def _fetch(client: Any, found: dict[str, Any]) -> tuple[str, Any]:
+    """Return the rendering and the call, both from the call's exact bytes; they must be what the broker says."""
+    from saw.review.messages import ReviewedCall
+    from saw.review.render import render
+    from saw.review.statement import request_digest
+
+    raw = client.request("GET", f"{_path(found['id'])}/call")
+    call = msgspec.convert(raw["call"], ReviewedCall)
+    rendering = render(found["workspace_id"], call)
+    if request_digest(found["workspace_id"], call) != found["request_digest"] or rendering != found["rendering"]:
+        raise ShownOtherwise(
+            f"this machine and the broker show {found['id']} differently",
+            cure="use the version of saw that the broker has",
+        )
+    return rendering, call
+
+
+def _confirm(options: argparse.Namespace, identifier: str) -> None:
+    if options.yes:
+        return
+    if not sys.stdin.isatty():
+        raise NotConfirmed(f"nobody is there to {options.command} {identifier}", cure="look at it, then add --yes")
+    print(f"type the id of the review to {options.command} it: ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip() != identifier:
+        raise NotConfirmed(f"{identifier} is as it was", cure="type its whole id")
+
+
+def _text(answer: dict[str, Any]) -> str:
+    lines = [fields({name: answer[name] for name in _BRIEF if answer.get(name)}), ""]
+    if answer["rendering"] is not None:
+        lines.append(answer["rendering"])
+    else:
+        lines.append("the bytes of the call are no longer kept")
+    if answer["decisions"]:
+        lines.append(table(answer["decisions"], ("approver", "decision", "decided_at", "comment")))
+    return "\n".join(lines).rstrip("\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="saw review", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(group: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = group.add_parser(name, help=text)
+        add_options(command)
+        command.set_defaults(run=run)
+        return command
+
+    listing = add(commands, "list", _list, "list reviews, newest first")
+    listing.add_argument("--state", help="only those in this state, such as pending")
+    listing.add_argument("--workspace", help="only those of this workspace")
+    one = add(commands, "show", _show, "show one review: the call, the decisions, how it ended")
+    one.add_argument("id", help="review id")
+    one.add_argument("--body", metavar="FILE", help="write the exact body of the call to this file")
+    for name, text in (("approve", "let a call be sent, once"), ("deny", "end a call that waits")):
+        decide = add(commands, name, _decide, text)
+        decide.add_argument("id", help="review id")
+        decide.add_argument("--key", required=True, help="your private key file, or exec:/path/to/program that signs")
+        decide.add_argument("--passphrase-file", help="file with the passphrase of the key")
+        decide.add_argument("--comment", default="", help="why, at most 256 characters; it is signed and kept")
+        decide.add_argument("--yes", action="store_true", help="do not ask; you have looked at it")
+    cancel = add(commands, "cancel", _cancel, "end a review without a decision")
+    cancel.add_argument("id", help="review id")
+    cancel.add_argument("--reason", required=True, help="why; it is audited")
+    receipt = add(commands, "receipt", _receipt, "print the broker's signed receipt of a review that has ended")
+    receipt.add_argument("id", help="review id")
+    receipt.add_argument("--out", metavar="FILE", help="write it to this file")
+    verify = commands.add_parser("verify", help="check a receipt, and every signature in it, without the broker")
+    verify.add_argument("file", help="the receipt, or the JSON of `saw review receipt --json`")
+    verify.add_argument("--ca", required=True, help="certificate of the broker's authority (PEM)")
+    verify.add_argument("--json", action="store_true", help="print JSON")
+    people = commands.add_parser("reviewer", help="who may decide").add_subparsers(dest="step", required=True)
+    person = add(people, "add", _reviewer_add, "register somebody, or change the groups")
+    person.add_argument("name", help="the person's name, as in the sponsor of a workspace, such as ada@example.com")
+    person.add_argument("--group", action="append", required=True, help="a group of the policy; may be given again")
+    person.add_argument("--key", required=True, metavar="FILE", help="the person's public key (PEM)")
+    add(people, "list", _reviewer_list, "list reviewers, the retired ones too")
+    retire = add(people, "retire", _reviewer_retire, "end somebody's say, also where it was not used yet")
+    retire.add_argument("name", help="the person's name")
+    retire.add_argument("--reason", required=True, help="why; it is audited")
+    return parser
