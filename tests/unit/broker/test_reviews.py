@@ -26,7 +26,7 @@ from saw.errors import ConfigError
 from saw.policy.delegation import Resource
 from saw.policy.keys import public_pem
 from saw.review.messages import ReviewResult
-from saw.review.statement import request_digest
+from saw.review.statement import encode_statement, request_digest, sign_review
 
 
 @pytest.fixture
@@ -387,6 +387,22 @@ def test_rows_that_somebody_wrote_into_the_database_are_no_approval(world: World
         for name, statement in (("ben", row["statement"]), ("cleo", msgspec.json.encode(said).decode())):
             values = {**row, "id": None, "review_id": identifier, "approver": name, "statement": statement}
             tx.connection.execute(review_decisions.insert().values(values))
+    tamper(world, identifier, state="approved", approved_at=iso(world.now))
+    assert world.claim().id == good
+    assert world.claim() is None
+    assert world.view(identifier).state == "pending"
+
+
+@pytest.mark.control("REV-02")
+def test_a_sponsors_approval_does_not_count_however_it_got_there(world: World) -> None:
+    identifier, good = world.open(b"by ada").id, world.approved()
+    said = world.statement(identifier, "ada")
+    values = {"statement": encode_statement(said).decode(), "signature": sign_review(said, world.keys["ada"])}
+    with world.broker.services.store.write() as tx:
+        row = tx.connection.execute(review_decisions.select()).first()._mapping
+        tx.connection.execute(
+            review_decisions.insert().values({**row, "id": None, "review_id": identifier, "approver": "ada", **values})
+        )
     tamper(world, identifier, state="approved", approved_at=iso(world.now))
     assert world.claim().id == good
     assert world.claim() is None
