@@ -44,18 +44,6 @@ class NotConfirmed(SawError):
     code = "not_confirmed"
 
 
-class ShownOtherwise(SawError):
-    """What the broker says of a call is not what this machine makes of the same bytes."""
-
-    code = "rendering_differs"
-
-
-class NoReviewer(SawError):
-    """The key belongs to no active reviewer."""
-
-    code = "not_a_reviewer"
-
-
 def main(argv: list[str]) -> int:
     """Run one ``saw review`` command."""
     options = _parser().parse_args(argv)
@@ -79,42 +67,27 @@ def _list(client: Any, options: argparse.Namespace) -> int:
 def _show(client: Any, options: argparse.Namespace) -> int:
     answer = client.request("GET", _path(options.id))
     if options.body:
-        _, call = _fetch(client, answer)
-        write_atomic(options.body, call.body, mode=0o600)
+        from saw.review.decide import look
+
+        write_atomic(options.body, look(client, options.id).call.body, mode=0o600)
     show(answer, _text(answer), as_json=options.json)
     return 0
 
 
 def _decide(client: Any, options: argparse.Namespace) -> int:
     """Show the call, ask, sign, hand in. What is shown and digested is made on this machine from the call's bytes."""
-    from saw.policy.keys import key_id, read_passphrase
+    from saw.policy.keys import read_passphrase
     from saw.policy.signers import open_signer
-    from saw.review.statement import ReviewStatement, encode_statement, render_digest, request_digest, sign_review
+    from saw.review.decide import decide, look, reviewer_of
 
     signer = open_signer(options.key, read_passphrase(options.passphrase_file))
-    mine = key_id(signer.public_key())
-    people = client.request("GET", "/v1/reviewers")["reviewers"]
-    name = next((one["name"] for one in people if one["key_id"] == mine and one["state"] == "active"), None)
-    if name is None:
-        raise NoReviewer(f"the key {mine[:16]}… is no active reviewer's", cure="saw review reviewer add registers one")
-    found = client.request("GET", _path(options.id))
-    rendering, call = _fetch(client, found)
-    print(_text({**found, "rendering": rendering}), file=sys.stderr if options.json else sys.stdout, flush=True)
-    _confirm(options, found["id"])
-    nonce = client.request("POST", f"{_path(options.id)}/nonce", {"approver": name})["nonce"]
-    statement = ReviewStatement(
-        review=found["id"],
-        request_digest=request_digest(found["workspace_id"], call),
-        render_digest=render_digest(rendering),
-        policy_digest=found["policy_digest"],
-        decision=options.command,
-        approver=name,
-        nonce=nonce,
-        not_after=found["expires_at"],
-        comment=options.comment,
+    reviewer_of(client, signer)
+    seen = look(client, options.id)
+    print(
+        _text({**seen.told, "rendering": seen.rendering}), file=sys.stderr if options.json else sys.stdout, flush=True
     )
-    body = {"statement": encode_statement(statement).decode(), "signature": sign_review(statement, signer)}
-    answer = client.request("POST", f"{_path(options.id)}/decide", body)
+    _confirm(options, seen.told["id"])
+    answer = decide(client, seen, signer, options.command, options.comment)
     text = f"{answer['id']} is {answer['state']}; approved by {', '.join(answer['approved_by']) or 'nobody yet'}"
     show(answer, text, as_json=options.json)
     return 0
@@ -190,23 +163,6 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _path(identifier: str) -> str:
     return f"/v1/reviews/{quote(identifier, safe='')}"
-
-
-def _fetch(client: Any, found: dict[str, Any]) -> tuple[str, Any]:
-    """Return the rendering and the call, both from the call's exact bytes; they must be what the broker says."""
-    from saw.review.messages import ReviewedCall
-    from saw.review.render import render
-    from saw.review.statement import request_digest
-
-    raw = client.request("GET", f"{_path(found['id'])}/call")
-    call = msgspec.convert(raw["call"], ReviewedCall)
-    rendering = render(found["workspace_id"], call)
-    if request_digest(found["workspace_id"], call) != found["request_digest"] or rendering != found["rendering"]:
-        raise ShownOtherwise(
-            f"this machine and the broker show {found['id']} differently",
-            cure="use the version of saw that the broker has",
-        )
-    return rendering, call
 
 
 def _confirm(options: argparse.Namespace, identifier: str) -> None:

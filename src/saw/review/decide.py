@@ -1,0 +1,95 @@
+"""How a reviewer's own machine looks at a call and decides: it shows and digests the bytes itself, then signs."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+from urllib.parse import quote
+
+import msgspec
+
+from saw.errors import SawError
+from saw.policy.keys import key_id
+from saw.policy.signers import Signer
+from saw.review.messages import ReviewedCall
+from saw.review.render import render
+from saw.review.statement import (
+    Decision,
+    ReviewStatement,
+    encode_statement,
+    render_digest,
+    request_digest,
+    sign_review,
+)
+
+
+class Client(Protocol):
+    """The operator's client of the broker (:class:`saw.broker.client.OperatorClient`)."""
+
+    def request(self, method: str, path: str, json: object | None = None) -> dict[str, Any]:
+        """Call the broker and return its answer."""
+        ...
+
+
+class ShownOtherwise(SawError):
+    """What the broker says of a call is not what this machine makes of the same bytes."""
+
+    code = "rendering_differs"
+
+
+class NoReviewer(SawError):
+    """The key belongs to no active reviewer."""
+
+    code = "not_a_reviewer"
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """A review as the broker tells it, its call, and the text that this machine makes of the call."""
+
+    told: dict[str, Any]
+    call: ReviewedCall
+    rendering: str
+
+
+def review_path(identifier: str) -> str:
+    """Return the path of a review in the operator API."""
+    return f"/v1/reviews/{quote(identifier, safe='')}"
+
+
+def look(client: Client, identifier: str) -> Seen:
+    """Return a review whose bytes are kept; raise :class:`ShownOtherwise` when this machine makes something else of them."""
+    told = client.request("GET", review_path(identifier))
+    call = msgspec.convert(client.request("GET", f"{review_path(identifier)}/call")["call"], ReviewedCall)
+    rendering = render(told["workspace_id"], call)
+    if (request_digest(told["workspace_id"], call), rendering) != (told["request_digest"], told["rendering"]):
+        raise ShownOtherwise(
+            f"this machine and the broker show {identifier[:64]} differently",
+            cure="use the version of saw that the broker has",
+        )
+    return Seen(told, call, rendering)
+
+
+def reviewer_of(client: Client, signer: Signer) -> str:
+    """Return the name of the active reviewer whose key ``signer`` has; raise :class:`NoReviewer` when there is none."""
+    mine = key_id(signer.public_key())
+    for one in client.request("GET", "/v1/reviewers")["reviewers"]:
+        if one["key_id"] == mine and one["state"] == "active":
+            return str(one["name"])
+    raise NoReviewer(f"the key {mine[:16]}… is no active reviewer's", cure="saw review reviewer add registers one")
+
+
+def decide(client: Client, seen: Seen, signer: Signer, decision: Decision, comment: str = "") -> dict[str, Any]:
+    """Take a nonce, sign ``decision`` about what was seen, hand it in, and return the broker's answer."""
+    path, name = review_path(seen.told["id"]), reviewer_of(client, signer)
+    statement = ReviewStatement(
+        review=seen.told["id"],
+        request_digest=request_digest(seen.told["workspace_id"], seen.call),
+        render_digest=render_digest(seen.rendering),
+        policy_digest=seen.told["policy_digest"],
+        decision=decision,
+        approver=name,
+        nonce=client.request("POST", f"{path}/nonce", {"approver": name})["nonce"],
+        not_after=seen.told["expires_at"],
+        comment=comment,
+    )
+    body = {"statement": encode_statement(statement).decode(), "signature": sign_review(statement, signer)}
+    return client.request("POST", f"{path}/decide", body)
