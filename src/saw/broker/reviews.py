@@ -30,6 +30,7 @@ from saw.broker.review_vault import BytesChanged, Vault
 from saw.broker.reviewers import counting
 from saw.broker.schema import review_nonces, reviews, workspaces
 from saw.broker.store import Transaction
+from saw.review.digest import request_digest
 from saw.review.messages import (
     FINAL,
     ClaimAnswer,
@@ -40,7 +41,6 @@ from saw.review.messages import (
     ReviewResult,
     ReviewView,
 )
-from saw.review.statement import request_digest
 
 CLAIM_FOR = timedelta(seconds=120)
 """How long a perimeter has for the one attempt, from the claim to telling its result."""
@@ -283,6 +283,7 @@ class Reviews:
             policy_digest=row.policy_digest,
             request_digest=row.request_digest,
             call=call,
+            binary=row.binary,
         )
 
     def _void(self, tx: Transaction, caller: Caller, row: Row[Any]) -> Row[Any]:

@@ -10,6 +10,7 @@ import msgspec
 from saw.errors import SawError
 from saw.policy.keys import key_id
 from saw.policy.signers import Signer
+from saw.review.digest import request_digest
 from saw.review.messages import ReviewedCall
 from saw.review.render import render
 from saw.review.statement import (
@@ -17,7 +18,6 @@ from saw.review.statement import (
     ReviewStatement,
     encode_statement,
     render_digest,
-    request_digest,
     sign_review,
 )
 

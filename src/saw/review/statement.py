@@ -18,11 +18,10 @@ from securesystemslib.dsse import Envelope
 from saw.errors import SawError
 from saw.policy.keys import PublicKey, signature_holds
 from saw.policy.signers import Signer, signature_of
-from saw.review.messages import Digest, ReviewedCall, ReviewId, Secret
+from saw.review.messages import Digest, ReviewId, Secret
 
 STATEMENT_TYPE = "application/vnd.saw.review-statement+json"
 """Media type of a statement; it is part of what is signed."""
-CALL_FORMAT = "saw-reviewed-call/1"
 MAX_STATEMENT = 8 * 1024
 """Longest statement that is read (bytes)."""
 MAX_COMMENT = 256
@@ -52,26 +51,6 @@ class ReviewStatement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     nonce: Secret
     not_after: Time
     comment: Annotated[str, msgspec.Meta(max_length=MAX_COMMENT)] = ""
-
-
-def request_digest(workspace_id: str, call: ReviewedCall) -> str:
-    """Return the digest (hex SHA-256) that stands for ``call`` of this workspace, byte for byte.
-
-    It is over the RFC 8785 form of every field of the call, the body by its length and its own SHA-256.
-    """
-    record: dict[str, Any] = {
-        "format": CALL_FORMAT,
-        "workspace": workspace_id,
-        "method": call.method,
-        "scheme": call.scheme,
-        "host": call.host,
-        "port": call.port,
-        "path": call.path,
-        "headers": [[name, value] for name, value in call.headers],
-        "body_length": len(call.body),
-        "body_sha256": hashlib.sha256(call.body).hexdigest(),
-    }
-    return hashlib.sha256(rfc8785.dumps(record)).hexdigest()
 
 
 def render_digest(rendering: str) -> str:

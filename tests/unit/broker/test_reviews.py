@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import threading
 from collections import Counter
@@ -18,15 +19,17 @@ from saw.broker.delegations import Issue, Revoke
 from saw.broker.errors import BrokerError
 from saw.broker.registry import Step
 from saw.broker.review_decisions import AskNonce, Cancel
-from saw.broker.review_vault import vault_file
+from saw.broker.review_states import Moves, get_review
+from saw.broker.review_vault import BytesChanged, Vault, vault_file
 from saw.broker.reviewers import Retire, Reviewer
 from saw.broker.reviews import CLAIM_FOR, KEEP, MAX_OPEN
 from saw.broker.schema import review_decisions, reviews
 from saw.errors import ConfigError
 from saw.policy.delegation import Resource
 from saw.policy.keys import public_pem
-from saw.review.messages import ReviewResult
-from saw.review.statement import encode_statement, request_digest, sign_review
+from saw.review.digest import request_digest
+from saw.review.messages import ReviewedCall, ReviewResult
+from saw.review.statement import encode_statement, sign_review
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ def tamper(world: World, identifier: str, table: Any = reviews, **values: Any) -
 @pytest.mark.control("REV-01")
 @pytest.mark.control("REV-03")
 def test_a_call_waits_is_approved_claimed_once_and_its_answer_is_kept(world: World) -> None:
-    opened = world.open()
+    opened = world.open(binary="/usr/bin/curl")
     assert (opened.state, opened.approvals, opened.quorum) == ("pending", 0, 1)
     assert opened.request_digest == request_digest("ws-a", call())
     assert world.claim() is None
@@ -77,6 +80,7 @@ def test_a_call_waits_is_approved_claimed_once_and_its_answer_is_kept(world: Wor
         "ws-a",
         POLICY,
     )
+    assert claimed.binary == "/usr/bin/curl"
     assert world.view(opened.id).state == "executing"
     assert world.claim() is None
     done = world.tell(claimed)
@@ -316,6 +320,9 @@ def test_a_signature_by_another_key_is_refused(world: World) -> None:
 def test_a_nonce_is_for_one_review_and_approver_once_and_ends(world: World) -> None:
     identifier, other = world.open(quorum=2).id, world.open(b"other").id
     foreign = world.broker.decisions.nonce(other, AskNonce("ben"))["nonce"]
+    with refused("nonce_refused", 403):
+        world.decide(identifier, "ben", nonce=foreign)
+    world.broker.decisions.nonce(identifier, AskNonce("ben"))
     with refused("nonce_refused", 403):
         world.decide(identifier, "ben", nonce=foreign)
     of_cleo = world.broker.decisions.nonce(identifier, AskNonce("cleo"))["nonce"]
@@ -654,6 +661,18 @@ def _full_disk(*_: object) -> None:
     raise OSError(28, "the disk is full")
 
 
+@pytest.mark.control("REV-03")
+def test_a_step_from_a_state_that_has_been_left_is_not_taken(world: World) -> None:
+    identifier = world.approved()
+    moves = Moves(world.broker.services)
+    with world.broker.services.store.read() as connection:
+        seen = get_review(connection, identifier)
+    with world.broker.services.store.write() as tx:
+        assert moves.move(tx, EDGE, seen, "executing", "claimed") is not None
+        assert moves.move(tx, EDGE, seen, "executing", "claimed") is None
+    assert [one["unmapped"]["saw"].get("to") for one in world.events(identifier)].count("executing") == 1
+
+
 # --- at rest -------------------------------------------------------------------------------------------------------------
 
 
@@ -670,6 +689,19 @@ def test_calls_and_answers_are_encrypted_at_rest_under_a_private_key(world: Worl
     key = vault_file(world.config)
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     assert key.read_bytes() not in raw
+
+
+@pytest.mark.control("REV-02")
+def test_what_is_stored_opens_for_its_own_review_and_place_alone(world: World) -> None:
+    vault = Vault.load(world.config, os.urandom)
+    sealed = vault.seal("rv-1", "call", call())
+    assert vault.open("rv-1", "call", sealed, ReviewedCall) == call()
+    assert sealed != vault.seal("rv-1", "call", call())
+    for review, what in (("rv-2", "call"), ("rv-1", "answer")):
+        with pytest.raises(BytesChanged):
+            vault.open(review, what, sealed, ReviewedCall)
+    with pytest.raises(BytesChanged):
+        vault.open("rv-1", "call", sealed[:20], ReviewedCall)
 
 
 def test_without_its_key_a_broker_does_not_open_and_with_another_one_nothing_is_sent(world: World) -> None:
