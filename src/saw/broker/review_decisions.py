@@ -37,7 +37,7 @@ from saw.review.statement import (
 
 NONCE_FOR = timedelta(minutes=10)
 """How long a reviewer has from taking a nonce to handing in the signed decision."""
-MAX_DECISIONS = 20
+MAX_DECISIONS = 18
 """Most decisions that are kept of one review; so many fit into a receipt."""
 _HIDDEN = frozenset({"claim_sha256", "held_bytes"})
 

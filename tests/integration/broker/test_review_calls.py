@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
+import os
+import pty
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -183,6 +188,58 @@ def test_nothing_is_signed_unless_somebody_confirms_and_is_a_reviewer(
     assert view(edge, identifier, workspace).state == "pending"
     denied = decide(broker, "deny", identifier, keys / "cleo.key", "--yes", "--comment", "not this account")
     assert (denied["state"], denied["decisions"][0]["comment"]) == ("denied", "not this account")
+
+
+def at_terminal(lab: Lab, typed: str, *arguments: str) -> tuple[int, str]:
+    """Run ``saw`` on a terminal where somebody types ``typed`` when asked; return exit code and what it showed."""
+    context = lab.directory / "terminal.json"
+    context.write_text(json.dumps({"broker": {"socket": lab.config.operator_socket, "ssh": None}}))
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "r+b", buffering=0) as terminal:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "saw.cli.main", *arguments],
+            env={**os.environ, "SAW_CONTEXT": str(context)},
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+        )
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # a terminal whose other end is closed
+            while part := terminal.read(4096):
+                shown += part
+                if shown.endswith(b"it: "):
+                    terminal.write(typed.encode() + b"\n")
+        return process.wait(60), shown.decode()
+
+
+def test_a_person_at_a_terminal_sees_the_call_and_types_its_id(
+    broker: Lab, edge: httpx.Client, keys: Path, workspace: str
+) -> None:
+    identifier = opened(edge, workspace)
+    asked = ("review", "approve", identifier, "--key", str(keys / "ben.key"))
+    code, shown = at_terminal(broker, "yes", *asked)
+    assert (code, view(edge, identifier, workspace).state) == (1, "pending")
+    assert shown.index('"amount": 12') < shown.index("type the id of the review to approve it: ")
+    code, shown = at_terminal(broker, identifier, *asked)
+    assert (code, view(edge, identifier, workspace).state) == (0, "approved")
+    assert f"{identifier} is approved; approved by ben@example.com" in shown
+    broker.operator.request("POST", f"/v1/reviews/{identifier}/cancel", {"reason": "test"})
+
+
+def test_a_program_that_keeps_the_key_signs(
+    broker: Lab, edge: httpx.Client, keys: Path, workspace: str, tmp_path: Path
+) -> None:
+    program = tmp_path / "token"
+    key, public = keys / "cleo.key", keys / "cleo.pub"
+    program.write_text(
+        f'#!/bin/sh\n[ "$1" = --public ] && exec cat {public}\ncat > {tmp_path}/in\n'
+        f"exec openssl pkeyutl -sign -inkey {key} -rawin -in {tmp_path}/in\n"
+    )
+    program.chmod(0o755)
+    identifier = opened(edge, workspace)
+    denied = cli(broker, "review", "deny", identifier, "--key", f"exec:{program}", "--yes", "--json")
+    assert json.loads(denied.stdout)["state"] == "denied", denied.stderr
 
 
 @pytest.mark.control("REV-02")

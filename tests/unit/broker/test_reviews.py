@@ -29,6 +29,7 @@ from saw.policy.delegation import Resource
 from saw.policy.keys import public_pem
 from saw.review.digest import request_digest
 from saw.review.messages import ReviewedCall, ReviewResult
+from saw.review.receipt import verify_receipt
 from saw.review.statement import encode_statement, sign_review
 
 
@@ -671,6 +672,20 @@ def test_a_step_from_a_state_that_has_been_left_is_not_taken(world: World) -> No
         assert moves.move(tx, EDGE, seen, "executing", "claimed") is not None
         assert moves.move(tx, EDGE, seen, "executing", "claimed") is None
     assert [one["unmapped"]["saw"].get("to") for one in world.events(identifier)].count("executing") == 1
+
+
+@pytest.mark.control("REV-02")
+def test_the_largest_receipt_still_verifies(world: World) -> None:
+    people = [f"{chr(97 + number)}{'x' * 200}@example.com" for number in range(16)]
+    identifier = world.open(quorum=16, group="g" * 255, rule="\U0001f980" * 256).id
+    for name in people:
+        world.keys[name] = Ed25519PrivateKey.generate()
+        world.reviewer(name, "g" * 255)
+        world.decide(identifier, name, comment="\U0001f980" * 256)
+    world.tell(world.claim(), "unknown", detail="\U0001f980" * 1024)
+    found = verify_receipt(world.broker.decisions.receipt(identifier)["receipt"], world.broker.authority.ca_pem)
+    assert [one.said.approver for one in found.decisions] == people
+    assert found.receipt.outcome == "unknown"
 
 
 # --- at rest -------------------------------------------------------------------------------------------------------------
