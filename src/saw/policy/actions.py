@@ -14,7 +14,7 @@ import msgspec
 from saw.policy import globs
 from saw.policy.gitproto import PushUnreadable, RefUpdate, push_updates
 from saw.policy.globset import BORDER, BitTable, GlobSet, address_segments, bits_of, path_segments, places_of
-from saw.policy.governance import Action, ActionClass, Governance
+from saw.policy.governance import Action, ActionClass, Governance, Reviewers, duration
 from saw.policy.model import READ_METHODS, Request
 
 _STRICTNESS: Mapping[str, int] = {"auto": 0, "staged": 1, "review": 2, "deny": 3}
@@ -30,11 +30,24 @@ class Classified(msgspec.Struct, frozen=True):
     detail: str = ""
 
 
+class ReviewAsked(msgspec.Struct, frozen=True):
+    """Who decides on a call of class ``review``, and how long the request stays open (seconds).
+
+    ``reviewers`` is None where no rule names any; ``rule`` is the rule that asks.
+    """
+
+    rule: str
+    reviewers: Reviewers | None = None
+    expires_s: int = 86400
+
+
 class _Rule(msgspec.Struct, frozen=True):
     label: str
     ref: re.Pattern[str] | None
     operations: frozenset[str]
     action_class: ActionClass
+    reviewers: Reviewers | None
+    expires_s: int
 
     def fits(self, update: RefUpdate | None) -> bool:
         """Return whether the rule is about this change of a ref; without one, whatever it says of refs."""
@@ -115,13 +128,30 @@ class ActionTable:
             return Classified("auto", "default: reads are auto")
         return Classified("review", "default: writes are reviewed")
 
+    def reviews(self, request: Request, host: str, path: str) -> tuple[ReviewAsked, ...]:
+        """Return who must decide on a call that :meth:`classify` calls ``review``; each different answer once.
+
+        A push asks for every ref that is reviewed; raises :class:`PushUnreadable` for one that cannot be read.
+        """
+        service = git_service(request.method.upper(), path)
+        rules = self._about(request, host, path, service)
+        if service == RECEIVE_PACK:
+            updates = _updates(request)
+            found = [next((rule for rule in rules if rule.fits(update)), None) for update in updates]
+        else:
+            found = [next(iter(rules), None)]
+        asked: dict[object, ReviewAsked] = {}
+        for rule in found:
+            if rule is None:
+                asked.setdefault(None, ReviewAsked("default: writes are reviewed"))
+            elif rule.action_class == "review":
+                one = ReviewAsked(rule.label, rule.reviewers, rule.expires_s)
+                asked.setdefault((one.reviewers, one.expires_s), one)
+        return tuple(asked.values())
+
     def _push(self, request: Request, host: str, path: str) -> Classified:
         try:
-            updates = push_updates(
-                request.body,
-                complete=request.body_complete,
-                encoding=request.headers.get("content-encoding", ""),
-            )
+            updates = _updates(request)
         except PushUnreadable as error:
             return Classified("deny", "git receive-pack", f"the push cannot be read: {error}")
         strictest = Classified("auto", "git probe", "flush packet without commands")
@@ -138,6 +168,11 @@ class ActionTable:
         return strictest
 
 
+def _updates(request: Request) -> tuple[RefUpdate, ...]:
+    encoding = request.headers.get("content-encoding", "")
+    return push_updates(request.body, complete=request.body_complete, encoding=encoding)
+
+
 def _methods(written: tuple[str, ...]) -> set[str]:
     """Return the methods that a rule is about: HEAD where GET is."""
     return {*written, "HEAD"} if "GET" in written else set(written)
@@ -151,4 +186,6 @@ def _compile(index: int, action: Action) -> _Rule:
         ref=globs.ref_glob(git.ref) if git and git.ref != "**" else None,
         operations=frozenset(git.operation) if git else frozenset(),
         action_class=action.class_,
+        reviewers=action.reviewers,
+        expires_s=duration(action.expires),
     )

@@ -158,6 +158,10 @@ class Scope:
             for hosts, ports, methods, paths in self._parts
         )
 
+    def names(self, host: str, port: int) -> bool:
+        """Return whether any call to a host (lower case) and port lies within."""
+        return any(port in ports and hosts.fullmatch(host) for hosts, ports, _, _ in self._parts)
+
 
 def is_read(method: str, path: str, *, git_host: bool, inference: bool) -> bool:
     """Return whether a call is a read for ``approval``: reading methods, a Git fetch, a question to a model."""

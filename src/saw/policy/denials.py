@@ -108,7 +108,7 @@ def _denial(record: dict[str, Any], where: str) -> Denial | tuple[()] | None:
     if record.get("error") == "policy_denied":
         return _plain(record, where, query_known=record.get("layer") == "ring2")
     if record.get("event") == "ring1_decision":
-        return _plain(record, where, query_known=False) if record.get("verdict") == "deny" else ()
+        return _plain(record, where, query_known=False) if record.get("verdict") != "allow" else ()
     if record.get("event") == "tool_call":
         return _plain(record, where, query_known=False) if record.get("verdict") != "allow" else ()
     if isinstance(record.get("class_uid"), int):

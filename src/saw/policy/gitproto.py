@@ -36,8 +36,9 @@ class RefUpdate(msgspec.Struct, frozen=True):
     operation: Operation
 
 
-def _inflate(body: bytes, encoding: str) -> bytes:
-    """Undo a gzip content coding (RFC 9110), at most :data:`MAX_INFLATED` bytes of it."""
+def inflate(body: bytes, encoding: str) -> bytes:
+    """Undo a gzip content coding (RFC 9110), at most :data:`MAX_INFLATED` bytes of it; raise :class:`PushUnreadable`."""
+    encoding = encoding.strip().lower()
     if encoding in {"", "identity"}:
         return body
     if encoding not in {"gzip", "x-gzip"}:
@@ -85,7 +86,7 @@ def push_updates(body: bytes | None, *, complete: bool, encoding: str = "") -> t
     """
     if body is None:
         raise PushUnreadable("the body of the push was not seen")
-    data = _inflate(body, encoding.strip().lower())
+    data = inflate(body, encoding)
     if data == b"0000":
         if not complete:
             raise PushUnreadable("a probe is followed by more data")

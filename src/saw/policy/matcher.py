@@ -11,7 +11,7 @@ import re
 from ipaddress import IPv4Network, IPv6Network
 
 from saw.policy import globs
-from saw.policy.actions import ActionTable
+from saw.policy.actions import ActionTable, ReviewAsked
 from saw.policy.address_rules import AddressRules, Call, Entry, Judgement, Rule, parse_query
 from saw.policy.addresses import is_blocked_host
 from saw.policy.checks_governance import parse_address
@@ -152,8 +152,18 @@ class Matcher:
                     found.append((globbed, state))
         return found
 
-    def decide(self, request: Request) -> Decision:
-        """Return the decision on ``request``. Never raises for what a request contains."""
+    def reviews(self, request: Request) -> tuple[ReviewAsked, ...]:
+        """Return who must decide on a call that is refused with ``review_required``; each different answer once.
+
+        ``request`` has the canonical path. Raises :class:`saw.policy.gitproto.PushUnreadable` for a push of another kind.
+        """
+        return self._actions.reviews(request, request.host.lower(), request.path.partition("?")[0])
+
+    def decide(self, request: Request, *, approved: bool = False) -> Decision:
+        """Return the decision on ``request``. Never raises for what a request contains.
+
+        ``approved``: the people whom the policy names have agreed to it, so class ``review`` is no obstacle; all else is.
+        """
         host = request.host.lower()
         method = request.method.upper()
         if not _METHOD.match(method) or method in _NEVER:
@@ -177,7 +187,7 @@ class Matcher:
             return self._deny(request, "host_not_allowed", detail, target)
         if route is not None:
             return route.decide(request, method, target)
-        return self._decide(request, host, method, target, candidates)
+        return self._decide(request, host, method, target, candidates, approved=approved)
 
     def _unknown_host(self, request: Request, host: str, target: str) -> Decision:
         blocked = is_blocked_host(request.host)
@@ -189,7 +199,14 @@ class Matcher:
         return self._deny(request, "host_not_allowed", detail, target, missing=True)
 
     def _decide(
-        self, request: Request, host: str, method: str, target: str, candidates: list[tuple[AddressRules, int]]
+        self,
+        request: Request,
+        host: str,
+        method: str,
+        target: str,
+        candidates: list[tuple[AddressRules, int]],
+        *,
+        approved: bool,
     ) -> Decision:
         path, _, query = target.partition("?")
         binaries = (request.binary, *request.ancestors) if request.binary else request.ancestors
@@ -210,19 +227,19 @@ class Matcher:
                 detail = f"{method} {path} is refused by a deny rule"
                 return self._deny(request, "deny_rule", detail, target, entry=found.entry, rule=found.rule.label)
             else:
-                return self._allow(request, target, found.entry, found.rule)
+                return self._allow(request, target, found.entry, found.rule, approved=approved)
         if unusable is not None:
             detail = f"{request.binary or 'an unknown process'} may not use {host}:{request.port}"
             return self._deny(request, "binary_not_allowed", detail, target, missing=True, entry=unusable.entry)
         detail = f"no endpoint of {host}:{request.port} covers {path}"
         return self._deny(request, "method_or_path_not_allowed", detail, target, missing=True)
 
-    def _allow(self, request: Request, target: str, endpoint: Entry, rule: Rule) -> Decision:
+    def _allow(self, request: Request, target: str, endpoint: Entry, rule: Rule, *, approved: bool) -> Decision:
         host = request.host.lower()
         path = target.partition("?")[0]
         action = self._actions.classify(request, host, path, fetch_is_read=rule.names_fetch)
         label = f"{endpoint.label}.{rule.label}"
-        if action.action_class in _REASONS:
+        if action.action_class in _REASONS and not (approved and action.action_class == "review"):
             what = f" ({action.detail})" if action.detail else ""
             if action.action_class == "review":
                 detail = f"a person must decide on this write first{what}; {action.rule}"

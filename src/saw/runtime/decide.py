@@ -17,6 +17,7 @@ import msgspec
 
 from saw.policy.matcher import Matcher
 from saw.policy.model import Decision, Request
+from saw.policy.review_poll import NOT_REACHED, may_poll, poll_of
 from saw.runtime import ring1_settings as facts
 from saw.runtime.attribution import Attribution, Caller
 from saw.runtime.decide_counts import Counts
@@ -28,7 +29,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s\[\]:@/\\?#%\x00-\x20\x7f-\U0010ffff]+)(?::([0-9]{1,5}))?")
-_REFUSED_AT_CONNECT = frozenset({"host_not_allowed", "binary_not_allowed", "destination_blocked", "not_canonical"})
+_REVIEW = "review_required"
 
 
 class DecideConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -158,15 +159,20 @@ class Decider:
         )
         if asked.stage == "connect":
             return _tunnel(loaded.matcher, request), request.binary
-        decision = loaded.matcher.decide(request)
-        if not decision.allowed:
+        decision = _inner(loaded.matcher, request)
+        if not decision.allowed and decision.reason != _REVIEW:
             return decision, request.binary
         # Ring 2 knows one executable only: name the one that is granted the call, be it the caller or a parent of it.
         for binary in (request.binary, *request.ancestors):
-            alone = msgspec.structs.replace(request, binary=binary, ancestors=())
-            if loaded.matcher.decide(alone).allowed:
+            alone = _inner(loaded.matcher, msgspec.structs.replace(request, binary=binary, ancestors=()))
+            if (alone.verdict, alone.reason) == (decision.verdict, decision.reason):
                 return decision, binary
         return decision, request.binary
+
+
+def _inner(matcher: Matcher, request: Request) -> Decision:
+    """Decide on a request to a host: by the rules, or, when it asks for a review, by whether the host is reached at all."""
+    return may_poll(matcher, request) if poll_of(request.method, request.path) else matcher.decide(request)
 
 
 def _tunnel(matcher: Matcher, request: Request) -> Decision:
@@ -175,7 +181,7 @@ def _tunnel(matcher: Matcher, request: Request) -> Decision:
     for scheme in ("https", "http"):
         inner = msgspec.structs.replace(request, scheme=scheme, method="GET", path="/", body=None)
         decision = matcher.decide(inner)
-        if decision.reason not in _REFUSED_AT_CONNECT:
+        if decision.reason not in NOT_REACHED:
             return Decision(verdict="allow", policy=decision.policy)
         if decision.reason != "host_not_allowed":
             break
@@ -232,14 +238,16 @@ def _answer(
         "binary": binary,
         "request_id": asked.request_id,
     }
+    # What only a person may decide goes on: ring 2 decides again, and it alone can let the call wait.
+    review = decision.reason == _REVIEW and asked.stage != "connect"
     log: dict[str, object] = {
         "event": "ring1_decision",
-        "verdict": decision.verdict,
+        "verdict": "review" if review else decision.verdict,
         "reason": decision.reason,
         **shown,
     }
-    if decision.verdict == "allow" and target is not None:
-        headers = [("x-saw-ring1", "allow")]
+    if (decision.verdict == "allow" or review) and target is not None:
+        headers = [("x-saw-ring1", "review" if review else "allow")]
         if asked.stage != "connect":
             headers += [
                 ("x-saw-scheme", target.scheme),

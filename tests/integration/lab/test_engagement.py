@@ -26,7 +26,13 @@ def rig() -> Iterator[Rig]:
     rig = start_rig("e")
     try:
         rig.issue_svid()
-        rig.base = rig.activate((CODING / "policy.yaml").read_text(), (CODING / "governance.yaml").read_text())
+        # Nobody decides behind this ring 1, so what waits for a person there is denied here.
+        governance = (CODING / "governance.yaml").read_text()
+        denied = governance.replace(
+            "    class: review\n    reviewers: {group: maintainers, quorum: 1}\n    expires: 24h\n", "    class: deny\n"
+        )
+        assert denied != governance
+        rig.base = rig.activate((CODING / "policy.yaml").read_text(), denied)
         until(lambda: rig.curl("https://api.example.com/v1/ready").status == 200, "a governed call gets through")
         bare, seed = rig.directory / "repositories/team/project.git", rig.directory / "seed"
         run("git", "init", "-q", "--bare", "-b", "main", str(bare))
@@ -55,7 +61,7 @@ def outcome(rig: Rig, expression: str, setup: str = "") -> dict[str, Any]:
 def test_a_push_to_main_is_refused_with_the_words_of_the_answer_that_git_got(rig: Rig) -> None:
     assert outcome(rig, "e.git_clone()")["verdict"] == "allow"
     seen = outcome(rig, "e.git_push('refs/heads/main')()")
-    assert (seen["verdict"], seen["reason"], seen["policy_digest"]) == ("deny", "review_required", rig.base)
+    assert (seen["verdict"], seen["reason"], seen["policy_digest"]) == ("deny", "action_denied", rig.base)
     assert seen["requests"] == []
     assert "POST /team/project.git/git-receive-pack" in seen["detail"]
 

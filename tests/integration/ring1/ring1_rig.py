@@ -41,7 +41,8 @@ network_policies:
   api:
     endpoints:
       - {host: api.example.com, port: 443, protocol: rest, rules: [
-          {allow: {method: GET, path: "/v1/**"}}, {allow: {method: POST, path: /v1/notes}}]}
+          {allow: {method: GET, path: "/v1/**"}}, {allow: {method: POST, path: /v1/notes}},
+          {allow: {method: POST, path: /v1/items}}, {allow: {method: POST, path: /v1/never}}]}
       - {host: other.example.com, port: 8443, protocol: rest, access: read-only}
       - {host: plain.example.com, port: 80, protocol: rest, access: read-only}
     binaries: [{path: /usr/bin/curl}]
@@ -58,6 +59,7 @@ inference:
   routes: [{alias: inference.local, models: ["demo-*"], upstream: "https://models.example.com/v1"}]
 actions:
   - {match: {host: api.example.com, method: [POST], path: /v1/notes}, class: auto}
+  - {match: {host: api.example.com, method: [POST], path: /v1/never}, class: deny}
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
@@ -29,6 +30,53 @@ def test_an_allowed_call_reaches_ring_2_with_identity_and_facts(rig):
     assert headers["x-saw-ring1"] == "allow"
     assert "spiffe://saw.example/workspace/ws-demo" in headers["x-forwarded-client-cert"]
     assert not [name for name in headers if name.startswith("x-saw-i-")]
+
+
+@pytest.mark.control("REV-01")
+def test_a_write_that_a_person_decides_on_goes_on_to_ring_2_and_nothing_else_that_is_refused_does(rig):
+    reply = rig.curl(f"{API}/v1/items", "--data", "a=1")
+    assert reply.status == 200, reply
+    told = reply.json()
+    assert (told["method"], told["path"], told["length"]) == ("POST", "/v1/items", 3)
+    assert (told["headers"]["x-saw-ring1"], told["headers"]["x-saw-binary"]) == ("review", "/usr/bin/curl")
+    for path, reason in (
+        ("/v1/never", "action_denied"),
+        ("/v1/else", "method_or_path_not_allowed"),
+        ("/v1/items/..%2fnotes", "not_canonical"),
+    ):
+        refused = rig.curl("--path-as-is", f"{API}{path}", "--data", "a=1")
+        assert (refused.status, refused.json()["reason"]) == (403, reason)
+    other = rig.inside(sys.executable, "-c", OTHER_PROGRAM, check=False)
+    assert "403" in other.stderr
+    lines = [json.loads(line) for line in rig.log("decide").splitlines() if line.startswith('{"event"')]
+    assert [line["reason"] for line in lines if line["verdict"] == "review"] == ["review_required"]
+
+
+OTHER_PROGRAM = f"""
+import urllib.request
+urllib.request.urlopen(urllib.request.Request("{API}/v1/items", data=b"a=1"))
+"""
+
+
+@pytest.mark.control("REV-01")
+def test_a_question_about_a_review_passes_where_the_host_is_reached_at_all(rig):
+    path = f"/.well-known/saw/reviews/rv-{'0' * 32}"
+    reply = rig.curl(f"{API}{path}?wait=5")
+    assert (reply.status, reply.json()["path"], reply.json()["query"]) == (200, path, "wait=5")
+    for extra in (("--data", "x"), ("--request", "DELETE")):
+        refused = rig.curl(f"{API}{path}", *extra)
+        assert (refused.status, refused.json()["reason"]) == (403, "method_or_path_not_allowed")
+    for target in (
+        f"{path}/more",
+        f"{path}?wait=5&a=1",
+        f"/.well-known/saw/reviews/rv-{'0' * 31}",
+        "/.well-known/saw/",
+    ):
+        refused = rig.curl(f"{API}{target}")
+        assert (refused.status, refused.json()["reason"]) == (403, "method_or_path_not_allowed")
+    for host in ("unlisted.example.com", "git.example.com"):
+        refused = rig.curl(f"https://{host}{path}")
+        assert (refused.status, refused.connect) == (403, 403)
 
 
 @pytest.mark.control("RUN-01")
