@@ -14,10 +14,11 @@ from urllib.parse import unquote
 
 from saw.audit.events import EventFactory
 from saw.errors import SawError
-from saw.gateway.envoy_parts import MAX_AUTHZ_BODY
+from saw.gateway.envoy_parts import MAX_AUTHZ_BODY, SEND_SEAT, SEND_TICKET
 from saw.gateway.events import event_of
-from saw.gateway.judge import Call, Judge, Verdict
+from saw.gateway.judge import Call, Dial, Judge, Verdict
 from saw.gateway.spool import Spool
+from saw.gateway.tickets import Tickets
 
 LOG = logging.getLogger("saw.gateway")
 
@@ -69,6 +70,7 @@ def read_call(headers: list[tuple[bytes, bytes]], body: bytes) -> Call:
         headers={k: v for k, v in values.items() if k not in _CONTROL and not k.startswith("x-saw-")},
         body=body,
         body_complete=values.get("x-envoy-auth-partial-body", "false") == "false",
+        send_ticket=values.get(SEND_TICKET, ""),
     )
 
 
@@ -97,12 +99,26 @@ def refusal_body(verdict: Verdict) -> dict[str, object]:
 
 
 class AuthorizationApp:
-    """An ASGI application; every request to it is one check."""
+    """An ASGI application; every request to it is one check.
 
-    def __init__(self, judge: Judge, spool: Spool, factory: EventFactory) -> None:
+    ``waiting`` are the tickets for calls that the review service takes in, None where there is none; ``sending`` those
+    that an approved call brings back, which was judged and recorded just before.
+    """
+
+    def __init__(
+        self,
+        judge: Judge,
+        spool: Spool,
+        factory: EventFactory,
+        *,
+        waiting: Tickets[Verdict] | None = None,
+        sending: Tickets[Verdict] | None = None,
+    ) -> None:
         self._judge = judge
         self._spool = spool
         self._factory = factory
+        self._waiting = waiting
+        self._sending = sending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one check."""
@@ -118,9 +134,13 @@ class AuthorizationApp:
 
     async def answer(self, call: Call) -> Answer:
         """Judge and record one call; return status, headers and body."""
+        if call.listener == SEND_SEAT:
+            return self._approved(call)
         try:
             verdict = await self._judge.decide(call)
             await self._spool.record(event_of(verdict, self._factory))
+            if self._waiting is not None and (verdict.held or verdict.poll):
+                return _to_reviews(call, self._waiting.issue((call.method, call.authority, call.target), verdict))
         except asyncio.CancelledError:
             raise
         except SawError as error:
@@ -131,18 +151,41 @@ class AuthorizationApp:
             return _unavailable(call)
         if verdict.dial is None:
             return _refuse(refusal_body(verdict))
-        dial = verdict.dial
-        headers = [
-            (b"x-saw-upstream", dial.address.encode("latin-1")),
-            (b"x-saw-authority", dial.authority.encode("latin-1")),
-            (b"x-saw-transport", dial.transport.encode("latin-1")),
-            (b"x-saw-path", dial.path.partition("?")[0].encode("latin-1")),
-        ]
-        if dial.inject is not None:
-            headers.append((dial.inject[0].encode("latin-1"), dial.inject[1].encode("latin-1")))
-        if dial.remove:
-            headers.append((b"x-envoy-auth-headers-to-remove", ",".join(dial.remove).encode("latin-1")))
-        return 200, headers, b""
+        return _onward(verdict.dial)
+
+    def _approved(self, call: Call) -> Answer:
+        """Let an approved call go where its ticket says; without a good one nothing passes here."""
+        bound = (call.method, call.authority, call.target)
+        verdict = self._sending.redeem(call.send_ticket, bound) if self._sending is not None else None
+        if verdict is None or verdict.dial is None:
+            LOG.critical("a call without a good ticket came to the socket for approved calls")
+            return _unavailable(call)
+        return _onward(verdict.dial)
+
+
+def _onward(dial: Dial) -> Answer:
+    headers = [
+        (b"x-saw-upstream", dial.address.encode("latin-1")),
+        (b"x-saw-authority", dial.authority.encode("latin-1")),
+        (b"x-saw-transport", dial.transport.encode("latin-1")),
+        (b"x-saw-path", dial.path.partition("?")[0].encode("latin-1")),
+    ]
+    if dial.inject is not None:
+        headers.append((dial.inject[0].encode("latin-1"), dial.inject[1].encode("latin-1")))
+    if dial.remove:
+        headers.append((b"x-envoy-auth-headers-to-remove", ",".join(dial.remove).encode("latin-1")))
+    return 200, headers, b""
+
+
+def _to_reviews(call: Call, ticket: str) -> Answer:
+    """Return the answer that has Envoy bring the call to the review service as it is."""
+    headers = [
+        (b"x-saw-authority", call.authority.encode("latin-1")),
+        (b"x-saw-transport", b"review"),
+        (b"x-saw-path", call.target.partition("?")[0].encode("latin-1")),
+        (b"x-saw-ticket", ticket.encode("latin-1")),
+    ]
+    return 200, headers, b""
 
 
 def _refuse(body: dict[str, object]) -> Answer:

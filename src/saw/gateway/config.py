@@ -18,6 +18,7 @@ class Ring2Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     ``server.pem``, ``server.key`` and ``ca.pem`` (the authority that workspace SVIDs must chain to), replaced by
     renames when they are renewed. ``upstream_ca_file`` is what upstream servers must chain to. ``broker_address`` is
     the ``host:port`` (an IP address) of the TCP pass-through. ``envoy`` is the binary that ``--check`` runs.
+    ``send_socket`` is where Envoy takes an approved call from the gatekeeper; its folder belongs to Envoy's user.
     """
 
     xds_dir: Path = Path("/var/lib/saw/ring2")
@@ -27,6 +28,7 @@ class Ring2Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     broker_address: str
     server_name: str = "ring2.saw.internal"
     envoy: Path = Path("/opt/saw/bin/envoy")
+    send_socket: Path = Path("/run/saw/ring2/send.sock")
 
 
 class ResolverConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -51,7 +53,8 @@ class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     the leases say. ``release_grace_s`` is how long a workspace may run the release before the current one.
     ``clock_bound_s`` is how far the clock may step back before calls are refused. ``spool_limit`` is how many events
     may wait for the broker before calls are refused. ``authz_group`` owns the authorisation socket with the
-    gatekeeper: whoever can write to it can obtain credentials.
+    gatekeeper: whoever can write to it can obtain credentials. ``review_socket``, of the same group, is where calls
+    that wait for a person are taken in; without it they are refused with ``review_required``.
     """
 
     name: str
@@ -64,6 +67,7 @@ class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     state_dir: Path = Path("/var/lib/saw/gatekeeper")
     authz_socket: Path = Path("/run/saw/gatekeeper/authz.sock")
     authz_group: str = ""
+    review_socket: Path | None = None
     ring2: Ring2Config
     credentials_dir: Path = Path("/etc/saw/credentials")
     stale_after_s: float = 90.0
@@ -88,7 +92,7 @@ def split_address(text: str, name: str) -> tuple[str, int]:
     return address, number
 
 
-def _path(kind: type, value: object) -> Path:
+def _path(kind: object, value: object) -> Path:
     if kind is Path and isinstance(value, str) and value.startswith("/"):
         return Path(value)
     raise ValueError(f"{value!r} is not an absolute path")

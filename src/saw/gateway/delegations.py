@@ -60,9 +60,10 @@ class OutsideDelegation(SawError):
 
     code = "outside_delegation"
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, delegation: str = "") -> None:
         super().__init__(message)
         self.code = code
+        self.delegation = delegation
 
 
 def verify_statements(
@@ -131,11 +132,32 @@ def _narrows(child: Delegation, parent: Delegation) -> bool:
     return _compared(msgspec.json.encode(child), msgspec.json.encode(parent))
 
 
-def cover(engagement: Engagement, request: Request, decision: Decision, *, git_host: bool, now: datetime) -> str:
+def reach(engagement: Engagement, host: str, port: int, now: datetime) -> str:
+    """Return the id of a delegation that covers some call to ``host`` (lower case) and ``port``; empty where none is needed.
+
+    Raises :class:`OutsideDelegation` where one is needed and there is none.
+    """
+    if not engagement.required:
+        return ""
+    for line in engagement.lines:
+        if line.not_before <= now < line.expires and line.scope.names(host, port):
+            return line.record.id
+    raise OutsideDelegation("outside_delegation", f"no delegation of this agent covers anything at {host}")
+
+
+def cover(
+    engagement: Engagement,
+    request: Request,
+    decision: Decision,
+    *,
+    git_host: bool,
+    now: datetime,
+    approved: bool = False,
+) -> str:
     """Return the id of the delegation that covers a call which policy allows, or an empty text where none is needed.
 
     Raises :class:`OutsideDelegation` with ``outside_delegation``, or ``review_required`` where one covers the call but lets
-    a person decide on writes.
+    a person decide on writes; ``approved``: a person has.
     """
     if not engagement.required:
         return ""
@@ -152,6 +174,10 @@ def cover(engagement: Engagement, request: Request, decision: Decision, *, git_h
         if line.record.approval == "policy":
             return line.record.id
     reviewed = [line.record.id for line in covering if line.record.approval == "review"]
+    if reviewed and approved:
+        return reviewed[0]
     if reviewed:
-        raise OutsideDelegation("review_required", f"delegation {reviewed[0]} lets a person decide on every write")
+        raise OutsideDelegation(
+            "review_required", f"delegation {reviewed[0]} lets a person decide on every write", reviewed[0]
+        )
     raise OutsideDelegation("outside_delegation", f"delegation {covering[0].record.id} is read-only")

@@ -19,6 +19,7 @@ from saw.gateway.envoy_parts import (
     Json,
     Seat,
     file_source,
+    pipe,
     resources,
     socket_address,
 )
@@ -65,9 +66,15 @@ def workspace_authority(version: str, tls_dir: Path) -> str:
 
 
 def clusters(
-    version: str, *, authz_socket: Path, broker: tuple[str, int], upstream_ca: Path, numbers: Iterable[int]
+    version: str,
+    *,
+    authz_socket: Path,
+    review_socket: Path | None,
+    broker: tuple[str, int],
+    upstream_ca: Path,
+    numbers: Iterable[int],
 ) -> str:
-    """Return the CDS file: the gatekeeper, the two ways to an upstream, the broker, and each VM's SSH port."""
+    """Return the CDS file: the gatekeeper, its review service, two ways to an upstream, the broker, each VM's SSH port."""
     strip: Json = {
         "name": "envoy.filters.http.header_mutation",
         "typed_config": {
@@ -115,15 +122,7 @@ def clusters(
         },
     }
     items: list[Json] = [
-        {
-            "name": "gatekeeper",
-            "type": "STATIC",
-            "connect_timeout": "1s",
-            "load_assignment": {
-                "cluster_name": "gatekeeper",
-                "endpoints": [{"lb_endpoints": [{"endpoint": {"address": {"pipe": {"path": str(authz_socket)}}}}]}],
-            },
-        },
+        _local_cluster("gatekeeper", authz_socket),
         upstream(
             "upstream-tls",
             {
@@ -139,8 +138,22 @@ def clusters(
         upstream("upstream-plain", {"explicit_http_config": {"http_protocol_options": {}}}, {}),
         _tcp_cluster("broker", *broker),
     ]
+    if review_socket is not None:
+        items.append(_local_cluster("review", review_socket))
     items += [_tcp_cluster(f"ssh-{seat.number}", seat.workspace, SSH_PORT) for seat in map(Seat, sorted(set(numbers)))]
     return resources(version, "envoy.config.cluster.v3.Cluster", items)
+
+
+def _local_cluster(name: str, path: Path) -> Json:
+    return {
+        "name": name,
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "load_assignment": {
+            "cluster_name": name,
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": pipe(path)}}]}],
+        },
+    }
 
 
 def _tcp_cluster(name: str, address: str, port: int) -> Json:

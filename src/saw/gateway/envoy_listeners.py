@@ -16,14 +16,17 @@ from saw.gateway.envoy_parts import (
     CONNECTION_BUFFER,
     HOP_HEADERS,
     HTTP,
+    LOCAL_MARK,
     MAX_AUTHZ_BODY,
     NETWORK,
     RING2_PORT,
+    SEND_SEAT,
     TLS,
     TYPE,
     Json,
     Seat,
     file_source,
+    pipe,
     resources,
     socket_address,
 )
@@ -47,21 +50,29 @@ ACCESS_FIELDS = {
 
 
 def listeners(
-    version: str, *, numbers: Iterable[int], credential_headers: Iterable[str], xds_dir: Path, ingress_address: str
+    version: str,
+    *,
+    numbers: Iterable[int],
+    credential_headers: Iterable[str],
+    xds_dir: Path,
+    ingress_address: str,
+    send_socket: Path | None = None,
 ) -> str:
-    """Return the LDS file: three listeners for each workspace number.
+    """Return the LDS file: three listeners for each workspace number, and one that takes approved calls.
 
     ``credential_headers`` are the names that the loaded releases' credentials use; no other header of the gatekeeper's
-    answer is ever copied into a request.
+    answer is ever copied into a request. ``send_socket``: where approved calls come from, or None where nobody approves.
     """
     names = tuple(sorted({"authorization", *(name.lower() for name in credential_headers)} - set(HOP_HEADERS)))
     items: list[Json] = []
     for seat in map(Seat, sorted(set(numbers))):
         items += [
-            _governed(seat, names, xds_dir),
+            _governed(seat, names, xds_dir, reviews=send_socket is not None),
             _pass_through(f"broker-{seat.number}", seat.gateway, BROKER_PORT, "broker"),
             _pass_through(f"ingress-{seat.number}", ingress_address, seat.ingress_port, f"ssh-{seat.number}"),
         ]
+    if send_socket is not None:
+        items.append(_approved(send_socket, names))
     return resources(version, "envoy.config.listener.v3.Listener", items)
 
 
@@ -88,7 +99,7 @@ def _listener(name: str, address: str, port: int, chain: Json) -> Json:
     }
 
 
-def _governed(seat: Seat, credential_headers: tuple[str, ...], xds_dir: Path) -> Json:
+def _governed(seat: Seat, credential_headers: tuple[str, ...], xds_dir: Path, *, reviews: bool) -> Json:
     def secret(name: str) -> Json:
         return {"name": name, "sds_config": file_source(xds_dir / f"sds-{name}.json")}
 
@@ -110,8 +121,7 @@ def _governed(seat: Seat, credential_headers: tuple[str, ...], xds_dir: Path) ->
     connection_manager: Json = {
         "name": "envoy.filters.network.http_connection_manager",
         "typed_config": {
-            "@type": NETWORK + "http_connection_manager.v3.HttpConnectionManager",
-            "stat_prefix": f"ring2-{seat.number}",
+            **_connection(f"ring2-{seat.number}", str(seat.number)),
             "codec_type": "AUTO",
             "use_remote_address": True,
             "skip_xff_append": True,
@@ -119,44 +129,99 @@ def _governed(seat: Seat, credential_headers: tuple[str, ...], xds_dir: Path) ->
             "internal_address_config": {"cidr_ranges": [{"address_prefix": "255.255.255.255", "prefix_len": 32}]},
             "forward_client_cert_details": "SANITIZE_SET",
             "set_current_client_cert_details": {"cert": True},
-            # The gatekeeper is the one judge of a path's form: it sees the bytes that would be sent on and refuses
-            # every path that is not canonical, so Envoy must not tidy it up first.
-            "normalize_path": False,
-            "path_with_escaped_slashes_action": "KEEP_UNCHANGED",
-            "server_header_transformation": "PASS_THROUGH",
-            "stream_idle_timeout": "900s",
-            "request_headers_timeout": "10s",
             "common_http_protocol_options": {
                 "idle_timeout": "900s",
                 "headers_with_underscores_action": "REJECT_REQUEST",
             },
             "http2_protocol_options": {"max_concurrent_streams": 128},
-            "early_header_mutation_extensions": [_early(seat)],
-            "access_log": [
-                {
-                    "name": "envoy.access_loggers.stdout",
-                    "typed_config": {
-                        "@type": TYPE + "envoy.extensions.access_loggers.stream.v3.StdoutAccessLog",
-                        "log_format": {"json_format": {**ACCESS_FIELDS, "workspace_number": str(seat.number)}},
-                    },
-                }
-            ],
             "local_reply_config": _local_replies(),
-            "http_filters": [
-                _authorisation(credential_headers),
-                {
-                    "name": "envoy.filters.http.router",
-                    "typed_config": {"@type": HTTP + "router.v3.Router", "suppress_envoy_headers": True},
-                },
-            ],
-            "route_config": _routes(),
+            "http_filters": [_authorisation(credential_headers, body=True), _router()],
+            "route_config": _routes(reviews=reviews),
         },
     }
     chain: Json = {"transport_socket": tls, "transport_socket_connect_timeout": "10s", "filters": [connection_manager]}
     return _listener(f"ring2-{seat.number}", seat.gateway, RING2_PORT, chain)
 
 
-def _early(seat: Seat) -> Json:
+def _approved(path: Path, credential_headers: tuple[str, ...]) -> Json:
+    """Return the listener on which the gatekeeper brings approved calls, each with a ticket of its own.
+
+    From here on an approved call goes the way of every other one: the gatekeeper is asked, its answer names the address and
+    the credential. Envoy says when it was Envoy that answered, so that "never sent" is told from "no answer".
+    """
+    connection_manager: Json = {
+        "name": "envoy.filters.network.http_connection_manager",
+        "typed_config": {
+            **_connection("ring2-approved", SEND_SEAT),
+            "codec_type": "HTTP1",
+            "use_remote_address": True,
+            "skip_xff_append": True,
+            "common_http_protocol_options": {"idle_timeout": "900s"},
+            "local_reply_config": {
+                "mappers": [
+                    {
+                        "filter": {
+                            "status_code_filter": {
+                                "comparison": {
+                                    "op": "GE",
+                                    "value": {"default_value": 100, "runtime_key": "ring2.local"},
+                                }
+                            }
+                        },
+                        "headers_to_add": [
+                            {
+                                "header": {"key": LOCAL_MARK, "value": "%RESPONSE_FLAGS%"},
+                                "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+                            }
+                        ],
+                    }
+                ]
+            },
+            "http_filters": [_authorisation(credential_headers, body=False), _router()],
+            "route_config": {**_routes(reviews=False), "response_headers_to_remove": [LOCAL_MARK]},
+        },
+    }
+    return {
+        "name": "ring2-approved",
+        "address": pipe(path, 0o660),
+        "per_connection_buffer_limit_bytes": CONNECTION_BUFFER,
+        "filter_chains": [{"filters": [connection_manager]}],
+    }
+
+
+def _connection(name: str, place: str) -> Json:
+    """Return what all listeners for calls have in common; ``place`` is the workspace number, or what stands for one."""
+    return {
+        "@type": NETWORK + "http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": name,
+        # The gatekeeper is the one judge of a path's form: it sees the bytes that would be sent on and refuses
+        # every path that is not canonical, so Envoy must not tidy it up first.
+        "normalize_path": False,
+        "path_with_escaped_slashes_action": "KEEP_UNCHANGED",
+        "server_header_transformation": "PASS_THROUGH",
+        "stream_idle_timeout": "900s",
+        "request_headers_timeout": "10s",
+        "early_header_mutation_extensions": [_early(place)],
+        "access_log": [
+            {
+                "name": "envoy.access_loggers.stdout",
+                "typed_config": {
+                    "@type": TYPE + "envoy.extensions.access_loggers.stream.v3.StdoutAccessLog",
+                    "log_format": {"json_format": {**ACCESS_FIELDS, "workspace_number": place}},
+                },
+            }
+        ],
+    }
+
+
+def _router() -> Json:
+    return {
+        "name": "envoy.filters.http.router",
+        "typed_config": {"@type": HTTP + "router.v3.Router", "suppress_envoy_headers": True},
+    }
+
+
+def _early(place: str) -> Json:
     """Overwrite what the gatekeeper relies on, and drop what only it may say, before anything else looks."""
 
     def put(key: str, value: str) -> Json:
@@ -176,7 +241,7 @@ def _early(seat: Seat) -> Json:
             "mutations": [
                 *removed,
                 {"remove_on_match": {"key_matcher": {"prefix": "x-envoy-"}}},
-                put("x-saw-listener", str(seat.number)),
+                put("x-saw-listener", place),
                 put("x-saw-target", "%REQ(:PATH)%"),
                 put("x-saw-method", "%REQ(:METHOD)%"),
             ],
@@ -184,7 +249,7 @@ def _early(seat: Seat) -> Json:
     }
 
 
-def _authorisation(credential_headers: tuple[str, ...]) -> Json:
+def _authorisation(credential_headers: tuple[str, ...], *, body: bool) -> Json:
     def exactly(names: Iterable[str]) -> Json:
         return {"patterns": [{"exact": name, "ignore_case": True} for name in names]}
 
@@ -202,7 +267,11 @@ def _authorisation(credential_headers: tuple[str, ...]) -> Json:
             },
             "allowed_headers": {"patterns": [{"safe_regex": {"regex": ".*"}}]},
             "disallowed_headers": exactly(HOP_HEADERS),
-            "with_request_body": {"max_request_bytes": MAX_AUTHZ_BODY, "allow_partial_message": True},
+            **(
+                {"with_request_body": {"max_request_bytes": MAX_AUTHZ_BODY, "allow_partial_message": True}}
+                if body
+                else {}
+            ),
             "failure_mode_allow": False,
             "status_on_error": {"code": "Forbidden"},
             "clear_route_cache": True,
@@ -211,7 +280,7 @@ def _authorisation(credential_headers: tuple[str, ...]) -> Json:
     }
 
 
-def _routes() -> Json:
+def _routes(*, reviews: bool) -> Json:
     def onward(transport: str, cluster: str) -> Json:
         return {
             "match": {"prefix": "/", "headers": [{"name": "x-saw-transport", "string_match": {"exact": transport}}]},
@@ -235,6 +304,7 @@ def _routes() -> Json:
                 "routes": [
                     onward("tls", "upstream-tls"),
                     onward("plain", "upstream-plain"),
+                    *([onward("review", "review")] if reviews else []),
                     {
                         "match": {"prefix": "/"},
                         "direct_response": {"status": 403, "body": {"inline_string": refusal}},

@@ -26,8 +26,14 @@ DRAIN_SECONDS = 1
 """How long Envoy lets connections of a removed listener live; given on its command line."""
 AUTHZ_TIMEOUT = "8s"
 WORKSPACE_SAN = "spiffe://[^/]+/workspace/[^/]+"
-ANSWER_HEADERS = ("x-saw-upstream", "x-saw-authority", "x-saw-transport", "x-saw-path")
+ANSWER_HEADERS = ("x-saw-upstream", "x-saw-authority", "x-saw-transport", "x-saw-path", "x-saw-ticket")
 """What the gatekeeper's answer sets, and a client may never bring."""
+SEND_SEAT = "approved"
+"""What stands for the workspace number on the listener that takes approved calls from the gatekeeper."""
+SEND_TICKET = "x-saw-send"
+"""The header in which the gatekeeper brings its own ticket there."""
+LOCAL_MARK = "x-saw-local"
+"""The header that tells the gatekeeper there that Envoy itself answered, and why (its response flags)."""
 HOP_HEADERS = (
     "connection",
     "content-length",
@@ -68,6 +74,11 @@ class Seat(msgspec.Struct, frozen=True, order=True):
 def socket_address(address: str, port: int) -> Json:
     """Return an Envoy address."""
     return {"socket_address": {"address": address, "port_value": port}}
+
+
+def pipe(path: Path, mode: int | None = None) -> Json:
+    """Return the Envoy address of a Unix socket; ``mode`` for one that Envoy makes."""
+    return {"pipe": {"path": str(path), **({} if mode is None else {"mode": mode})}}
 
 
 def file_source(path: Path) -> Json:

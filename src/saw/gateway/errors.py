@@ -41,6 +41,24 @@ class StateRefused(SawError):
     code = "gatekeeper_stale"
 
 
+class ReviewUnavailable(SawError):
+    """A review cannot be opened, looked at or told the end of: the broker does not answer, or says what cannot be."""
+
+    code = "review_unavailable"
+
+
+class ReviewRefused(SawError):
+    """The broker takes a call in for no review, or a result for none; ``details`` has its ``reason``."""
+
+    code = "review_refused"
+
+
+class UnknownReview(SawError):
+    """The broker knows no such review of this workspace."""
+
+    code = "unknown_review"
+
+
 class EnvoyRefused(SawError):
     """Envoy's own checker refuses the rendered configuration."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
-from saw.audit.events import EventFactory, Subject
+from saw.audit.events import EventFactory, Outcome, Subject
 from saw.gateway.judge import Verdict
 
 _PATH = 2048
@@ -13,15 +15,8 @@ _TEXT = 256
 
 def event_of(verdict: Verdict, factory: EventFactory) -> dict[str, Any]:
     """Return the event; texts that the caller chose are cut to a bounded length."""
-    call, entry, decision, dial = verdict.call, verdict.workspace, verdict.decision, verdict.dial
-    subject = Subject(
-        principal=entry.sponsor if entry else "",
-        agent=(entry.agent or "") if entry else "",
-        workspace=verdict.workspace_id,
-        policy_digest=verdict.policy_digest,
-        request_id=call.request_id[:_TEXT],
-        address=f"10.210.{call.listener}.2" if call.listener.isdigit() else "",
-    )
+    call, decision, dial = verdict.call, verdict.decision, verdict.dial
+    subject = _subject(verdict)
     detail: dict[str, object] = {
         "layer": "ring2",
         "verdict": "allow" if verdict.allowed else "deny",
@@ -30,6 +25,7 @@ def event_of(verdict: Verdict, factory: EventFactory) -> dict[str, Any]:
         "revision": verdict.revision,
         "binary": call.binary[:_TEXT],
         "delegation": verdict.delegation,
+        "review": verdict.review,
     }
     if decision is not None:
         detail |= {
@@ -54,4 +50,38 @@ def event_of(verdict: Verdict, factory: EventFactory) -> dict[str, Any]:
         rule=decision.rule if decision else "",
         message=f"{'allowed' if verdict.allowed else 'refused'} by ring 2",
         detail={name: value for name, value in detail.items() if value not in {"", None}},
+    )
+
+
+def review_event(
+    verdict: Verdict,
+    factory: EventFactory,
+    time: datetime,
+    step: str,
+    review: str,
+    *,
+    outcome: Outcome = "success",
+    detail: Mapping[str, object],
+) -> dict[str, Any]:
+    """Return the event of a step of a review at the perimeter: ``open`` or ``result``."""
+    return factory.api_activity(
+        time,
+        _subject(verdict),
+        f"review.{step}",
+        activity="create" if step == "open" else "update",
+        outcome=outcome,
+        resource=("review", review),
+        detail={"layer": "ring2", "review": review, **detail},
+    )
+
+
+def _subject(verdict: Verdict) -> Subject:
+    call, entry = verdict.call, verdict.workspace
+    return Subject(
+        principal=entry.sponsor if entry else "",
+        agent=(entry.agent or "") if entry else "",
+        workspace=verdict.workspace_id,
+        policy_digest=verdict.policy_digest,
+        request_id=call.request_id[:_TEXT],
+        address=f"10.210.{call.listener}.2" if call.listener.isdigit() else "",
     )

@@ -11,13 +11,14 @@ from urllib.parse import urlsplit
 import msgspec
 
 from saw.gateway.credentials import PLACEHOLDER, CredentialStore
-from saw.gateway.delegations import NONE, OutsideDelegation, cover
+from saw.gateway.delegations import NONE, OutsideDelegation, cover, reach
 from saw.gateway.errors import (
     CredentialUnavailable,
     DestinationBlocked,
     PeerRefused,
     ResolutionFailed,
 )
+from saw.gateway.held import Held, held_by
 from saw.gateway.peer import PeerReader
 from saw.gateway.releases import Release
 from saw.gateway.resolve import Resolver, choose
@@ -29,6 +30,7 @@ from saw.policy.errors import NotCanonical
 from saw.policy.matcher import Matcher
 from saw.policy.model import Decision, Request
 from saw.policy.paths import canonicalise_path
+from saw.policy.review_poll import Poll, may_poll, poll_of
 
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
 _DEFAULT_PORT = {"https": 443, "http": 80}
@@ -50,6 +52,7 @@ class Call(msgspec.Struct, frozen=True):
     headers: Mapping[str, str]
     body: bytes
     body_complete: bool
+    send_ticket: str = ""
 
 
 class Dial(msgspec.Struct, frozen=True):
@@ -64,7 +67,11 @@ class Dial(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole outcome: what was decided, why, about whom, and for an allowed call where it goes."""
+    """The whole outcome: what was decided, why, about whom, and for an allowed call where it goes.
+
+    ``held``: only a person is missing; all else holds. ``poll``: an allowed question about a review, which goes nowhere.
+    ``review`` is the id of the review that the call belongs to.
+    """
 
     call: Call
     time: datetime
@@ -80,6 +87,9 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     decision: Decision | None = None
     delegation: str = ""
     dial: Dial | None = None
+    held: Held | None = None
+    poll: Poll | None = None
+    review: str = ""
 
 
 class Refused(Exception):
@@ -92,7 +102,10 @@ class Refused(Exception):
 
 
 class Judge:
-    """Decides calls on the view that ``view`` returns; ``doubt`` says why nothing may be allowed at the moment."""
+    """Decides calls on the view that ``view`` returns; ``doubt`` says why nothing may be allowed at the moment.
+
+    ``reviews``: there is a review service, which answers the path that workspaces ask for their reviews under.
+    """
 
     def __init__(
         self,
@@ -104,6 +117,7 @@ class Judge:
         resolver: Resolver,
         credentials: CredentialStore,
         release_grace_s: float,
+        reviews: bool = False,
     ) -> None:
         self._view = view
         self._doubt = doubt
@@ -112,6 +126,7 @@ class Judge:
         self._resolver = resolver
         self._credentials = credentials
         self._grace = release_grace_s
+        self._reviews = reviews
 
     async def decide(self, call: Call) -> Verdict:
         """Return the verdict; never raises for a refusal."""
@@ -122,27 +137,56 @@ class Judge:
             return case.verdict(allowed=False, reason=refusal.reason, detail=refusal.detail)
         return case.verdict(allowed=True)
 
+    async def decide_approved(self, call: Call, workspace_id: str, policy_digest: str, review: str) -> Verdict:
+        """Return the verdict on a call that people agreed to, as if the workspace made it now under ``policy_digest``.
+
+        Everything counts as for any other call, except that no person is needed any more and that it comes from no network.
+        """
+        view = self._view()
+        entry = view.workspaces.get(workspace_id)
+        case = _Case(msgspec.structs.replace(call, listener=str(entry.number) if entry else ""), self._now(), view)
+        case.workspace_id, case.digest, case.review, case.approved = workspace_id, policy_digest, review, True
+        try:
+            await self._permit(case)
+        except Refused as refusal:
+            return case.verdict(allowed=False, reason=refusal.reason, detail=refusal.detail)
+        return case.verdict(allowed=True)
+
     async def _examine(self, case: _Case) -> None:
-        call, view = case.call, case.view
         svid = self._identify(case)
         case.workspace_id, case.digest = svid.workspace_id, svid.policy_digest
+        await self._permit(case)
+
+    async def _permit(self, case: _Case) -> None:
+        call, view = case.call, case.view
         doubt = self._doubt()
         if doubt:
             raise Refused("gatekeeper_stale", doubt)
-        entry = _standing(case, svid)
-        release = release_for(view, entry, svid.policy_digest, case.now, self._grace)
+        entry = _standing(case)
+        release = release_for(view, entry, case.digest, case.now, self._grace)
         if isinstance(release, str):
             reason, _, detail = release.partition(": ")
             raise Refused(reason, detail)
         case.revision = release.revision
         request = _request(case)
-        case.decision = decision = release.matcher.decide(request)
+        poll = poll_of(call.method, call.target) if self._reviews and not case.approved else None
+        if poll is not None:
+            _asked(case, entry, request, release, poll)
+            return
+        case.decision = asked = release.matcher.decide(request, approved=case.approved)
+        decision = asked
+        if asked.reason == "review_required":
+            decision = release.matcher.decide(request, approved=True)
         if not decision.allowed:
             raise Refused(decision.reason, decision.detail)
         if decision.canonical_path != call.target:
             raise Refused("not_canonical", "the path is not in the form in which it was decided")
-        case.delegation = _delegated(case, entry, request, release, decision)
+        case.delegation, why = _delegated(case, entry, request, release, decision)
         case.dial = await self._dial(case, request, release, decision)
+        if not asked.allowed or why:
+            detail = why if asked.allowed else asked.detail
+            case.held, problem = held_by(release, request, asked, case.delegation if why else "")
+            raise Refused("review_required", problem or detail)
 
     def _identify(self, case: _Case) -> Svid:
         try:
@@ -204,6 +248,10 @@ class _Case:
         self.decision: Decision | None = None
         self.delegation = ""
         self.dial: Dial | None = None
+        self.held: Held | None = None
+        self.poll: Poll | None = None
+        self.review = ""
+        self.approved = False
 
     def verdict(self, *, allowed: bool, reason: str = "", detail: str = "") -> Verdict:
         return Verdict(
@@ -221,6 +269,9 @@ class _Case:
             decision=self.decision,
             delegation=self.delegation,
             dial=self.dial if allowed else None,
+            held=self.held,
+            poll=self.poll if allowed else None,
+            review=self.review,
         )
 
 
@@ -237,11 +288,11 @@ def destination(call: Call) -> tuple[str, int] | None:
     return (match[1].lower(), port) if 0 < port < 65536 else None
 
 
-def _standing(case: _Case, svid: Svid) -> WorkspaceEntry:
+def _standing(case: _Case) -> WorkspaceEntry:
     """Return the workspace when it may act at all: registered, on its own network, active, under a lease."""
-    entry = case.view.workspaces.get(svid.workspace_id)
+    entry = case.view.workspaces.get(case.workspace_id)
     if entry is None:
-        raise Refused("no_identity", f"workspace {svid.workspace_id} is not registered")
+        raise Refused("no_identity", f"workspace {case.workspace_id} is not registered")
     case.workspace = entry
     if case.call.listener != str(entry.number):
         raise Refused("no_identity", "the certificate belongs to a workspace on another network")
@@ -252,13 +303,32 @@ def _standing(case: _Case, svid: Svid) -> WorkspaceEntry:
     return entry
 
 
-def _delegated(case: _Case, entry: WorkspaceEntry, request: Request, release: Release, decision: Decision) -> str:
-    """Return the id of the delegation that covers an allowed call; refuse one that nothing handed to the agent covers."""
-    held = case.view.engagements.get(entry.id, NONE)
+def _asked(case: _Case, entry: WorkspaceEntry, request: Request, release: Release, poll: Poll) -> None:
+    """Let a question about a review pass where the workspace may call the host for something; it is never sent there."""
+    case.decision = decision = may_poll(release.matcher, request)
+    if not decision.allowed:
+        raise Refused(decision.reason, decision.detail)
     try:
-        git = release.matcher.speaks_git(request.host)
-        return cover(held, request, decision, git_host=git, now=case.now)
+        case.delegation = reach(case.view.engagements.get(entry.id, NONE), request.host, request.port, case.now)
     except OutsideDelegation as error:
+        raise Refused(error.code, error.message) from error
+    case.poll, case.review = poll, poll.review
+
+
+def _delegated(
+    case: _Case, entry: WorkspaceEntry, request: Request, release: Release, decision: Decision
+) -> tuple[str, str]:
+    """Return the id of the delegation that covers an allowed call, and why it wants a person to decide, if it does.
+
+    Refuses a call that nothing handed to the agent covers.
+    """
+    held = case.view.engagements.get(entry.id, NONE)
+    git = release.matcher.speaks_git(request.host)
+    try:
+        return cover(held, request, decision, git_host=git, now=case.now, approved=case.approved), ""
+    except OutsideDelegation as error:
+        if error.code == "review_required":
+            return error.delegation, error.message
         raise Refused(error.code, error.message) from error
 
 

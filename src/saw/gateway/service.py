@@ -10,7 +10,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -21,15 +21,19 @@ from saw.gateway.app import AuthorizationApp
 from saw.gateway.clock import Clock
 from saw.gateway.config import GatekeeperConfig
 from saw.gateway.credentials import CredentialStore
-from saw.gateway.judge import Judge
+from saw.gateway.judge import Judge, Verdict
 from saw.gateway.link import BrokerLink
 from saw.gateway.notify import notify
 from saw.gateway.peer import PeerReader
 from saw.gateway.ports import conflicts
 from saw.gateway.releases import TrustRoot
 from saw.gateway.resolve import Resolver
+from saw.gateway.review_link import ReviewLink
+from saw.gateway.review_send import Sender
+from saw.gateway.reviews import ReviewApp
 from saw.gateway.spool import Spool
 from saw.gateway.state import StateFile
+from saw.gateway.tickets import Tickets
 from saw.gateway.view import View, ViewKeeper
 from saw.gateway.xds import XdsWriter
 from saw.ports import require_own_socket
@@ -37,12 +41,12 @@ from saw.ports import require_own_socket
 LOG = logging.getLogger("saw.gateway")
 
 
-def listen(path: Path, group: str) -> socket.socket:
+def listen(path: Path, group: str, setting: str = "authz_socket") -> socket.socket:
     """Return a listening Unix socket at ``path`` that only this user and ``group`` can connect to (0660).
 
-    Another gatekeeper that listens there is left alone: :class:`saw.ports.TakenError`.
+    Another gatekeeper that listens there is left alone: :class:`saw.ports.TakenError`. ``setting`` names the path.
     """
-    require_own_socket("the gatekeeper", path, "authz_socket in /etc/saw/gatekeeper.json")
+    require_own_socket("the gatekeeper", path, f"{setting} in /etc/saw/gatekeeper.json")
     path.unlink(missing_ok=True)
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o117)
@@ -69,6 +73,14 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         notify("READY=1")
+
+
+class _Quiet(uvicorn.Server):
+    """A second server of the process: signals are the first one's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 class Gatekeeper:
@@ -98,9 +110,36 @@ class Gatekeeper:
             resolver=Resolver(config.resolver, time.monotonic),
             credentials=CredentialStore(config.credentials_dir),
             release_grace_s=config.release_grace_s,
+            reviews=config.review_socket is not None,
         )
         factory = EventFactory("saw-gatekeeper", host=config.name, new_uid=lambda: str(uuid.uuid4()))
-        self._app = AuthorizationApp(judge, self._spool, factory)
+        self._reviews: ReviewApp | None = None
+        self._sender: Sender | None = None
+        self._review_link = ReviewLink(config)
+        if config.review_socket is None:
+            self._app = AuthorizationApp(judge, self._spool, factory)
+            return
+        waiting, sending = Tickets[Verdict](time.monotonic), Tickets[Verdict](time.monotonic)
+        self._app = AuthorizationApp(judge, self._spool, factory, waiting=waiting, sending=sending)
+        self._reviews = ReviewApp(
+            waiting,
+            self._review_link,
+            self._spool,
+            factory,
+            credential_headers=self._keeper.credential_headers,
+            now=clock.now,
+        )
+        self._sender = Sender(
+            judge,
+            self._review_link,
+            self._spool,
+            factory,
+            sending,
+            socket=config.ring2.send_socket,
+            doubt=self._keeper.doubt,
+            now=clock.now,
+            wait_s=config.poll_wait_s,
+        )
 
     def _publish(self, view: View) -> None:
         wanted = (view.open_numbers(), view.credential_headers())
@@ -132,36 +171,59 @@ class Gatekeeper:
                 group.create_task(self._link.poll_forever(), name="poll"),
                 group.create_task(self._link.ship_forever(), name="ship"),
             ]
+            if self._sender is not None:
+                tasks.append(group.create_task(self._sender.run_forever(), name="send"))
             try:
                 yield
             finally:
                 for task in tasks:
                     task.cancel()
         await self._link.close()
+        await self._review_link.close()
 
     async def run(self) -> None:
         """Serve until a signal (TERM, INT) ends it; then write what is queued and go."""
-        server = _Server(
-            uvicorn.Config(
-                self._app,
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                access_log=False,
-                log_level="warning",
-                server_header=False,
-                date_header=False,
-                timeout_graceful_shutdown=3,
-            )
-        )
+        server = _Server(_served(self._app))
         listener = listen(self._config.authz_socket, self._config.authz_group)
         try:
-            async with self._linked():
+            async with self._linked(), self._reviewing():
                 await server.serve(sockets=[listener])
         finally:
             listener.close()
             self._config.authz_socket.unlink(missing_ok=True)
             self._spool.close()
+
+    @contextlib.asynccontextmanager
+    async def _reviewing(self) -> AsyncIterator[None]:
+        """Serve the review socket, where there is one, for as long as the authorisation socket is served."""
+        path = self._config.review_socket
+        if path is None or self._reviews is None:
+            yield
+            return
+        listener = listen(path, self._config.authz_group, "review_socket")
+        server = _Quiet(_served(self._reviews))
+        serving = asyncio.create_task(server.serve(sockets=[listener]), name="reviews")
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await serving
+            listener.close()
+            path.unlink(missing_ok=True)
+
+
+def _served(app: AuthorizationApp | ReviewApp) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        date_header=False,
+        timeout_graceful_shutdown=3,
+    )
 
 
 def serve(config: GatekeeperConfig) -> int:

@@ -96,6 +96,10 @@ class ViewKeeper:
             return f"the broker has not answered for {silence:.0f} s"
         return self._clock.doubt
 
+    def credential_headers(self) -> frozenset[str]:
+        """Return every header name that a release of the current view may inject."""
+        return self.view.credential_headers()
+
     async def restore(self, cache: Cache) -> None:
         """Start from what was saved; leases in it end when they said, whether or not the broker answers again."""
         workspaces = {entry.id: entry for entry in cache.state.workspaces}

@@ -39,6 +39,7 @@ class XdsWriter:
                 lambda version: envoy_config.clusters(
                     version,
                     authz_socket=self._config.authz_socket,
+                    review_socket=self._config.review_socket,
                     broker=broker,
                     upstream_ca=ring2.upstream_ca_file,
                     numbers=seats,
@@ -51,6 +52,7 @@ class XdsWriter:
                     credential_headers=names,
                     xds_dir=ring2.xds_dir,
                     ingress_address=ring2.ingress_address,
+                    send_socket=None if self._config.review_socket is None else ring2.send_socket,
                 )
             ),
         }

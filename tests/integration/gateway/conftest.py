@@ -32,3 +32,5 @@ def _nothing_arrived(request: pytest.FixtureRequest) -> None:
         far: Rig = request.getfixturevalue("ring2")
         far.far.arrived.clear()
         far.trap.arrived.clear()
+        far.far.respond = None
+        far.broker.reviews.clear()

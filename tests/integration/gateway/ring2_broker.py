@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import json
 import ssl
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 
 import msgspec
 import uvicorn
+from ring2_reviews import ROOT, Reviews
 
 from saw.audit.chain import ChainedEvent
 from saw.broker.perimeter import Shipment
@@ -50,7 +52,7 @@ def mutual_tls(certificate: Any, key: Any, authority: Any) -> dict[str, Any]:
 
 
 class Broker:
-    """An ASGI application with the two perimeter calls of docs/architecture.md."""
+    """An ASGI application with the perimeter calls of docs/architecture.md."""
 
     def __init__(self) -> None:
         self.seq = 0
@@ -58,11 +60,13 @@ class Broker:
         self.releases: dict[str, bytes] = {}
         self.events: list[ChainedEvent] = []
         self.answering = True
+        self.reviews = Reviews()
         self._changed = threading.Condition()
         self._closed = False
 
     def close(self) -> None:
         """Let nobody wait any longer."""
+        self.reviews.close()
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -114,7 +118,10 @@ class Broker:
             status, answer = 200, await asyncio.to_thread(self._wait, int(query["after"]), float(query["wait"]))
         elif self.answering and scope["path"] == "/v1/perimeter/events":
             status, answer = 200, self._accept(json.loads(body))
-        raw = json.dumps(answer).encode()
+        elif self.answering and scope["path"].startswith(ROOT):
+            query = scope["query_string"].decode()
+            status, answer = await asyncio.to_thread(self.reviews.serve, scope["method"], scope["path"], query, body)
+        raw = msgspec.json.encode(answer)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": raw})
@@ -127,19 +134,21 @@ class Broker:
 
 
 class FarEnd:
-    """An upstream service: it remembers every request that arrived and answers with a text."""
+    """An upstream service: it remembers every request that arrived and answers with a text, or as ``respond`` does."""
 
     def __init__(self) -> None:
         self.arrived: list[dict[str, Any]] = []
+        self.respond: Any = None
 
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
         """Record one request."""
-        size, more, start = 0, True, b""
+        size, more, start, digest = 0, True, b"", hashlib.sha256()
         while more:
             message = await receive()
             chunk = message.get("body", b"")
             start = start or chunk[:200]
             size += len(chunk)
+            digest.update(chunk)
             more = message.get("more_body", False)
         self.arrived.append(
             {
@@ -150,8 +159,12 @@ class FarEnd:
                 "headers": [(name.decode(), value.decode()) for name, value in scope["headers"]],
                 "size": size,
                 "start": start,
+                "sha256": digest.hexdigest(),
                 "at": scope["server"][0],
             }
         )
+        if self.respond is not None:
+            await self.respond(scope, send)
+            return
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
         await send({"type": "http.response.body", "body": b"from the far end"})

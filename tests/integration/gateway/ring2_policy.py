@@ -23,6 +23,8 @@ network_policies:
         rules:
           - allow: {method: GET, path: "/v1/**"}
           - allow: {method: POST, path: /v1/notes}
+          - allow: {method: POST, path: "/v1/items/**"}
+          - allow: {method: POST, path: /v1/orders}
         deny_rules:
           - {method: GET, path: "/v1/admin/**"}
       - host: api.example.com
@@ -59,8 +61,12 @@ inference:
   routes: [{alias: inference.local, models: ["demo-*"], upstream: "https://models.example.com/api/v1", credential: model-key}]
 actions:
   - {match: {host: git.example.com, git: {service: receive-pack, ref: "refs/heads/agent/**"}}, class: staged}
+  - {match: {host: git.example.com, git: {service: receive-pack, ref: "refs/heads/docs"}}, class: review, expires: 2h,
+     reviewers: {group: writers}}
   - {match: {host: git.example.com, git: {service: receive-pack}}, class: review, reviewers: {group: maintainers}}
   - {match: {host: api.example.com, method: [POST], path: /v1/notes}, class: auto}
+  - {match: {host: api.example.com, method: [POST], path: /v1/orders}, class: review, expires: 2h,
+     reviewers: {group: buyers, quorum: 2}}
 """
 
 

@@ -160,6 +160,7 @@ class Rig:
             "tuf_root_file": str(self.signer.root_file),
             "state_dir": str(directory / "state"),
             "authz_socket": str(directory / "authz.sock"),
+            "review_socket": str(directory / "review.sock"),
             "credentials_dir": str(credentials),
             "ring2": {
                 "xds_dir": str(xds),
@@ -168,6 +169,7 @@ class Rig:
                 "ingress_address": FAR,
                 "broker_address": f"{BROKER}:8443",
                 "envoy": str(ENVOY),
+                "send_socket": str(directory / "send.sock"),
             },
             "poll_wait_s": 5,
             "resolver": {"hosts_file": str(self.hosts)},
@@ -217,7 +219,8 @@ class Rig:
         """Start the gatekeeper's process and wait for its socket."""
         command = [sys.executable, "-m", "saw.cli.main", "gateway", "serve", "--config", str(self.config_path)]
         self.gatekeeper = self.namespace.popen(*command, stdout=self.log, stderr=self.log)
-        wait_for((self.directory / "authz.sock").exists, "the authorisation socket")
+        for name in ("authz.sock", "review.sock"):
+            wait_for((self.directory / name).exists, name)
 
     def stop_gatekeeper(self, number: int = signal.SIGTERM) -> None:
         """End the gatekeeper's process."""
@@ -225,6 +228,7 @@ class Rig:
             self._stop(self.gatekeeper, number)
             self.gatekeeper = None
             (self.directory / "authz.sock").unlink(missing_ok=True)
+            (self.directory / "review.sock").unlink(missing_ok=True)
 
     @staticmethod
     def _stop(process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> None:

@@ -102,3 +102,24 @@ def test_delegations_survive_a_restart_without_broker_and_still_bind(rig: Rig, s
         assert rig.call(target="/v1/elsewhere").outcome == (403, "outside_delegation")
     finally:
         rig.broker.answering = True
+
+
+@pytest.mark.control("DEL-01")
+@pytest.mark.control("REV-01")
+def test_under_approval_review_every_write_waits_for_the_sponsors_and_reads_do_not(rig: Rig, sponsor: Sponsor) -> None:
+    resources = (Resource(host="api.example.com", paths=("/v1/things", "/v1/notes")),)
+    rig.settle(delegations=[sponsor.hand(approval="review", resources=resources)], delegation_required=True)
+    assert rig.call().status == 200
+    answer = rig.call("POST", "/v1/notes", body=b"text")
+    assert answer.status == 202
+    review = answer.json["review_id"]
+    asked = rig.broker.reviews.one.opened
+    assert (asked.group, asked.delegation, asked.rule) == ("sponsors", "dlg-1", "")
+    assert rig.call("POST", "/v1/items/1", body=b"x").outcome == (403, "outside_delegation")
+    poll = f"/.well-known/saw/reviews/{review}?wait=20"
+    assert rig.call(target=poll, host="git.example.com", binary="/usr/bin/git").outcome == (403, "outside_delegation")
+    rig.broker.reviews.move(review, "approved")
+    assert rig.call(target=poll).headers["x-saw-review"] == "done"
+    assert [seen["method"] for seen in rig.far.arrived] == ["GET", "POST"]
+    rig.settle(delegations=[sponsor.hand(approval="read-only", resources=resources)])
+    assert rig.call("POST", "/v1/notes", body=b"more").outcome == (403, "outside_delegation")

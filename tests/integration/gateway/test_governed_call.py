@@ -256,10 +256,12 @@ def test_a_push_to_an_agent_branch_streams_through_with_the_credential(rig: Rig)
     assert rig.far.arrived[0]["size"] == len(body)
 
 
+@pytest.mark.control("REV-01")
 def test_a_push_to_another_branch_waits_for_review(rig: Rig) -> None:
     body = push("refs/heads/main", 3_000_000)
     answer = rig.call("POST", PUSH_ROOT, host="git.example.com", binary="/usr/bin/git", body=body)
-    assert answer.outcome == (403, "review_required")
+    assert (answer.status, answer.headers["x-saw-review"]) == (200, "pending")
+    assert b"ng refs/heads/main waiting for review rv-" in answer.body
     assert rig.far.arrived == []
 
 

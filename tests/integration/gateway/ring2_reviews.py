@@ -1,0 +1,148 @@
+"""The broker's side of reviews as ``saw.review.messages`` says it, in memory: open, look, claim once, take the result.
+
+Decisions are made by the test. Whoever approves here is not checked: that is the real broker's part.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import parse_qs
+
+import msgspec
+
+from saw.review.digest import request_digest
+from saw.review.messages import (
+    FINAL,
+    ClaimAnswer,
+    Claimed,
+    ClaimReview,
+    OpenReview,
+    ReviewedAnswer,
+    ReviewResult,
+    ReviewView,
+)
+
+ROOT = "/v1/perimeter/reviews"
+Reply = tuple[int, Any]
+UNKNOWN: Reply = (404, {"error": "refused", "code": "unknown_review"})
+
+
+class Review(msgspec.Struct):
+    """One review and what was done to it."""
+
+    opened: OpenReview
+    view: ReviewView
+    claim: str = ""
+    claims: int = 0
+    results: list[ReviewResult] = []
+
+
+class Reviews:
+    """Every review of a rig. ``spoil`` may change what a claim says, ``claim_s`` is how long one lasts (seconds)."""
+
+    def __init__(self) -> None:
+        self.all: dict[str, Review] = {}
+        self.spoil: Any = lambda claimed: claimed
+        self.claim_s = 30.0
+        self.answering = True
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def clear(self) -> None:
+        """Forget everything; a claim that is out stays out."""
+        with self._changed:
+            self.all.clear()
+            self.spoil = lambda claimed: claimed
+            self.claim_s, self.answering = 30.0, True
+
+    @property
+    def one(self) -> Review:
+        """Return the only review there is."""
+        [review] = self.all.values()
+        return review
+
+    def move(self, review: str, state: str, answer: ReviewedAnswer | None = None, detail: str = "") -> None:
+        """Bring a review to ``state``."""
+        with self._changed:
+            found = self.all[review]
+            found.view = msgspec.structs.replace(found.view, state=state, answer=answer, detail=detail)
+            self._changed.notify_all()
+
+    def serve(self, method: str, path: str, query: str, body: bytes) -> Reply:
+        """Answer one call of a perimeter."""
+        if not self.answering:
+            return 503, {}
+        if (method, path) == ("POST", ROOT):
+            return self._open(msgspec.json.decode(body, type=OpenReview))
+        if (method, path) == ("POST", f"{ROOT}/claim"):
+            return self._claim(msgspec.json.decode(body, type=ClaimReview).wait)
+        review, _, verb = path.removeprefix(f"{ROOT}/").partition("/")
+        if (method, verb) == ("POST", "result"):
+            return self._result(review, msgspec.json.decode(body, type=ReviewResult))
+        asked: Mapping[str, list[str]] = parse_qs(query, strict_parsing=True)
+        return self._look(review, asked["workspace_id"][0], int(asked["wait"][0]))
+
+    def _open(self, asked: OpenReview) -> Reply:
+        # Validated as the real side does: what is sent satisfies every bound of the contract.
+        digest = request_digest(asked.workspace_id, asked.call)
+        now = datetime.now(UTC)
+        with self._changed:
+            for review in self.all.values():
+                same = (review.view.request_digest, review.opened.policy_digest) == (digest, asked.policy_digest)
+                if same and review.view.state not in FINAL:
+                    return 200, review.view
+            view = ReviewView(
+                id=f"rv-{secrets.token_hex(16)}", workspace_id=asked.workspace_id, state="pending", request_digest=digest,
+                opened_at=now.isoformat(), expires_at=(now + timedelta(seconds=asked.expires_in_s)).isoformat(),
+                quorum=asked.quorum,
+            )  # fmt: skip
+            self.all[view.id] = Review(asked, view)
+            return 200, view
+
+    def _look(self, review: str, workspace: str, wait: int) -> Reply:
+        with self._changed:
+            found = self.all.get(review)
+            if found is None or found.view.workspace_id != workspace:
+                return UNKNOWN
+            self._changed.wait_for(lambda: found.view.state in FINAL or self._closed, timeout=wait)
+            return 200, found.view
+
+    def _claim(self, wait: int) -> Reply:
+        with self._changed:
+            self._changed.wait_for(lambda: self._approved() or self._closed, timeout=wait)
+            review = self._approved()
+            if review is None:
+                return 200, ClaimAnswer()
+            review.claim, review.claims = secrets.token_urlsafe(32), review.claims + 1
+            review.view = msgspec.structs.replace(review.view, state="executing")
+            claimed = Claimed(
+                id=review.view.id, claim=review.claim, workspace_id=review.view.workspace_id,
+                claim_ends_at=(datetime.now(UTC) + timedelta(seconds=self.claim_s)).isoformat(),
+                policy_digest=review.opened.policy_digest, request_digest=review.view.request_digest,
+                call=review.opened.call, binary=review.opened.binary,
+            )  # fmt: skip
+            return 200, ClaimAnswer(claimed=self.spoil(claimed))
+
+    def _approved(self) -> Review | None:
+        return next((review for review in self.all.values() if review.view.state == "approved"), None)
+
+    def _result(self, review: str, result: ReviewResult) -> Reply:
+        with self._changed:
+            found = self.all.get(review)
+            if found is None or not secrets.compare_digest(found.claim, result.claim):
+                return UNKNOWN
+            found.results.append(result)
+            found.view = msgspec.structs.replace(
+                found.view, state=result.outcome, answer=result.answer, detail=result.detail
+            )
+            self._changed.notify_all()
+            return 200, {}
