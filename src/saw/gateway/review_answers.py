@@ -45,8 +45,11 @@ def problem(status: int, error: str, detail: str, *steps: str) -> Answer:
     return in_json(status, {"error": error, "layer": "review", "detail": detail, "next_steps": list(steps)}, *retry)
 
 
-def waits(view: ReviewView) -> Answer:
-    """Return the answer to a call that waits, and to every question about it until it has ended."""
+def waits(view: ReviewView, policy_digest: str) -> Answer:
+    """Return the answer to a call that waits, and to every question about it until it has ended.
+
+    ``policy_digest`` is the policy that the workspace is under now.
+    """
     poll = f"{REVIEWS_PATH}{view.id}"
     body: dict[str, object] = {
         "review_id": view.id,
@@ -56,6 +59,7 @@ def waits(view: ReviewView) -> Answer:
         "approvals": view.approvals,
         "quorum": view.quorum,
         "request_digest": view.request_digest,
+        "policy_digest": policy_digest,
         "poll": poll,
         "next_steps": [
             f"GET {poll}?wait=30 at the same host until it no longer answers 202; the answer is then that of the far end",
@@ -65,13 +69,13 @@ def waits(view: ReviewView) -> Answer:
     return in_json(202, body, ("location", poll), ("retry-after", str(RETRY_AFTER_S)))
 
 
-def state_of(view: ReviewView) -> Answer:
+def state_of(view: ReviewView, policy_digest: str) -> Answer:
     """Return the answer to a question about a review: it waits, the far end's stored answer, or why there is none."""
     if view.state == "done" and view.answer is not None:
         return _stored(view.answer, view.id)
     ended = _ENDED.get(view.state)
     if ended is None:
-        return waits(view)
+        return waits(view, policy_digest)
     status, error, detail, step = ended
     return in_json(
         status,
@@ -107,7 +111,7 @@ def safe_headers(headers: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], .
     return tuple(kept[:100])
 
 
-def git_waits(view: ReviewView, body: bytes, encoding: str) -> Answer | None:
+def git_waits(view: ReviewView, body: bytes, encoding: str, policy_digest: str) -> Answer | None:
     """Return the answer to a push that waits, as ``git-receive-pack`` would refuse each ref, or None for no such push.
 
     ``body`` is the whole request body. git prints the message and the reason of each ref (gitprotocol-pack, report-status
@@ -132,7 +136,8 @@ def git_waits(view: ReviewView, body: bytes, encoding: str) -> Answer | None:
     else:
         content = report
     fields = [(b"content-type", RECEIVE_PACK_RESULT.encode()), (b"cache-control", b"no-cache")]
-    return 200, [*fields, (b"x-saw-review", view.state.encode()), (b"x-saw-review-id", view.id.encode())], content
+    fields += [(b"x-saw-review", view.state.encode()), (b"x-saw-review-id", view.id.encode())]
+    return 200, [*fields, (b"x-saw-policy-digest", policy_digest.encode())], content
 
 
 def _packet(payload: bytes) -> bytes:

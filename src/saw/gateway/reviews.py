@@ -113,7 +113,7 @@ class ReviewApp:
         if verdict is None:
             return problem(403, "review_refused", "the call was not sent here by the gatekeeper's decision")
         if verdict.poll is not None:
-            return await self._poll(verdict.workspace_id, verdict.poll)
+            return await self._poll(verdict.workspace_id, verdict.poll, verdict.policy_digest)
         if verdict.held is None:
             return problem(403, "review_refused", "nobody has to decide on this call")
         workspace = verdict.workspace_id
@@ -169,10 +169,12 @@ class ReviewApp:
         event = review_event(verdict, self._factory, self._now(), "open", view.id, detail=detail)
         await self._spool.record(event)
         if git_service(call.method, call.target.partition("?")[0]) == RECEIVE_PACK:
-            return git_waits(view, body, call.headers.get("content-encoding", "")) or waits(view)
-        return waits(view)
+            told = git_waits(view, body, call.headers.get("content-encoding", ""), verdict.policy_digest)
+            if told is not None:
+                return told
+        return waits(view, verdict.policy_digest)
 
-    async def _poll(self, workspace: str, poll: Poll) -> Answer:
+    async def _poll(self, workspace: str, poll: Poll, policy_digest: str) -> Answer:
         wait = poll.wait
         if self._waiting[workspace] >= MOST_WAITING_EACH:
             wait = 0
@@ -184,7 +186,7 @@ class ReviewApp:
         finally:
             self._waiting[workspace] -= 1
             self._waiting += Counter()
-        return state_of(view)
+        return state_of(view, policy_digest)
 
 
 def bound_of(scope: Scope, headers: Iterable[tuple[str, str]]) -> Bound:

@@ -127,6 +127,8 @@ class Exchange(NamedTuple):
     path: str
     status: int
     body: str
+    waits_under: str = ""
+    """Policy digest of an answer that says that the call waits for a person."""
 
 
 def exchanges(trace: str) -> list[Exchange]:
@@ -141,6 +143,10 @@ def exchanges(trace: str) -> list[Exchange]:
             found.append(Exchange(request[1], request[2], 0, ""))
         elif found and kind == "<= Recv header" and (status := re.match(r"HTTP/\S+ (\d{3})", text)):
             found[-1] = found[-1]._replace(status=int(status[1]), body="")
+        elif (
+            found and kind == "<= Recv header" and (under := re.match(r"(?i)x-saw-policy-digest: ([0-9a-f]{64})", text))
+        ):
+            found[-1] = found[-1]._replace(waits_under=under[1])
         elif found and kind == "<= Recv data":
             found[-1] = found[-1]._replace(body=found[-1].body + text)
     return found
@@ -157,6 +163,8 @@ def git(*arguments: str, cwd: Path | None = None) -> Outcome:
         refusal = refusal_in(item.body) if item.status == 403 else {}
         if refusal:
             return denied(refusal, f"{item.method} {item.path}; {detail}") if code else Outcome("error", "", detail)
+        if code and item.waits_under:
+            return Outcome("deny", "review_required", f"{item.method} {item.path}; {detail}", item.waits_under)
     host = GIT.partition("://")[2].partition("/")[0]
     requests = tuple((item.method, host, item.path) for item in seen if item.method != "CONNECT" and item.status < 300)
     return Outcome("error", "", detail) if code or not requests else Outcome("allow", "", detail, requests=requests)

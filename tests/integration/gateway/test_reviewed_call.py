@@ -18,6 +18,7 @@ import pytest
 from ring2_reviews import Review
 from ring2_rig import SECRET, Answer, Rig, wait_for
 
+from saw.lab.engagement import exchanges
 from saw.review.messages import MAX_REVIEWED_ANSWER, MAX_REVIEWED_BODY, Claimed
 
 BODY = b'{"title": "one"}'
@@ -446,6 +447,7 @@ def test_a_push_that_waits_is_refused_in_words_that_git_prints(rig: Rig, tmp_pat
     rig.far.respond = advertises
     certificate, key = rig.svid_files()
     environment = {**os.environ, "GIT_SSL_CAINFO": str(rig.directory / "ca" / "ca.pem")}
+    environment["GIT_TRACE_CURL"] = str(tmp_path / "trace")
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         settings = {
@@ -475,6 +477,7 @@ def test_a_push_that_waits_is_refused_in_words_that_git_prints(rig: Rig, tmp_pat
     assert f"(waiting for review {review})" in done.stderr
     assert "[remote rejected] HEAD -> main" in done.stderr
     assert rig.broker.reviews.one.opened.group == "maintainers"
+    assert exchanges((tmp_path / "trace").read_text(errors="replace"))[-1].waits_under == rig.digest
     assert [seen["method"] for seen in rig.far.arrived] == ["GET"]
 
 
@@ -501,3 +504,7 @@ def test_refs_for_different_people_to_decide_on_are_never_one_review(rig: Rig) -
         asked = rig.broker.reviews.all[answer.headers["x-saw-review-id"]].opened
         assert asked.group == group
     assert json.dumps(rig.far.arrived) == "[]"
+
+
+def test_the_configuration_with_reviews_is_one_that_envoy_accepts(rig: Rig) -> None:
+    assert "accepts" in rig.saw("gateway", "render", "--check", "--config", str(rig.config_path))

@@ -112,7 +112,7 @@ def push(*refs: str, capabilities: str = " report-status side-band-64k") -> byte
 
 
 def test_git_is_told_which_review_each_ref_waits_for() -> None:
-    answer = git_waits(VIEW, push("refs/heads/main", "refs/tags/v1"), "")
+    answer = git_waits(VIEW, push("refs/heads/main", "refs/tags/v1"), "", "d" * 64)
     assert answer is not None
     status, headers, body = answer
     assert (status, dict(headers)[b"content-type"]) == (200, b"application/x-git-receive-pack-result")
@@ -120,29 +120,29 @@ def test_git_is_told_which_review_each_ref_waits_for() -> None:
     for ref in (b"refs/heads/main", b"refs/tags/v1"):
         assert b"ng " + ref + b" waiting for review " + VIEW.id.encode() in body
     assert body.endswith(b"0000")
-    plain = git_waits(VIEW, push("refs/heads/main", capabilities=" report-status"), "")
+    plain = git_waits(VIEW, push("refs/heads/main", capabilities=" report-status"), "", "d" * 64)
     assert plain is not None
     assert plain[2].startswith(b"000eunpack ok\n")
-    packed = git_waits(VIEW, gzip.compress(push("refs/heads/main")), "gzip")
+    packed = git_waits(VIEW, gzip.compress(push("refs/heads/main")), "gzip", "d" * 64)
     assert packed is not None
     assert packed[2].startswith(b"00")
 
 
 @pytest.mark.parametrize("body", [b"", b"0000", b"nonsense", push("refs/heads/main", capabilities=" atomic")])
 def test_what_is_no_push_that_wants_a_report_gets_the_answer_in_json(body: bytes) -> None:
-    assert git_waits(VIEW, body, "") is None
-    assert waits(VIEW)[0] == 202
+    assert git_waits(VIEW, body, "", "d" * 64) is None
+    assert waits(VIEW, "d" * 64)[0] == 202
 
 
 @pytest.mark.parametrize("state", ["pending", "approved", "executing"])
 def test_until_it_has_ended_the_answer_is_202(state: Any) -> None:
-    status, headers, _ = state_of(msgspec.structs.replace(VIEW, state=state))
+    status, headers, _ = state_of(msgspec.structs.replace(VIEW, state=state), "d" * 64)
     assert (status, dict(headers)[b"retry-after"]) == (202, b"10")
 
 
 def test_the_stored_answer_is_given_as_it_came_and_marked() -> None:
     answer = ReviewedAnswer(status=204, headers=(("etag", "1"), ("set-cookie", "a")), truncated=True)
-    status, headers, body = state_of(msgspec.structs.replace(VIEW, state="done", answer=answer))
+    status, headers, body = state_of(msgspec.structs.replace(VIEW, state="done", answer=answer), "d" * 64)
     assert (status, body) == (204, b"")
     assert dict(headers) == {
         b"etag": b"1", b"x-saw-review": b"done", b"x-saw-review-id": VIEW.id.encode(), b"x-saw-review-truncated": b"true",
