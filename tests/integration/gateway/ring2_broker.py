@@ -12,6 +12,7 @@ import hashlib
 import json
 import ssl
 import threading
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -23,6 +24,7 @@ from ring2_reviews import ROOT, Reviews
 from saw.audit.chain import ChainedEvent
 from saw.broker.perimeter import Shipment
 from saw.gateway.state import parse_state
+from saw.review.messages import ClaimReview
 
 
 class Uvicorn:
@@ -120,11 +122,25 @@ class Broker:
             status, answer = 200, self._accept(json.loads(body))
         elif self.answering and scope["path"].startswith(ROOT):
             query = scope["query_string"].decode()
+            if scope["path"] == f"{ROOT}/claim" and not await self._claimant_waits(body, receive):
+                return  # a claim that nobody is there to take would be lost
             status, answer = await asyncio.to_thread(self.reviews.serve, scope["method"], scope["path"], query, body)
         raw = msgspec.json.encode(answer)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": raw})
+
+    async def _claimant_waits(self, body: bytes, receive: Any) -> bool:
+        """Wait for something to claim, or the end of the wait; return whether the claimant is still there."""
+        gone = asyncio.ensure_future(receive())
+        end = time.monotonic() + msgspec.json.decode(body, type=ClaimReview).wait
+        while not gone.done() and (left := end - time.monotonic()) > 0:
+            if await asyncio.to_thread(self.reviews.wait_for_approval, min(left, 0.1)):
+                break
+        await asyncio.wait([gone], timeout=0)
+        there = not gone.done()
+        gone.cancel()
+        return there
 
     def _accept(self, shipment: dict[str, Any]) -> dict[str, Any]:
         known = {event.seq for event in self.events}

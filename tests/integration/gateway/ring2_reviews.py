@@ -19,7 +19,6 @@ from saw.review.messages import (
     FINAL,
     ClaimAnswer,
     Claimed,
-    ClaimReview,
     OpenReview,
     ReviewedAnswer,
     ReviewResult,
@@ -84,7 +83,7 @@ class Reviews:
         if (method, path) == ("POST", ROOT):
             return self._open(msgspec.json.decode(body, type=OpenReview))
         if (method, path) == ("POST", f"{ROOT}/claim"):
-            return self._claim(msgspec.json.decode(body, type=ClaimReview).wait)
+            return self._claim()
         review, _, verb = path.removeprefix(f"{ROOT}/").partition("/")
         if (method, verb) == ("POST", "result"):
             return self._result(review, msgspec.json.decode(body, type=ReviewResult))
@@ -116,9 +115,13 @@ class Reviews:
             self._changed.wait_for(lambda: found.view.state in FINAL or self._closed, timeout=wait)
             return 200, found.view
 
-    def _claim(self, wait: int) -> Reply:
+    def wait_for_approval(self, wait: float) -> bool:
+        """Wait that many seconds at most until there is something to claim, or nobody answers any more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._approved() or self._closed, timeout=wait)
+            return bool(self._changed.wait_for(lambda: self._approved() or self._closed, timeout=wait))
+
+    def _claim(self) -> Reply:
+        with self._changed:
             review = self._approved()
             if review is None:
                 return 200, ClaimAnswer()
