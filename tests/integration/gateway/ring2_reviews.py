@@ -41,13 +41,15 @@ class Review(msgspec.Struct):
 
 
 class Reviews:
-    """Every review of a rig. ``spoil`` may change what a claim says, ``claim_s`` is how long one lasts (seconds)."""
+    """Every review of a rig. ``spoil`` may change what a claim says, ``claim_s`` is how long one lasts (seconds), ``refusal`` why
+    nothing is taken in."""
 
     def __init__(self) -> None:
         self.all: dict[str, Review] = {}
         self.spoil: Any = lambda claimed: claimed
         self.claim_s = 30.0
         self.answering = True
+        self.refusal = ""
         self._changed = threading.Condition()
         self._closed = False
 
@@ -61,7 +63,7 @@ class Reviews:
         with self._changed:
             self.all.clear()
             self.spoil = lambda claimed: claimed
-            self.claim_s, self.answering = 30.0, True
+            self.claim_s, self.answering, self.refusal = 30.0, True, ""
 
     @property
     def one(self) -> Review:
@@ -80,6 +82,8 @@ class Reviews:
         """Answer one call of a perimeter."""
         if not self.answering:
             return 503, {}
+        if (method, path) == ("POST", ROOT) and self.refusal:
+            return 409, {"error": "refused", "code": self.refusal}
         if (method, path) == ("POST", ROOT):
             return self._open(msgspec.json.decode(body, type=OpenReview))
         if (method, path) == ("POST", f"{ROOT}/claim"):

@@ -18,6 +18,7 @@ import pytest
 from ring2_reviews import Review
 from ring2_rig import SECRET, Answer, Rig, wait_for
 
+from saw.gateway.reviews import MOST_OPENING_EACH
 from saw.lab.engagement import exchanges
 from saw.review.messages import MAX_REVIEWED_ANSWER, MAX_REVIEWED_BODY, Claimed
 
@@ -399,6 +400,33 @@ def test_without_the_broker_nothing_is_taken_in_and_nothing_is_sent(rig: Rig) ->
     assert rig.far.arrived == []
     rig.broker.reviews.answering = True
     assert opened(rig) == review
+
+
+def test_what_the_broker_takes_in_for_no_review_is_told_as_a_refusal(rig: Rig) -> None:
+    rig.broker.reviews.refusal = "too_many_reviews"
+    answer = write(rig)
+    assert (answer.status, answer.json["error"]) == (409, "review_refused")
+    assert "too_many_reviews" in answer.json["detail"]
+    rig.broker.reviews.refusal = ""
+    assert write(rig).status == 202
+
+
+def test_one_workspace_cannot_fill_the_service_with_bodies_that_never_end(rig: Rig) -> None:
+    context, stuck = rig.svid(), []
+    head = (
+        "POST /v1/items/1 HTTP/1.1\r\nhost: api.example.com\r\nx-saw-binary: /usr/bin/curl\r\n"
+        f"content-length: {3 << 20}\r\n\r\n"
+    ).encode()
+    try:
+        for _ in range(MOST_OPENING_EACH):
+            stuck.append(context.wrap_socket(rig.connect("10.210.1.1", 8443), server_hostname="ring2.saw.internal"))
+            stuck[-1].sendall(head + b"x" * (2 << 20))
+        wait_for(lambda: write(rig).status == 503, "the refusal of one more")
+        assert write(rig, number=2, context=rig.svid("ws-2")).status == 202
+    finally:
+        for connection in stuck:
+            connection.close()
+    wait_for(lambda: write(rig).status == 202, "room again")
 
 
 @pytest.mark.control("REV-01")

@@ -12,13 +12,14 @@ import msgspec
 import pytest
 
 from saw.audit.events import EventFactory
+from saw.gateway import reviews
 from saw.gateway.app import AuthorizationApp
 from saw.gateway.envoy_parts import SEND_SEAT
 from saw.gateway.held import Held, held_by
 from saw.gateway.judge import Call, Dial, Verdict
 from saw.gateway.releases import Release
 from saw.gateway.review_answers import git_waits, safe_headers, state_of, waits
-from saw.gateway.reviews import kept_headers
+from saw.gateway.reviews import ReviewApp, kept_headers
 from saw.gateway.spool import Spool
 from saw.gateway.tickets import LIFE_S, Tickets, TicketsOut
 from saw.policy.loader import load_governance, load_policy
@@ -258,6 +259,39 @@ def test_without_a_review_service_a_held_call_is_refused_as_review_required(tmp_
     assert b'"reason": "review_required"' in refused[2]
     assert (taken[0], dict(taken[1])[b"x-saw-transport"]) == (200, b"review")
     spool.close()
+
+
+def test_a_body_that_does_not_arrive_in_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reviews, "BODY_TIME_S", 0.05)
+    call = Call("1", "", "https", "api.example.com", "443", "POST", "/v1/x", "", (), "r", {}, b"", body_complete=True)
+    waiting = Verdict(
+        call=call, time=NOW, allowed=False, host="api.example.com", port=443, workspace_id="ws-1",
+        held=Held(group="g", quorum=1, expires_in_s=60),
+    )  # fmt: skip
+    sent: list[Any] = []
+
+    async def served() -> None:
+        tickets: Tickets[Verdict] = Tickets(Time())
+        app = ReviewApp(
+            tickets, None, None, None, credential_headers=frozenset, now=lambda: NOW,  # type: ignore[arg-type]
+        )  # fmt: skip
+        ticket = tickets.issue(("POST", "api.example.com", "/v1/x"), waiting)
+        scope = {
+            "type": "http", "method": "POST", "raw_path": b"/v1/x", "query_string": b"",
+            "headers": [(b"host", b"api.example.com"), (b"x-saw-ticket", ticket.encode())],
+        }  # fmt: skip
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await app(scope, receive, send)
+
+    asyncio.run(served())
+    assert sent[0]["status"] == 408
+    assert b"did not arrive in time" in sent[1]["body"]
 
 
 @pytest.mark.control("REV-02")
