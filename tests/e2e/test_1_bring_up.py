@@ -196,6 +196,18 @@ def test_calls_are_refused_for_their_reason_and_their_twins_are_allowed(report: 
     assert {call["digest_source"] for call in told} == {"answer", "audit"}
 
 
+@pytest.mark.control("REV-01")
+@pytest.mark.control("REV-02")
+@pytest.mark.control("REV-03")
+def test_the_push_that_waits_arrives_once_after_a_person_has_approved_it(report: dict[str, Any]) -> None:
+    waits = calls(report, "REV-01")["git push to main"]
+    assert (waits["verdict"], waits["reason"]) == ("deny", "review_required")
+    approved = calls(report, "REV-02")["push to main, after a review"]
+    assert approved["verdict"] == "allow", approved
+    assert " is done; 1 such pushes recorded at the far end" in approved["detail"]
+    assert approved["policy_digest"] == waits["policy_digest"] == report["attestation"]["policy_digest"]
+
+
 @pytest.mark.control("CRED-01")
 def test_the_real_credential_arrives_outside_and_is_never_in_the_sandbox(report: dict[str, Any]) -> None:
     seen = calls(report, "CRED-01")

@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "runtime": BASE | {"policy", "identity", "attest", "audit", "budget"},
     "image": BASE | {"vm"},
     "vm": BASE | {"image"},
-    "lab": BASE | {"policy", "identity", "attest", "audit", "budget", "broker", "gateway", "runtime", "image", "vm"},
+    "lab": BASE
+    | {"policy", "identity", "attest", "audit", "budget", "review", "broker", "gateway", "runtime", "image", "vm"},
 }
 #: Single modules with a reason of their own.
 EXCEPTIONS = {

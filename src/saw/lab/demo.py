@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from saw.errors import UnavailableError
 from saw.lab import sweep
+from saw.lab.approval import approve_push
 from saw.lab.attach import attach_thrice
 from saw.lab.evidence import Event, allowed_calls, digest_of, explain, head, trail, unexplained, upstream_of
 from saw.lab.process import wait_for
@@ -101,6 +102,7 @@ def run_engagement(job: Bringup, workspace: str, names: tuple[str, ...] = ()) ->
     events = hold_against_trail(job, workspace, calls, before)
     if not names:
         calls += far_end_findings(job, arrivals(job)[mark:], events)
+        calls.append(approved_push(job, workspace))
         calls.append(credential_search(job, workspace))
     return calls
 
@@ -150,12 +152,25 @@ def arrivals(job: Bringup) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines() if line]
 
 
+def approved_push(job: Bringup, workspace: str) -> dict[str, Any]:
+    """Let a person approve the push to main that waits; it must arrive at the far end, once."""
+    told = approve_push(job, workspace)
+    name, digest = "push to main, after a review", told["policy_digest"]
+    call = finding(name, "REV-02", told["verdict"], expected="allow", detail=told["detail"], digest=digest)
+    return {**call, "reason": told["reason"], "ms": told["ms"]}
+
+
+def git_credential(job: Bringup) -> str:
+    """Return the Authorization header that the perimeter adds to calls of the Git server."""
+    pair = f"x-access-token:{job.lab.credentials()['git-token']}"
+    return "Basic " + base64.b64encode(pair.encode()).decode()
+
+
 def far_end_findings(job: Bringup, arrived: list[dict[str, Any]], events: list[Event]) -> list[dict[str, Any]]:
     """Judge the far end's record: real credentials arrived there, and nothing that the gatekeeper did not allow."""
     secret = job.lab.credentials()
-    git = "Basic " + base64.b64encode(f"x-access-token:{secret['git-token']}".encode()).decode()
     wanted = {
-        "git.example.com": git,
+        "git.example.com": git_credential(job),
         "api.example.com": f"Bearer {secret['api-token']}",
         "models.example.com": f"Bearer {secret['model-key']}",
     }

@@ -148,6 +148,7 @@ class Bringup:
                 "perimeter_upstream_ca_file": "/etc/saw-enterprise-ca.pem",
                 "perimeter_hosts_file": "/etc/saw-enterprise-hosts",
                 "perimeter_credentials": credentials,
+                "perimeter_reviews": True,
                 "demo_enterprise_credentials": credentials,
                 "demo_enterprise_tls": str(pki),
                 "demo_enterprise_names": list(ENTERPRISE_NAMES),

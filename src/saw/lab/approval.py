@@ -1,0 +1,92 @@
+"""The demonstration's reviewer: approves the push that waits, under a key of their own, and sees that it arrives once.
+
+The agent asked for it with the engagement; policy lets the group ``maintainers`` decide.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saw.errors import SawError, UnavailableError
+from saw.lab.process import wait_for
+from saw.policy.keys import create_key
+from saw.review.messages import FINAL
+
+if TYPE_CHECKING:
+    from saw.lab.up import Bringup
+
+REVIEWER, GROUP = "maintainer@example.com", "maintainers"
+PUSH = ("git.example.com", "POST", "/team/project.git/git-receive-pack")
+"""Host, method and path of the call that waits."""
+
+
+def reviewer_key(job: Bringup) -> Path:
+    """Return the reviewer's private key, made on the first call, and see that the broker knows the reviewer."""
+    private = job.lab.keys_directory / "maintainer.key"
+    public = private.with_suffix(".pub")
+    if not public.exists():
+        private.unlink(missing_ok=True)  # the other half of a pair that was cut short
+        create_key(job.lab.keys_directory, private.stem)
+    job.saw("review", "reviewer", "add", REVIEWER, "--group", GROUP, "--key", str(public))
+    return private
+
+
+def waiting_push(job: Bringup, workspace: str) -> dict[str, Any]:
+    """Return the newest push of the workspace that waits for people; raise :class:`UnavailableError` when none does."""
+    found = job.client().request("GET", f"/v1/reviews?state=pending&workspace_id={workspace}")["reviews"]
+    for one in found:
+        if (one["host"], one["method"], one["path"]) == PUSH:
+            return dict(one)
+    raise UnavailableError(f"no push of {workspace} waits for a person", cure="saw review list shows what does")
+
+
+def approve_push(job: Bringup, workspace: str) -> dict[str, Any]:
+    """Approve the push that waits; return ``{verdict, reason, detail, policy_digest, ms}``.
+
+    ``allow``: the review is done, and exactly one such request, with the real credential, was recorded at the far end.
+    """
+    begin = time.monotonic()
+    digest = ""
+    try:
+        review = waiting_push(job, workspace)
+        digest = str(review["policy_digest"])
+        before = len(_arrived(job))
+        key = reviewer_key(job)
+        job.saw("review", "approve", str(review["id"]), "--key", str(key), "--comment", "the demonstration", "--yes")
+        state = _end_of(job, str(review["id"]))
+        arrived = len(_arrived(job)) - before
+    except SawError as error:
+        return _outcome("error", error.code, error.message, digest, begin)
+    detail = f"review {review['id']} is {state}; {arrived} such pushes recorded at the far end since"
+    good = state == "done" and arrived == 1
+    return _outcome("allow" if good else "error", "" if good else f"review_{state}", detail, digest, begin)
+
+
+def _outcome(verdict: str, reason: str, detail: str, digest: str, begin: float) -> dict[str, Any]:
+    ms = round((time.monotonic() - begin) * 1000)
+    return {"verdict": verdict, "reason": reason, "detail": detail, "policy_digest": digest, "ms": ms}
+
+
+def _end_of(job: Bringup, review: str) -> str:
+    """Wait until a review has ended; return how."""
+    state = ""
+
+    def ended() -> bool:
+        nonlocal state
+        state = str(job.client().request("GET", f"/v1/reviews/{review}")["state"])
+        return state in FINAL
+
+    cure = "saw review show tells where it stands"
+    wait_for(f"the end of review {review}", ended, patience=150, interval=0.5, cure=cure)
+    return state
+
+
+def _arrived(job: Bringup) -> list[dict[str, Any]]:
+    """Return the pushes that the far end recorded, each with the credential of the perimeter."""
+    from saw.lab.demo import arrivals, git_credential
+
+    held = git_credential(job)
+    seen = [item for item in arrivals(job) if (item["host"], item["method"], item["uri"]) == PUSH]
+    return [item for item in seen if item["authorization"] == held and not item.get("saw_headers")]
