@@ -92,7 +92,7 @@ lane_unit() {
   if [ "$(id -u)" = 0 ]; then
     python -m saw.image.build host-tar && python -m saw.image.build wheelhouse || return 1
   fi
-  pytest tests/unit tests/integration -q -n 2 --dist loadfile --junitxml="$results/unit.xml" -p no:cacheprovider || return 1
+  pytest tests/unit tests/integration -q -n 2 --dist loadfile --durations=25 --junitxml="$results/unit.xml" -p no:cacheprovider || return 1
   newer_environment
   case $? in
     0) # what differs there is Ansible; whole releases by playbook take long and run once
@@ -123,7 +123,7 @@ lane_e2e() {
   git clone -q "$root" "$clone" || return 1
   SAW_E2E_CHECKOUT=$clone python scripts/follow.py --whole --log "$results/e2e.log" \
     --watch "$root/build/e2e.log" --watch "$scratch/pytest/*/output" -- \
-    pytest tests/e2e -v -x --basetemp="$scratch/pytest" --junitxml="$results/e2e.xml" -p no:cacheprovider
+    pytest tests/e2e -v -x --durations=25 --durations-min=5 --basetemp="$scratch/pytest" --junitxml="$results/e2e.xml" -p no:cacheprovider
   local status=$?
   [ $status = 0 ] || tail -n 80 build/e2e.log
   return $status
