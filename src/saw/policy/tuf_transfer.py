@@ -117,9 +117,9 @@ def _export(base: Path, now: datetime, online_key: Ed25519PrivateKey | None, lif
 
 
 def _pack(files: Mapping[str, bytes]) -> bytes:
-    """Return a tar that is the same for the same files."""
+    """Return a tar that is the same for the same files; a target's name may be longer than plain ustar takes."""
     stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for name, raw in sorted(files.items()):
             member = tarfile.TarInfo(name)
             member.size, member.mode = len(raw), 0o644

@@ -24,6 +24,7 @@ from saw.cli.main import main
 from saw.identity.x509 import Authority, new_key_and_csr
 from saw.policy.bundle import describe
 from saw.policy.keys import create_key
+from saw.policy.loader import load_members
 from saw.policy.tuf_accept import sign_online
 from saw.policy.tuf_changes import RootChange, change_root, delegate_ring
 from saw.policy.tuf_client import PinnedFetcher, fetch_target, refresh
@@ -49,6 +50,18 @@ def archive(world: World, tmp_path: Path) -> Path:
     path = tmp_path / "export.tar"
     path.write_bytes(export_repository(world.store, world.now))
     return path
+
+
+def test_the_longest_names_that_are_allowed_travel(world: World, tmp_path: Path) -> None:
+    name, ring = "b" * 63, "r" * 63
+    members = {
+        file: raw.replace(b"name: coding", b"name: " + name.encode()) for file, raw in world.content.members.items()
+    }
+    world.publish(world.staged(world.bundle(1, content=load_members(members)), f"rings/{ring}/{name}.bundle.json"))
+    path = tmp_path / "long.tar"
+    path.write_bytes(export_repository(world.store, world.now))
+    done = import_repository(path, tmp_path / "island", world.root, world.clock)
+    assert [(one.ring, one.blueprint) for one in done.releases] == [(ring, name)]
 
 
 def contents(directory: Path) -> dict[str, bytes]:
