@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from urllib.parse import unquote_plus
 
-from saw.policy.gitproto import MAX_INFLATED, PushUnreadable, push_updates
+from saw.policy.gitproto import PushUnreadable, inflate, push_updates
 from saw.review.messages import ReviewedCall
 
 MAX_SHOWN = 256 * 1024
@@ -169,7 +168,9 @@ def _scalar(value: object) -> str:
         return _string(value)
     if isinstance(value, _Pairs):
         return "{}"
-    return {True: "true", False: "false", None: "null"}[value] if not isinstance(value, list) else "[]"  # type: ignore[index]
+    if isinstance(value, list):
+        return "[]"
+    return json.dumps(value)  # true, false, null
 
 
 def _string(text: str) -> str:
@@ -180,10 +181,8 @@ def _push(body: bytes, coding: str) -> list[str]:
     """Return the commands of a push as ``old → new ref``, and what follows them by size and digest."""
     try:
         push_updates(body, complete=True, encoding=coding)
-        data = body
-        if coding in {"gzip", "x-gzip"}:
-            data = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS).decompress(body, MAX_INFLATED)
-    except (PushUnreadable, zlib.error) as error:
+        data = inflate(body, coding)
+    except PushUnreadable as error:
         raise _Unreadable from error
     lines, at = [], 0
     while length := int(data[at : at + 4], 16):
