@@ -15,10 +15,8 @@ from saw.broker.errors import ConflictError, MalformedError, NotFoundError
 from saw.broker.schema import review_decisions, reviewers
 from saw.policy.errors import KeyFileError
 from saw.policy.keys import key_id, parse_public_key, public_pem, raw_public
+from saw.review.messages import SPONSORS
 from saw.review.statement import StatementRefused, verify_review
-
-SPONSORS = "sponsors"
-"""The one group in which the sponsor of a workspace may approve what its agent asks for."""
 
 ReviewerName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9._@+-]{0,253}[a-z0-9])?\Z")]
 Group = Annotated[str, msgspec.Meta(pattern=r"^[!-~][ -~]{0,254}\Z")]

@@ -7,9 +7,8 @@ import msgspec
 from saw.gateway.releases import Release
 from saw.policy.gitproto import PushUnreadable
 from saw.policy.model import Decision, Request
+from saw.review.messages import SPONSORS
 
-SPONSORS = "sponsors"
-"""The group that decides where a delegation, not policy, wants a person to: those who hand out tasks."""
 MIN_OPEN_S, MAX_OPEN_S = 60, 30 * 86400
 """Bounds of the time for which a review stays open (seconds)."""
 _DEFAULT_OPEN_S = 86400

@@ -33,7 +33,7 @@ from saw.policy.paths import canonicalise_path
 from saw.policy.review_poll import Poll, may_poll, poll_of
 
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
-_DEFAULT_PORT = {"https": 443, "http": 80}
+DEFAULT_PORT = {"https": 443, "http": 80}
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -212,7 +212,7 @@ class Judge:
             address = choose(host, await self._resolver.addresses(host), exact=exact, allowed=allowed)
         except (DestinationBlocked, ResolutionFailed) as error:
             raise Refused(error.code, error.message) from error
-        authority = host if port == _DEFAULT_PORT[scheme] else f"{host}:{port}"
+        authority = host if port == DEFAULT_PORT[scheme] else f"{host}:{port}"
         return Dial(
             address=f"[{address}]:{port}" if ":" in address else f"{address}:{port}",
             authority=authority,
@@ -284,7 +284,7 @@ def destination(call: Call) -> tuple[str, int] | None:
     stated = match[2]
     if stated and told and int(stated) != int(told):
         return None
-    port = int(stated or told or _DEFAULT_PORT.get(call.scheme, 0))
+    port = int(stated or told or DEFAULT_PORT.get(call.scheme, 0))
     return (match[1].lower(), port) if 0 < port < 65536 else None
 
 
@@ -335,7 +335,7 @@ def _delegated(
 def _request(case: _Case) -> Request:
     """Return the call in the matcher's words; refuse forms that could be read in two ways."""
     call = case.call
-    if call.scheme not in _DEFAULT_PORT:
+    if call.scheme not in DEFAULT_PORT:
         raise Refused("not_canonical", f"scheme {call.scheme[:16]!r} is neither https nor http")
     if case.destination is None:
         raise Refused("not_canonical", "the authority is not a plain host with one port")

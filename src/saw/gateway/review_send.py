@@ -19,7 +19,7 @@ from saw.errors import SawError
 from saw.gateway.envoy_parts import LOCAL_MARK, SEND_TICKET
 from saw.gateway.errors import ReviewUnavailable
 from saw.gateway.events import event_of, review_event
-from saw.gateway.judge import Call, Judge, Verdict
+from saw.gateway.judge import DEFAULT_PORT, Call, Judge, Verdict
 from saw.gateway.review_answers import safe_headers
 from saw.gateway.review_link import ReviewLink
 from saw.gateway.spool import Spool
@@ -36,7 +36,6 @@ MARGIN_S = 5.0
 RETRY_FIRST_S, RETRY_MOST_S = 0.2, 2.0
 NOT_SENT = frozenset({"UF", "UH", "UO", "NR", "NC", "UAEX"})
 """Envoy's response flags that mean that no byte of the call left: no connection, no route, or no authorisation."""
-_DEFAULT_PORT = {"https": 443, "http": 80}
 
 
 class Unsent(Exception):
@@ -187,7 +186,7 @@ def call_of(call: ReviewedCall, binary: str, request_id: str) -> Call:
     headers: dict[str, str] = {}
     for name, value in call.headers:
         headers[name] = f"{headers[name]},{value}" if name in headers else value
-    authority = call.host if call.port == _DEFAULT_PORT[call.scheme] else f"{call.host}:{call.port}"
+    authority = call.host if call.port == DEFAULT_PORT[call.scheme] else f"{call.host}:{call.port}"
     return Call(
         listener="", peer="", scheme=call.scheme, authority=authority, port=str(call.port), method=call.method,
         target=call.path, binary=binary, ancestors=(), request_id=request_id, headers=headers, body=call.body,

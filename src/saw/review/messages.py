@@ -20,6 +20,10 @@ ReviewState = Literal["pending", "approved", "executing", "done", "failed", "unk
 far end answered; ``failed``: nothing was sent; ``unknown``: it was sent, or may have been, and no answer is known."""
 FINAL = frozenset({"done", "failed", "unknown", "denied", "expired", "cancelled"})
 
+SPONSORS = "sponsors"
+"""The group of those who hand out tasks: it decides where a delegation asks for a person, and in it alone the sponsor of a
+workspace may approve what its own agent asks for."""
+
 Name = Annotated[str, msgspec.Meta(max_length=255)]
 Header = tuple[Name, Annotated[str, msgspec.Meta(max_length=8192)]]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
