@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saw.errors import SawError, UnavailableError
+from saw.lab.demo import arrivals, finding, git_credential
 from saw.lab.process import wait_for
 from saw.policy.keys import create_key
 from saw.review.messages import FINAL
@@ -42,13 +43,13 @@ def waiting_push(job: Bringup, workspace: str) -> dict[str, Any]:
     raise UnavailableError(f"no push of {workspace} waits for a person", cure="saw review list shows what does")
 
 
-def approve_push(job: Bringup, workspace: str) -> dict[str, Any]:
-    """Approve the push that waits; return ``{verdict, reason, detail, policy_digest, ms}``.
+def approved_push(job: Bringup, workspace: str) -> dict[str, Any]:
+    """Approve the push that waits; return the call of the report.
 
     ``allow``: the review is done, and exactly one such request, with the real credential, was recorded at the far end.
     """
     begin = time.monotonic()
-    digest = ""
+    verdict, reason, digest = "error", "", ""
     try:
         review = waiting_push(job, workspace)
         digest = str(review["policy_digest"])
@@ -57,16 +58,16 @@ def approve_push(job: Bringup, workspace: str) -> dict[str, Any]:
         job.saw("review", "approve", str(review["id"]), "--key", str(key), "--comment", "the demonstration", "--yes")
         state = _end_of(job, str(review["id"]))
         arrived = len(_arrived(job)) - before
+        detail = f"review {review['id']} is {state}; {arrived} such pushes recorded at the far end since"
+        if state == "done" and arrived == 1:
+            verdict = "allow"
+        else:
+            reason = f"review_{state}"
     except SawError as error:
-        return _outcome("error", error.code, error.message, digest, begin)
-    detail = f"review {review['id']} is {state}; {arrived} such pushes recorded at the far end since"
-    good = state == "done" and arrived == 1
-    return _outcome("allow" if good else "error", "" if good else f"review_{state}", detail, digest, begin)
-
-
-def _outcome(verdict: str, reason: str, detail: str, digest: str, begin: float) -> dict[str, Any]:
-    ms = round((time.monotonic() - begin) * 1000)
-    return {"verdict": verdict, "reason": reason, "detail": detail, "policy_digest": digest, "ms": ms}
+        reason, detail = error.code, error.message
+    name = "push to main, after a review"
+    call = finding(name, "REV-02", verdict, expected="allow", detail=detail, digest=digest)
+    return {**call, "reason": reason, "ms": round((time.monotonic() - begin) * 1000)}
 
 
 def _end_of(job: Bringup, review: str) -> str:
@@ -85,8 +86,6 @@ def _end_of(job: Bringup, review: str) -> str:
 
 def _arrived(job: Bringup) -> list[dict[str, Any]]:
     """Return the pushes that the far end recorded, each with the credential of the perimeter."""
-    from saw.lab.demo import arrivals, git_credential
-
     held = git_credential(job)
     seen = [item for item in arrivals(job) if (item["host"], item["method"], item["uri"]) == PUSH]
     return [item for item in seen if item["authorization"] == held and not item.get("saw_headers")]

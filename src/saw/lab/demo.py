@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from saw.errors import UnavailableError
 from saw.lab import sweep
-from saw.lab.approval import approve_push
 from saw.lab.attach import attach_thrice
 from saw.lab.evidence import Event, allowed_calls, digest_of, explain, head, trail, unexplained, upstream_of
 from saw.lab.process import wait_for
@@ -102,7 +101,6 @@ def run_engagement(job: Bringup, workspace: str, names: tuple[str, ...] = ()) ->
     events = hold_against_trail(job, workspace, calls, before)
     if not names:
         calls += far_end_findings(job, arrivals(job)[mark:], events)
-        calls.append(approved_push(job, workspace))
         calls.append(credential_search(job, workspace))
     return calls
 
@@ -150,14 +148,6 @@ def arrivals(job: Bringup) -> list[dict[str, Any]]:
     """Return what the far end recorded, request by request."""
     text = job.on_host("enterprise", "cat", "/var/log/nginx/arrivals.jsonl")
     return [json.loads(line) for line in text.splitlines() if line]
-
-
-def approved_push(job: Bringup, workspace: str) -> dict[str, Any]:
-    """Let a person approve the push to main that waits; it must arrive at the far end, once."""
-    told = approve_push(job, workspace)
-    name, digest = "push to main, after a review", told["policy_digest"]
-    call = finding(name, "REV-02", told["verdict"], expected="allow", detail=told["detail"], digest=digest)
-    return {**call, "reason": told["reason"], "ms": told["ms"]}
 
 
 def git_credential(job: Bringup) -> str:

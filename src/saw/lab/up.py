@@ -236,9 +236,10 @@ class Bringup:
 
     def engagement(self, workspace: str) -> list[dict[str, Any]]:
         """Run the demonstration engagement in the sandbox and judge what arrived at the far end."""
+        from saw.lab.approval import approved_push
         from saw.lab.demo import run_engagement
 
-        return run_engagement(self, workspace)
+        return [*run_engagement(self, workspace), approved_push(self, workspace)]
 
     def attach(self, workspace: str) -> dict[str, Any]:
         """Attach with a certificate of minutes: a command, and the persistent multiplexer."""
