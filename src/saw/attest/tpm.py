@@ -88,7 +88,7 @@ class Tpm:
         ek_pem = self._create_ek()
         with self._workplace() as work:
             unique = Path(work) / "unique"
-            unique.write_bytes(b"".join(len(part).to_bytes(2, "little") + part for part in _random_point()))
+            unique.write_bytes(b"".join((32).to_bytes(2, "little") + secrets.token_bytes(32) for _ in ("x", "y")))
             self._tool(
                 f"tpm2_createprimary -Q -C e -c ak.ctx -G ecc256:ecdsa-sha256:null -g sha256 -a {_AK_ATTRIBUTES} -f tss",
                 ["-u", str(unique), "-o", f"{work}/ak.pub"],
@@ -196,10 +196,6 @@ def read_ek(tcti: str | None) -> str:
     """
     with tempfile.TemporaryDirectory(prefix="saw-ek.") as directory:
         return Tpm(directory, tcti).read_ek().decode()
-
-
-def _random_point() -> tuple[bytes, bytes]:
-    return secrets.token_bytes(32), secrets.token_bytes(32)
 
 
 def _default_tcti() -> str:
