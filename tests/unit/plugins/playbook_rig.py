@@ -52,6 +52,16 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any
     raise AssertionError(f"not within {seconds} s: {what}")
 
 
+def with_descendants(pid: int) -> list[int]:
+    """A process and all below it, itself first: Ansible's workers have sessions of their own, which no group's signal reaches."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    rows = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    found = [pid]
+    for parent in found:
+        found += [child for child, above in rows if above == parent]
+    return found
+
+
 class Play:
     """The end of a playbook."""
 
@@ -103,6 +113,11 @@ class Office:
             assert saw(["policy", *words]) == 0, printed.getvalue() + self.lab.log()[-3000:]
         return printed.getvalue()
 
+    def update(self) -> None:
+        """Bring the officers' copy up: another copy may have published, or the broker itself rolled back, meanwhile."""
+        if self.lab.operator.request("GET", "/v1/policy/state")["releases"]:
+            self.saw("repository-update", "--repository", str(self.copy), "--context", str(self.context))
+
 
 class Desk:
     """One blueprint of one test, in rings of its own: whatever else the broker holds is not its business."""
@@ -113,6 +128,7 @@ class Desk:
         self.folder = office.base / "policies" / name
         self.ring = f"{name}-canary"
         self.more = ""
+        office.update()
         self.write()
 
     def write(self, access: str = "read-only", place: Path | None = None) -> Path:
@@ -170,8 +186,9 @@ class Desk:
             until(lambda: when() or process.poll() is not None, what)
             assert process.poll() is None, f"the play ended before: {what}"
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            for pid in with_descendants(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait(10)
 
     def publish(self, access: str, revision: int, ring: str = "") -> None:
@@ -182,9 +199,7 @@ class Desk:
             bundle, out = f"{scratch}/bundle.json", f"{scratch}/publication"
             keys = ["--key", self.office.key("ada"), "--key", self.office.key("ben")]
             copy = str(self.office.copy)
-            if self.lab.operator.request("GET", "/v1/policy/state")["releases"]:
-                # The broker itself may have rolled back meanwhile.
-                self.office.saw("repository-update", "--repository", copy, "--context", str(self.office.context))
+            self.office.update()
             base = ["--base", self.bundle(ring)] if self.released(ring) else []
             self.office.saw("sign", str(folder), *keys, "--revision", str(revision), *base, "--out", bundle)
             self.office.saw("stage", *keys, "--repository", copy, "--ring", ring, "--bundle", bundle, "--out", out)
