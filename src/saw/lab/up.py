@@ -156,6 +156,15 @@ class Bringup:
             }
         )
 
+    def released_digest(self) -> str:
+        """Return the digest of the policy that the broker releases; empty while there is none, or no broker that answers."""
+        from saw.lab.release import current_release
+
+        try:
+            return str(current_release(self.lab, "stable", "coding")[0].get("policy_digest", ""))
+        except SawError:
+            return ""
+
     def publish(self) -> dict[str, Any]:
         """Sign the example blueprint with two of three keys made on the spot and publish it, unless it is in force."""
         from saw.lab.release import publish_blueprint

@@ -185,3 +185,40 @@ def test_every_run_says_what_runs_the_machine_and_what_would_be_faster(
     told = main_job.accelerator(cast("Bringup", Hypervisor({"boot_id": "x", **answer})))
     assert told == {"cure": "", **answer}
     assert [line.strip() for line in capsys.readouterr().out.splitlines()] == lines
+
+
+class Converging:
+    """A job of which only the plays of two steps run: names them, and publishes ``release`` over what the broker released."""
+
+    def __init__(self, before: str, release: str) -> None:
+        self.before, self.after = before, release
+        self.plays: list[str] = []
+
+    def released_digest(self) -> str:
+        return self.before
+
+    def playbook(self, name: str) -> None:
+        self.plays.append(name)
+
+    def publish(self) -> dict[str, Any]:
+        return {"policy_digest": self.after}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "plays"),
+    [
+        ("", "d1", ["demo_enterprise", "control_plane", "control_plane"]),
+        ("d1", "d2", ["demo_enterprise", "control_plane", "control_plane"]),
+        ("d1", "d1", ["demo_enterprise", "control_plane"]),
+    ],
+)
+def test_the_perimeter_is_converged_again_only_for_a_release_that_it_has_not_seen(
+    before: str, after: str, plays: list[str]
+) -> None:
+    job = Converging(before, after)
+    assert main_job.governed(cast("Bringup", job), Progress(total=2)) == {"policy_digest": after}
+    assert job.plays == plays
+
+
+def test_without_a_broker_nothing_counts_as_released(lab: Lab) -> None:
+    assert Bringup(lab, Progress(total=1)).released_digest() == ""
