@@ -1,17 +1,14 @@
 """The workspace's side of the TUF repository: refresh, fetch, and errors that say what an attacker (or a fault) did.
 
-The work is python-tuf's ``Updater``; this module pins TLS, bounds time, and turns exceptions into codes.
+The work is python-tuf's ``Updater``; this module turns exceptions into codes. How it downloads is :mod:`saw.policy.tuf_fetcher`.
 """
 
 from __future__ import annotations
 
-import ssl
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 from securesystemslib.exceptions import UnverifiedSignatureError
 from tuf.api import exceptions
 from tuf.ngclient import Updater, UpdaterConfig  # type: ignore[attr-defined]
@@ -19,49 +16,6 @@ from tuf.ngclient.fetcher import FetcherInterface
 
 from saw.policy.bundle import MAX_BUNDLE
 from saw.policy.errors import RepositoryError
-
-_CHUNK = 65536
-
-
-class PinnedFetcher(FetcherInterface):
-    """Downloads over TLS that only the deployment's CA can vouch for, whatever address is dialled.
-
-    ``server_name`` is the name in the server's certificate; ``deadline`` bounds each download in seconds on ``clock``.
-    """
-
-    def __init__(
-        self,
-        ca_pem: str,
-        server_name: str,
-        *,
-        timeout: float = 10.0,
-        deadline: float = 60.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        context = ssl.create_default_context(cadata=ca_pem)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        self._client = httpx.Client(verify=context, timeout=timeout, trust_env=False, follow_redirects=False)
-        self._extensions = {"sni_hostname": server_name}
-        self._headers = {"host": server_name}
-        self._deadline = deadline
-        self._clock = clock
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
-
-    def _fetch(self, url: str) -> Iterator[bytes]:
-        end = self._clock() + self._deadline
-        try:
-            with self._client.stream("GET", url, headers=self._headers, extensions=self._extensions) as answer:
-                if answer.status_code != httpx.codes.OK:
-                    raise exceptions.DownloadHTTPError(f"{url}: status {answer.status_code}", answer.status_code)
-                for chunk in answer.iter_bytes(_CHUNK):
-                    if self._clock() > end:
-                        raise exceptions.SlowRetrievalError(f"{url} took longer than {self._deadline} s")
-                    yield chunk
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise exceptions.DownloadError(f"{url}: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import httpx
 import msgspec
 
 from saw.errors import UnavailableError
-from saw.policy.tuf_client import PinnedFetcher
+from saw.policy.tuf_fetcher import PinnedFetcher
 from saw.runtime.decide_counts import Counted
 from saw.runtime.policyd_config import Workspace
 

@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from saw.broker.client import BrokerRefusal
 from saw.policy.bundle import good_signers
 from saw.policy.keys import key_id, public_pem
-from saw.policy.tuf_client import PinnedFetcher, fetch_target, refresh
+from saw.policy.tuf_client import fetch_target, refresh
+from saw.policy.tuf_fetcher import PinnedFetcher
 from saw.policy.tuf_metadata import trusted_policy_keys
 from saw.policy.tuf_repository import adopt_publication, read_target
 

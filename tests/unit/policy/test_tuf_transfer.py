@@ -27,7 +27,8 @@ from saw.policy.keys import create_key
 from saw.policy.loader import load_members
 from saw.policy.tuf_accept import sign_online
 from saw.policy.tuf_changes import RootChange, change_root, delegate_ring
-from saw.policy.tuf_client import PinnedFetcher, fetch_target, refresh
+from saw.policy.tuf_client import fetch_target, refresh
+from saw.policy.tuf_fetcher import PinnedFetcher
 from saw.policy.tuf_metadata import Metadata, Root, parse, sign_metadata
 from saw.policy.tuf_repository import current_releases, current_root, read_target, resign_timestamp, target_file
 from saw.policy.tuf_store import stored_target
