@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from vm_access import Workspace, wait_until
+from vm_access import PLACES, Workspace, wait_until
 
 CHECKOUT = os.environ.get("SAW_E2E_CHECKOUT", "")
 
@@ -52,9 +53,11 @@ def report(checkout: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def workspace(report: dict[str, Any], checkout: Path) -> Workspace:
+def workspace(report: dict[str, Any], checkout: Path) -> Iterator[Workspace]:
     """The demonstration workspace."""
-    return Workspace(checkout, report["workspace"]["id"], int(report["workspace"]["number"]))
+    made = Workspace(checkout, report["workspace"]["id"], int(report["workspace"]["number"]))
+    yield made
+    made.leave()
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +74,16 @@ def rooted(workspace: Workspace) -> Workspace:
     code, text = workspace.root("id -u")
     assert (code, text.strip()) == (0, "0")
     return workspace
+
+
+@pytest.fixture(scope="session")
+def planted(rooted: Workspace) -> str:
+    """What root left in many places of the running VM, and the user in the home: the word that is in every such file."""
+    marker = secrets.token_hex(16)
+    places = [path for path in PLACES if path.endswith("attacker")]
+    plant = "\n".join(f"echo {marker} > {path}" for path in [*places, "/home/agent/kept-by-user"])
+    assert rooted.root(f"{plant}\nchown agent: /home/agent/kept-by-user; sync")[0] == 0
+    return marker
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import time
@@ -289,9 +290,10 @@ def test_the_report_says_what_ran_the_machine_and_that_the_terminal_kept_its_wor
 
 
 def test_the_multiplexer_outlives_the_connection(workspace: Workspace) -> None:
-    tmux = "tmux -S /run/saw/shell/tmux.sock"
-    assert workspace.agent(f"{tmux} new-session -d -s kept 'sleep 3600'").returncode == 0
-    assert "kept" in workspace.agent(f"{tmux} list-sessions").stdout
+    tmux, name = "tmux -S /run/saw/shell/tmux.sock", f"kept{secrets.token_hex(4)}"
+    assert workspace.agent(f"{tmux} new-session -d -s {name} 'sleep 3600'").returncode == 0
+    workspace.leave()
+    assert name in workspace.agent(f"{tmux} list-sessions").stdout
 
 
 def playbook_changes(checkout: Path, name: str, checks: tuple[bool, ...], variables: dict[str, Any]) -> list[list[str]]:

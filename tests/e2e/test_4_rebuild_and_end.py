@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import secrets
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import run
-from vm_access import Workspace, wait_until
-
-PLACES = {
-    "/etc/kept-by-attacker": "plain file",
-    "/usr/local/bin/kept-by-attacker": "program",
-    "/root/kept-by-attacker": "root's home",
-    "/var/lib/kept-by-attacker": "state",
-    "/opt/saw/kept-by-attacker": "our own runtime",
-    "/etc/systemd/system/implant.service": "the implant's unit",
-}
-"""Where the attacker leaves something on the root disk."""
+from vm_access import PLACES, Workspace, wait_until
 
 
 @pytest.mark.control("P0-06")
-def test_a_rebuild_keeps_the_home_and_throws_the_attacker_out(rooted: Workspace) -> None:
-    marker = secrets.token_hex(16)
-    planted = [path for path in PLACES if path.endswith("attacker")]
-    plant = "\n".join(f"echo {marker} > {path}" for path in [*planted, "/home/agent/kept-by-user"])
-    assert rooted.root(f"{plant}\nchown agent: /home/agent/kept-by-user; sync")[0] == 0
+def test_a_rebuild_keeps_the_home_and_throws_the_attacker_out(rooted: Workspace, planted: str) -> None:
     before = rooted.host("edge", f"sha256sum {rooted.folder}/tpm/ek-rsa2048.*").split()[0]
     # The root disk is searched as it lies there, by the search that finds all of it now.
     rooted.saw("lab", "stop", timeout=300)
-    assert found_on_root_disk(rooted, marker) == dict.fromkeys(PLACES, True)
+    assert found_on_root_disk(rooted, planted) == dict.fromkeys(PLACES, True)
     rooted.saw("lab", "rebuild", timeout=900)
     assert rooted.show()["state"] == "active"
     wait_until("an allowed call", lambda: rooted.call()[0] == 200, patience=90)
-    assert rooted.agent("cat ~/kept-by-user").stdout.strip() == marker, "what the user had is there"
+    assert rooted.agent("cat ~/kept-by-user").stdout.strip() == planted, "what the user had is there"
     # The attacker's folder is part of the home; a script in it is run by nobody any more.
     assert (
         rooted.agent(
@@ -44,7 +29,7 @@ def test_a_rebuild_keeps_the_home_and_throws_the_attacker_out(rooted: Workspace)
         == 0
     )
     rooted.saw("lab", "stop", timeout=300)
-    assert found_on_root_disk(rooted, marker) == dict.fromkeys(PLACES, False)
+    assert found_on_root_disk(rooted, planted) == dict.fromkeys(PLACES, False)
     assert rooted.home_file("agent/.implant/after.sh") == "touch /home/agent/i-was-here", "it was left where it lay"
     assert rooted.home_file("agent/i-was-here") == ""
     assert rooted.host("edge", f"sha256sum {rooted.folder}/tpm/ek-rsa2048.*").split()[0] == before, "the same TPM"

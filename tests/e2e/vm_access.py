@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agent_shell import AgentShell, SessionGone
+
 UNIT = """[Unit]
 Description=implant
 After=home.mount
@@ -28,6 +30,19 @@ rm -f "$$f"; chmod 644 $$n.tmp; mv $$n.tmp $$n.out; done; sleep 0.3; done'
 [Install]
 WantedBy=multi-user.target
 """
+
+PLACES = {
+    "/etc/kept-by-attacker": "plain file",
+    "/usr/local/bin/kept-by-attacker": "program",
+    "/root/kept-by-attacker": "root's home",
+    "/var/lib/kept-by-attacker": "state",
+    "/opt/saw/kept-by-attacker": "our own runtime",
+    "/etc/systemd/system/implant.service": "the implant's unit",
+}
+"""Where the attacker leaves something on the root disk."""
+
+SHELLS: dict[str, AgentShell] = {}
+"""The agent's session of each workspace, as long as it lasts."""
 
 
 @dataclass
@@ -53,6 +68,8 @@ class Workspace:
         self, *argv: str, check: bool = True, timeout: float = 300, stdin: str = ""
     ) -> subprocess.CompletedProcess[str]:
         """Run the clone's ``saw``."""
+        if argv[0] == "lab":  # the machine stops, starts or ends
+            self.leave()
         done = subprocess.run(
             [str(self.checkout / ".venv/bin/saw"), *argv], cwd=self.checkout, env=self.environment, input=stdin,
             capture_output=True, text=True, errors="replace", timeout=timeout, check=False,
@@ -78,10 +95,24 @@ class Workspace:
         return next(int(chain["events"]) for chain in chains if chain["source"] == source)
 
     def agent(self, command: str, *, timeout: float = 300, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        """Run a shell command in the sandbox."""
-        return self.saw(
-            "ssh", self.id, "--", "sh", "-c", shlex.quote(command), check=False, timeout=timeout, stdin=stdin
-        )
+        """Run a shell command in the sandbox, in a session that is kept for the next one; 255 when there is none, as ssh says."""
+        shell = SHELLS.get(self.id)
+        if shell is None or not shell.answers(15):
+            self.leave()
+            argv = [str(self.checkout / ".venv/bin/saw"), "ssh", self.id, "--", "sh"]
+            shell = SHELLS[self.id] = AgentShell(argv, self.environment)
+        try:
+            return shell.run(command, stdin, timeout)
+        except SessionGone:
+            return subprocess.CompletedProcess(command, 255, "", self.leave())
+        except subprocess.TimeoutExpired:
+            self.leave()
+            raise
+
+    def leave(self) -> str:
+        """End the kept session, if there is one; return what it said on standard error."""
+        shell = SHELLS.pop(self.id, None)
+        return shell.close() if shell else ""
 
     def call(self, url: str = "https://api.example.com/v1/items", *options: str) -> tuple[int, dict[str, Any]]:
         """A governed call with curl in the sandbox: HTTP status and JSON body (empty when it is none)."""
