@@ -10,7 +10,8 @@ case ${1:-} in
   link)
     destination=${2:-$root/build/installed}
     mkdir -p "$destination/ansible_collections/secure_agent"
-    ln -sfn "$root" "$destination/ansible_collections/secure_agent/workspace"
+    place=$destination/ansible_collections/secure_agent/workspace
+    [ "$(readlink "$place")" = "$root" ] || ln -sfn "$root" "$place" # somebody may be reading through it
     ;;
   copy)
     destination=${2:-$root/build/sanity}
