@@ -20,6 +20,7 @@ from saw.policy.checks_policy import (
 )
 from saw.policy.decode import Checks, Report, StructureReport
 from saw.policy.governance import (
+    LONGEST_TRUST_S,
     Action,
     ActionMatch,
     Argument,
@@ -97,8 +98,10 @@ def _ttl(lease: Lease, report: StructureReport) -> None:
 
 
 def _offline_ttl(lease: Lease, report: StructureReport) -> None:
-    if duration(lease.offline_ttl):
-        report("offline_ttl", "time offline is not enforced by this version", "write 0s")
+    longest = LONGEST_TRUST_S - lease.ttl_s
+    if lease.offline_ttl_s > max(0, longest):
+        reason = f"{lease.ttl} and {lease.offline_ttl} offline are longer than a workspace's certificate counts (10m)"
+        report("offline_ttl", reason, f"write at most {longest}s" if longest > 0 else "write 0s, or a shorter ttl")
 
 
 def _landlock(value: LandlockFloor, report: StructureReport) -> None:

@@ -39,16 +39,31 @@ class Blueprint(Part, frozen=True):
     review_days: Annotated[int, says("Days after which the owner looks at the blueprint again.", 90)] = 90
 
 
+LONGEST_TRUST_S = 600
+"""Life of a workspace's certificate (seconds): how long anything can follow from one attestation."""
+
+
 class Lease(Part, frozen=True):
-    """How long a workspace may act after its last good attestation (``ttl``), and extra time offline (``0s``)."""
+    """How long a workspace may act after its last good attestation (``ttl``), and how much longer in an outage of the broker.
+
+    ``offline_ttl`` counts only while the perimeter cannot reach the broker. Both together are bounded by
+    :data:`LONGEST_TRUST_S` where there is an ``offline_ttl``.
+    """
 
     ttl: Annotated[str, says("Time from one good attestation to the refusal of calls; 30s to 1h.", "120s")] = "120s"
-    offline_ttl: Annotated[str, says("Extra time without contact; this version enforces 0s only.", "0s")] = "0s"
+    offline_ttl: Annotated[
+        str, says("Extra time while the perimeter has lost the broker; with ttl at most 10m.", "0s", "5m")
+    ] = "0s"
 
     @property
     def ttl_s(self) -> int:
         """Return the lease in seconds."""
         return duration(self.ttl)
+
+    @property
+    def offline_ttl_s(self) -> int:
+        """Return the extra time without a broker in seconds."""
+        return duration(self.offline_ttl)
 
 
 class Inject(Part, frozen=True):

@@ -65,6 +65,13 @@ class Broker:
         self.reviews = Reviews()
         self._changed = threading.Condition()
         self._closed = False
+        self.parted = False
+
+    def part(self) -> None:
+        """Let nobody wait until :attr:`parted` is taken back."""
+        with self._changed:
+            self.parted = True
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Let nobody wait any longer."""
@@ -101,7 +108,7 @@ class Broker:
 
     def _wait(self, after: int, wait: float) -> dict[str, Any]:
         with self._changed:
-            self._changed.wait_for(lambda: self.seq != after or self._closed, timeout=wait)
+            self._changed.wait_for(lambda: self.seq != after or self._closed or self.parted, timeout=wait)
             return self.state()
 
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
