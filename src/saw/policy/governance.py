@@ -287,6 +287,23 @@ class Budget(Part, frozen=True):
     ] = "deny"
 
 
+class DataClasses(Part, frozen=True):
+    """What kind of data a workspace works with, and where it may go.
+
+    It is declared, and destinations are held to it: nothing looks into calls to find out what they carry.
+    """
+
+    handles: Annotated[tuple[str, ...], says("Classes of data that the workspace works with.", ["internal"])] = ()
+    never: Annotated[tuple[str, ...], says("Classes that it must not work with.", ["restricted"])] = ()
+    only_to: Annotated[
+        dict[str, tuple[str, ...]],
+        says(
+            "For a class that is handled, host globs that every endpoint and model service lies within.",
+            {"internal": ["**.example.com"]},
+        ),
+    ] = msgspec.field(default_factory=dict)
+
+
 class Governance(Part, frozen=True):
     """A whole ``governance.yaml``."""
 
@@ -344,6 +361,11 @@ class Governance(Part, frozen=True):
             [{"id": "spend", "scope": "engagement", "period": "day", "limit": {"currency": "USD", "amount": "20.00"}}],
         ),
     ] = ()
+
+    data_classes: Annotated[
+        DataClasses,
+        says("What kind of data it works with.", {"handles": ["internal"], "never": ["restricted"]}),
+    ] = DataClasses()
 
     def credential(self, identifier: str) -> Credential:
         """Return the credential with this id; raise ``KeyError`` when there is none."""

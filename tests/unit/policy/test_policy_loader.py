@@ -169,7 +169,7 @@ def test_refused_endpoints(old: str, new: str, reason: str) -> None:
         ("budgets: [{id: b, scope: workspace, period: day, limit: {currency: USD, amount: '-1'}}]\n", "above zero"),
         ("budgets: [{id: b, scope: workspace, period: day, limit: {currency: USD, amount: '0.00'}}]\n", "above zero"),
         ("budgets: [{id: b, scope: workspace, period: day, limit: {currency: USD, amount: '1e9'}}]\n", "above zero"),
-        ("data_classes: {}\n", "not enforced by this version"),
+        ("delegation: {}\n", "not enforced by this version"),
         ("lease: {ttl: 2}\n", "expected text"),
         ("lease: {ttl: 2x}\n", "not a duration"),
         ("lease: {ttl: 2h}\n", "outside 30s to 1h"),
