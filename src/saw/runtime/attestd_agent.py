@@ -84,7 +84,7 @@ class Agent:
         self._files = IdentityFiles(config.run, config.svid_group)
         self._enrolment_file = tpm.directory / "enrolment.json"
         self._lease: LeaseFile | None = None
-        self._lease_end = 0.0
+        self._lease_end = self._stated_end = 0.0
         self._due: float | None = None
         self._away = False
         self._failed = 0
@@ -96,6 +96,7 @@ class Agent:
             left = self._files.remaining(self._clock.now())
             if left is not None:
                 self._lease, self._lease_end = left[0], self._clock.boottime() + left[1]
+                self._stated_end = self._lease_end
             try:
                 measured = bool(self._log.entries)
             except SawError as error:
@@ -139,7 +140,7 @@ class Agent:
             return min(waits) if waits else None
 
     def _prolong(self, now: float) -> bool:
-        """Use the time offline of a lease that ended while the broker is away; tell whether it goes on. Refused is not away."""
+        """Use the time offline of a lease while the broker is away; tell whether it goes on. Refused is not away."""
         lease = self._lease
         if lease is None or not lease.offline_s or not self._away or now >= self._lease_end + lease.offline_s:
             return False
@@ -167,6 +168,11 @@ class Agent:
             pause = min(pause, self._lease.ttl_s / 4)
             if away and not self._lease.offline_s:
                 pause = min(pause, _RETRY_AWAY_S)
+            now = self._clock.boottime()
+            if not away:
+                self._lease_end = min(self._lease_end, self._stated_end)
+            elif now + pause + self._config.broker_timeout_seconds >= self._lease_end:
+                self._prolong(now)  # the next attempt may not have ended when the lease does
         self._due = self._clock.boottime() + pause
         return Outcome(ok=False, failures=failures)
 
@@ -183,7 +189,7 @@ class Agent:
         ) or issued != own:
             raise IdentityError("the SVID given is not for this workspace, key and policy", cure="check the broker")
         self._lease = self._files.write(answer, key_pem)
-        self._lease_end = asked + answer.lease.ttl_s
+        self._lease_end = self._stated_end = asked + answer.lease.ttl_s
         self._due = asked + min(self._config.reattest_seconds, answer.lease.ttl_s / 2)
         self._failed, self._failures, self._away = 0, (), False
 

@@ -38,7 +38,7 @@ class Broker:
         self.ssh = SshAuthority.create(directory / "ssh")
         self.ek_pem, self.pcrs = ek_pem, pcrs
         self.released: list[str] = []
-        self.ttl, self.offline = 120, 0
+        self.ttl, self.offline, self.broken = 120, 0, False
         self.ak_pub = b""
         self.clock: dict[str, int] = {}
         self.challenges: dict[str, tuple[bytes, bytes]] = {}
@@ -105,6 +105,8 @@ class Broker:
         return JSONResponse({"ak_id": "ak1"})
 
     async def nonce(self, _request: Request) -> Response:
+        if self.broken:
+            return Response(status_code=500)
         nonce = os.urandom(32)
         self.nonces.add(nonce)
         self._note("nonce")

@@ -287,6 +287,23 @@ def test_a_refused_workspace_gets_no_time_offline(workspace, broker):
     assert not (workspace.run / "svid" / "lease.json").exists()
 
 
+@pytest.mark.control("POL-05")
+def test_a_refusal_ends_time_offline_at_once(workspace, broker):
+    broker.offline, broker.broken = 400, False
+    workspace.start()
+    assert workspace.measure(CURRENT)["ok"]
+    before = workspace.lease()
+    broker.broken = True
+    workspace.later(110)  # another attempt would not end before the lease does
+    workspace.wait(lambda: workspace.lease() != before)
+    workspace.later(20)
+    assert workspace.ask(op="status")["ok"]
+    broker.pcrs, broker.broken = broker.pcrs | {4: "ab" * 32}, False
+    workspace.later(20)
+    workspace.wait(lambda: not (workspace.run / "svid" / "key.pem").exists())
+    assert workspace.codes(workspace.ask(op="status")) == ["pcr_mismatch"]
+
+
 @pytest.mark.parametrize("server_name", ["other.saw.internal"])
 def test_a_broker_of_another_name_is_not_believed(machine_tpm, tmp_path, server_name):
     (tmp_path / "broker").mkdir()

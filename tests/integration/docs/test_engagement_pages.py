@@ -1,4 +1,4 @@
-"""The pages on delegations and on reviews, as they are written, against a real broker: one workspace, and two calls that wait."""
+"""The pages on delegations, reviews and images, as they are written, against a real broker with one workspace."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from broker_rig import Lab
+from broker_rig import Lab, image_record
+from cryptography.hazmat.primitives import serialization
 from page import run_page
 
 from saw.broker.client import BrokerRefusal
+from saw.files import write_private
 from saw.policy.keys import create_key
 
 POLICY = "a" * 64
@@ -98,3 +100,18 @@ def test_the_page_on_reviews(desk: tuple[Lab, Path]) -> None:
     with pytest.raises(BrokerRefusal):
         key = {"groups": ["maintainers"], "public_key": (folder / "cleo.pub").read_text()}
         lab.operator.request("PUT", "/v1/reviewers/cleo@example.com", key)
+
+
+@pytest.mark.control("P0-04")
+def test_the_page_on_images(desk: tuple[Lab, Path]) -> None:
+    lab, folder = desk
+    record = image_record("workspace-4f1c", "4" * 64)
+    del record["not_after"]
+    (folder / "image.release.json").write_text(json.dumps(record))
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    for name, key in zip(("officer-a", "officer-b"), lab.officers.keys, strict=False):
+        write_private(folder / f"{name}.key", key.private_bytes(*form))
+    printed = walk("docs/images.md", desk, lambda _: {}, IMAGE="workspace-4f1c")
+    assert re.search(r"workspace-4f1c +stable", printed[1])
+    [image] = [one for one in lab.operator.request("GET", "/v1/images")["images"] if one["name"] == "workspace-4f1c"]
+    assert (image["state"], image["signed"]) == ("revoked", True)
