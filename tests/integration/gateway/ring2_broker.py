@@ -36,10 +36,10 @@ class Uvicorn:
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [sock]}, daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Stop and join."""
+    def close(self, *, force: bool = True) -> None:
+        """Stop and join; without ``force`` the calls under way are answered and their connections closed first."""
         self._server.should_exit = True
-        self._server.force_exit = True
+        self._server.force_exit = force
         self._thread.join(10)
 
 
@@ -141,7 +141,7 @@ class Broker:
         """Wait for something to claim, or the end of the wait; return whether the claimant is still there."""
         gone = asyncio.ensure_future(receive())
         end = time.monotonic() + msgspec.json.decode(body, type=ClaimReview).wait
-        while not gone.done() and (left := end - time.monotonic()) > 0:
+        while not (gone.done() or self.parted) and (left := end - time.monotonic()) > 0:
             if await asyncio.to_thread(self.reviews.wait_for_approval, min(left, 0.1)):
                 break
         await asyncio.wait([gone], timeout=0)

@@ -145,7 +145,7 @@ class Rig:
     def part_broker(self) -> None:
         """End the broker's server: nobody listens there, and connections to it end."""
         self.broker.part()
-        self._broker_server.close()
+        self._broker_server.close(force=False)
 
     def join_broker(self) -> None:
         """Let the broker be reached (again)."""
