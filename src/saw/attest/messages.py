@@ -93,11 +93,15 @@ class NonceAnswer(msgspec.Struct, frozen=True):
     expires_in: float
 
 
-class Lease(msgspec.Struct, frozen=True):
-    """How long the perimeter honours the SVID: seconds from issue, and the end by the broker's clock."""
+class Lease(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How long the perimeter honours the SVID: seconds from issue, and the end by the broker's clock.
+
+    ``offline_s``: how many seconds longer while the perimeter cannot reach the broker, if the attested policy grants any.
+    """
 
     ttl_s: Annotated[float, msgspec.Meta(gt=0)]
     expires_at: datetime
+    offline_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
 
 class QuoteAnswer(msgspec.Struct, frozen=True):

@@ -33,7 +33,7 @@ from saw.broker.errors import ForbiddenError, MalformedError, NotAttestedError
 from saw.broker.images import expected_boot
 from saw.broker.lifecycle import MAY_ATTEST, MAY_ENROL, State
 from saw.broker.registry import Registry, get_row, normal_ek, require_state
-from saw.broker.releases import released_digests
+from saw.broker.releases import offline_granted, released_digests
 from saw.broker.rollout import assigned_release
 from saw.broker.schema import certificates, challenges, nonces, workspaces
 from saw.errors import SawError
@@ -217,6 +217,7 @@ class Attestation:
             host_cert = self._ssh.issue_host(evidence.ssh_host_pub, [before.id], now, SSH_HOST_TTL)
         with self._s.store.write() as tx:
             row = get_row(tx.connection, before.id)
+            offline = offline_granted(tx.connection, digest)
             # A kill, or a newer quote accepted meanwhile, wins over this one.
             _, image = expected_boot(tx.connection, row.image, row.image_sha256, now)
             if image:
@@ -283,7 +284,7 @@ class Attestation:
         return QuoteAnswer(
             svid_pem=svid_pem.decode(),
             ca_pem=self._authority.ca_pem.decode(),
-            lease=Lease(ttl_s=ttl, expires_at=expires),
+            lease=Lease(ttl_s=ttl, expires_at=expires, offline_s=offline or None),
             policy_digest=digest,
             ssh_user_ca=self._ssh.user_ca,
             ssh_host_cert=host_cert,

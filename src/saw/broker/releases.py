@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import re
 from datetime import datetime
 from typing import Annotated, Any
@@ -25,7 +26,7 @@ from saw.broker.rollout import open_rollout
 from saw.broker.schema import releases, workspaces
 from saw.broker.store import Transaction
 from saw.errors import SawError
-from saw.policy.bundle import VerifiedBundle, check_signatures, describe, verify_bundle
+from saw.policy.bundle import VerifiedBundle, check_signatures, describe, read_content, verify_bundle
 from saw.policy.keys import PublicKey, public_pem
 from saw.policy.tuf_repository import trusted_policy_keys
 from saw.policy.tuf_rings import revision_of
@@ -327,6 +328,16 @@ def bundles_of(connection: Connection, digests: set[str]) -> dict[str, bytes]:
     """Return digest → bundle of these releases."""
     query = select(releases.c.policy_digest, releases.c.bundle).where(releases.c.policy_digest.in_(digests))
     return {row.policy_digest: row.bundle for row in connection.execute(query)} if digests else {}
+
+
+def offline_granted(connection: Connection, policy_digest: str) -> int:
+    """Return the seconds that a release grants its workspaces while perimeters cannot reach the broker."""
+    return max(map(_offline_ttl, bundles_of(connection, {policy_digest}).values()), default=0)
+
+
+@functools.lru_cache(maxsize=64)
+def _offline_ttl(bundle: bytes) -> int:
+    return read_content(bundle).governance.lease.offline_ttl_s
 
 
 def _lease_ttl(bundle: VerifiedBundle) -> int:

@@ -35,6 +35,8 @@ def event_of(verdict: Verdict, factory: EventFactory) -> dict[str, Any]:
             "credential": decision.credential or "",
             "inference": decision.inference or "",
         }
+    if verdict.offline:
+        detail["offline"] = True
     if dial is not None:
         detail |= {"upstream": dial.address, "authority": dial.authority, "injected": dial.inject is not None}
     return factory.http_activity(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from urllib.parse import urlsplit
 
 import msgspec
@@ -23,7 +23,7 @@ from saw.gateway.peer import PeerReader
 from saw.gateway.releases import Release
 from saw.gateway.resolve import Resolver, choose
 from saw.gateway.state import WorkspaceEntry
-from saw.gateway.view import View, release_for
+from saw.gateway.view import View, offline_granted, release_for
 from saw.identity.x509 import Svid
 from saw.policy.addresses import is_blocked_host
 from saw.policy.errors import NotCanonical
@@ -70,7 +70,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """The whole outcome: what was decided, why, about whom, and for an allowed call where it goes.
 
     ``held``: only a person is missing; all else holds. ``poll``: an allowed question about a review, which goes nowhere.
-    ``review`` is the id of the review that the call belongs to.
+    ``review`` is the id of the review that the call belongs to. ``offline``: it rests on the time that policy grants without a
+    broker.
     """
 
     call: Call
@@ -90,6 +91,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     held: Held | None = None
     poll: Poll | None = None
     review: str = ""
+    offline: bool = False
 
 
 class Refused(Exception):
@@ -104,6 +106,7 @@ class Refused(Exception):
 class Judge:
     """Decides calls on the view that ``view`` returns; ``doubt`` says why nothing may be allowed at the moment.
 
+    ``offline`` says how many of the seconds that policy grants without a broker count now, and ``doubt`` is told them.
     ``reviews``: there is a review service, which answers the path that workspaces ask for their reviews under.
     """
 
@@ -111,7 +114,8 @@ class Judge:
         self,
         *,
         view: Callable[[], View],
-        doubt: Callable[[], str],
+        doubt: Callable[[float], str],
+        offline: Callable[[float, datetime], float],
         now: Callable[[], datetime],
         peers: PeerReader,
         resolver: Resolver,
@@ -121,6 +125,7 @@ class Judge:
     ) -> None:
         self._view = view
         self._doubt = doubt
+        self._offline = offline
         self._now = now
         self._peers = peers
         self._resolver = resolver
@@ -159,10 +164,14 @@ class Judge:
 
     async def _permit(self, case: _Case) -> None:
         call, view = case.call, case.view
-        doubt = self._doubt()
+        # What people approved is sent with the broker's consent, so there is no time offline for it.
+        granted = 0 if case.approved else offline_granted(view, case.workspace_id, case.digest)
+        offline_s = self._offline(granted, case.now) if granted else 0.0
+        doubt = self._doubt(offline_s)
         if doubt:
             raise Refused("gatekeeper_stale", doubt)
-        entry = _standing(case)
+        entry = _standing(case, offline_s)
+        case.offline = case.offline or bool(offline_s and self._doubt(0.0))
         release = release_for(view, entry, case.digest, case.now, self._grace)
         if isinstance(release, str):
             reason, _, detail = release.partition(": ")
@@ -252,6 +261,7 @@ class _Case:
         self.poll: Poll | None = None
         self.review = ""
         self.approved = False
+        self.offline = False
 
     def verdict(self, *, allowed: bool, reason: str = "", detail: str = "") -> Verdict:
         return Verdict(
@@ -272,6 +282,7 @@ class _Case:
             held=self.held,
             poll=self.poll if allowed else None,
             review=self.review,
+            offline=self.offline,
         )
 
 
@@ -288,8 +299,11 @@ def destination(call: Call) -> tuple[str, int] | None:
     return (match[1].lower(), port) if 0 < port < 65536 else None
 
 
-def _standing(case: _Case) -> WorkspaceEntry:
-    """Return the workspace when it may act at all: registered, on its own network, active, under a lease."""
+def _standing(case: _Case, offline_s: float) -> WorkspaceEntry:
+    """Return the workspace when it may act at all: registered, on its own network, active, under a lease.
+
+    ``offline_s``: how many seconds longer than the broker said the lease lasts now.
+    """
     entry = case.view.workspaces.get(case.workspace_id)
     if entry is None:
         raise Refused("no_identity", f"workspace {case.workspace_id} is not registered")
@@ -298,8 +312,9 @@ def _standing(case: _Case) -> WorkspaceEntry:
         raise Refused("no_identity", "the certificate belongs to a workspace on another network")
     if entry.state != "active":
         raise Refused("workspace_not_active", f"workspace {entry.id} is {entry.state}")
-    if entry.lease_expires_at is None or case.now >= entry.lease_expires_at:
+    if entry.lease_expires_at is None or case.now >= entry.lease_expires_at + timedelta(seconds=offline_s):
         raise Refused("lease_expired", f"the lease of workspace {entry.id} has ended; it must attest again")
+    case.offline = case.now >= entry.lease_expires_at
     return entry
 
 

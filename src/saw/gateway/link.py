@@ -74,12 +74,17 @@ class BrokerLink:
         """Ask for a state newer than ours, wait for it, and take it in."""
         client = await self._connected()
         view = self._keeper.view
-        response = await client.get(
-            "/v1/perimeter/state",
-            params={"after": max(view.seq, 0), "wait": 0 if view is EMPTY else self._config.poll_wait_s},
-            headers={"host": self._config.broker_name},
-            extensions={"sni_hostname": self._config.broker_name},
-        )
+        try:
+            response = await client.get(
+                "/v1/perimeter/state",
+                params={"after": max(view.seq, 0), "wait": 0 if view is EMPTY else self._config.poll_wait_s},
+                headers={"host": self._config.broker_name},
+                extensions={"sni_hostname": self._config.broker_name},
+            )
+        except httpx.TransportError:
+            await self._keeper.lost()
+            raise
+        self._keeper.contact.reached()
         _check(response)
         await self._keeper.take(parse_state(response.content))
 

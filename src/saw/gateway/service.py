@@ -20,6 +20,7 @@ from saw.errors import ConfigError
 from saw.gateway.app import AuthorizationApp
 from saw.gateway.clock import Clock
 from saw.gateway.config import GatekeeperConfig
+from saw.gateway.contact import Contact
 from saw.gateway.credentials import CredentialStore
 from saw.gateway.judge import Judge, Verdict
 from saw.gateway.link import BrokerLink
@@ -91,11 +92,19 @@ class Gatekeeper:
         config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = StateFile(config.state_dir)
         self._cache = file.load()
-        saved = self._cache.saved_at.timestamp() if self._cache else 0.0
-        clock = Clock(time.time, time.monotonic, config.clock_bound_s, not_before=saved)
+        saved_at = self._cache.saved_at if self._cache else None
+        contact = Contact(config.state_dir, config.stale_after_s, saved_at)
+        not_before = contact.not_before.timestamp() if contact.not_before else 0.0
+        clock = Clock(time.time, time.monotonic, config.clock_bound_s, not_before=not_before)
         ca_pem = config.ca_file.read_bytes()
         self._keeper = ViewKeeper(
-            TrustRoot.load(config.tuf_root_file), clock, file, time.monotonic, config.stale_after_s, ca_pem=ca_pem
+            TrustRoot.load(config.tuf_root_file),
+            clock,
+            file,
+            time.monotonic,
+            config.stale_after_s,
+            ca_pem=ca_pem,
+            contact=contact,
         )
         self._xds = XdsWriter(config)
         self._keeper.changed = self._publish
@@ -105,6 +114,7 @@ class Gatekeeper:
         judge = Judge(
             view=lambda: self._keeper.view,
             doubt=self._keeper.doubt,
+            offline=self._keeper.offline_s,
             now=clock.now,
             peers=PeerReader(ca_pem),
             resolver=Resolver(config.resolver, time.monotonic),

@@ -10,6 +10,7 @@ from datetime import datetime
 import msgspec
 
 from saw.gateway.clock import Clock
+from saw.gateway.contact import Contact
 from saw.gateway.delegations import Engagement, Handed, engagements, verify_statements
 from saw.gateway.releases import Release, TrustRoot, verify_releases
 from saw.gateway.state import OPEN_STATES, Cache, Grace, PerimeterState, StateFile, WorkspaceEntry, next_graces
@@ -62,7 +63,8 @@ class ViewKeeper:
     """Holds the current :class:`View`, takes in new states, and knows how fresh they are.
 
     ``ca_pem`` is the authority that signers of delegations must chain to. ``changed`` is called, from the event loop, for
-    every state taken in once its releases are verified. ``monotonic`` returns seconds.
+    every state taken in once its releases are verified. ``monotonic`` returns seconds. ``contact`` knows whether the broker
+    can be reached.
     """
 
     def __init__(
@@ -74,11 +76,13 @@ class ViewKeeper:
         stale_after_s: float,
         *,
         ca_pem: bytes,
+        contact: Contact,
     ) -> None:
         self.view = EMPTY
         self.changed: Callable[[View], None] = lambda _view: None
         self._root = root
         self._ca_pem = ca_pem
+        self.contact = contact
         self._clock = clock
         self._file = file
         self._monotonic = monotonic
@@ -87,12 +91,23 @@ class ViewKeeper:
         self._told: dict[str, str] = {}
         self._started = monotonic()
 
-    def doubt(self) -> str:
-        """Return why the state as a whole cannot be relied on now, or an empty text."""
+    def offline_s(self, granted_s: float, now: datetime) -> float:
+        """Return by how many seconds the lease of a workspace is prolonged at ``now`` under a grant of ``granted_s``."""
+        return self.contact.offline_s(granted_s, now)
+
+    async def lost(self) -> None:
+        """Note that a question to the broker found nobody."""
+        await asyncio.to_thread(self.contact.lost, self._clock.now())
+
+    def doubt(self, offline_s: float = 0.0) -> str:
+        """Return why the state as a whole cannot be relied on now, or an empty text.
+
+        ``offline_s`` is what :meth:`offline_s` answered; while it is there, silence alone is no doubt.
+        """
         if self.view is EMPTY:
             return "the broker has not told anything yet"
         silence = self._monotonic() - (self._started if self._heard is None else self._heard)
-        if silence > self._stale_after_s:
+        if silence > self._stale_after_s and not offline_s:
             return f"the broker has not answered for {silence:.0f} s"
         return self._clock.doubt
 
@@ -114,6 +129,7 @@ class ViewKeeper:
         """Make ``state`` the current one: workspaces at once, new releases as soon as they are verified."""
         self._heard = self._monotonic()
         self._clock.confirm(state.now)
+        self.contact.heard(self._clock.now())
         before = self.view
         known_seq = state.seq == before.seq and before is not EMPTY
         statements = {text for entry in state.workspaces for text in entry.delegations}
@@ -152,6 +168,18 @@ class ViewKeeper:
             if self._told.get(digest) != why:
                 LOG.error("release %s is refused: %s", digest, why)
         self._told = dict(refused)
+
+
+def offline_granted(view: View, workspace_id: str, svid_digest: str) -> int:
+    """Return the seconds without a broker that signed policy grants a workspace.
+
+    Only the release that it is given now, and runs, counts: a grant that officers took back is no grant.
+    """
+    entry = view.workspaces.get(workspace_id)
+    if entry is None or not svid_digest or not entry.policy_digest == entry.released_digest == svid_digest:
+        return 0
+    release = view.releases.get(svid_digest)
+    return 0 if release is None else release.governance.lease.offline_ttl_s
 
 
 def release_for(view: View, entry: WorkspaceEntry, svid_digest: str, now: datetime, grace_s: float) -> Release | str:

@@ -14,11 +14,13 @@ from typing import NamedTuple
 
 from saw.policy import globs
 from saw.policy.checks_governance import parse_address
+from saw.policy.data_classes import MAX_WORK, strays
 from saw.policy.decode import Steps, path_text
 from saw.policy.globset import is_mixed, mixed_key
 from saw.policy.governance import Governance
 from saw.policy.model import Endpoint, Match, NetworkRule, Policy
 from saw.policy.partial import Unknown
+from saw.policy.reach_automata import Budget
 
 MAX_PROBLEMS = 1000
 """Most problems of one file that are listed."""
@@ -192,6 +194,20 @@ def agreement_problems(policy: Policy, governance: Governance, of_policy: Told, 
         _covered_aliases(policy, governance, declared, of_policy)
     if declared.complete:
         _undeclared(governance, declared, of_governance)
+    with suppress(Unknown):
+        _data_stays(policy, governance, of_policy, of_governance)
+
+
+def _data_stays(policy: Policy, governance: Governance, of_policy: Told, of_governance: Told) -> None:
+    budget, told = Budget(MAX_WORK), 0
+    for name, hosts in governance.data_classes.only_to.items():
+        for stray in strays(policy, governance, hosts, budget):
+            told += 1
+            if told > MAX_PROBLEMS:
+                return
+            tell = of_policy if stray.in_policy else of_governance
+            reason = f"{name} data may go to {', '.join(hosts)} only, and {stray.host} lies outside"
+            tell(stray.steps, reason, "remove the destination, or let officers widen data_classes.only_to")
 
 
 def _audited(policy: Policy, of_policy: Told) -> None:

@@ -20,12 +20,14 @@ from saw.policy.checks_policy import (
 )
 from saw.policy.decode import Checks, Report, StructureReport
 from saw.policy.governance import (
+    LONGEST_TRUST_S,
     Action,
     ActionMatch,
     Argument,
     Blueprint,
     Budget,
     Credential,
+    DataClasses,
     GitMatch,
     Governance,
     InferenceRoute,
@@ -97,8 +99,30 @@ def _ttl(lease: Lease, report: StructureReport) -> None:
 
 
 def _offline_ttl(lease: Lease, report: StructureReport) -> None:
-    if duration(lease.offline_ttl):
-        report("offline_ttl", "time offline is not enforced by this version", "write 0s")
+    longest = LONGEST_TRUST_S - lease.ttl_s
+    if lease.offline_ttl_s > max(0, longest):
+        reason = f"{lease.ttl} and {lease.offline_ttl} offline are longer than a workspace's certificate counts (10m)"
+        report("offline_ttl", reason, f"write at most {longest}s" if longest > 0 else "write 0s, or a shorter ttl")
+
+
+_data_class = _matches(_ID, "a class of data", "use lower-case letters, digits and dashes")
+
+
+def _data_classes(value: DataClasses, report: StructureReport) -> None:
+    handles = set(value.handles)
+    for index, name in enumerate(value.never):
+        if name in handles:
+            report(("never", index), f"{name} is handled as well", "remove it from one of the two")
+    for name, hosts in value.only_to.items():
+        if name not in handles:
+            report(("only_to", name), f"{name} is not handled", "add it to handles, or remove it here")
+        if not hosts:
+            report(("only_to", name), "the list is empty", "name at least one host")
+        for index, host in enumerate(hosts):
+            try:
+                globs.host_glob(host.lower())
+            except globs.GlobError as error:
+                report(("only_to", name, index), str(error), "name a host such as api.example.com or *.example.com")
 
 
 def _landlock(value: LandlockFloor, report: StructureReport) -> None:
@@ -353,10 +377,13 @@ GOVERNANCE_CHECKS = Checks(
         (Credential, "paths"): check_path_glob,
         (InferenceRoute, "models"): check_flat_glob,
         (ActionMatch, "method"): _verb,
+        (DataClasses, "handles"): _data_class,
+        (DataClasses, "never"): _data_class,
     },
     structures={
         Lease: (_ttl, _offline_ttl),
         LandlockFloor: (_landlock,),
+        DataClasses: (_data_classes,),
         Action: (_action_reviewers,),
         ActionMatch: (_git_or_method,),
         Reviewers: (_reviewers,),
@@ -365,12 +392,12 @@ GOVERNANCE_CHECKS = Checks(
         Governance: _GOVERNANCE,
     },
     keys={
+        (DataClasses, "only_to"): _data_class,
         (Mcp, "servers"): _matches(_ID, "a server name", "use lower-case letters, digits and dashes"),
         (McpServer, "tools"): _tool_name,
         (Tool, "args"): _tool_name,
     },
     unsupported={
-        (Governance, "data_classes"): (_LATER, "remove it"),
         (Governance, "delegation"): (_LATER, "remove it"),
         (McpServer, "url"): (_LATER, "use a stdio server"),
     },

@@ -39,16 +39,31 @@ class Blueprint(Part, frozen=True):
     review_days: Annotated[int, says("Days after which the owner looks at the blueprint again.", 90)] = 90
 
 
+LONGEST_TRUST_S = 600
+"""Life of a workspace's certificate (seconds): how long anything can follow from one attestation."""
+
+
 class Lease(Part, frozen=True):
-    """How long a workspace may act after its last good attestation (``ttl``), and extra time offline (``0s``)."""
+    """How long a workspace may act after its last good attestation (``ttl``), and how much longer in an outage of the broker.
+
+    ``offline_ttl`` counts only while the perimeter cannot reach the broker. Both together are bounded by
+    :data:`LONGEST_TRUST_S` where there is an ``offline_ttl``.
+    """
 
     ttl: Annotated[str, says("Time from one good attestation to the refusal of calls; 30s to 1h.", "120s")] = "120s"
-    offline_ttl: Annotated[str, says("Extra time without contact; this version enforces 0s only.", "0s")] = "0s"
+    offline_ttl: Annotated[
+        str, says("Extra time while the perimeter has lost the broker; with ttl at most 10m.", "0s", "5m")
+    ] = "0s"
 
     @property
     def ttl_s(self) -> int:
         """Return the lease in seconds."""
         return duration(self.ttl)
+
+    @property
+    def offline_ttl_s(self) -> int:
+        """Return the extra time without a broker in seconds."""
+        return duration(self.offline_ttl)
 
 
 class Inject(Part, frozen=True):
@@ -272,6 +287,23 @@ class Budget(Part, frozen=True):
     ] = "deny"
 
 
+class DataClasses(Part, frozen=True):
+    """What kind of data a workspace works with, and where it may go.
+
+    It is declared, and destinations are held to it: nothing looks into calls to find out what they carry.
+    """
+
+    handles: Annotated[tuple[str, ...], says("Classes of data that the workspace works with.", ["internal"])] = ()
+    never: Annotated[tuple[str, ...], says("Classes that it must not work with.", ["restricted"])] = ()
+    only_to: Annotated[
+        dict[str, tuple[str, ...]],
+        says(
+            "For a class that is handled, host globs that every endpoint and model service lies within.",
+            {"internal": ["**.example.com"]},
+        ),
+    ] = msgspec.field(default_factory=dict)
+
+
 class Governance(Part, frozen=True):
     """A whole ``governance.yaml``."""
 
@@ -329,6 +361,11 @@ class Governance(Part, frozen=True):
             [{"id": "spend", "scope": "engagement", "period": "day", "limit": {"currency": "USD", "amount": "20.00"}}],
         ),
     ] = ()
+
+    data_classes: Annotated[
+        DataClasses,
+        says("What kind of data it works with.", {"handles": ["internal"], "never": ["restricted"]}),
+    ] = DataClasses()
 
     def credential(self, identifier: str) -> Credential:
         """Return the credential with this id; raise ``KeyError`` when there is none."""

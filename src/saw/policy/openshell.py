@@ -221,6 +221,8 @@ def _governance(bundle: Bundle) -> list[Finding]:
                 "wider",
                 f"Git refs are not read: {what} is class {action.class_} here only",
             )
+    for name in governance.data_classes.handles:
+        lost(f"data_classes.{name}", "lost", f"that {name} data is handled, and where it may go, has no field")
     for index, address in enumerate(governance.plaintext):
         lost(f"plaintext[{index}]", "wider", f"not only {address}: every endpoint may be used without TLS there")
     for credential in governance.credentials:

@@ -29,6 +29,7 @@ Kind = Literal[
     "push_never",
     "push_needs_review",
     "inference_within_budget",
+    "data_only_to",
     "subset_of",
 ]
 
@@ -43,6 +44,7 @@ FIELDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "push_never": (frozenset({"refs"}), frozenset({"hosts", "operations"})),
     "push_needs_review": (frozenset({"refs"}), frozenset({"hosts", "operations"})),
     "inference_within_budget": (frozenset({"limit", "period"}), frozenset({"hosts"})),
+    "data_only_to": (frozenset({"data_class"}), frozenset({"hosts"})),
     "subset_of": (frozenset(), frozenset({"parent"})),
 }
 """Fields that each kind must have, and those it may have, besides ``id``, ``kind`` and ``why``."""
@@ -82,6 +84,7 @@ class Invariant(Part, frozen=True):
     period: Annotated[
         Literal["", "day", "week", "month"], says("The calendar period that the limit is about.", "month")
     ] = ""
+    data_class: Annotated[str, says("A class of data; docs/policy.md.", "restricted")] = ""
     parent: Annotated[str, says("Bundle folder that holds all that this one allows.", "../base")] = ""
 
 

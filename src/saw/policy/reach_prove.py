@@ -15,6 +15,7 @@ import msgspec
 from saw.policy import globs
 from saw.policy.actions import UPLOAD_PACK, git_service
 from saw.policy.addresses import _PRIVATE_4, _PRIVATE_6, blocked_networks, classify
+from saw.policy.data_classes import data_fault
 from saw.policy.governance import Tool
 from saw.policy.loader import Bundle
 from saw.policy.mcp import decide_tool
@@ -306,6 +307,15 @@ def _budgets(bundle: Bundle, invariant: Invariant) -> Finding:
     return _finding(invariant, "holds", "every route draws on a budget that stops within the limit")
 
 
+def _data(bundle: Bundle, invariant: Invariant) -> Finding:
+    fault = data_fault(
+        bundle.policy, bundle.governance, invariant.data_class, [host.lower() for host in invariant.hosts]
+    )
+    if fault is not None:
+        return _finding(invariant, "broken", fault[0], (fault[1],))
+    return _finding(invariant, "holds", "no such data is handled, or every destination lies within")
+
+
 def _subset(bundle: Bundle, invariant: Invariant, parents: Mapping[str, Bundle]) -> Finding:
     parent = parents.get(invariant.parent)
     if parent is None:
@@ -335,6 +345,8 @@ def prove(bundle: Bundle, invariants: Invariants, parents: Mapping[str, Bundle] 
             findings.append(_tools(bundle, invariant))
         elif invariant.kind == "inference_within_budget":
             findings.append(_budgets(bundle, invariant))
+        elif invariant.kind == "data_only_to":
+            findings.append(_data(bundle, invariant))
         else:
             findings.append(_subset(bundle, invariant, parents or {}))
     return findings

@@ -31,8 +31,11 @@ _KNOWN: dict[type, frozenset[str]] = {
         ),
         model.Binary: "path harness",
         model.NetworkRule: "endpoints binaries name",
-        words.Governance: "schema blueprint lease landlock allow_audit plaintext credentials inference actions mcp budgets",
+        words.Governance: (
+            "schema blueprint lease landlock allow_audit plaintext credentials inference actions mcp budgets data_classes"
+        ),
         words.Blueprint: "name version owner incident_contact review_days",
+        words.DataClasses: "handles never only_to",
         words.Lease: "ttl offline_ttl",
         words.LandlockFloor: "minimum_abi allow_best_effort",
         words.Credential: "id ref inject hosts paths",

@@ -26,7 +26,7 @@ from saw.attest.verifier import quote_binding
 from saw.errors import SawError
 from saw.files import write_private
 from saw.identity.x509 import IdentityError, new_key_and_csr, parse_svid
-from saw.runtime.attestd_broker import BrokerClient, NotAttestedError
+from saw.runtime.attestd_broker import BrokerClient, BrokerUnreachableError, NotAttestedError
 from saw.runtime.attestd_config import AttestdConfig, WorkspaceIdentity
 from saw.runtime.attestd_measure import PolicyLog
 from saw.runtime.attestd_svid import IdentityFiles, LeaseFile
@@ -48,6 +48,8 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
     failures: tuple[RefusalFailure, ...] = ()
 
 
+_RETRY_AWAY_S = 5.0
+"""Longest pause between two attempts while the identity lives on time offline: it ends with the first answer (seconds)."""
 _PENDING = RefusalFailure(
     "attestation_pending", "attestd", "not attested yet: waiting for a loaded policy, or under way"
 )
@@ -82,8 +84,9 @@ class Agent:
         self._files = IdentityFiles(config.run, config.svid_group)
         self._enrolment_file = tpm.directory / "enrolment.json"
         self._lease: LeaseFile | None = None
-        self._lease_end = 0.0
+        self._lease_end = self._stated_end = 0.0
         self._due: float | None = None
+        self._away = False
         self._failed = 0
         self._failures: tuple[RefusalFailure, ...] = ()
 
@@ -93,6 +96,7 @@ class Agent:
             left = self._files.remaining(self._clock.now())
             if left is not None:
                 self._lease, self._lease_end = left[0], self._clock.boottime() + left[1]
+                self._stated_end = self._lease_end
             try:
                 measured = bool(self._log.entries)
             except SawError as error:
@@ -128,28 +132,47 @@ class Agent:
             if self._due is not None and self._clock.boottime() >= self._due:
                 self._attest()
             now = self._clock.boottime()
-            if self._lease is not None and now >= self._lease_end:
+            if self._lease is not None and now >= self._lease_end and not self._prolong(now):
                 self._lease = None
                 self._files.remove()
             times = [self._due, self._lease_end if self._lease is not None else None]
             waits = [max(0.0, at - now) for at in times if at is not None]
             return min(waits) if waits else None
 
+    def _prolong(self, now: float) -> bool:
+        """Use the time offline of a lease while the broker is away; tell whether it goes on. Refused is not away."""
+        lease = self._lease
+        if lease is None or not lease.offline_s or not self._away or now >= self._lease_end + lease.offline_s:
+            return False
+        self._lease_end += lease.offline_s
+        self._lease = lease.prolonged()
+        self._files.write_lease(self._lease)
+        return True
+
     def _attest(self) -> Outcome:
         try:
             self._accept(*self._present())
         except NotAttestedError as error:
             return self._fail(error.failures)
+        except BrokerUnreachableError as error:
+            return self._fail((_failure(error),), away=True)
         except (SawError, OSError) as error:
             return self._fail((_failure(error),))
         return self.status()
 
-    def _fail(self, failures: tuple[RefusalFailure, ...]) -> Outcome:
-        self._failures = failures
+    def _fail(self, failures: tuple[RefusalFailure, ...], *, away: bool = False) -> Outcome:
+        self._failures, self._away = failures, away
         self._failed += 1
         pause = min(self._config.reattest_seconds, 2.0 ** min(self._failed - 1, 8))
         if self._lease is not None:
             pause = min(pause, self._lease.ttl_s / 4)
+            if away and not self._lease.offline_s:
+                pause = min(pause, _RETRY_AWAY_S)
+            now = self._clock.boottime()
+            if not away:
+                self._lease_end = min(self._lease_end, self._stated_end)
+            elif now + pause + self._config.broker_timeout_seconds >= self._lease_end:
+                self._prolong(now)  # the next attempt may not have ended when the lease does
         self._due = self._clock.boottime() + pause
         return Outcome(ok=False, failures=failures)
 
@@ -166,9 +189,9 @@ class Agent:
         ) or issued != own:
             raise IdentityError("the SVID given is not for this workspace, key and policy", cure="check the broker")
         self._lease = self._files.write(answer, key_pem)
-        self._lease_end = asked + answer.lease.ttl_s
+        self._lease_end = self._stated_end = asked + answer.lease.ttl_s
         self._due = asked + min(self._config.reattest_seconds, answer.lease.ttl_s / 2)
-        self._failed, self._failures = 0, ()
+        self._failed, self._failures, self._away = 0, (), False
 
     def _present(self) -> tuple[QuoteAnswer, bytes, float]:
         """Enrol when needed, then present fresh evidence; once more with a new key when the old one is not accepted."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import grp
 import os
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
@@ -22,12 +22,21 @@ _REMOVED = ("lease.json", "key.pem", "svid.pem")
 _NO_SECRET = b'{"resources":[]}'
 
 
-class LeaseFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``svid/lease.json``: the end by the broker's clock, the seconds from issue, and the attested policy digest."""
+class LeaseFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """``svid/lease.json``: the end by the broker's clock, the seconds from issue, and the attested policy digest.
+
+    ``offline_s``: by how many seconds it may be prolonged, once, when it ends while the broker is away.
+    """
 
     expires_at: datetime
     ttl_s: float
     policy_digest: str
+    offline_s: float | None = None
+
+    def prolonged(self) -> LeaseFile:
+        """Return the lease with its time offline used up; perimeters count the same time by their own clock."""
+        more = self.offline_s or 0.0
+        return LeaseFile(self.expires_at + timedelta(seconds=more), self.ttl_s + more, self.policy_digest)
 
 
 class IdentityFiles:
@@ -51,7 +60,7 @@ class IdentityFiles:
 
     def write(self, answer: QuoteAnswer, key_pem: bytes) -> LeaseFile:
         """Install a new identity; return its lease."""
-        lease = LeaseFile(answer.lease.expires_at, answer.lease.ttl_s, answer.policy_digest)
+        lease = LeaseFile(answer.lease.expires_at, answer.lease.ttl_s, answer.policy_digest, answer.lease.offline_s)
         write_atomic(self.svid / "key.pem", key_pem, mode=0o640)
         write_atomic(self.svid / "svid.pem", answer.svid_pem, mode=0o644)
         write_atomic(self.svid / "ca.pem", answer.ca_pem, mode=0o644)
@@ -60,8 +69,12 @@ class IdentityFiles:
             write_atomic(self.ssh / "host-cert.pub", answer.ssh_host_cert.strip() + "\n")
         if answer.ssh_user_ca:
             write_atomic(self.ssh / "user-ca.pub", answer.ssh_user_ca.strip() + "\n")
-        write_atomic(self.svid / "lease.json", msgspec.json.encode(lease), mode=0o644)
+        self.write_lease(lease)
         return lease
+
+    def write_lease(self, lease: LeaseFile) -> None:
+        """Replace the lease of the identity that is installed."""
+        write_atomic(self.svid / "lease.json", msgspec.json.encode(lease), mode=0o644)
 
     def remaining(self, now: datetime) -> tuple[LeaseFile, float] | None:
         """Return a lease left by an earlier run of the agent and its seconds left, or remove what is not usable."""

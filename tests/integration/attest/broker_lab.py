@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from saw.attest.messages import AK_UNKNOWN, ActivateRequest, EnrolRequest, parse_evidence
+from saw.attest.messages import AK_UNKNOWN, ActivateRequest, EnrolRequest, Lease, parse_evidence
 from saw.attest.verifier import Expectation, make_credential, verify_evidence
 from saw.identity.ssh import SshAuthority
 from saw.identity.x509 import Authority, new_key_and_csr
@@ -38,7 +38,7 @@ class Broker:
         self.ssh = SshAuthority.create(directory / "ssh")
         self.ek_pem, self.pcrs = ek_pem, pcrs
         self.released: list[str] = []
-        self.ttl = 120
+        self.ttl, self.offline, self.broken = 120, 0, False
         self.ak_pub = b""
         self.clock: dict[str, int] = {}
         self.challenges: dict[str, tuple[bytes, bytes]] = {}
@@ -105,6 +105,8 @@ class Broker:
         return JSONResponse({"ak_id": "ak1"})
 
     async def nonce(self, _request: Request) -> Response:
+        if self.broken:
+            return Response(status_code=500)
         nonce = os.urandom(32)
         self.nonces.add(nonce)
         self._note("nonce")
@@ -146,7 +148,7 @@ class Broker:
                 "verdict": "attested",
                 "svid_pem": svid.decode(),
                 "ca_pem": self.authority.ca_pem.decode(),
-                "lease": {"ttl_s": self.ttl, "expires_at": (now + timedelta(seconds=self.ttl)).isoformat()},
+                "lease": msgspec.to_builtins(Lease(self.ttl, now + timedelta(seconds=self.ttl), self.offline or None)),
                 "policy_digest": verdict.policy_digest,
                 "ssh_user_ca": self.ssh.user_ca,
                 "ssh_host_cert": host,

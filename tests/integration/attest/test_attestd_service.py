@@ -108,6 +108,9 @@ class Workspace:
         self.time.offset += seconds
         self.service._wake.set()
 
+    def lease(self):
+        return json.loads((self.run / "svid" / "lease.json").read_bytes())
+
     def wait(self, condition):
         deadline = monotonic() + 20
         pause = threading.Event()
@@ -246,6 +249,60 @@ def test_without_a_broker_the_identity_ends_with_the_lease(workspace, broker):
     assert workspace.codes(workspace.measure(CURRENT)) == ["broker_unreachable"]
     workspace.later(121)
     workspace.wait(lambda: not (workspace.run / "svid" / "key.pem").exists())
+
+
+@pytest.mark.control("POL-05")
+def test_time_offline_prolongs_the_identity_once_while_the_broker_is_away(workspace, broker):
+    broker.offline = 100
+    workspace.start()
+    assert workspace.measure(CURRENT)["ok"]
+    before = workspace.lease()
+    assert before["offline_s"] == 100
+    broker.stop()
+    assert workspace.codes(workspace.measure(CURRENT)) == ["broker_unreachable"]
+    workspace.later(121)
+    workspace.wait(lambda: workspace.lease() != before)
+    after = workspace.lease()
+    assert "offline_s" not in after, "used up"
+    ends = [datetime.fromisoformat(lease["expires_at"]) for lease in (before, after)]
+    assert (ends[1] - ends[0]).total_seconds() == 100
+    assert workspace.ask(op="status")["ok"]
+    workspace.stop()
+    workspace.start()  # a restart of the agent neither ends nor renews it
+    workspace.wait(lambda: workspace.ask(op="status")["ok"])
+    workspace.later(221)
+    workspace.wait(lambda: not (workspace.run / "svid" / "key.pem").exists())
+    assert not (workspace.run / "svid" / "lease.json").exists()
+
+
+@pytest.mark.control("POL-05")
+def test_a_refused_workspace_gets_no_time_offline(workspace, broker):
+    broker.offline = 100
+    workspace.start()
+    assert workspace.measure(CURRENT)["ok"]
+    broker.pcrs = broker.pcrs | {4: "ab" * 32}
+    assert workspace.codes(workspace.measure(CURRENT)) == ["pcr_mismatch"]
+    workspace.later(121)
+    workspace.wait(lambda: not (workspace.run / "svid" / "key.pem").exists())
+    assert not (workspace.run / "svid" / "lease.json").exists()
+
+
+@pytest.mark.control("POL-05")
+def test_time_offline_begins_before_an_attempt_could_outlast_the_lease_and_a_refusal_ends_it(workspace, broker):
+    workspace.config = msgspec.structs.replace(workspace.config, broker_timeout_seconds=60.0)
+    broker.offline = 400
+    workspace.start()
+    assert workspace.measure(CURRENT)["ok"]
+    before = workspace.lease()
+    broker.broken = True
+    workspace.later(70)  # another attempt might not have ended when the lease does
+    workspace.wait(lambda: workspace.lease() != before)
+    workspace.later(60)
+    assert workspace.ask(op="status")["ok"]
+    broker.pcrs, broker.broken = broker.pcrs | {4: "ab" * 32}, False
+    workspace.later(20)
+    workspace.wait(lambda: not (workspace.run / "svid" / "key.pem").exists())
+    assert workspace.codes(workspace.ask(op="status")) == ["pcr_mismatch"]
 
 
 @pytest.mark.parametrize("server_name", ["other.saw.internal"])

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 import pytest
 from attest_lab import boot_events, boot_pcrs, entries, event_log, release, spki
-from broker_rig import encode, image_record
+from broker_rig import GOVERNANCE, encode, image_record
 from swtpm_lab import Machine, SwTpm
 
 from saw.attest.verifier import quote_binding
@@ -147,6 +147,7 @@ def test_no_good_quote_no_identity_and_a_good_one_gives_identity_lease_and_sessi
         svid = parse_svid(granted["svid_pem"])
         assert (svid.workspace_id, svid.policy_digest, granted["policy_digest"]) == ("ws-a", digest, digest)
         assert granted["lease"]["ttl_s"] == 90
+        assert "offline_s" not in granted["lease"], "the policy grants none"
         assert 80 < (datetime.fromisoformat(granted["lease"]["expires_at"]) - datetime.now(UTC)).total_seconds() <= 90
         assert granted["ssh_host_cert"].startswith("ssh-ed25519-cert-v01@openssh.com ")
         assert failures(agent.quote(evidence)) == {"nonce_unknown"}
@@ -171,7 +172,8 @@ def test_no_good_quote_no_identity_and_a_good_one_gives_identity_lease_and_sessi
 
         # A new release: the lease stays, the perimeter sees the difference, the old policy no longer attests.
         lab.officers.directory = lab.config.tuf_dir
-        newer, publication = lab.officers.publication(2)
+        granting = GOVERNANCE.replace("ttl: 90s", "ttl: 90s, offline_ttl: 5m")
+        newer, publication = lab.officers.publication(2, governance=granting)
         lab.operator.request("POST", "/v1/policy/publish", encode(publication))
         shown = lab.operator.request("GET", "/v1/workspaces/ws-a")
         assert shown["lease_expires_at"] == entry["lease_expires_at"]
@@ -185,6 +187,7 @@ def test_no_good_quote_no_identity_and_a_good_one_gives_identity_lease_and_sessi
         lab.move_image("measured", "deprecated")
         renewed = agent.quote(agent.evidence(agent.nonce(), digest, newer))
         assert renewed.status_code == 200
+        assert (renewed.json()["lease"]["ttl_s"], renewed.json()["lease"]["offline_s"]) == (90, 300)
         key = agent.key
         assert lab.move_image("measured", "revoked")["workspaces_cut_off"] == ["ws-a"]
         assert lab.operator.request("GET", "/v1/workspaces/ws-a")["lease_expires_at"] is None

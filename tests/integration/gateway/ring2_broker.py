@@ -36,10 +36,10 @@ class Uvicorn:
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [sock]}, daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Stop and join."""
+    def close(self, *, force: bool = True) -> None:
+        """Stop and join; without ``force`` the calls under way are answered and their connections closed first."""
         self._server.should_exit = True
-        self._server.force_exit = True
+        self._server.force_exit = force
         self._thread.join(10)
 
 
@@ -65,6 +65,13 @@ class Broker:
         self.reviews = Reviews()
         self._changed = threading.Condition()
         self._closed = False
+        self.parted = False
+
+    def part(self) -> None:
+        """Let nobody wait until :attr:`parted` is taken back."""
+        with self._changed:
+            self.parted = True
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Let nobody wait any longer."""
@@ -101,7 +108,7 @@ class Broker:
 
     def _wait(self, after: int, wait: float) -> dict[str, Any]:
         with self._changed:
-            self._changed.wait_for(lambda: self.seq != after or self._closed, timeout=wait)
+            self._changed.wait_for(lambda: self.seq != after or self._closed or self.parted, timeout=wait)
             return self.state()
 
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
@@ -134,7 +141,7 @@ class Broker:
         """Wait for something to claim, or the end of the wait; return whether the claimant is still there."""
         gone = asyncio.ensure_future(receive())
         end = time.monotonic() + msgspec.json.decode(body, type=ClaimReview).wait
-        while not gone.done() and (left := end - time.monotonic()) > 0:
+        while not (gone.done() or self.parted) and (left := end - time.monotonic()) > 0:
             if await asyncio.to_thread(self.reviews.wait_for_approval, min(left, 0.1)):
                 break
         await asyncio.wait([gone], timeout=0)

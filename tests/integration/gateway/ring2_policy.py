@@ -89,9 +89,12 @@ class Signer:
             metadata.sign(CryptoSigner(key, SSlibKey.from_crypto(key.public_key())), append=True)
         self.root_file.write_bytes(metadata.to_bytes())
 
-    def release(self, revision: int, *, signers: int = 2, policy: str = POLICY, days: int = 30) -> tuple[str, bytes]:
-        """Return digest and bundle of a revision of ``policy``."""
-        bundle = load_members({"policy.yaml": policy.encode(), "governance.yaml": GOVERNANCE.encode()})
+    def release(
+        self, revision: int, *, signers: int = 2, policy: str = POLICY, days: int = 30, lease: str = ""
+    ) -> tuple[str, bytes]:
+        """Return digest and bundle of a revision of ``policy``; ``lease`` is that field of its governance."""
+        governance = GOVERNANCE + (f"lease: {lease}\n" if lease else "")
+        bundle = load_members({"policy.yaml": policy.encode(), "governance.yaml": governance.encode()})
         start = self._now - timedelta(days=60)
         manifest = build_manifest(bundle, revision, start, self._now + timedelta(days=days))
         return policy_digest(manifest), sign(manifest, bundle.members, self.keys[:signers])

@@ -133,9 +133,24 @@ class Rig:
             (self.trap, TRAP, 443, {"ssl_certfile": str(impostor[0]), "ssl_keyfile": str(impostor[1])}),
             (self.broker, BROKER, 8443, mutual_tls(*broker, self.directory / "ca" / "ca.pem")),
         ):
+            if app is self.broker:
+                self._broker_options = options
+                self.join_broker()
+                continue
             server = Uvicorn(app, self.listen(address, port), **options)
             self._stack.callback(server.close)
+        self._stack.callback(self.part_broker)
         self._stack.callback(self.broker.close)
+
+    def part_broker(self) -> None:
+        """End the broker's server: nobody listens there, and connections to it end."""
+        self.broker.part()
+        self._broker_server.close(force=False)
+
+    def join_broker(self) -> None:
+        """Let the broker be reached (again)."""
+        self.broker.parted = False
+        self._broker_server = Uvicorn(self.broker, self.listen(BROKER, 8443), **self._broker_options)
 
     def _configure(self) -> Path:
         directory = self.directory

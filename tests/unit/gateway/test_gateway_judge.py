@@ -76,7 +76,8 @@ class Bench:
         digest = load_pem_x509_certificate(certificate).fingerprint(SHA256()).hex()
         self.peer = f'Hash={digest};Cert="{quote(certificate.decode(), safe="")}"'
         self.judge = Judge(
-            view=lambda: self.view, doubt=lambda: self.doubt, now=lambda: self.now, peers=PeerReader(authority.ca_pem),
+            view=lambda: self.view, doubt=lambda _offline_s: self.doubt, offline=lambda _granted, _now: 0.0,
+            now=lambda: self.now, peers=PeerReader(authority.ca_pem),
             resolver=Resolver(ResolverConfig(), lambda: 0.0, lambda _host: ["192.0.2.1"]),
             credentials=CredentialStore(directory), release_grace_s=60,
         )  # fmt: skip
@@ -197,7 +198,8 @@ def test_no_input_is_allowed_without_a_certificate_and_each_has_an_event(
     directory: Path, headers: list[tuple[bytes, bytes]], body: bytes
 ) -> None:
     judge = Judge(
-        view=lambda: view(entry(), {}), doubt=lambda: "", now=lambda: NOW, peers=PeerReader(b""),
+        view=lambda: view(entry(), {}), doubt=lambda _offline_s: "", offline=lambda _granted, _now: 0.0,
+        now=lambda: NOW, peers=PeerReader(b""),
         resolver=Resolver(ResolverConfig(), lambda: 0.0, lambda _host: []),
         credentials=CredentialStore(directory), release_grace_s=60,
     )  # fmt: skip

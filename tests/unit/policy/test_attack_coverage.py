@@ -129,6 +129,7 @@ COVERAGE: dict[str, tuple[str, ...]] = {
         f"{RING1}::test_a_lease_runs_until_its_end",
         "tests/integration/ring1/test_ring1_calls.py::test_without_a_running_lease_nothing_leaves",
         "tests/integration/gateway/test_perimeter_outage.py::test_a_restart_without_broker_keeps_kills_and_ends_leases",
+        "tests/integration/gateway/test_perimeter_outage.py::test_time_offline_that_policy_grants_counts_in_an_outage_and_ends",
         "tests/e2e/test_3_kill_and_lease.py::test_without_the_broker_calls_go_on_within_the_lease_and_not_beyond",
     ),
     "crash between switch and acknowledge": (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -161,19 +160,6 @@ def test_a_bad_bundle_is_refused_and_nothing_is_written(made: Made, capsys: pyte
     assert refused(capsys, made, good) == "member_mismatch"
     member.write_text(SANDBOX)
     assert take(capsys, made, good)[1]["revision"] == 7, "the twin: the same bundle untouched"
-
-
-def test_the_command_of_the_page_runs(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[3] / "docs/openshell.md").read_text(encoding="utf-8")
-    command = next(line for line in page.splitlines() if "--trust-root" in line and line.startswith("saw "))
-    (made.folder.parent / "trust").mkdir()
-    (made.folder / "signer.pub").rename(made.folder.parent / "trust/team-signer.pub")
-    made.write(made.manifest())
-    signed = (made.folder / "bundle.yaml").read_bytes().replace(b"keyid: signer", b"keyid: team-signer")
-    (made.folder / "team-bundle.yaml").write_bytes(signed)
-    monkeypatch.chdir(made.folder.parent)
-    assert main(shlex.split(command)[1:]) == 1, "the Cedar rule is not carried"
-    assert load_bundle_folder("imported/team").governance.blueprint.owner == "team-dev-platform"
 
 
 def test_a_lone_member_is_not_taken_for_a_policy(made: Made, capsys: pytest.CaptureFixture[str]) -> None:

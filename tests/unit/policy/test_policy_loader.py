@@ -169,11 +169,15 @@ def test_refused_endpoints(old: str, new: str, reason: str) -> None:
         ("budgets: [{id: b, scope: workspace, period: day, limit: {currency: USD, amount: '-1'}}]\n", "above zero"),
         ("budgets: [{id: b, scope: workspace, period: day, limit: {currency: USD, amount: '0.00'}}]\n", "above zero"),
         ("budgets: [{id: b, scope: workspace, period: day, limit: {currency: USD, amount: '1e9'}}]\n", "above zero"),
-        ("data_classes: {}\n", "not enforced by this version"),
+        ("delegation: {}\n", "not enforced by this version"),
         ("lease: {ttl: 2}\n", "expected text"),
         ("lease: {ttl: 2x}\n", "not a duration"),
         ("lease: {ttl: 2h}\n", "outside 30s to 1h"),
-        ("lease: {offline_ttl: 5m}\n", "not enforced by this version"),
+        ("lease: {offline_ttl: 5}\n", "expected text"),
+        ("lease: {offline_ttl: -5m}\n", "not a duration"),
+        ("lease: {offline_ttl: 481s}\n", "longer than a workspace's certificate counts"),
+        ("lease: {ttl: 10m, offline_ttl: 1s}\n", "longer than a workspace's certificate counts"),
+        ("lease: {ttl: 1h, offline_ttl: 1s}\n", "longer than a workspace's certificate counts"),
         ("credentials: [{id: a, ref: secretvalue, inject: {header: A, format: '{secret}'}}]\n", "not a reference"),
         ("credentials: [{id: a, ref: 'l:a', inject: {header: Host, format: '{secret}'}}]\n", "cannot carry"),
         ("credentials: [{id: a, ref: 'l:a', inject: {header: A, format: 'x'}}]\n", "must hold {secret}"),
@@ -192,6 +196,12 @@ def test_refused_endpoints(old: str, new: str, reason: str) -> None:
 )
 def test_refused_governance(text: str, reason: str) -> None:
     assert reason in "\n".join(governance_problems(text))
+
+
+def test_time_offline_is_granted_within_the_life_of_a_certificate() -> None:
+    for lease in ("{offline_ttl: 480s}", "{ttl: 5m, offline_ttl: 5m}", "{ttl: 1h, offline_ttl: 0s}", "{ttl: 1h}"):
+        loaded = load_governance((GOVERNANCE + f"lease: {lease}\n").encode())
+        assert loaded.lease.offline_ttl_s in {0, 600 - loaded.lease.ttl_s}
 
 
 def test_the_two_files_must_agree() -> None:

@@ -365,6 +365,7 @@ POLICY_FILE, GOVERNANCE_FILE = "policy.yaml", "governance.yaml"
         (GOVERNANCE_FILE, "project/src, required: true", "project, required: true", ("high", "argument")),
         (GOVERNANCE_FILE, "content: {max_length: 1048576, required: true}", "content: {}", ("high", "argument")),
         (GOVERNANCE_FILE, "lease: {ttl: 120s", "lease: {ttl: 10m", ("medium", "setting")),
+        (GOVERNANCE_FILE, "offline_ttl: 0s", "offline_ttl: 5m", ("high", "setting")),
         (GOVERNANCE_FILE, "minimum_abi: 4", "minimum_abi: 3", ("high", "setting")),
     ],
 )
