@@ -30,7 +30,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.case:
         unknown = set(options.case) - {case.id for case in cases}
         if unknown:
-            raise ConfigError(f"there is no case {sorted(unknown)[0]!r}", cure="saw conformance list names them")
+            raise ConfigError(f"there is no case {min(unknown)!r}", cure="saw conformance list names them")
         cases = tuple(case for case in cases if case.id in options.case)
     folder = Path(options.output)
     about = Options(
@@ -59,7 +59,13 @@ def _run(options: argparse.Namespace) -> int:
 def _list(options: argparse.Namespace) -> int:
     cases = catalogue.select(options.suite)
     rows = [
-        {"case": case.id, "control": case.control, "suite": case.suite, "attack": case.title, "twin": case.twin or case.no_twin}
+        {
+            "case": case.id,
+            "control": case.control,
+            "suite": case.suite,
+            "attack": case.title,
+            "twin": case.twin or case.no_twin,
+        }
         for case in cases
     ]
     if options.json:
@@ -93,12 +99,16 @@ def _parser() -> argparse.ArgumentParser:
         prog="saw conformance", description="Try attacks from inside a sandbox; a recorder outside proves what arrived."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    runs = commands.add_parser("run", help="try the cases and write the report", description="Try the cases and write the report.")
+    runs = commands.add_parser(
+        "run", help="try the cases and write the report", description="Try the cases and write the report."
+    )
     runs.add_argument("--target", default="bare", help=f"{KINDS} (default: %(default)s)")
     runs.add_argument("--output", default="build/conformance", help="folder of the report (default: %(default)s)")
-    runs.add_argument("--python", default="python3", help="Python 3.9 or later inside the sandbox (default: %(default)s)")
+    runs.add_argument(
+        "--python", default="python3", help="Python 3.9 or later inside the sandbox (default: %(default)s)"
+    )
     runs.add_argument("--recorder", action="append", default=[], metavar="ADDRESS",
-                      help="address of this machine, outside the sandbox, at which the kit records (cmd:, ssh:, workspace:)")  # fmt: skip
+                      help="address of this machine, outside the sandbox, at which the kit records")  # fmt: skip
     runs.add_argument("--arrivals", action="append", default=[], metavar="FILE",
                       help="log of an endpoint outside; what appears in it during the run has arrived")  # fmt: skip
     runs.add_argument("--proxy", default="", metavar="ADDRESS:PORT", help="the sandbox's only way out")
@@ -106,9 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--second-url", default="", metavar="URL", help="an allowed address at another host")
     runs.add_argument("--ours", action="store_true", help="hold reasons against those of this project's own services")
     runs.add_argument("--case", action="append", default=[], metavar="ID", help="only this case (may be repeated)")
+    named = ", ".join(SUITES)
     lists = commands.add_parser("list", help="list the cases", description="List the cases.")
     for one in (runs, lists):
-        one.add_argument("--suite", action="append", default=[], help=f"only this suite (may be repeated): {', '.join(SUITES)}")
+        one.add_argument("--suite", action="append", default=[], help=f"only this suite (may be repeated): {named}")
     compares = commands.add_parser("compare", help="compare reports", description="Compare reports.")
     compares.add_argument("reports", nargs="+", metavar="REPORT", help="report.json of a run")
     compares.add_argument("--html", default="", metavar="FILE", help="write the comparison, case by case, as a page")

@@ -16,9 +16,7 @@ def _process(
     name: str, title: str, attempt: str, arguments: dict[str, Any] | None = None, *, control: str = "RUN-03",
     layer: str = FILTER, expected: tuple[str, ...] = ("EPERM",), twin: str = "twin.process.fork", **more: Any,
 ) -> Case:  # fmt: skip
-    return Case(
-        f"process.{name}", control, "process", title, attempt, arguments or {}, layer, expected, twin, **more
-    )
+    return Case(f"process.{name}", control, "process", title, attempt, arguments or {}, layer, expected, twin, **more)
 
 
 def _call(name: str, title: str, number: int, *arguments: Any, reached: tuple[str, ...] = (), **more: Any) -> Case:
@@ -158,10 +156,11 @@ def _files() -> list[Case]:
         reading("kmsg", "the kernel's messages", "/dev/kmsg", expected=(*ABSENT, "EAGAIN")),
         reading("disk", "a disk", "/dev/vda"),
         reading("boot", "kernel and boot loader", "/boot"),
-        reading("proc-1-environ", "the environment of process 1", "/proc/1/environ", control="CRED-01"),
+        case("read.proc-1-environ", "the environment of process 1", "first-process", {"name": "environ"}, control="CRED-01",
+             expected=(*ABSENT, "own_namespace"), twin="twin.files.read"),
         reading("proc-1-root", "the file system of process 1", "/proc/1/root/etc/shadow"),
         reading("self-root", "a secret through the own root link", "/proc/self/root/etc/shadow"),
-        reading("dotdot", "a secret through dots", "/usr/../etc/shadow"),
+        reading("dots", "a secret through dots", "/usr/../etc/shadow"),
         reading("tpm", "the TPM", "/dev/tpmrm0", control="RUN-02"),
         reading("gpu", "a GPU that was not granted", "/dev/nvidia0"),
         reading("kvm", "the hypervisor's device", "/dev/kvm"),
@@ -224,7 +223,20 @@ def _files() -> list[Case]:
 
 
 def _credentials() -> list[Case]:
-    words = ["ghp_", "github_pat_", "glpat-", "sk-", "AKIA", "xoxb-", "xoxp-", "AIza", "-----BEGIN", "eyJhbGci", "npm_", "hf_"]
+    words = [
+        "ghp_",
+        "github_pat_",
+        "glpat-",
+        "sk-",
+        "AKIA",
+        "xoxb-",
+        "xoxp-",
+        "AIza",
+        "-----BEGIN",
+        "eyJhbGci",
+        "npm_",
+        "hf_",
+    ]
 
     def case(name: str, title: str, attempt: str, arguments: dict[str, Any], **more: Any) -> Case:
         return Case(

@@ -139,9 +139,16 @@ FAMILIES = (
 def _families() -> list[Case]:
     return [
         Case(
-            f"socket.{name}", "RUN-03", "sockets", title, "socket", {"family": family, "kind": kind, "protocol": protocol},
-            "system call filter: allowlist of socket families", ("EPERM",), "twin.socket.tcp",
-        )  # fmt: skip
+            f"socket.{name}",
+            "RUN-03",
+            "sockets",
+            title,
+            "socket",
+            {"family": family, "kind": kind, "protocol": protocol},
+            "system call filter: allowlist of socket families",
+            ("EPERM",),
+            "twin.socket.tcp",
+        )
         for name, title, family, kind, protocol in FAMILIES
     ]
 
@@ -149,7 +156,9 @@ def _families() -> list[Case]:
 def twins() -> list[Case]:
     """Return what must work."""
 
-    def twin(name: str, title: str, attempt: str, arguments: dict[str, Any], suite: str = "network", **more: Any) -> Case:
+    def twin(
+        name: str, title: str, attempt: str, arguments: dict[str, Any], suite: str = "network", **more: Any
+    ) -> Case:
         control = "NET-01" if suite == "network" else "RUN-03"
         return Case(f"twin.{name}", control, suite, title, attempt, arguments, is_twin=True, **more)
 

@@ -1,7 +1,7 @@
 """The project's own sandbox on this machine without a VM: its network, its launcher, and the unit's namespaces by ``unshare``.
 
-The rules are those of a compiled policy; ring 1 is not part of it (a recorder stands at the proxy's address). What only the unit
-has, the empty root directory and the cgroup, is tried on a workspace.
+The rules are those of a compiled policy; ring 1 is not part of it (a recorder stands at the proxy's address). The unit's empty
+root is made from the unit's own properties. What only systemd has, the cgroup and its system call list, is tried on a workspace.
 """
 
 from __future__ import annotations
@@ -15,11 +15,21 @@ from saw.conformance.recorder import Plan
 from saw.errors import UnavailableError
 from saw.policy.loader import load_governance, load_policy
 from saw.runtime.landlock import require
-from saw.runtime.sandbox import PROXY_ADDRESS, PROXY_PORT, RuntimePaths, SandboxSpec, compile_spec, encode_launch
+from saw.runtime.sandbox import (
+    BASE_READ_WRITE,
+    PROXY_ADDRESS,
+    PROXY_PORT,
+    RuntimePaths,
+    SandboxSpec,
+    compile_spec,
+    encode_launch,
+)
 from saw.runtime.sandbox_prepare import protect_home
+from saw.runtime.sandbox_units import view_properties
 
 UID = 2000
 HOME = "/run/home/agent"
+ROOT = "/run/saw-view"
 PYTHON = "/usr/bin/python3"
 POLICY = f"""
 version: 1
@@ -59,6 +69,37 @@ def sandbox_spec() -> SandboxSpec:
     )  # fmt: skip
 
 
+def view_script(spec: SandboxSpec) -> str:
+    """Return the shell script that makes the unit's view in a private mount namespace, and runs its arguments there.
+
+    It does what systemd does with the same properties: an empty root, the listed paths in it, private temporary directories,
+    ``/proc`` of the own PID namespace and a ``/dev`` without the machine's devices.
+    """
+    read_only = (*spec.base_read_only, *spec.read_only)
+    properties = view_properties(read_only, (*BASE_READ_WRITE, *spec.read_write), spec.protected)
+    binds = [(name == "BindPaths", value) for name, value in properties if name in {"BindPaths", "BindReadOnlyPaths"}]
+    lines = [
+        f"root={ROOT}; mkdir -p $root; mount -t tmpfs -o mode=0755 none $root",
+        "at() {",
+        "[ -e $1 ] || return 0",
+        "if [ -d $1 ]; then mkdir -p $root$1; else mkdir -p $root${1%/*}; : >>$root$1; fi",
+        "mount --bind $1 $root$1; [ $2 = rw ] || mount -o remount,bind,ro $root$1",
+        "}",
+        "mkdir -p $root/tmp $root/var/tmp $root/proc $root/dev/shm $root/dev/pts",
+        "for place in /tmp /var/tmp /dev/shm; do mount -t tmpfs -o mode=1777,nosuid,nodev none $root$place; done",
+        "mount -t proc -o hidepid=invisible proc $root/proc",
+        "mount -t devpts -o newinstance,ptmxmode=0666,mode=0620 none $root/dev/pts; ln -s pts/ptmx $root/dev/ptmx",
+        *(f"at /dev/{name} rw" for name in ("null", "zero", "full", "random", "urandom", "tty")),
+    ]
+    done: list[str] = []
+    for writable, value in binds:
+        path = value.removeprefix("-")
+        if writable or path in spec.protected or not any(Path(path).is_relative_to(one) for one in done):
+            lines.append(f"at {path} {'rw' if writable else 'ro'}")
+            done += [] if writable else [path]
+    return "\n".join([*lines, 'exec chroot $root "$@"'])
+
+
 def open_local(ground: Ground, python: str) -> tuple[Plan, list[str]]:
     """Set the sandbox up in ``ground``; return what the recorder listens on, and the command line for the probe."""
     require(6)
@@ -72,15 +113,10 @@ def open_local(ground: Ground, python: str) -> tuple[Plan, list[str]]:
     for secret in ("/run/saw/ring1-ca/ca.key", "/run/saw/svid/sds.json"):
         _write(ground, secret, b"a secret of the workspace\n")
     proxy = tuple((PROXY_ADDRESS, port) for port in (PROXY_PORT, 9901, 22))
-    private = (  # what PrivatePIDs, PrivateTmp and BindReadOnlyPaths of the unit do
-        "mount -t proc proc /proc; for place in /tmp /var/tmp /dev/shm; do mount -t tmpfs -o mode=1777 none $place; done; "
-        f"for place in {' '.join(spec.protected)}; do mount --bind $place $place; mount -o remount,bind,ro $place; done; "
-        'exec "$@"'
-    )
     drop = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"]
     command = [
         *ground.prefix(), "ip", "netns", "exec", "saw-sandbox", "unshare", "--mount", "--ipc", "--pid", "--uts", "--fork",
-        "--kill-child", "--propagation", "private", "sh", "-ec", private, "sh", *drop, "env", "-i",
+        "--kill-child", "--propagation", "private", "sh", "-ec", view_script(spec), "sh", *drop, "env", "-i",
         f"PYTHONPATH={Path(__file__).parents[2]}", "PYTHONDONTWRITEBYTECODE=1",
         PYTHON, "-m", "saw.runtime.launcher", "--launch", "/run/saw/sandbox/shell.json", "--", python, "-I", "-u", "-",
     ]  # fmt: skip

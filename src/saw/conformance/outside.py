@@ -1,7 +1,7 @@
-"""What stands outside the sandbox while the kit runs: a recorder, a canary process and, for local targets, a network of their own.
+"""What stands outside the sandbox during a run: a recorder, a canary process and, for local targets, a network of their own.
 
-A :class:`Ground` is a private network namespace, with a private ``/run``, in which the target runs. Its addresses are those that an
-attacker would call (metadata, private and public ones), and the recorder holds them all. Nothing in it reaches the machine's
+A :class:`Ground` is a private network namespace, with a private ``/run``, in which the target runs. Its addresses are those that
+an attacker would call (metadata, private and public ones), and the recorder holds them all. Nothing in it reaches the machine's
 own network, and all of it ends with its holder process.
 """
 
@@ -29,7 +29,12 @@ ADDRESSES = (
 KNOCK_PORT = 46157
 TCP_PORTS = (22, 25, 53, 80, 443, 853, 3128, 8080)
 UDP_PORTS = (53, 123, 443, 5353)
-RUN_SOCKETS = ("/run/docker.sock", "/run/containerd/containerd.sock", "/run/dbus/system_bus_socket", "/run/systemd/private")
+RUN_SOCKETS = (
+    "/run/docker.sock",
+    "/run/containerd/containerd.sock",
+    "/run/dbus/system_bus_socket",
+    "/run/systemd/private",
+)
 RUN_DATAGRAM = ("/run/systemd/notify", "/run/systemd/journal/socket")
 ANSWER_S = 20.0
 
@@ -117,16 +122,17 @@ class Canary:
         self.folders = ["/tmp", "/dev/shm", "/var/tmp"]  # noqa: S108 - what a private /tmp is for
         self.signals = 0
         source = Path(__file__).with_name("canary.py").read_text(encoding="utf-8")
+        words = [self.mark, str(self.key), *self.folders]
         self._process = subprocess.Popen(
-            [*prefix, "/usr/bin/env", f"SAW_CANARY={self.mark}", "python3", "-I", "-c", source, self.mark, str(self.key), *self.folders],
+            [*prefix, "/usr/bin/env", f"SAW_CANARY={self.mark}", "python3", "-I", "-c", source, *words],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/",
         )  # fmt: skip
         assert self._process.stdout is not None  # noqa: S101 - a pipe was asked for
-        words = self._process.stdout.readline().split()
-        if len(words) != 2:
+        told = self._process.stdout.readline().split()
+        if len(told) != 2:
             self.close()
             raise OutsideError("the canary process did not start", cure="see the messages above")
-        self.pid = int(words[1])
+        self.pid = int(told[1])
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -151,7 +157,9 @@ class Ground:
 
     def __init__(self) -> None:
         if os.geteuid() != 0:
-            raise UnavailableError("a local target needs root: it runs in a network of its own", cure="run it with sudo")
+            raise UnavailableError(
+                "a local target needs root: it runs in a network of its own", cure="run it with sudo"
+            )
         self.resolver = Path(tempfile.mkdtemp(prefix="saw-conformance-")) / "resolv.conf"
         self.resolver.write_text(f"nameserver {OUT4}\noptions timeout:1 attempts:1\n", encoding="ascii")
         self.resolver.parent.chmod(0o755)
@@ -165,7 +173,9 @@ class Ground:
         )  # fmt: skip
         flags = ["--mount", "--net", "--propagation", "private"]
         self._holder = subprocess.Popen(
-            ["unshare", *flags, "sh", "-ec", setup, "sh", str(self.resolver)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            ["unshare", *flags, "sh", "-ec", setup, "sh", str(self.resolver)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         assert self._holder.stdout is not None  # noqa: S101 - a pipe was asked for
         if self._holder.stdout.readline() != b"ready\n":
@@ -183,7 +193,9 @@ class Ground:
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the ground to its end."""
-        return subprocess.run([*self.prefix(), *words], capture_output=True, text=True, check=False, timeout=120, cwd="/")
+        return subprocess.run(
+            [*self.prefix(), *words], capture_output=True, text=True, check=False, timeout=120, cwd="/"
+        )
 
     def plan(self, *, more: tuple[tuple[str, int], ...] = (), knock: tuple[str, ...] = (), run: bool = True) -> Plan:
         """Return what the recorder listens on; ``more`` are further TCP endpoints, ``knock`` addresses of the sandbox."""
@@ -229,4 +241,3 @@ class Ground:
         self.resolver.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.resolver.parent.rmdir()
-

@@ -46,13 +46,15 @@ def _html(text: object) -> str:
     return escape(plain(text), quote=True)
 
 
-def _lines(rows: Iterable[Sequence[object]]) -> str:
+def _lines(rows: Sequence[Sequence[object]]) -> str:
     table = [[plain(cell) for cell in row] for row in rows]
     widths = [max(len(row[index]) for row in table) for index in range(len(table[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        for row in table
-    )  # fmt: skip
+
+    def line(row: list[str]) -> str:
+        first = row[0].ljust(widths[0])
+        return "  ".join([first, *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+
+    return "\n".join(line(row) for row in table)
 
 
 def _row(name: str, counts: Counts) -> list[object]:
@@ -80,7 +82,8 @@ def findings(report: Report) -> list[str]:
 
 def summary(report: Report) -> str:
     """Return the table of a report, and its findings."""
-    rows = [["suite", *HEADINGS, "score"], *(_row(name, counts) for name, counts in report.summary.suites.items())]
+    rows: list[list[object]] = [["suite", *HEADINGS, "score"]]
+    rows += [_row(name, counts) for name, counts in report.summary.suites.items()]
     rows.append(_row("all", report.summary.total))
     lines = [_lines(rows), *findings(report), *(f"! {plain(problem)}" for problem in report.problems)]
     verdict = "everything that could be tried was refused, and every twin works" if report.ok else "there are findings"
@@ -117,11 +120,11 @@ def _case_row(case: CaseResult) -> list[str]:
     facts = "".join(f"<br><b>{_html(name)}</b> <code>{_html(value)}</code>" for name, value in case.evidence.items())
     arrived = {None: "not recorded", True: "arrived", False: "nothing arrived"}[case.arrived]
     twin = f'<span class="{case.twin.result}">{_html(case.twin.id or "-")} {_html(case.twin.result.replace("_", " "))}</span>'
-    expected = _html(", ".join(case.expected))
+    layer, expected = _html(case.layer), _html(", ".join(case.expected))
     return [
         f"<code>{_html(case.id)}</code>",
         _html(case.control),
-        f"<details><summary>{_html(case.title)}</summary><span class=\"soft\">{_html(case.layer)}; expected {expected}</span>{facts}</details>",
+        f'<details><summary>{_html(case.title)}</summary><span class="soft">{layer}; expected {expected}</span>{facts}</details>',
         f'<span class="{case.result}">{_html(result)}</span>',
         _html(arrived),
         twin,
@@ -130,11 +133,11 @@ def _case_row(case: CaseResult) -> list[str]:
 
 def page(report: Report) -> str:
     """Return a report as one self-contained HTML page."""
-    parts = [
-        f"<h1>Conformance of {_html(report.target)}</h1>",
-        f"<p>{'Everything that could be tried was refused, and every twin works.' if report.ok else 'There are findings.'} "
-        f"Score {report.summary.score:.1f} %. Started {_html(report.started)}, kit {_html(report.kit_version)}.</p>",
-    ]
+    verdict = (
+        "Everything that could be tried was refused, and every twin works." if report.ok else "There are findings."
+    )
+    about = f"Score {report.summary.score:.1f} %. Started {_html(report.started)}, kit {_html(report.kit_version)}."
+    parts = [f"<h1>Conformance of {_html(report.target)}</h1>", f"<p>{verdict} {about}</p>"]
     notes = [*(f"problem: {text}" for text in report.problems), *report.notes]
     if notes:
         parts.append("<ul>" + "".join(f"<li><code>{_html(text)}</code></li>" for text in notes) + "</ul>")

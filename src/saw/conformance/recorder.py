@@ -211,7 +211,8 @@ def _no_such_name(question: bytes) -> bytes:
 
 
 def _link_scope() -> int:
-    return next((index for index, name in socket.if_nameindex() if name != "lo"), 0)
+    names = {name: index for index, name in socket.if_nameindex() if name != "lo"}
+    return names.get("sawc0") or next(iter(names.values()), 0)
 
 
 def main() -> int:

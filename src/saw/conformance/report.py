@@ -76,7 +76,9 @@ def make(target: str, started: str, cases: list[CaseResult], problems: list[str]
     """Return the report of a run. It is ok when something was tried and nobody must look at anything."""
     total = count(cases)
     suites = {name: count(case for case in cases if case.suite == name) for name in SUITES}
-    controls = {name: count(case for case in cases if case.control == name) for name in sorted({c.control for c in cases})}
+    controls = {
+        name: count(case for case in cases if case.control == name) for name in sorted({c.control for c in cases})
+    }
     summary = Summary(
         total, {name: found for name, found in suites.items() if found != Counts()}, controls, total.score
     )
@@ -96,7 +98,9 @@ def load(path: Path | str) -> Report:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", cure="check the path") from error
     except msgspec.DecodeError as error:
-        raise ConfigError(f"{path} is no conformance report: {error}", cure="make it with saw conformance run") from error
+        raise ConfigError(
+            f"{path} is no conformance report: {error}", cure="make it with saw conformance run"
+        ) from error
     if report.schema != SCHEMA:
         raise ConfigError(f"{path} has schema {report.schema}, not {SCHEMA}", cure="make it again with this version")
     return report

@@ -106,7 +106,9 @@ def web_facts(options: Options, *, environment: bool) -> dict[str, Any]:
     if options.allowed_url:
         parts = urlsplit(options.allowed_url)
         if parts.scheme != "https" or not parts.hostname:
-            raise ConfigError("--allowed-url is no https address", cure="write for example https://api.example.com/v1/things")
+            raise ConfigError(
+                "--allowed-url is no https address", cure="write for example https://api.example.com/v1/things"
+            )
         facts |= {
             "allowed_host": parts.hostname,
             "allowed_authority": f"{parts.hostname}:{parts.port or 443}",
@@ -180,7 +182,18 @@ def _bare(stack: contextlib.ExitStack, options: Options) -> Session:
     _record(stack, session, ground, ground.plan(knock=("192.0.2.10", "127.0.0.1")))
     home = _home(stack, ground, NOBODY)
     drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    session.command = [*ground.prefix(), *drop, "env", "-i", f"HOME={home}", "PATH=/usr/bin:/bin", options.python, "-I", "-u", "-"]
+    session.command = [
+        *ground.prefix(),
+        *drop,
+        "env",
+        "-i",
+        f"HOME={home}",
+        "PATH=/usr/bin:/bin",
+        options.python,
+        "-I",
+        "-u",
+        "-",
+    ]
     return session
 
 
@@ -242,5 +255,7 @@ def _local_sandbox(stack: contextlib.ExitStack, options: Options) -> Session:
     session.ours = True
     session.command = command
     session.facts |= {"proxy": "10.200.0.1", "proxy_port": 3128, "other_port": True, "cgroup": None}
-    session.notes.append("launcher, Landlock, system call filter and network; the unit's namespaces are made by unshare")
+    session.notes.append(
+        "launcher, Landlock, system call filter and network; the unit's namespaces are made by unshare"
+    )
     return session

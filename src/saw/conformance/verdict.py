@@ -54,7 +54,14 @@ def reasons(told: Told, *, dropped: bool) -> list[str]:
 
 
 def judge(
-    case: Case, told: Told | None, arrivals: list[str] | None, twin: TwinResult, *, ours: bool, tried: str, problem: str = ""
+    case: Case,
+    told: Told | None,
+    arrivals: list[str] | None,
+    twin: TwinResult,
+    *,
+    ours: bool,
+    tried: str,
+    problem: str = "",
 ) -> CaseResult:
     """Return the result of ``case``; ``arrivals`` is None where nothing recorded, ``tried`` says what was attempted."""
     arrived = None if arrivals is None else bool(arrivals)
@@ -89,7 +96,17 @@ def judge(
             else:
                 result, reason_ok = ("wrong_reason", False) if ours else ("refused", None)
     return CaseResult(
-        case.id, case.control, case.suite, case.title, case.expected, case.layer, result, reason_ok, arrived, twin, evidence
+        case.id,
+        case.control,
+        case.suite,
+        case.title,
+        case.expected,
+        case.layer,
+        result,
+        reason_ok,
+        arrived,
+        twin,
+        evidence,
     )
 
 

@@ -14,7 +14,8 @@ import select
 import signal
 import sys
 import time
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 Attempt = Callable[..., Any]
 ATTEMPTS: dict[str, Attempt] = {}
@@ -48,7 +49,10 @@ def attempt(name: str) -> Callable[[Attempt], Attempt]:
 
 def syscall(number: int, *arguments: object) -> int:
     """Make one system call; raise ``OSError`` as it answers."""
-    answer = LIBC.syscall(ctypes.c_long(number), *arguments)
+    words = [
+        ctypes.c_long(item) if isinstance(item, int) else item for item in arguments
+    ]  # the seventh is on the stack
+    answer = LIBC.syscall(ctypes.c_long(number), *words)
     if answer < 0:
         found = ctypes.get_errno()
         raise OSError(found, os.strerror(found))
@@ -73,7 +77,7 @@ def perform(case: dict[str, Any]) -> dict[str, Any]:
     except OSError as error:
         name = "timeout" if _timed_out(error) else errno.errorcode.get(error.errno or 0, type(error).__name__)
         return {"outcome": "refused", "detail": str(error), "errno": name}
-    except BaseException as error:  # noqa: BLE001 - reported to the reader
+    except BaseException as error:
         return {"outcome": "error", "detail": f"{type(error).__name__}: {error}"}
     return {"outcome": "allowed", "detail": "" if detail is None else str(detail)}
 

@@ -13,7 +13,10 @@ from saw.conformance.probe.core import NotPossible, Refused, attempt
 def read(path: str, mark: str = "") -> str:
     """Read a file (its first 64 KiB must hold ``mark``), or list a directory."""
     if os.path.isdir(path) and not mark:
-        return f"{len(os.listdir(path))} entries"
+        found = os.listdir(path)
+        if not found:
+            raise NotPossible("the directory is empty")
+        return f"{len(found)} entries"
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         content = os.read(handle, 65536)
@@ -22,6 +25,14 @@ def read(path: str, mark: str = "") -> str:
     if mark and mark.encode() not in content:
         raise Refused("the file is another one here", reason="absent")
     return f"read {len(content)} bytes"
+
+
+@attempt("first-process")
+def first_process(name: str) -> str:
+    """Read a file of process 1, which is the host's unless this is a PID namespace of our own."""
+    if os.getuid() and os.stat("/proc/1").st_uid == os.getuid():
+        raise Refused("process 1 is one of our own here", reason="own_namespace")
+    return str(read(f"/proc/1/{name}"))
 
 
 @attempt("open-write")
@@ -50,7 +61,7 @@ def persist(path: str, home: bool = False) -> str:
     try:
         folder = os.path.dirname(path)
         missing = []
-        while not os.path.isdir(folder):
+        while home and not os.path.isdir(folder):
             missing.append(folder)
             folder = os.path.dirname(folder)
         for name in reversed(missing):
@@ -80,7 +91,7 @@ def replace(path: str) -> str:
 @attempt("through-link")
 def through_link(path: str, kind: str) -> str:
     """Reach a file by a symbolic link or a hard link of our own."""
-    name = f"/tmp/saw-probe-link-{os.getpid()}"  # noqa: S108
+    name = f"/tmp/saw-probe-link-{os.getpid()}"
     (os.symlink if kind == "symbolic" else os.link)(path, name)
     try:
         handle = os.open(name, os.O_RDONLY)
@@ -93,7 +104,7 @@ def through_link(path: str, kind: str) -> str:
 @attempt("link-race")
 def link_race(path: str, rounds: int = 2000) -> str:
     """Open a name of ours while another process turns it from a file into a link to ``path`` and back."""
-    name = f"/tmp/saw-probe-race-{os.getpid()}"  # noqa: S108
+    name = f"/tmp/saw-probe-race-{os.getpid()}"
     wanted = os.stat(path) if os.path.exists(path) else None
     child = os.fork()
     if child == 0:
@@ -146,7 +157,7 @@ def descriptors(mark: str) -> str:
 @attempt("device-node")
 def device_node(kind: str) -> str:
     """Make the node of a device, and remove it again."""
-    name = f"/tmp/saw-probe-device-{os.getpid()}"  # noqa: S108
+    name = f"/tmp/saw-probe-device-{os.getpid()}"
     mode, number = (stat.S_IFCHR, os.makedev(1, 1)) if kind == "memory" else (stat.S_IFBLK, os.makedev(8, 0))
     os.mknod(name, mode | 0o600, number)
     os.unlink(name)
@@ -156,7 +167,7 @@ def device_node(kind: str) -> str:
 @attempt("give-away")
 def give_away(what: str) -> str:
     """Make a file of root's, or one that gives its owner's rights to whoever runs it as root."""
-    name = f"/tmp/saw-probe-own-{os.getpid()}"  # noqa: S108
+    name = f"/tmp/saw-probe-own-{os.getpid()}"
     os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700))
     try:
         if what == "owner":
@@ -184,7 +195,7 @@ def write_own(path: str) -> str:
 @attempt("own-link")
 def own_link(kind: str) -> str:
     """Read a file of our own through a link."""
-    base = f"/tmp/saw-probe-twin-{os.getpid()}"  # noqa: S108
+    base = f"/tmp/saw-probe-twin-{os.getpid()}"
     with open(base, "w", encoding="ascii") as stream:
         stream.write("kept")
     try:

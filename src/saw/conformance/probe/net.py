@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import socket
 import struct
 import subprocess
@@ -22,7 +23,7 @@ def _family(address: str) -> int:
 
 def _target(address: str, port: int) -> tuple:  # type: ignore[type-arg]
     if address.lower().startswith("fe80:"):
-        names = [name for _, name in socket.if_nameindex() if name != "lo"]
+        names = sorted((name for _, name in socket.if_nameindex() if name != "lo"), key=lambda name: name != "sawc0")
         if not names:
             raise OSError(errno.ENETUNREACH, "no interface but loopback")
         return (address, port, 0, socket.if_nametoindex(names[0]))
@@ -52,7 +53,16 @@ def tcp_fast_open(address: str, port: int, payload: str) -> str:
     """Send in the first packet, which opens the connection without ``connect``."""
     with socket.socket(_family(address), socket.SOCK_STREAM) as connection:
         connection.settimeout(PATIENCE)
-        connection.sendto(payload.encode("latin-1"), socket.MSG_FASTOPEN, _target(address, port))
+        try:
+            connection.sendto(payload.encode("latin-1"), socket.MSG_FASTOPEN, _target(address, port))
+        except OSError as error:
+            if error.errno != errno.EINPROGRESS:
+                raise
+            select.select([], [connection], [], PATIENCE)  # without a cookie the data follows the handshake
+            failed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if failed:
+                raise OSError(failed, os.strerror(failed)) from None
+            connection.sendall(payload.encode("latin-1"))
         return f"sent; {_answer(connection)[:80]!r}"
 
 
@@ -158,7 +168,10 @@ def unix_pair(nonce: str) -> str:
 def loopback(kind: str, nonce: str) -> str:
     """Talk over loopback inside the sandbox."""
     if kind == "udp":
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as two:
+        with (
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one,
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as two,
+        ):
             two.bind(("127.0.0.1", 0))
             two.settimeout(PATIENCE)
             one.sendto(nonce.encode(), two.getsockname())
@@ -188,7 +201,7 @@ def listen(port: int, kind: str, seconds: float) -> str:
     """Wait to be reached from outside; the kit knocks at every address it knows."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("0.0.0.0", port))  # noqa: S104 - being reached is the attempt
+        listener.bind(("0.0.0.0", port))
         listener.settimeout(seconds)
         if kind == "udp":
             return f"reached: {listener.recv(64)!r}"

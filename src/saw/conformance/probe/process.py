@@ -1,4 +1,4 @@
-"""Attempts on the kernel and on other processes. Every call is real; what it would change is changed back or belongs to a child."""
+"""Attempts on the kernel and on other processes. Every call is real; what it changes is changed back, or belongs to a child."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import struct
 import subprocess
 import threading
 import time
-from typing import Callable
+from collections.abc import Callable
 
 from saw.conformance.probe.core import LIBC, NotPossible, Refused, attempt, syscall
 
@@ -135,7 +135,7 @@ def perf() -> str:
 @attempt("mount")
 def mount() -> str:
     """Mount a file system on a directory of our own."""
-    place = f"/tmp/saw-probe-mount-{os.getpid()}"  # noqa: S108
+    place = f"/tmp/saw-probe-mount-{os.getpid()}"
     os.mkdir(place, 0o700)
     try:
         syscall(165, b"none", place.encode(), b"tmpfs", 0, None)

@@ -8,7 +8,7 @@ import re
 import socket
 import ssl
 import urllib.parse
-from typing import Any, Optional
+from typing import Any
 
 from saw.conformance.probe.core import NotPossible, Refused, attempt
 
@@ -34,8 +34,8 @@ def _context(alpn: str) -> ssl.SSLContext:
     return context
 
 
-def _receive(stream: socket.socket) -> bytes:
-    """Read an answer: its head, and the body as far as its length says or it comes."""
+def _receive(stream: socket.socket, *, tunnel: bool = False) -> bytes:
+    """Read an answer: its head, and the body as far as its length says or it comes. An opened ``tunnel`` has no body."""
     answer = b""
     try:
         while len(answer) < ANSWER:
@@ -45,8 +45,10 @@ def _receive(stream: socket.socket) -> bytes:
             answer += piece
             head, found, body = answer.partition(b"\r\n\r\n")
             length = re.search(rb"(?i)\ncontent-length: *(\d+)", head)
+            if found and tunnel and re.match(rb"HTTP/1\.[01] 2", head):
+                break
             if found and (length is None or len(body) >= int(length[1])):
-                if length is not None or body.endswith(b"0\r\n\r\n") or re.search(rb" (1\d\d|204|304|200 Conn)", head[:24]):
+                if length is not None or body.endswith(b"0\r\n\r\n") or re.search(rb" (1\d\d|204|304)", head[:24]):
                     break
     except OSError:
         if not answer:
@@ -82,20 +84,22 @@ def _dial() -> socket.socket:
 
 
 @attempt("connect")
-def connect(authority: str, host: Optional[str] = None) -> str:
+def connect(authority: str, host: str | None = None) -> str:
     """Ask the proxy for a tunnel to ``authority``, given as it goes over the wire (latin-1)."""
     with _dial() as connection:
         header = authority if host is None else host
         connection.sendall(f"CONNECT {authority} HTTP/1.1\r\nHost: {header}\r\n\r\n".encode("latin-1"))
-        return judge(_receive(connection), "CONNECT")
+        return judge(_receive(connection, tunnel=True), "CONNECT")
 
 
 @attempt("tunnel")
-def tunnel(authority: str, request: str, sni: str = "", tls: bool = True, alpn: str = "", count: int = 1) -> str:
+def tunnel(  # noqa: PLR0917
+    authority: str, request: str, sni: str = "", tls: bool = True, alpn: str = "", count: int = 1
+) -> str:
     """Open a tunnel, speak TLS in it and send ``request`` as it is; ``count`` answers are read and the last one counts."""
     with _dial() as plain:
         plain.sendall(f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n\r\n".encode("latin-1"))
-        judge(_receive(plain), "CONNECT")
+        judge(_receive(plain, tunnel=True), "CONNECT")
         stream = plain
         if tls:
             try:
@@ -128,4 +132,3 @@ def absolute(request: str) -> str:
             return judge(_receive(connection), "answer")
         except ConnectionError as error:
             raise Refused(f"the connection was closed: {error}", reason="closed") from None
-
