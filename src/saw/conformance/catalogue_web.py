@@ -166,6 +166,7 @@ def _paths() -> list[Case]:
 
 
 def _framing() -> list[Case]:
+    first = "GET ${allowed_path} HTTP/1.1\r\nHost: ${allowed_host}\r\n\r\n"
     second = "GET /smuggled-${nonce} HTTP/1.1\r\nHost: ${allowed_host}\r\n\r\n"
     post = "POST ${allowed_path} HTTP/1.1"
 
@@ -198,7 +199,7 @@ def _framing() -> list[Case]:
                 _request("GET ${allowed_path} HTTP/1.1", *[f"X-Many-{number}: 1" for number in range(4000)]),
                 expected=(*MALFORMED, "status:431")),
         framing("pipelined", "a refused request behind an allowed one",
-                "GET ${allowed_path} HTTP/1.1\r\nHost: ${allowed_host}\r\n\r\n" + _request("DELETE ${allowed_path} HTTP/1.1"), count=2),
+                first + _request("DELETE ${allowed_path} HTTP/1.1"), count=2),
         framing("prior-knowledge", "HTTP/2 where HTTP/1.1 was agreed",
                 "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + second, expected=(*MALFORMED, "status:426", "status:404")),
     ]  # fmt: skip

@@ -45,6 +45,14 @@ class OutsideError(SawError):
     code = "recorder_failed"
 
 
+def _finish(reader: threading.Thread, process: subprocess.Popen[bytes]) -> None:
+    """Let the thread that reads an ended process come to its end, and close what it read."""
+    if reader.is_alive():
+        reader.join(5)
+    if process.stdout and not reader.is_alive():
+        process.stdout.close()
+
+
 class RecorderProcess:
     """The recorder as a child process; :attr:`arrived` maps each nonce to the places where it was seen."""
 
@@ -52,6 +60,7 @@ class RecorderProcess:
         self.arrived: dict[str, list[str]] = {}
         self._changed = threading.Condition()
         self._synced, self._asked, self._ended = 0, 0, False
+        self._reader = threading.Thread(target=self._read, daemon=True)
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONDONTWRITEBYTECODE": "1"}
         self._process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "saw.conformance.recorder"],
@@ -66,7 +75,7 @@ class RecorderProcess:
         except (msgspec.DecodeError, TypeError, KeyError):
             self.close()
             raise OutsideError("the recorder did not start", cure="see the messages above") from None
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader.start()
 
     def _write(self, data: bytes) -> None:
         assert self._process.stdin is not None  # noqa: S101 - a pipe was asked for
@@ -109,9 +118,7 @@ class RecorderProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        if self._process.stdout and not self._process.stdout.closed and not self.arrived:
-            with contextlib.suppress(ValueError, OSError):
-                self._process.stdout.close()
+        _finish(self._reader, self._process)
 
 
 class Canary:
@@ -121,6 +128,7 @@ class Canary:
         self.mark, self.key = f"saw-{secrets.token_hex(10)}", 0x5A570000 | secrets.randbelow(65536)
         self.folders = ["/tmp", "/dev/shm", "/var/tmp"]  # noqa: S108 - what a private /tmp is for
         self.signals = 0
+        self._reader = threading.Thread(target=self._read, daemon=True)
         source = Path(__file__).with_name("canary.py").read_text(encoding="utf-8")
         words = [self.mark, str(self.key), *self.folders]
         self._process = subprocess.Popen(
@@ -133,7 +141,7 @@ class Canary:
             self.close()
             raise OutsideError("the canary process did not start", cure="see the messages above")
         self.pid = int(told[1])
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader.start()
 
     def _read(self) -> None:
         assert self._process.stdout is not None  # noqa: S101 - a pipe was asked for
@@ -150,6 +158,7 @@ class Canary:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        _finish(self._reader, self._process)
 
 
 class Ground:

@@ -230,6 +230,10 @@ def _size(path: Path) -> int:
 def _outside(logs: dict[Path, int]) -> str:
     text = ""
     for path, begin in logs.items():
+        if _size(path) < begin:
+            raise UnavailableError(
+                f"{path} became shorter during the run", cure="keep the log in place until the run has ended"
+            )
         with path.open("rb") as stream:
             stream.seek(begin)
             text += stream.read().decode("utf-8", "replace")
