@@ -77,6 +77,24 @@ def persist(path: str, home: bool = False) -> str:
             os.rmdir(name)
 
 
+@attempt("persist-around")
+def persist_around(folder: str, path: str) -> str:
+    """Move a directory of the home aside, make it anew with a file that would be read at a later start, and undo both."""
+    base = os.environ.get("HOME") or os.path.expanduser("~")
+    place, aside = os.path.join(base, folder), os.path.join(base, f".saw-probe-aside-{os.getpid()}")
+    if not os.path.isdir(place):
+        return persist(os.path.join(folder, path), home=True)
+    os.rename(place, aside)
+    try:
+        os.mkdir(place, 0o700)
+        try:
+            return persist(os.path.join(place, path), home=True)
+        finally:
+            os.rmdir(place)
+    finally:
+        os.rename(aside, place)
+
+
 @attempt("replace")
 def replace(path: str) -> str:
     """Replace a file by itself, which needs the right to replace it and changes nothing."""
