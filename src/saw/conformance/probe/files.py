@@ -83,12 +83,12 @@ def persist_around(folder: str, path: str) -> str:
     base = os.environ.get("HOME") or os.path.expanduser("~")
     place, aside = os.path.join(base, folder), os.path.join(base, f".saw-probe-aside-{os.getpid()}")
     if not os.path.isdir(place):
-        return persist(os.path.join(folder, path), home=True)
+        return str(persist(os.path.join(folder, path), home=True))
     os.rename(place, aside)
     try:
         os.mkdir(place, 0o700)
         try:
-            return persist(os.path.join(place, path), home=True)
+            return str(persist(os.path.join(place, path), home=True))
         finally:
             os.rmdir(place)
     finally:
