@@ -10,7 +10,7 @@ mkdir -p "$build"
 say() { printf '%s\n' "    $*"; }
 fail() { printf 'bootstrap: %s\n' "$*" >&2; exit 1; }
 
-packages="ca-certificates curl debian-archive-keyring dosfstools e2fsprogs eatmydata fdisk git iproute2 libtss2-tcti-swtpm0
+packages="bubblewrap ca-certificates curl debian-archive-keyring dosfstools e2fsprogs eatmydata fdisk git iproute2 libtss2-tcti-swtpm0
  mmdebstrap mtools nftables nginx-light opensc openssh-client openssh-server openssl ovmf packer procps python3-venv
  qemu-system-x86 qemu-utils rsync shellcheck softhsm2 swtpm swtpm-tools systemd-container tpm2-tools tmux"
 # These packages would start a service; the tests run the programs themselves, so a service that was not here stays off.

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "broker": BASE | {"policy", "identity", "attest", "audit", "budget", "review"},
     "gateway": BASE | {"policy", "identity", "attest", "audit", "budget", "review"},
     "runtime": BASE | {"policy", "identity", "attest", "audit", "budget"},
+    "conformance": BASE | {"policy", "runtime"},
     "image": BASE | {"vm"},
     "vm": BASE | {"image"},
     "lab": BASE

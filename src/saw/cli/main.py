@@ -33,6 +33,7 @@ AREAS: dict[str, tuple[str, str]] = {
     "decide": ("saw.cli.decide", "run the decision service of ring 1 (in the VM)"),
     "sandbox": ("saw.cli.sandbox", "set up the sandbox and its network (in the VM)"),
     "run": ("saw.cli.run", "run one command in the sandbox (in the VM)"),
+    "conformance": ("saw.cli.conformance", "try attacks from inside a sandbox, ours or another"),
     "mcp": ("saw.cli.mcp", "run a stdio MCP server behind its argument rules (in the VM)"),
 }
 

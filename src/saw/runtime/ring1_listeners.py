@@ -39,9 +39,17 @@ function envoy_on_request(handle)
   handle:headers():remove(":path")
 end
 """
+_NO_TUNNEL = (
+    '{"error": "policy_denied", "layer": "ring1", "reason": "method_or_path_not_allowed", '
+    '"detail": "a tunnel inside a tunnel is never opened"}'
+)
 _SENDER = "send as matched"
 _SEND_AS_MATCHED = f"""
 function envoy_on_request(handle)
+  if handle:headers():get(":method") == "CONNECT" then
+    handle:respond({{[":status"] = "403", ["content-type"] = "application/json"}}, '{_NO_TUNNEL}')
+    return
+  end
   local path = handle:headers():get("{ANSWER_PATH}")
   if path == nil or handle:headers():get("{ANSWER_AUTHORITY}") == nil then
     handle:respond({{[":status"] = "503"}}, "")

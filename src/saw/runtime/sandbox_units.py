@@ -82,16 +82,25 @@ def view_properties(
 ) -> Properties:
     """Return the properties that make the file system view: an empty root and the listed paths.
 
-    Read-only paths may be missing on the host; writable and ``protected`` ones must exist, else the unit does not start.
+    Read-only paths may be missing on the host; writable and ``protected`` ones must exist, else the unit does not start. A
+    directory between a writable path and a protected one is bound to itself: a mount point cannot be renamed, so that the agent
+    cannot move ``.config`` aside and make another one with a ``.config/systemd`` of its own.
     """
     own = ("/tmp", "/var/tmp", "/dev", "/proc")  # noqa: S108
     properties: Properties = [("TemporaryFileSystem", "/:ro,mode=0755")]
     properties += [("BindReadOnlyPaths", f"-{p}") for p in dict.fromkeys(read_only) if p not in own]
     properties += [("BindPaths", p) for p in dict.fromkeys(read_write) if p not in own and not p.startswith("/dev/")]
+    properties += [("BindPaths", p) for p in _between(read_write, protected)]
     properties += [("BindReadOnlyPaths", p) for p in protected]
     listed = [Path(p) for p in (*read_only, *read_write)]
     covered = [p for p in UNREACHABLE if any(Path(p).is_relative_to(q) for q in listed)]
     return properties + [("InaccessiblePaths", f"-{p}") for p in covered]
+
+
+def _between(read_write: tuple[str, ...], protected: tuple[str, ...]) -> list[str]:
+    """Return the directories strictly below a writable path that hold a protected one, outer ones first."""
+    parents = {parent for path in protected for parent in Path(path).parents}
+    return sorted(str(p) for p in parents if any(p != Path(q) and p.is_relative_to(q) for q in read_write))
 
 
 def _unit(sections: dict[str, Properties]) -> str:

@@ -7,6 +7,8 @@ import json
 import os
 
 REPOSITORIES = os.environ["FAR_END_REPOSITORIES"]
+LOG = os.environ.get("FAR_END_LOG")
+"""File in which every request that arrived is written down."""
 
 
 async def app(scope, receive, send):
@@ -22,6 +24,9 @@ async def app(scope, receive, send):
         more = message.get("more_body", False)
     headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"]}
     path = scope["raw_path"].decode()
+    if LOG:
+        with open(LOG, "a", encoding="utf-8") as log:  # noqa: PTH123, ASYNC230 - one line
+            log.write(json.dumps([scope["method"], path, headers, body.decode("latin-1")]) + "\n")
     if path.startswith("/team/"):
         await _git(scope, headers, path, body, send)
         return

@@ -116,7 +116,17 @@ def test_places_that_start_again_are_protected_when_home_is_writable():
     spec = build(read_write=", /home/agent")
     assert {"/home/agent/.bashrc", "/home/agent/.ssh", "/home/agent/.config/systemd"} <= set(spec.protected)
     assert build().protected == ()
-    assert "BindReadOnlyPaths=/home/agent/.bashrc" in sandbox_units.shell_unit(spec)
+    unit = sandbox_units.shell_unit(spec)
+    assert "BindReadOnlyPaths=/home/agent/.bashrc" in unit
+
+
+@pytest.mark.control("RUN-04")
+def test_what_lies_around_a_protected_place_cannot_be_moved_aside():
+    unit = sandbox_units.shell_unit(build(read_write=", /home/agent"))
+    assert "\nBindPaths=/home/agent/.config\n" in unit
+    assert unit.index("BindPaths=/home/agent/.config\n") < unit.index("BindReadOnlyPaths=/home/agent/.config/systemd")
+    assert unit.count("BindPaths=/home/agent\n") == 1
+    assert "BindPaths=/home/agent/.config" not in sandbox_units.shell_unit(build())
 
 
 def test_the_coding_blueprint_compiles():

@@ -1,0 +1,58 @@
+"""Runs of the conformance kit on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "ring1"))
+
+
+@dataclass
+class Run:
+    """What a run of the command left behind."""
+
+    code: int
+    text: str
+    report: dict[str, Any]
+
+    def case(self, name: str) -> dict[str, Any]:
+        """Return one case of the report."""
+        return next(case for case in self.report["cases"] if case["id"] == name)
+
+    def by(self, **wanted: str) -> dict[str, str]:
+        """Return result by case id where the fields are as wanted."""
+        return {c["id"]: c["result"] for c in self.report["cases"] if all(c[k] == v for k, v in wanted.items())}
+
+    def findings(self) -> list[str]:
+        """Return the cases that were tried and not refused for the right reason with a working twin."""
+        return [
+            f"{c['id']}: {c['result']} {c['twin']} {c['evidence']}"
+            for c in self.report["cases"]
+            if c["result"] != "not_applicable"
+            and (c["result"] != "refused" or c["reason_ok"] is False or c["twin"]["result"] == "broken")
+        ]
+
+
+@pytest.fixture(scope="session")
+def kit(tmp_path_factory):
+    """Run ``saw conformance run`` with the arguments that are given."""
+    if os.geteuid() != 0:
+        pytest.skip("namespaces need root")
+
+    def run(*arguments: str) -> Run:
+        folder = tmp_path_factory.mktemp("conformance")
+        words = [sys.executable, "-m", "saw.cli.main", "conformance", "run", "--output", str(folder), *arguments]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=240)
+        path = folder / "report.json"
+        report = json.loads(path.read_bytes()) if path.exists() else {}
+        return Run(done.returncode, done.stdout + done.stderr, report)
+
+    return run
