@@ -126,7 +126,10 @@ def steps(lab: Lab, progress: Progress, report: Report, *, keep_image: bool) -> 
         report.image = msgspec.to_builtins(image)
     with progress.step("light hosts for control plane, perimeter and far end"):
         job.write_files(job.start_hosts())
-    release = governed(job, progress)
+    with progress.step("control plane, perimeter, hypervisor and far-end services (Ansible)"):
+        seen = converge(job)
+    with progress.step("sign the blueprint with 2 of 3 keys and publish it"):
+        release = publish(job, seen)
     with progress.step("release record of the image"):
         job.register_image(image)
     with progress.step("workspace: create, boot, attest, activate"):
@@ -143,16 +146,19 @@ def steps(lab: Lab, progress: Progress, report: Report, *, keep_image: bool) -> 
         report.attestation = attested(job, workspace, str(release["policy_digest"]))
 
 
-def governed(job: Bringup, progress: Progress) -> dict[str, Any]:
-    """Converge control plane and perimeter, publish the blueprint, and return its release."""
-    with progress.step("control plane, perimeter, hypervisor and far-end services (Ansible)"):
-        job.playbook("demo_enterprise")
-        seen = job.released_digest()
+def converge(job: Bringup) -> str:
+    """Converge the far end, the control plane and the perimeter; return the digest of the release that they then knew."""
+    job.playbook("demo_enterprise")
+    seen = job.released_digest()
+    job.playbook("control_plane")
+    return seen
+
+
+def publish(job: Bringup, seen: str) -> dict[str, Any]:
+    """Publish the blueprint and return its release; the perimeter opens once it is told the root of a first one."""
+    release = job.publish()
+    if release["policy_digest"] != seen:
         job.playbook("control_plane")
-    with progress.step("sign the blueprint with 2 of 3 keys and publish it"):
-        release = job.publish()
-        if release["policy_digest"] != seen:  # the perimeter opens once it is told the root of a first release
-            job.playbook("control_plane")
     return release
 
 

@@ -216,7 +216,8 @@ def test_the_perimeter_is_converged_again_only_for_a_release_that_it_has_not_see
     before: str, after: str, plays: list[str]
 ) -> None:
     job = Converging(before, after)
-    assert main_job.governed(cast("Bringup", job), Progress(total=2)) == {"policy_digest": after}
+    seen = main_job.converge(cast("Bringup", job))
+    assert main_job.publish(cast("Bringup", job), seen) == {"policy_digest": after}
     assert job.plays == plays
 
 
