@@ -24,19 +24,13 @@ unset SAW_BUILD SAW_CONTEXT # the lanes work in this checkout and in a clone of 
 failed=()
 rows=()
 started=$SECONDS
-clone=
-scratch=
-beside=
+declare -A beside=()
 
 clean_up() {
-  if [ -n "$beside" ] && kill -TERM -- "-$beside" 2>/dev/null; then
-    wait "$beside"
-    molecule destroy -s default >/dev/null 2>&1
-  fi
-  if [ -n "$clone" ] && [ -d "$clone" ]; then
-    make -s -C "$clone" clean >/dev/null 2>&1
-  fi
-  if [ -n "$scratch" ]; then rm -rf --one-file-system "$scratch"; fi
+  local lane
+  for lane in "${!beside[@]}"; do
+    kill -TERM -- "-${beside[$lane]}" 2>/dev/null && wait "${beside[$lane]}"
+  done
 }
 trap clean_up EXIT
 trap 'exit 130' INT TERM
@@ -110,6 +104,7 @@ lane_unit() {
 }
 
 lane_roles() {
+  trap 'molecule destroy -s default >"$results/roles-reset.log" 2>&1; exit 143' INT TERM
   # an interrupted run may have left hosts, or only the belief that they exist
   molecule destroy -s default >"$results/roles-reset.log" 2>&1 || true
   PY_COLORS=0 ANSIBLE_FORCE_COLOR=0 python scripts/follow.py --log "$results/roles.log" -- molecule test --all
@@ -123,26 +118,31 @@ lane_e2e() {
     printf 'e2e: another embedded workspace runs on this machine (namespace sawlab); run "make clean" there first\n' >&2
     return 1
   fi
+  local status
   scratch=$(mktemp -d "${TMPDIR:-/tmp}/saw-e2e.XXXXXX") || return 1
   clone=$scratch/checkout
+  trap 'if [ -d "$clone" ]; then make -s -C "$clone" clean >/dev/null 2>&1; fi; rm -rf --one-file-system "$scratch"' EXIT
+  trap 'exit 143' INT TERM
   git clone -q "$root" "$clone" || return 1
   SAW_E2E_CHECKOUT=$clone python scripts/follow.py --whole --log "$results/e2e.log" \
     --watch "$root/build/e2e.log" --watch "$scratch/pytest/*/output" -- \
     pytest tests/e2e -v -x --durations=25 --durations-min=5 --basetemp="$scratch/pytest" --junitxml="$results/e2e.xml" -p no:cacheprovider
-  local status=$?
+  status=$?
   [ $status = 0 ] || tail -n 80 build/e2e.log
   return $status
 }
 
-start_roles() { # run the lane in a process group of its own, its lines marked; its exit code and seconds go to build/test-results/roles.end
-  local begin=$SECONDS
-  banner "roles, beside lint"
+start_beside() { # start_beside LANE: in a process group of its own; exit code and seconds go to build/test-results/LANE.end
+  local lane=$1 begin=$SECONDS
+  rm -f "$results/$lane.end"
+  banner "$lane begins, beside the others"
   set -m
   {
-    lane_roles 2>&1 | sed -u 's/^/    roles |/'
-    printf '%s %s\n' "${PIPESTATUS[0]}" $((SECONDS - begin)) >"$results/roles.end"
+    trap : INT TERM # its parts end by the signal, and this says how
+    ("lane_$lane") 2>&1 | (trap '' INT TERM && exec sed -u "s/^/    $lane |/")
+    printf '%s %s\n' "${PIPESTATUS[0]}" $((SECONDS - begin)) >"$results/$lane.end"
   } &
-  beside=$!
+  beside[$lane]=$!
   set +m
 }
 
@@ -158,25 +158,28 @@ reports_of() { # the JUnit files of a lane
 table=
 number=0
 for lane in "${lanes[@]}"; do
-  number=$((number + 1))
   if ! declare -F "lane_$lane" >/dev/null; then
     printf 'test.sh: there is no lane %s\n' "$lane" >&2
     exit 2
   fi
+  reports_of "$lane" | xargs -r rm -f
+done
+if [ ${#lanes[@]} -gt 1 ]; then
+  for lane in "${lanes[@]}"; do
+    case $lane in roles | e2e) start_beside "$lane" ;; esac
+  done
+  renice -n 5 $$ >/dev/null # what runs beside was started before
+fi
+for lane in "${lanes[@]}"; do
+  number=$((number + 1))
   banner "[$number/${#lanes[@]}] $lane"
   begin=$SECONDS
-  if [ "$lane" = roles ] && [ -n "$beside" ]; then
-    wait "$beside"
-    beside=
-    read -r status took <"$results/roles.end" || status=1 took=$((SECONDS - started))
+  if [ -n "${beside[$lane]:-}" ]; then
+    wait "${beside[$lane]}"
+    unset "beside[$lane]"
+    read -r status took <"$results/$lane.end" || status=1 took=$((SECONDS - started))
   else
-    reports_of "$lane" | xargs -r rm -f
-    if [ "$lane" = lint ] && [[ " ${lanes[*]} " = *" roles "* ]]; then
-      rm -f "$results/roles.end"
-      reports_of roles | xargs -r rm -f
-      start_roles
-    fi
-    "lane_$lane"
+    ("lane_$lane") # in a shell of its own: what it cleans up at its end is its own matter
     status=$? took=$((SECONDS - begin))
   fi
   if [ "$status" = 0 ]; then ok=true; else ok=false failed+=("$lane"); fi

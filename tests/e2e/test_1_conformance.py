@@ -1,0 +1,43 @@
+"""The conformance kit on the real workspace, before anybody has root in it: each attack refused for its own reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from vm_access import Workspace
+
+FAR_END_LOG = "build/lab/hosts/enterprise/root/var/log/nginx/arrivals.jsonl"
+TRIED = {"network": 16, "sockets": 26, "addressing": 39, "http": 58, "credentials": 13, "process": 55, "files": 60}
+"""How many cases of each suite can be tried at least: the rest needs a recorder at addresses that this lab does not have."""
+
+
+@pytest.mark.control("RUN-01")
+@pytest.mark.control("RUN-02")
+@pytest.mark.control("RUN-03")
+@pytest.mark.control("NET-01")
+@pytest.mark.control("NET-03")
+def test_every_attack_of_the_kit_is_refused_for_its_own_reason_and_its_twin_works(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    workspace.saw(
+        "conformance", "run", "--target", f"workspace:{workspace.id}", "--output", str(tmp_path),
+        "--proxy", "10.200.0.1:3128", "--allowed-url", "https://api.example.com/v1/items",
+        "--second-url", "https://git.example.com/", "--recorder", "10.77.0.1",
+        "--arrivals", str(workspace.checkout / FAR_END_LOG), check=False, timeout=600,
+    )  # fmt: skip
+    told = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    tried = [case for case in told["cases"] if case["result"] != "not_applicable"]
+    wrong = [
+        case
+        for case in tried
+        if case["result"] != "refused" or not case["reason_ok"] or case["twin"]["result"] == "broken"
+    ]
+    assert wrong == []
+    assert (told["ok"], told["problems"]) == (True, [])
+    for suite, least in TRIED.items():
+        assert sum(case["suite"] == suite for case in tried) >= least, suite
+    web = [case for case in tried if case["suite"] == "http"]
+    assert {case["twin"]["result"] for case in web} >= {"works"}
+    assert not [case["id"] for case in tried if case["arrived"]]
