@@ -166,7 +166,7 @@ class Agent:
         pause = min(self._config.reattest_seconds, 2.0 ** min(self._failed - 1, 8))
         if self._lease is not None:
             pause = min(pause, self._lease.ttl_s / 4)
-            if away and not self._lease.offline_s:
+            if away and self._lease_end > self._stated_end:
                 pause = min(pause, _RETRY_AWAY_S)
             now = self._clock.boottime()
             if not away:
