@@ -66,11 +66,11 @@ def last(told: dict[str, str], start: str) -> str:
 
 @pytest.mark.control("POL-01")
 @pytest.mark.control("LIF-03")
-def test_a_change_is_seen_signed_by_two_loaded_broken_halted_and_rolled_back(rooted: Workspace, log: Any) -> None:
-    walk = Walk(rooted, log)
+def test_a_change_is_seen_signed_by_two_loaded_broken_halted_and_rolled_back(workspace: Workspace, log: Any) -> None:
+    walk = Walk(workspace, log)
     before = max(walk.rollouts())
     posted = ("https://api.example.com/v1/items", "--data", "text=hello")
-    assert rooted.call(*posted)[1].get("reason") == "method_or_path_not_allowed", "refused before the change"
+    assert workspace.call(*posted)[1].get("reason") == "method_or_path_not_allowed", "refused before the change"
 
     assert "allow" in last(walk.step(1), "saw policy explain")
     assert WIDER in last(walk.step(2), "saw policy diff")
@@ -83,20 +83,20 @@ def test_a_change_is_seen_signed_by_two_loaded_broken_halted_and_rolled_back(roo
     assert LOADED in last(taken, "saw policy watch")
     assert last(taken, "saw ssh") == "405", "the API itself answers now"
     assert walk.rollouts()[before + 1]["all_loaded"]
-    wider = rooted.show()["policy_digest"]
+    wider = workspace.show()["policy_digest"]
 
-    seen = rooted.last_seq("edge")
+    seen = workspace.last_seq("edge")
     broken = walk.step(5)
     assert "is in escrow" in last(broken, "saw policy escrow")
     assert LOADED in last(broken, "saw policy watch")
-    assert rooted.show()["policy_digest"] != wider
+    assert workspace.show()["policy_digest"] != wider
     ended = walk.step(6)
     assert LOADED in last(ended, "saw policy watch")
-    refused = [e for e in rooted.events("edge", seen) if facts(e).get("reason") == "credential_unavailable"]
+    refused = [e for e in workspace.events("edge", seen) if facts(e).get("reason") == "credential_unavailable"]
     assert len(refused) >= 20, "the mistake showed in calls"
     found = walk.rollouts()
     assert (found[before + 2]["state"], found[before + 2]["rollback"]["state"]) == ("halted", "published")
     assert "max_deny_rate_increase" in found[before + 2]["reason"]
     assert (found[before + 3]["newest"], found[before + 3]["returns_to"]) == (True, before + 1)
-    assert rooted.show()["policy_digest"] == found[before + 3]["policy_digest"]
-    wait_until("an allowed call", lambda: rooted.call()[0] == 200, patience=60)
+    assert workspace.show()["policy_digest"] == found[before + 3]["policy_digest"]
+    wait_until("an allowed call", lambda: workspace.call()[0] == 200, patience=60)
