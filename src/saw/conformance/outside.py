@@ -46,7 +46,15 @@ class OutsideError(SawError):
 
 
 def _finish(reader: threading.Thread, process: subprocess.Popen[bytes]) -> None:
-    """Let the thread that reads an ended process come to its end, and close what it read."""
+    """End a process by the end of its input, or by force, and then the thread that reads it."""
+    with contextlib.suppress(OSError):
+        if process.stdin:
+            process.stdin.close()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
     if reader.is_alive():
         reader.join(5)
     if process.stdout and not reader.is_alive():
@@ -110,14 +118,6 @@ class RecorderProcess:
 
     def close(self) -> None:
         """End it."""
-        with contextlib.suppress(OSError):
-            if self._process.stdin:
-                self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
         _finish(self._reader, self._process)
 
 
@@ -150,14 +150,6 @@ class Canary:
 
     def close(self) -> None:
         """End it; it removes what it made."""
-        with contextlib.suppress(OSError):
-            if self._process.stdin:
-                self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
         _finish(self._reader, self._process)
 
 
