@@ -161,6 +161,8 @@ class Ground:
             raise UnavailableError(
                 "a local target needs root: it runs in a network of its own", cure="run it with sudo"
             )
+        self._socket = Path(f"/tmp/saw-conformance-{os.getpid()}.sock")  # noqa: S108 - a socket in /tmp is the case
+        self._abstract = f"@saw-conformance-{os.getpid()}"
         self.resolver = Path(tempfile.mkdtemp(prefix="saw-conformance-")) / "resolv.conf"
         self.resolver.write_text(f"nameserver {OUT4}\noptions timeout:1 attempts:1\n", encoding="ascii")
         self.resolver.parent.chmod(0o755)
@@ -201,12 +203,11 @@ class Ground:
     def plan(self, *, more: tuple[tuple[str, int], ...] = (), knock: tuple[str, ...] = (), run: bool = True) -> Plan:
         """Return what the recorder listens on; ``more`` are further TCP endpoints, ``knock`` addresses of the sandbox."""
         hosts = [address.split("/")[0] for address in ADDRESSES]
-        own = f"/tmp/saw-conformance-{os.getpid()}.sock"  # noqa: S108 - a socket in /tmp is the case
         return Plan(
             tcp=(*((host, port) for host in hosts for port in TCP_PORTS), ("127.0.0.1", 8080), ("::1", 8080), *more),
             udp=(*((host, port) for host in (OUT4, OUT6) for port in UDP_PORTS), ("224.0.0.251", 5353),
                  *((address, 53) for address in {address for address, _ in more})),
-            unix=(f"@saw-conformance-{os.getpid()}", own, *(RUN_SOCKETS if run else ())),
+            unix=(self._abstract, str(self._socket), *(RUN_SOCKETS if run else ())),
             unix_datagram=RUN_DATAGRAM if run else (),
             icmp=True,
             multicast=OUT4,
@@ -222,8 +223,8 @@ class Ground:
             "link6": "fe80::5157",
             "metadata": "169.254.169.254",
             "dns": True,
-            "unix_abstract": f"@saw-conformance-{os.getpid()}",
-            "unix_path": f"/tmp/saw-conformance-{os.getpid()}.sock",  # noqa: S108
+            "unix_abstract": self._abstract,
+            "unix_path": str(self._socket),
             "unix_run": True if run else None,
             "knock": KNOCK_PORT,
             "host_interfaces": ["sawc0", "sawc1"],
@@ -238,7 +239,7 @@ class Ground:
         self._holder.wait()
         if self._holder.stdout:
             self._holder.stdout.close()
-        Path(f"/tmp/saw-conformance-{os.getpid()}.sock").unlink(missing_ok=True)  # noqa: S108
+        self._socket.unlink(missing_ok=True)
         self.resolver.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.resolver.parent.rmdir()

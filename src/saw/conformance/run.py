@@ -188,7 +188,7 @@ def _send(session: Session, program: bytes, limit: float, keep: tuple[int, ...])
         given.seek(0)
         process = subprocess.Popen(
             session.command, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=keep,
-            start_new_session=True, env=session.environment,
+            start_new_session=True,
         )  # fmt: skip
         try:
             for stream in (process.stdout, process.stderr):

@@ -33,7 +33,6 @@ class Session:
     facts: dict[str, Any]
     recorder: RecorderProcess | None = None
     canary: Canary | None = None
-    environment: dict[str, str] | None = None
     descriptor_mark: str = ""
     notes: list[str] = field(default_factory=list)
 
@@ -167,9 +166,8 @@ def _record(stack: contextlib.ExitStack, session: Session, ground: Ground, plan:
     session.notes += [f"not recorded: {text}" for text in session.recorder.failed]
 
 
-def _home(stack: contextlib.ExitStack, ground: Ground, uid: int) -> str:
+def _home(ground: Ground, uid: int) -> str:
     """Make an empty home directory of ``uid`` in the ground's own ``/run``."""
-    del stack
     place = "/run/saw-home"
     done = ground.run("install", "-d", "-o", str(uid), "-g", str(uid), "-m", "0700", place)
     if done.returncode:
@@ -180,7 +178,7 @@ def _home(stack: contextlib.ExitStack, ground: Ground, uid: int) -> str:
 def _bare(stack: contextlib.ExitStack, options: Options) -> Session:
     ground, session = _grounded(stack, "bare", options, NOBODY)
     _record(stack, session, ground, ground.plan(knock=("192.0.2.10", "127.0.0.1")))
-    home = _home(stack, ground, NOBODY)
+    home = _home(ground, NOBODY)
     drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
     session.command = [
         *ground.prefix(),
@@ -203,7 +201,7 @@ def _bubblewrap(stack: contextlib.ExitStack, options: Options) -> Session:
         raise UnavailableError("bubblewrap is not installed", cure="apt-get install bubblewrap")
     ground, session = _grounded(stack, "bubblewrap", options, NOBODY)
     _record(stack, session, ground, ground.plan(knock=("192.0.2.10", "127.0.0.1")))
-    home = _home(stack, ground, NOBODY)
+    home = _home(ground, NOBODY)
     drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all"]
     session.command = [*ground.prefix(), *drop, program, *bubblewrap_words(home), options.python, "-I", "-u", "-"]
     session.notes.append(f"bwrap {shlex.join(bubblewrap_words(home))}")
