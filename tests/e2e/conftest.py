@@ -10,12 +10,15 @@ import json
 import os
 import secrets
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from vm_access import PLACES, Workspace, wait_until
+
+sys.path.append(str(Path(__file__).parents[1] / "integration/docs"))
 
 CHECKOUT = os.environ.get("SAW_E2E_CHECKOUT", "")
 

@@ -6,27 +6,14 @@ Wider by one call, signed by two, loaded by the VM; then broken on purpose, halt
 from __future__ import annotations
 
 import os
-import re
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
+from guide_walk import LOADED, WIDER, commands, exit_codes, last
 from vm_access import Workspace, facts, wait_until
 
 from saw.broker.client import OperatorClient
-
-GUIDE = Path(__file__).resolve().parents[2] / "docs/guide.md"
-WIDER, LOADED = "+ POST https://api.example.com:443/v1/items", "every running workspace has loaded it"
-ENDS = {"saw policy diff": {1}, "saw policy watch --ring stable --timeout 300    # exit 1, halted": {0, 1}}
-
-
-def commands(number: int) -> list[str]:
-    """The commands of a step of the walk."""
-    section = GUIDE.read_text(encoding="utf-8").split("## Change a policy\n")[1].split("\n## ")[0]
-    step = section.split(f"### {number}. ")[1].split("\n### ")[0]
-    [block] = re.findall(r"^```sh\n(.*?)^```$", step, re.MULTILINE | re.DOTALL)
-    return str(block).replace("\\\n", " ").splitlines()
 
 
 class Walk:
@@ -47,9 +34,9 @@ class Walk:
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=400, check=False,
         )  # fmt: skip
         self.log.write(f"\n$ {command}\n{done.stdout}{done.stderr}".encode())
-        wanted = next((codes for start, codes in ENDS.items() if command.startswith(start)), None)
-        wanted = wanted or ({1} if "exit 1" in command else {0})
-        assert done.returncode in wanted, f"{command}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode in exit_codes(command), (
+            f"{command}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        )
         return done.stdout
 
     def rollouts(self) -> dict[int, dict[str, Any]]:
@@ -57,11 +44,6 @@ class Walk:
         operator = OperatorClient.from_context(self.workspace.environment["SAW_CONTEXT"])
         told = operator.request("GET", "/v1/policy/rollouts/stable")
         return {int(one["revision"]): one for one in told["rollouts"]}
-
-
-def last(told: dict[str, str], start: str) -> str:
-    """The output of the last command that begins so."""
-    return next(text for command, text in reversed(told.items()) if command.startswith(start))
 
 
 @pytest.mark.control("POL-01")

@@ -10,6 +10,7 @@ from broker_rig import Lab, encode
 
 # The attestation tests' real TPM in software.
 sys.path[:0] = [str(Path(__file__).parents[1] / "attest"), str(Path(__file__).parents[2] / "unit" / "attest")]
+sys.path.append(str(Path(__file__).parents[1] / "docs"))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import re
 import shutil
 import sqlite3
 import subprocess
@@ -25,6 +24,7 @@ import msgspec
 import pytest
 from broker_rig import Lab, encode
 from cryptography.hazmat.primitives import serialization
+from guide_walk import LOADED, WIDER, commands, exit_codes, last
 
 from saw.audit import Chain, EventFactory, Head, Subject
 from saw.broker.client import OperatorClient
@@ -32,7 +32,6 @@ from saw.identity.x509 import Authority, new_key_and_csr
 from saw.policy.tuf_repository import adopt_publication
 
 ROOT = Path(__file__).resolve().parents[3]
-ENDS = {"saw policy diff": {1}, "saw policy watch --ring stable --timeout 300    # exit 1, halted": {0, 1}}
 FACTORY = EventFactory("saw-gatekeeper", host="edge", new_uid=lambda: "uid")
 pytestmark = [pytest.mark.control("POL-01"), pytest.mark.control("LIF-03")]
 
@@ -106,10 +105,7 @@ class Walk:
 
     def step(self, number: int) -> dict[str, str]:
         """Run a step of the guide; return the output of its commands."""
-        page = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
-        section = page.split("## Change a policy\n")[1].split("\n## ")[0].split(f"### {number}. ")[1].split("\n### ")[0]
-        [block] = re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
-        return {command: self.run(command) for command in block.replace("\\\n", " ").splitlines()}
+        return {command: self.run(command) for command in commands(number)}
 
     def run(self, command: str) -> str:
         if command.startswith("saw ssh ws-demo -- curl "):
@@ -122,9 +118,9 @@ class Walk:
         done = subprocess.run(
             ["bash", "-c", command], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=330, check=False
         )  # fmt: skip
-        wanted = next((codes for start, codes in ENDS.items() if command.startswith(start)), None)
-        wanted = wanted or ({1} if "exit 1" in command else {0})
-        assert done.returncode in wanted, f"{command}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode in exit_codes(command), (
+            f"{command}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        )
         return done.stdout
 
     def call(self, times: int) -> str:
@@ -165,27 +161,22 @@ def walk(own_broker: Lab, tmp_path: Path) -> Iterator[Walk]:
     made.agent.join(20)
 
 
-def output(told: dict[str, str], start: str) -> str:
-    """The output of the last command that begins so."""
-    return next(text for command, text in reversed(told.items()) if command.startswith(start))
-
-
 def test_a_change_is_seen_signed_by_two_released_broken_halted_and_rolled_back(walk: Walk) -> None:
-    assert "allow" in output(walk.step(1), "saw policy explain")
-    assert "+ POST https://api.example.com:443/v1/items" in output(walk.step(2), "saw policy diff")
+    assert "allow" in last(walk.step(1), "saw policy explain")
+    assert WIDER in last(walk.step(2), "saw policy diff")
     signed = walk.step(3)
     assert len(signed) == 4
     for command, shown in signed.items():
-        assert "+ POST https://api.example.com:443/v1/items" in shown, command
+        assert WIDER in shown, command
         assert "WIDENS the reach of" in shown, command
     taken = walk.step(4)
-    assert "every running workspace has loaded it" in output(taken, "saw policy watch")
+    assert LOADED in last(taken, "saw policy watch")
     assert [(one["revision"], one["all_loaded"]) for one in walk.rollouts() if one["newest"]] == [(2, True)]
     broken = walk.step(5)
-    assert "is in escrow" in output(broken, "saw policy escrow")
-    assert "every running workspace has loaded it" in output(broken, "saw policy watch")
+    assert "is in escrow" in last(broken, "saw policy escrow")
+    assert LOADED in last(broken, "saw policy watch")
     ended = walk.step(6)
-    assert "every running workspace has loaded it" in output(ended, "saw policy watch")
+    assert LOADED in last(ended, "saw policy watch")
     found = {one["revision"]: one for one in walk.rollouts()}
     assert (found[3]["state"], found[3]["rollback"]["state"]) == ("halted", "published")
     assert "max_deny_rate_increase" in found[3]["reason"]
