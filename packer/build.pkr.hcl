@@ -19,6 +19,12 @@ build {
       "--extra-vars", "saw_runtime_wheelhouse=${var.wheelhouse}",
       "--extra-vars", "sandbox_mcp_servers=${var.mcp_servers}",
       "--extra-vars", "workspace_converge_image=true",
+      "--extra-vars", "workspace_converge_baseline=${var.baseline}",
+      "--extra-vars", "@${var.edr_variables}",
+      "--extra-vars", "workspace_converge_patching=${var.patching}",
+      "--extra-vars", "workspace_converge_gpu=${var.image_variant == "gpu"}",
+      "--extra-vars", "gpu_driver_module_key=${var.module_key}",
+      "--extra-vars", "gpu_driver_module_certificate=${var.module_certificate}",
     ]
   }
 

@@ -54,6 +54,46 @@ variable "playbook" {
   description = "The playbook that turns a base tree into a workspace; hosts use the same one."
 }
 
+variable "baseline" {
+  type        = string
+  default     = "true"
+  description = "Whether the role baseline is part of the image (docs/baseline.md); changed here, so that it is one of the build's inputs."
+}
+
+variable "patching" {
+  type        = string
+  default     = "false"
+  description = "Whether the role patching is part of the image (docs/patching.md); changed here, so that it is one of the build's inputs."
+}
+
+variable "edr_variables" {
+  type        = string
+  description = "JSON file that tells Ansible which endpoint detection the image carries (docs/edr.md); written by the build, whose input it is."
+}
+
+variable "image_variant" {
+  type        = string
+  default     = "cpu"
+  description = "Variant of the image: cpu, or gpu with NVIDIA's driver (docs/gpu.md)."
+
+  validation {
+    condition     = contains(["cpu", "gpu"], var.image_variant)
+    error_message = "The variable image_variant has to be cpu or gpu."
+  }
+}
+
+variable "module_key" {
+  type        = string
+  default     = ""
+  description = "Owner's private key for kernel modules on this machine; the variant gpu needs it."
+}
+
+variable "module_certificate" {
+  type        = string
+  default     = ""
+  description = "Its certificate on this machine; the variant gpu needs it."
+}
+
 # What depends on the base operating system: pkrvars/, one file for each.
 
 variable "suite" {

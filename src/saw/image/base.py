@@ -13,6 +13,7 @@ from pathlib import Path
 from saw.files import write_atomic
 from saw.image.base_os import BaseOs
 from saw.image.disk import ImageError, free_space_needed, run
+from saw.image.variant import CPU, Variant
 
 NEED_BYTES = 1024**3
 """Free space that making one tar takes at most: its tree and the tar itself."""
@@ -49,29 +50,38 @@ def read_packages(listing: Path) -> list[str]:
     return sorted({line for line in lines if line})
 
 
-def base_path(listing: Path, cache: Path, base: BaseOs) -> Path:
+def base_packages(listing: Path, variant: Variant = CPU, more: Path | None = None) -> list[str]:
+    """Return the packages of ``listing``, of ``variant``, whose list lies below the same ``packer`` folder, and of ``more``."""
+    named = read_packages(listing.parents[1] / variant.packages) if variant.packages else []
+    return sorted({*read_packages(listing), *named, *(read_packages(more) if more else ())})
+
+
+def base_path(listing: Path, cache: Path, base: BaseOs, variant: Variant = CPU, more: Path | None = None) -> Path:
     """Return where the tar of ``listing`` lies once it is made; named after its content."""
-    digest = hashlib.sha256("\n".join([base.suite, *EXCLUDED, *read_packages(listing)]).encode()).hexdigest()
-    return cache / f"base-{listing.stem}-{digest[:16]}.tar"
+    own = [*variant.components, variant.setup] if variant.packages else []
+    words = [base.suite, *EXCLUDED, *base_packages(listing, variant, more), *own]
+    digest = hashlib.sha256("\n".join(words).encode()).hexdigest()
+    name = listing.stem if variant.name == "cpu" else f"{listing.stem}-{variant.name}"
+    return cache / f"base-{name}-{digest[:16]}.tar"
 
 
-def base_tar(listing: Path, cache: Path, base: BaseOs) -> Path:
-    """Return the tar of a minimal tree of ``base`` with the packages of ``listing``; made once per list and cached.
+def base_tar(listing: Path, cache: Path, base: BaseOs, variant: Variant = CPU, more: Path | None = None) -> Path:
+    """Return the tar of a minimal tree of ``base`` with the packages of ``listing``, ``variant`` and ``more``; made once, cached.
 
     An interrupted run leaves nothing that looks finished. Takes 25–40 s on two cores with a near mirror.
     """
-    packages, suite = read_packages(listing), base.suite
-    target = base_path(listing, cache, base)
+    packages, suite = base_packages(listing, variant, more), base.suite
+    target = base_path(listing, cache, base, variant, more)
     if target.exists():
         return target
     if shutil.which("mmdebstrap") is None:
         raise ImageError("mmdebstrap is not installed", cure="run `make workspace`, which installs it")
     free_space_needed(cache, NEED_BYTES)
     mirrors = machine_mirrors()
-    signed = f"[signed-by={base.keyring}]"
-    sources = [f"deb {signed} {mirrors.archive} {suite} main", f"deb {signed} {mirrors.archive} {suite}-updates main"]
+    signed, parts = f"[signed-by={base.keyring}]", " ".join(("main", *variant.components))
+    sources = [f"deb {signed} {mirrors.archive} {name} {parts}" for name in (suite, f"{suite}-updates")]
     if mirrors.security:
-        sources.append(f"deb {signed} {mirrors.security} {suite}-security main")
+        sources.append(f"deb {signed} {mirrors.security} {suite}-security {parts}")
     temporary = cache / f".{target.name}.partial"
     log = cache / f"{target.name}.log"
     # The tree is laid out below the build directory: there its space is known to be free, and what a killed run leaves is
@@ -85,6 +95,7 @@ def base_tar(listing: Path, cache: Path, base: BaseOs) -> Path:
             "unshare", "--mount", "--propagation", "private", "mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar",
             "--hook-dir=/usr/share/mmdebstrap/hooks/eatmydata", "--dpkgopt=force-unsafe-io",
             '--aptopt=APT::Install-Recommends "false"', *(f"--dpkgopt=path-exclude={path}" for path in EXCLUDED),
+            *([f"--setup-hook={variant.setup}"] if variant.setup else []),
             "--customize-hook=rm -f \"$1\"/etc/ssh/ssh_host_* \"$1\"/etc/machine-id \"$1\"/var/lib/dbus/machine-id",
             f"--include={','.join(packages)}", suite, str(temporary), str(sources_file),
         ]  # fmt: skip

@@ -1,12 +1,14 @@
 """Build the golden workspace image: base tree → Packer and Ansible on the tree → disk; or reuse it, and say why.
 
     python -m saw.image.build image --repository . --build build      # what the image_build playbook calls
+    python -m saw.image.build image --variant gpu --module-key FILE --module-certificate FILE
     python -m saw.image.build assemble --root TREE --output FILE --seed DIGEST   # what Packer calls at its end
-    python -m saw.image.build wheelhouse --repository . --build build
+    python -m saw.image.build wheelhouse --repository . --build build [--group controller]
     python -m saw.image.build host-tar --repository . --build build
 
-Result: ``build/images/workspace-<digest12>/{image.qcow2, vmlinuz, inputs.json, build.json}``. ``build.json`` is written last:
-a directory without it is an unfinished build and is thrown away by the next.
+Result: ``build/images/workspace-<digest12>/{image.qcow2, vmlinuz, sbom/, provenance.json, inputs.json, build.json}``, for the
+variant gpu ``workspace-gpu-<digest12>``. The last file is written last: a directory without it is an unfinished build and is
+thrown away by the next.
 """
 
 from __future__ import annotations
@@ -32,6 +34,10 @@ from saw.image import inputs as image_inputs
 from saw.image.base import base_tar
 from saw.image.base_os import base_os, variable_file
 from saw.image.disk import ImageError, assemble, free_space_needed, run
+from saw.image.edr import NONE, PROVIDERS, VARIABLE, ImageEdr, chosen, variables_file
+from saw.image.provenance import Build, write_provenance
+from saw.image.sbom import Sources, make_sboms
+from saw.image.variant import CPU, VARIANTS, ModuleKey, Variant, certificate_digest, key_for, variant_of
 from saw.image.wheelhouse import wheelhouse
 from saw.lab.nspawn import LabNetwork, LightHost, known_hosts, login_key_of
 
@@ -51,16 +57,26 @@ class GoldenImage(msgspec.Struct, frozen=True):
     created: str
     seconds: float
     kernel: str
+    variant: str = "cpu"
+    evidence: dict[str, str] = msgspec.field(default_factory=dict)
+    """Files beside the image (path → SHA-256): bills of materials and provenance."""
 
 
 @dataclass(frozen=True)
 class ImageBuild:
-    """One build: where the repository and the build directory are, and how to report progress."""
+    """One build: where the repository and the build directory are, how to report progress, what variant is built, and what is
+    chosen of EDR.
+
+    ``module_key`` is what the variant ``gpu`` signs its kernel modules with.
+    """
 
     repository: Path
     build: Path
     say: Say = print
     network: LabNetwork = LabNetwork("sawimg", "10.78.0")  # noqa: RUF009 - frozen value object
+    variant: Variant = CPU
+    module_key: ModuleKey | None = None
+    edr: ImageEdr = NONE
 
     @property
     def images(self) -> Path:
@@ -68,7 +84,14 @@ class ImageBuild:
         return self.build / "images"
 
     def latest(self) -> tuple[GoldenImage, image_inputs.Inputs] | None:
-        """Return the newest finished image and its inputs, or None."""
+        """Return the newest finished image of the variant with these options and its inputs, or None."""
+        found = [item for item in self._finished() if self._is_ours(*item)]
+        return max(found, key=lambda item: item[0].created) if found else None
+
+    def _is_ours(self, image: GoldenImage, inputs: image_inputs.Inputs) -> bool:
+        return image.variant == self.variant.name and inputs.options == self.edr.options
+
+    def _finished(self) -> list[tuple[GoldenImage, image_inputs.Inputs]]:
         found = []
         for record in self.images.glob("workspace-*/build.json"):
             try:
@@ -77,12 +100,13 @@ class ImageBuild:
             except (OSError, msgspec.DecodeError):
                 continue
             if Path(image.image).exists():
-                found.append((image.created, image, inputs))
-        return max(found, key=lambda item: item[0])[1:] if found else None
+                found.append((image, inputs))
+        return found
 
     def ensure(self) -> tuple[GoldenImage, str]:
         """Return the image for the present inputs and the reason why it was built or reused."""
-        inputs = image_inputs.collect(self.repository)
+        given = {"module-certificate": certificate_digest(self.module_key)} if self.module_key else {}
+        inputs = image_inputs.collect(self.repository, self.variant, given, self.edr)
         newest = self.latest()
         if newest and newest[1].digest == inputs.digest:
             return newest[0], f"reused: the inputs have not changed (digest {inputs.digest[:12]})"
@@ -97,18 +121,19 @@ class ImageBuild:
 
     def make(self, inputs: image_inputs.Inputs) -> GoldenImage:
         """Build the image for ``inputs``."""
-        begin = time.monotonic()
-        name = f"workspace-{inputs.digest[:12]}"
+        begin, begun = time.monotonic(), _now()
+        name = f"{self.variant.prefix}{inputs.digest[:12]}"
         target = self.images / name
         if target.exists():
             shutil.rmtree(target)
-        free_space_needed(self.build, NEED_BYTES)
+        free_space_needed(self.build, NEED_BYTES * (1 if self.variant == CPU else 2))
         cache = self.build / "cache"
         cache.mkdir(parents=True, exist_ok=True)
         system = base_os(self.repository)
         packages = self.repository / "packer" / system.packages
         self.say("  base tree from the distribution's packages")
-        base = base_tar(packages, cache, system)
+        more = self.repository / "packer" / self.edr.packages if self.edr.packages else None
+        base = base_tar(packages, cache, system, self.variant, more)
         self.say("  offline wheelhouse for /opt/saw")
         wheels = wheelhouse(self.repository, cache)
         self.say("  MCP servers")
@@ -121,28 +146,36 @@ class ImageBuild:
             work = target.with_name(f".{name}.partial")
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
+            write_atomic(work / "edr.json", variables_file(self.edr))
             self.packer(host, wheels, servers, inputs.digest, work / "image.qcow2")
+            (work / "edr.json").unlink()
             disk = json.loads((work / "image.disk.json").read_text(encoding="utf-8"))
             shutil.copyfile(host.root / f"boot/vmlinuz-{disk['kernel']}", work / "vmlinuz")
             write_atomic(work / "inputs.json", msgspec.json.encode(inputs))
+            self.say("  bills of materials and provenance")
+            bills = make_sboms(Sources(host.root, wheels, servers), work, name=name, seed=inputs.digest)
+            made = Build(name, disk["sha256"], inputs, system.suite, base, wheels, begun, _now(), self.variant.name)
+            evidence = {**bills, **write_provenance(made, bills, work)}
         finally:
             host.down(purge=True)
             self.network.down()
         os.replace(work, target)
         image = GoldenImage(
             name, str(target), str(target / "image.qcow2"), disk["sha256"], inputs.digest,
-            datetime.now(UTC).isoformat(timespec="seconds"), round(time.monotonic() - begin, 1), disk["kernel"],
+            _now(), round(time.monotonic() - begin, 1), disk["kernel"], self.variant.name, evidence,
         )  # fmt: skip
         write_atomic(target / "build.json", msgspec.json.format(msgspec.json.encode(image)))
         self.prune(keep=target)
         return image
 
     def prune(self, keep: Path) -> None:
-        """Keep the two newest images; throw away what interrupted builds left."""
+        """Keep the two newest images of the variant with these options; throw away what interrupted builds left."""
         for unfinished in self.images.glob(".workspace-*.partial"):
             shutil.rmtree(unfinished, ignore_errors=True)
-        finished = sorted(self.images.glob("workspace-*"), key=lambda path: path.stat().st_mtime)
-        for old in finished[:-2]:
+        others = {image.name for image, inputs in self._finished() if not self._is_ours(image, inputs)}
+        ours = [path for path in self.images.glob("workspace-*") if variant_prefix(path.name) == self.variant.prefix]
+        kept = [path for path in ours if path.name not in others]
+        for old in sorted(kept, key=lambda path: path.stat().st_mtime)[:-2]:
             if old != keep:
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -177,8 +210,14 @@ class ImageBuild:
             "ssh_host": host.address, "ssh_key_file": login_key_of(host.lab), "known_hosts_file": known_hosts(host.lab, [host]),
             "root_tree": host.root, "output": output, "seed": seed, "wheelhouse": wheels, "mcp_servers": servers,
             "python": sys.executable, "ansible_playbook": Path(sys.executable).with_name("ansible-playbook"),
+            "edr_variables": output.with_name("edr.json"),
             "playbook": os.environ.get("SAW_IMAGE_PLAYBOOK", str(self.repository / "playbooks/workspace_converge.yml")),
         }  # fmt: skip
+        if self.module_key:
+            values |= {
+                "image_variant": self.variant.name, "module_key": self.module_key.key,
+                "module_certificate": self.module_key.certificate,
+            }  # fmt: skip
         options = [f"-var-file={variable_file(self.repository)}"]
         options += [option for key, value in values.items() for option in ("-var", f"{key}={value}")]
         log = self.build / "packer.log"
@@ -197,6 +236,15 @@ class ImageBuild:
             raise ImageError(f"packer failed ({done.returncode}):\n{tail}", cure=f"read {log}")
 
 
+def variant_prefix(name: str) -> str:
+    """Return the prefix that says of which variant the image ``name`` is; the longest one counts."""
+    return max((one.prefix for one in VARIANTS.values() if name.startswith(one.prefix)), key=len, default="")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line of this module (see its text)."""
     parser = argparse.ArgumentParser(prog="python -m saw.image.build")
@@ -206,6 +254,15 @@ def main(argv: list[str] | None = None) -> int:
         sub.add_argument("--repository", type=Path, default=Path())
         sub.add_argument("--build", type=Path, default=Path("build"))
         sub.add_argument("--json", action="store_true")
+        if verb == "image":
+            sub.add_argument("--variant", default="cpu", help="cpu (the default), or gpu with NVIDIA's driver")
+            sub.add_argument("--module-key", type=Path, help="owner's key (PEM) for kernel modules; with gpu")
+            sub.add_argument("--module-certificate", type=Path, help="its certificate (PEM or DER)")
+            sub.add_argument("--edr", choices=PROVIDERS, help=f"endpoint detection of the image (or {VARIABLE})")
+            sub.add_argument("--edr-variables", help="variables of the role edr, a YAML file")
+            sub.add_argument("--edr-signatures", help="signatures of ClamAV for EDR=embedded, a folder")
+        if verb == "wheelhouse":
+            sub.add_argument("--group", help="a dependency group that is wanted besides, such as controller")
     disk = verbs.add_parser("assemble")
     disk.add_argument("--root", type=Path, required=True)
     disk.add_argument("--output", type=Path, required=True)
@@ -218,13 +275,20 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         repository, build = options.repository.resolve(), options.build.resolve()
         if options.verb == "wheelhouse":
-            print(wheelhouse(repository, build / "cache"))
+            print(wheelhouse(repository, build / "cache", options.group))
         elif options.verb == "host-tar":
             (build / "cache").mkdir(parents=True, exist_ok=True)
             print(base_tar(repository / "packer/packages/host.txt", build / "cache", base_os(repository)))
         else:
             quiet: Say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-            image, reason = ImageBuild(repository, build, quiet).ensure()
+            said = {
+                VARIABLE: options.edr, f"{VARIABLE}_VARIABLES": options.edr_variables,
+                f"{VARIABLE}_SIGNATURES": options.edr_signatures,
+            }  # fmt: skip
+            edr = chosen({**os.environ, **{name: value for name, value in said.items() if value is not None}})
+            variant = variant_of(options.variant)
+            key = key_for(variant, options.module_key, options.module_certificate)
+            image, reason = ImageBuild(repository, build, quiet, variant=variant, module_key=key, edr=edr).ensure()
             answer = {
                 "ok": True,
                 "changed": not reason.startswith("reused"),

@@ -7,14 +7,20 @@ from pathlib import Path
 
 import msgspec
 
+from saw.image.edr import NONE, ImageEdr
+from saw.image.variant import CPU, VARIANTS, Variant
+
 ROOTS = (
     "packer",
     "playbooks/workspace_converge.yml",
     "plugins",
     "pyproject.toml",
     "roles/attestation_agent",
+    "roles/baseline",
+    "roles/edr",
     "roles/egress",
     "roles/image_hygiene",
+    "roles/patching",
     "roles/policy_agent",
     "roles/sandbox",
     "roles/saw_runtime",
@@ -29,11 +35,12 @@ EXCLUDED_PACKAGES = ("src/saw/lab/", "src/saw/broker/", "src/saw/gateway/", "src
 """Parts of the distribution that no program of the workspace image runs; changing them does not rebuild the image."""
 
 
-class Inputs(msgspec.Struct, frozen=True):
-    """Digest over all inputs, and each file's own (paths relative to the repository)."""
+class Inputs(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Digest over all inputs, each file's own (paths relative to the repository), and the options that were chosen."""
 
     digest: str
     files: dict[str, str]
+    options: dict[str, str] = {}
 
     def changed_since(self, older: Inputs) -> list[str]:
         """Return the paths that were added, changed or removed."""
@@ -41,18 +48,27 @@ class Inputs(msgspec.Struct, frozen=True):
         return sorted(name for name in names if self.files.get(name) != older.files.get(name))
 
 
-def collect(repository: Path) -> Inputs:
-    """Read all inputs below ``repository``."""
-    files: dict[str, str] = {}
-    for root in ROOTS:
+def collect(
+    repository: Path, variant: Variant = CPU, given: dict[str, str] | None = None, edr: ImageEdr = NONE
+) -> Inputs:
+    """Read all inputs of ``variant`` below ``repository``, and those of the endpoint detection that was chosen; ``given`` are
+    others, by a name that is no path (name → SHA-256).
+
+    What goes into images of another variant alone is left out.
+    """
+    files: dict[str, str] = dict(given or {})
+    others = tuple(path for other in VARIANTS.values() if other != variant for path in other.only)
+    for root in (*ROOTS, *variant.only):
         top = repository / root
         candidates = [top] if top.is_file() else sorted(top.rglob("*"))
         for path in candidates:
             relative = path.relative_to(repository)
             name = str(relative)
-            excluded = name.startswith(EXCLUDED_PACKAGES) and name not in INCLUDED
+            excluded = (name.startswith(EXCLUDED_PACKAGES) and name not in INCLUDED) or name in others
             if not path.is_file() or IGNORED.intersection(relative.parts) or excluded:
                 continue
             files[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    total = hashlib.sha256("".join(f"{name}\0{files[name]}\n" for name in sorted(files)).encode()).hexdigest()
-    return Inputs(total, files)
+    files |= {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in edr.files().items()}
+    listed = "".join(f"{name}\0{files[name]}\n" for name in sorted(files))
+    listed += "".join(f"{name}={value}\n" for name, value in sorted(edr.options.items()))
+    return Inputs(hashlib.sha256(listed.encode()).hexdigest(), files, edr.options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from saw.files import write_atomic
 from saw.image.disk import ImageError, digest_of, run
 
 PYTHON = "3.13"
+_MARKER = re.compile(r" ; python_(?:full_)?version (<|>=) '(\d+\.\d+)'(?= *\\?$)")
 PLATFORMS = ("2_34", "2_31", "2_28", "2_17")
 
 
@@ -25,12 +27,17 @@ def uv() -> str:
     return found
 
 
-def third_party(repository: Path, cache: Path) -> Path:
-    """Download the locked runtime dependencies for Python 3.13 once per lock content; return their directory."""
+def third_party(repository: Path, cache: Path, group: str | None = None) -> Path:
+    """Download the locked runtime dependencies for Python 3.13 once per lock content; return their directory.
+
+    ``group`` is a dependency group that is wanted besides, such as ``controller`` with what runs playbooks.
+    """
+    more = [] if group is None else ["--group", group]
     requirements = run(
         uv(), "export", "--quiet", "--frozen", "--no-dev", "--no-emit-project", "--no-header", "--no-annotate",
-        "--directory", str(repository),
+        "--directory", str(repository), *more,
     )  # fmt: skip
+    requirements = for_python(requirements)
     digest = hashlib.sha256(requirements.encode()).hexdigest()
     target = cache / f"wheels-{digest[:16]}"
     if target.exists():
@@ -50,10 +57,26 @@ def third_party(repository: Path, cache: Path) -> Path:
     return target
 
 
-def wheelhouse(repository: Path, cache: Path) -> Path:
+def for_python(requirements: str, python: str = PYTHON) -> str:
+    """Return the requirements without those of other Python versions, and without the marker of those that stay.
+
+    pip judges markers (PEP 508) by the Python that it runs with, and that is not the hosts' one when it downloads.
+    """
+    kept, keep = [], True
+    for line in requirements.splitlines(keepends=True):
+        marker = _MARKER.search(line)
+        if not line.startswith((" ", "\t")):
+            mine, other = (tuple(map(int, text.split("."))) for text in (python, marker[2] if marker else python))
+            keep = marker is None or (mine < other if marker[1] == "<" else mine >= other)
+        if keep:
+            kept.append(_MARKER.sub("", line))
+    return "".join(kept)
+
+
+def wheelhouse(repository: Path, cache: Path, group: str | None = None) -> Path:
     """Return a directory with all wheels and a ``requirements.txt`` that names each by hash; named after its content."""
     cache.mkdir(parents=True, exist_ok=True)
-    source = third_party(repository, cache)
+    source = third_party(repository, cache, group)
     with tempfile.TemporaryDirectory(prefix=".own-", dir=cache) as scratch:
         epoch = {"SOURCE_DATE_EPOCH": "1767225600"}
         run(uv(), "build", "--quiet", "--wheel", "--out-dir", scratch, str(repository), env=epoch)

@@ -25,7 +25,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from saw.files import write_atomic
-from saw.vm import golden
+from saw.vm import devices, golden, wiped
 from saw.vm.accel import probe
 from saw.vm.programs import run
 from saw.vm.spec import RUNTIME, STATE, VmError, VmSpec, parse_spec
@@ -51,7 +51,11 @@ def create(spec: VmSpec, *, renew: bool = False) -> dict[str, Any]:
             raise VmError(
                 f"VM {spec.id} has number {old.number}, not {spec.number}", cure="destroy the workspace first"
             )
+        if stored:
+            wiped.refuse_released(old, spec)
         changed = True
+    wiped.refuse_wiped(spec)
+    devices.refuse_taken(spec)
     golden.verify(spec, again=renew)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     changed |= make_root_disk(spec, renew=renew)
@@ -251,6 +255,7 @@ def command_line(spec: VmSpec, accel: str) -> list[str]:
         "-qmp", f"unix:{run_dir / 'qmp.sock'},server=on,wait=off",
     ]  # fmt: skip
     argv += ["-accel", "kvm", "-cpu", "host"] if accel == "kvm" else ["-accel", "tcg,thread=multi", "-cpu", "max"]
+    argv += devices.arguments(spec)
     if spec.network:
         argv += [
             "-netdev", f"tap,id=net0,ifname={spec.tap},script=no,downscript=no",
@@ -351,6 +356,7 @@ def start(spec: VmSpec) -> bool:
     """Start the VM; return whether anything changed."""
     if active(spec.id):
         return False
+    wiped.refuse_wiped(spec)
     startable(spec)
     run("systemctl", "reset-failed", unit(spec.id), check=False)
     run("systemctl", "start", unit(spec.id), timeout=120)
@@ -383,15 +389,17 @@ def destroy(spec: VmSpec) -> bool:
     """End the VM and remove everything of it: disks, vTPM, network.
 
     The specification goes last: an interrupted removal is found and finished by the next one, so that no later VM of the
-    same name finds this one's disk or vTPM.
+    same name finds this one's disk or vTPM. A VM that asks for a wipe is ended and stays until it was wiped: its devices, its
+    number and its disks go to nobody.
     """
     power_off(spec)
+    wiped.refuse_unwiped(spec)
     run("systemctl", "stop", f"saw-swtpm@{spec.id}.service", check=False)
     network_down(spec)
     for part in spec.directory.iterdir():
         if part.is_dir():
             shutil.rmtree(part)
-        elif part.name != "spec.json":
+        elif part.name not in {"spec.json", wiped.RECORD}:
             part.unlink()
     shutil.rmtree(spec.directory)
     shutil.rmtree(spec.runtime, ignore_errors=True)
@@ -399,7 +407,7 @@ def destroy(spec: VmSpec) -> bool:
 
 
 def status(spec: VmSpec) -> dict[str, Any]:
-    """Return ``{id, active, number, image_sha256, accel, console_tail}``."""
+    """Return ``{id, active, number, image_sha256, devices, wipe, accel, console_tail}``."""
     console = spec.directory / "console.log"
     tail = console.read_bytes()[-400:].decode("utf-8", "replace") if console.exists() else ""
     accel = ""
@@ -410,6 +418,8 @@ def status(spec: VmSpec) -> dict[str, Any]:
         "active": active(spec.id),
         "number": spec.number,
         "image_sha256": spec.image_sha256,
+        "devices": list(spec.devices),
+        "wipe": spec.wipe,
         "accel": accel or spec.accel,
         "console_tail": tail,
     }

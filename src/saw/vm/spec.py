@@ -20,6 +20,7 @@ NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 """Workspace ids, as the broker's registry takes them: a DNS label, since the id is also the guest's host name."""
 NAME_CURE = "use at most 63 lower-case letters, digits and dashes, no dash at either end"
 SHA256 = re.compile(r"[0-9a-f]{64}")
+PCI_ADDRESS = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-1][0-9a-f]\.[0-7]")
 CREDENTIAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -33,7 +34,9 @@ class VmSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One virtual machine.
 
     ``number`` (1–250) fixes its private network 10.210.<number>.0/30; ``image`` is a qcow2 golden image on the hypervisor;
-    ``credentials`` are systemd credentials handed over through SMBIOS type 11 — public data only, never a secret.
+    ``credentials`` are systemd credentials handed over through SMBIOS type 11 — public data only, never a secret. ``devices``
+    are PCI addresses on the hypervisor, bound to vfio-pci there, that the VM gets for itself, such as a GPU. ``wipe``: nothing of
+    the VM is released before the record of a wipe lies beside it (:mod:`saw.vm.wiped`).
     """
 
     id: str
@@ -46,6 +49,8 @@ class VmSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     credentials: dict[str, str] = {}
     accel: Literal["auto", "kvm", "tcg"] = "auto"
     network: bool = True
+    devices: tuple[str, ...] = ()
+    wipe: bool = False
 
     @property
     def directory(self) -> Path:
@@ -103,6 +108,18 @@ def parse_spec(raw: bytes) -> VmSpec:
                 f"credential name {name!r} of VM {spec.id} is not valid",
                 cure="use letters, digits, dots, dashes and underscores, at most 64",
             )
+    for device in spec.devices:
+        if not PCI_ADDRESS.fullmatch(device):
+            raise ConfigError(
+                f"device {device!r} of VM {spec.id} is no PCI address", cure="write it as lspci -D does: 0000:3b:00.0"
+            )
+    if len(set(spec.devices)) != len(spec.devices):
+        raise ConfigError(f"VM {spec.id} gets one device twice", cure="list each PCI address once")
+    if spec.devices and not spec.wipe:
+        raise ConfigError(
+            f"VM {spec.id} gets devices and asks for no wipe",
+            cure="set wipe: a device goes to the next user wiped or not at all",
+        )
     if spec.memory_mib < 512 or spec.cpus < 1 or spec.data_disk_mib < 64:
         raise ConfigError(f"VM {spec.id} is too small", cure="give at least 512 MiB, 1 CPU and a 64 MiB data disk")
     return spec

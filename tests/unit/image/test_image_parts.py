@@ -20,7 +20,7 @@ from saw.image.base import base_tar, machine_mirrors, read_packages
 from saw.image.base_os import base_os, variable_file
 from saw.image.build import GoldenImage, ImageBuild
 from saw.image.disk import MIB, ImageError, assemble, free_space_needed, lay_out
-from saw.image.wheelhouse import third_party
+from saw.image.wheelhouse import for_python, third_party
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lab"))
 from private_ns import private
@@ -188,7 +188,9 @@ def test_an_unknown_base_system_is_refused_with_the_known_ones(tmp_path: Path) -
 def test_packer_takes_what_depends_on_the_base_system_from_its_file(tmp_path: Path, with_file: bool) -> None:
     key = tmp_path / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
-    names = ("ssh_host", "known_hosts_file", "root_tree", "output", "seed", "wheelhouse", "mcp_servers", "python")
+    names = (
+        "ssh_host", "known_hosts_file", "root_tree", "output", "seed", "wheelhouse", "mcp_servers", "python", "edr_variables",
+    )  # fmt: skip
     values = {
         **dict.fromkeys(names, "x"),
         "ssh_key_file": key,
@@ -397,6 +399,18 @@ def test_every_wheel_of_a_made_wheelhouse_is_named_by_its_hash() -> None:
     assert disk.digest_of(wheel) in own
     for path in made[-1].parent.glob("*.whl"):
         assert disk.digest_of(path) in allowed, path.name
+
+
+def test_a_wheelhouse_has_what_is_for_the_hosts_python_and_not_for_the_controllers() -> None:
+    listing = (
+        "a==1 ; python_full_version < '3.12' \\\n    --hash=sha256:aa\n"
+        "a==2 ; python_full_version >= '3.12' \\\n    --hash=sha256:bb\n"
+        "b==3 ; platform_python_implementation != 'PyPy' \\\n    --hash=sha256:cc\n"
+    )
+    assert for_python(listing, "3.13") == (
+        "a==2 \\\n    --hash=sha256:bb\nb==3 ; platform_python_implementation != 'PyPy' \\\n    --hash=sha256:cc\n"
+    )
+    assert for_python(listing, "3.11").startswith("a==1 \\\n    --hash=sha256:aa\nb==3")
 
 
 def test_equal_locks_take_the_downloaded_wheels_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
