@@ -68,7 +68,7 @@ def fill(case: Case, facts: Mapping[str, Any], nonce: str) -> dict[str, Any]:
     """
     missing = sorted(name for name in case.facts() if facts.get(name) is None)
     if missing:
-        raise MissingFactError(", ".join(FACTS.get(name, name) for name in missing))
+        raise MissingFactError(", ".join(dict.fromkeys(FACTS.get(name, name) for name in missing)))
     values = {**facts, "nonce": nonce}
 
     def one(value: Any) -> Any:
@@ -94,6 +94,15 @@ FACTS = {
     "allowed_host": "no allowed URL is known (--allowed-url)",
     "allowed_authority": "no allowed URL is known (--allowed-url)",
     "allowed_path": "no allowed URL is known (--allowed-url)",
+    "graphql_host": "no GraphQL address is known (--graphql-url)",
+    "graphql_authority": "no GraphQL address is known (--graphql-url)",
+    "graphql_path": "no GraphQL address is known (--graphql-url)",
+    "mcp_host": "no MCP server is known (--mcp-url)",
+    "mcp_authority": "no MCP server is known (--mcp-url)",
+    "mcp_path": "no MCP server is known (--mcp-url)",
+    "redirect_host": "no address that redirects is known (--redirect-url)",
+    "redirect_authority": "no address that redirects is known (--redirect-url)",
+    "redirect_path": "no address that redirects is known (--redirect-url)",
     "sibling": "only one allowed host is known (--second-url)",
     "host_mark": "nothing of the kit runs beside the target",
     "host_pid": "nothing of the kit runs beside the target",

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from functools import cache
 
-from saw.conformance import catalogue_host, catalogue_network, catalogue_web
+from saw.conformance import (
+    catalogue_bodies,
+    catalogue_host,
+    catalogue_mcp,
+    catalogue_network,
+    catalogue_persistence,
+    catalogue_protocol,
+    catalogue_web,
+)
 from saw.conformance.case import SUITES, Case
 from saw.errors import ConfigError
 
-_PARTS = (catalogue_network, catalogue_host, catalogue_web)
+_PARTS = (
+    catalogue_network,
+    catalogue_host,
+    catalogue_persistence,
+    catalogue_web,
+    catalogue_bodies,
+    catalogue_mcp,
+    catalogue_protocol,
+)
 
 
 @cache

@@ -137,11 +137,6 @@ def _files() -> list[Case]:
     def opening(name: str, title: str, path: str, **more: Any) -> Case:
         return case(f"write.{name}", title, "open-write", {"path": path}, **more)
 
-    def kept(name: str, title: str, path: str, *, home: bool = True) -> Case:
-        return case(
-            f"persist.{name}", title, "persist", {"path": path, "home": home}, control="RUN-04", twin="twin.files.tmp"
-        )
-
     def canary(name: str, title: str, fact: str) -> Case:
         arguments = {"path": f"${{{fact}}}", "mark": "${host_mark}"}
         return case(name, title, "read", arguments, expected=(*ABSENT, "absent"), twin="twin.files.tmp")
@@ -201,27 +196,6 @@ def _files() -> list[Case]:
         case("give.owner", "give a file to root", "give-away", {"what": "owner"}, control="RUN-03"),
         case("give.capability", "give a program a capability", "give-away", {"what": "capability"}, control="RUN-03",
              expected=(*ABSENT, "EOPNOTSUPP")),
-        kept("bashrc", "the shell's start-up file", ".bashrc"),
-        kept("profile", "the login shell's start-up file", ".profile"),
-        kept("zshenv", "another shell's start-up file", ".zshenv"),
-        kept("ssh", "a key that may log in", ".ssh/authorized_keys"),
-        kept("gitconfig", "git's configuration", ".gitconfig"),
-        kept("git", "git's other configuration", ".config/git/config"),
-        kept("user-unit", "a unit of the user's systemd", ".config/systemd/user/saw-probe.service"),
-        case("persist.parent", "a user unit, by moving the directory around it aside", "persist-around",
-             {"folder": ".config", "path": "systemd/user/saw-probe.service"}, control="RUN-04",
-             expected=(*ABSENT, "EBUSY", "EXDEV")),
-        kept("environment", "the environment of every session", ".config/environment.d/saw-probe.conf"),
-        kept("autostart", "a program at the start of a desktop", ".config/autostart/saw-probe.desktop"),
-        kept("tmux", "the terminal multiplexer's configuration", ".tmux.conf"),
-        kept("cron", "a job of cron", "/etc/cron.d/saw-probe", home=False),
-        kept("crontab", "a crontab", "/var/spool/cron/crontabs/saw-probe", home=False),
-        kept("unit", "a unit of systemd", "/etc/systemd/system/saw-probe.service", home=False),
-        kept("profile-d", "everybody's start-up files", "/etc/profile.d/saw-probe.sh", home=False),
-        kept("ld-preload", "a library in every program", "/etc/ld.so.preload", home=False),
-        kept("sudoers", "the right to become root", "/etc/sudoers.d/saw-probe", home=False),
-        kept("git-template", "a hook in every new repository", "/usr/share/git-core/templates/hooks/post-checkout", home=False),
-        kept("git-system", "git's configuration for everybody", "/etc/gitconfig", home=False),
     ]  # fmt: skip
 
 

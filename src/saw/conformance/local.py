@@ -24,7 +24,7 @@ from saw.runtime.sandbox import (
     compile_spec,
     encode_launch,
 )
-from saw.runtime.sandbox_prepare import protect_home
+from saw.runtime.sandbox_home import protect_home
 from saw.runtime.sandbox_units import view_properties
 
 UID = 2000

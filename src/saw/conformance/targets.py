@@ -17,7 +17,7 @@ from saw.conformance.recorder import Plan
 from saw.errors import ConfigError, UnavailableError
 
 NOBODY = 65534
-KINDS = "bare, bubblewrap, systemd-unit, local-sandbox, cmd:PROGRAM ARGS…, ssh:HOST …, workspace:NAME"
+KINDS = "bare, bubblewrap, systemd-unit, systemd-unit:ROOT@HOST …, local-sandbox, cmd:PROGRAM ARGS…, ssh:HOST …, workspace:NAME"
 
 
 @dataclass
@@ -46,6 +46,9 @@ class Options:
     proxy: str = ""
     allowed_url: str = ""
     second_url: str = ""
+    graphql_url: str = ""
+    mcp_url: str = ""
+    redirect_url: str = ""
     ours: bool = False
 
 
@@ -65,7 +68,7 @@ def open_target(name: str, options: Options) -> Iterator[Session]:
     """Open the target ``name``; raise :class:`ConfigError` for a wrong name, ``UnavailableError`` for what is missing here."""
     kind, _, rest = name.partition(":")
     local = {"bare": _bare, "bubblewrap": _bubblewrap, "systemd-unit": _systemd_unit, "local-sandbox": _local_sandbox}
-    remote = {"cmd": _cmd, "ssh": _ssh, "workspace": _workspace}
+    remote = {"cmd": _cmd, "ssh": _ssh, "systemd-unit": _systemd_unit_at, "workspace": _workspace}
     if kind in local and not rest:
         with contextlib.ExitStack() as stack:
             yield local[kind](stack, options)
@@ -102,16 +105,21 @@ def web_facts(options: Options, *, environment: bool) -> dict[str, Any]:
         if not address or not port.isdigit():
             raise ConfigError(f"--proxy {options.proxy!r} is no ADDRESS:PORT", cure="write for example 10.200.0.1:3128")
         facts |= {"proxy": address.strip("[]"), "proxy_port": int(port)}
-    if options.allowed_url:
-        parts = urlsplit(options.allowed_url)
+    for option, url, example in (
+        ("allowed", options.allowed_url, "https://api.example.com/v1/things"),
+        ("graphql", options.graphql_url, "https://api.example.com/graphql"),
+        ("mcp", options.mcp_url, "https://mcp.example.com/mcp"),
+        ("redirect", options.redirect_url, "https://api.example.com/v1/redirect-to"),
+    ):
+        if not url:
+            continue
+        parts = urlsplit(url)
         if parts.scheme != "https" or not parts.hostname:
-            raise ConfigError(
-                "--allowed-url is no https address", cure="write for example https://api.example.com/v1/things"
-            )
+            raise ConfigError(f"--{option}-url is no https address", cure=f"write for example {example}")
         facts |= {
-            "allowed_host": parts.hostname,
-            "allowed_authority": f"{parts.hostname}:{parts.port or 443}",
-            "allowed_path": parts.path or "/",
+            f"{option}_host": parts.hostname,
+            f"{option}_authority": f"{parts.hostname}:{parts.port or 443}",
+            f"{option}_path": parts.path or "/",
             "http_proxy": environment or None,
         }
     if options.second_url:
@@ -219,29 +227,66 @@ def bubblewrap_words(home: str) -> list[str]:
 
 
 UNIT = (
-    "NoNewPrivileges=yes", "PrivateTmp=yes", "PrivateDevices=yes", "ProtectSystem=strict", "ProtectHome=yes",
-    "ProtectKernelTunables=yes", "ProtectKernelModules=yes", "ProtectKernelLogs=yes", "ProtectControlGroups=yes",
-    "ProtectClock=yes", "ProtectHostname=yes", "RestrictNamespaces=yes", "RestrictRealtime=yes", "RestrictSUIDSGID=yes",
-    "LockPersonality=yes", "CapabilityBoundingSet=", "SystemCallFilter=@system-service", "SystemCallArchitectures=native",
-    "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6", "TasksMax=512", "MemoryMax=512M", "UMask=0077",
+    "NoNewPrivileges=yes", "PrivateTmp=yes", "PrivateDevices=yes", "PrivateIPC=yes", "PrivateUsers=yes", "ProtectSystem=strict",
+    "ProtectHome=yes", "ProtectProc=invisible", "ProcSubset=pid", "ProtectKernelTunables=yes", "ProtectKernelModules=yes",
+    "ProtectKernelLogs=yes", "ProtectControlGroups=yes", "ProtectClock=yes", "ProtectHostname=yes", "RestrictNamespaces=yes",
+    "RestrictRealtime=yes", "RestrictSUIDSGID=yes", "LockPersonality=yes", "KeyringMode=private", "CapabilityBoundingSet=",
+    "SystemCallFilter=@system-service", "SystemCallArchitectures=native", "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6",
+    "TasksMax=512", "MemoryMax=512M", "LimitCORE=0", "UMask=0077",
 )  # fmt: skip
-"""What ``systemd.exec(5)`` offers and hardening guides recommend for a service that needs the network."""
+"""What ``systemd.exec(5)`` offers (252) and guides recommend for a service that needs the network and runs any program."""
+BOOTED = Path("/run/systemd/system")
+BUS = Path("/run/dbus/system_bus_socket")
+
+
+def unit_words(name: str, more: tuple[str, ...] = ()) -> list[str]:
+    """Return the command that runs its arguments in a transient unit, with a home of its own that goes with it.
+
+    ``name`` is that home's below ``/run``; systemd names each unit, since one may not be gone yet when the next one starts.
+    ``more`` are further properties.
+    """
+    home = f"/run/{name}"
+    words = [
+        "systemd-run",
+        "--quiet",
+        "--wait",
+        "--pipe",
+        "--collect",
+        f"--uid={NOBODY}",
+        f"--gid={NOBODY}",
+    ]
+    words += [f"--setenv=HOME={home}", "--setenv=PATH=/usr/bin:/bin"]
+    for line in (*UNIT, f"RuntimeDirectory={name}", f"WorkingDirectory={home}", *more):
+        words += ["-p", line]
+    return [*words, "--"]
+
+
+def _home_name() -> str:
+    return f"saw-conformance-{os.urandom(4).hex()}"
 
 
 def _systemd_unit(stack: contextlib.ExitStack, options: Options) -> Session:
-    if not Path("/run/systemd/system").is_dir():
+    if not BOOTED.is_dir():
         raise UnavailableError(
-            "systemd does not run here as process 1, so that no unit can be started", cure="run it on a booted host"
+            "systemd does not run here as process 1, so that no unit can be started",
+            cure="run it on a booted host, or name one: systemd-unit:root@HOST",
         )
+    if not BUS.exists():
+        raise UnavailableError(f"systemd-run needs the system bus, and {BUS} is not there", cure="apt-get install dbus")
     ground, session = _grounded(stack, "systemd-unit", options, NOBODY, run=False, mark=False)
     _record(stack, session, ground, ground.plan(knock=("192.0.2.10", "127.0.0.1"), run=False))
-    words = ["systemd-run", "--quiet", "--wait", "--pipe", "--collect", f"--uid={NOBODY}", f"--gid={NOBODY}"]
-    for line in (*UNIT, f"NetworkNamespacePath=/proc/{ground.pid}/ns/net"):
-        words += ["-p", line]
+    words = unit_words(_home_name(), (f"NetworkNamespacePath=/proc/{ground.pid}/ns/net",))
     session.facts |= {"dns": None}
-    session.command = [*words, "--", shutil.which(options.python) or options.python, "-I", "-u", "-"]
+    session.command = [*words, shutil.which(options.python) or options.python, "-I", "-u", "-"]
     session.notes.append("properties: " + " ".join(UNIT))
     return session
+
+
+def _systemd_unit_at(rest: str, options: Options) -> tuple[list[str], bool]:
+    """A unit on another host, reached as root by SSH. systemd-run wants the program's full path there."""
+    python = "/usr/bin/python3" if options.python == "python3" else options.python
+    inside = shlex.join([*unit_words(_home_name()), python, "-I", "-u", "-"])
+    return ["ssh", "-T", "-o", "BatchMode=yes", *words_of(rest, "systemd-unit"), inside], False
 
 
 def _local_sandbox(stack: contextlib.ExitStack, options: Options) -> Session:

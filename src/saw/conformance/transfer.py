@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
-PARTS = ("core", "net", "process", "files", "web")
+PARTS = ("core", "net", "process", "files", "git", "web", "h2")
 LONGEST_LINE = 8192
 LONGEST_OUTPUT = 4 * 1024 * 1024
 _PACKAGE = "saw.conformance.probe"

@@ -15,10 +15,11 @@ from urllib.parse import unquote_to_bytes
 
 import msgspec
 
-from saw.policy import globs
+from saw.policy import globs, websocket
+from saw.policy.calls import BodyRefused, CallRules, Reading, first_allowing, first_denied
 from saw.policy.globset import BORDER, BitTable, GlobSet, address_segments, bits_of, path_segments, places_of
 from saw.policy.loader import endpoint_specificity
-from saw.policy.model import READ_METHODS, AnyOf, Endpoint, Match, NetworkRule
+from saw.policy.model import CALL_PROTOCOLS, READ_METHODS, AnyOf, Endpoint, Match, NetworkRule, Operation, Request
 
 _ACCESS: dict[str, frozenset[str] | None] = {
     "read-only": READ_METHODS,
@@ -26,6 +27,7 @@ _ACCESS: dict[str, frozenset[str] | None] = {
     "full": None,
 }
 _PLAIN_HOST = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\Z")
+_DISAGREE = "endpoints of equal specificity disagree on what is spoken here"
 _REMEMBERED = 256
 """Most sets of callers, and of endpoints, whose bits are kept."""
 
@@ -50,12 +52,17 @@ def parse_query(query: str) -> dict[str, list[str]] | None:
 
 
 class Call(NamedTuple):
-    """What the rules of an address are asked: canonical path (without the query) and query, upper-case method, callers."""
+    """What the rules of an address are asked: canonical path (without the query) and query, upper-case method, callers.
+
+    ``method`` is one of :data:`saw.policy.websocket.STREAM_METHODS` where a WebSocket is meant. ``request`` is the whole of it,
+    for endpoints whose calls are named in the body.
+    """
 
     path: str
     query: str
     method: str
     binaries: tuple[str, ...]
+    request: Request
 
 
 class Rule(msgspec.Struct, frozen=True):
@@ -109,18 +116,34 @@ class Entry(msgspec.Struct, frozen=True):
         """Return whether calls are allowed whatever the rules say."""
         return self.endpoint.enforcement == "audit"
 
+    @property
+    def streams(self) -> bool:
+        """Return whether the endpoint is about WebSockets, and about nothing else."""
+        return self.endpoint.protocol == websocket.PROTOCOL
+
 
 class Judgement(NamedTuple):
-    """How an address answers: no endpoint covers the path, none may be used by the caller, a rule, or no rule at all."""
+    """How an address answers: no endpoint covers the path, none may be used by the caller, a rule, or no rule at all.
 
-    kind: Literal["path", "binary", "deny", "allow", "no rule"]
+    Where the body names the calls: ``reading`` is what it asks for, ``asked`` the operation that decided, and ``body`` why it
+    cannot be read.
+    """
+
+    kind: Literal["path", "binary", "body", "deny", "allow", "no rule"]
     entry: Entry | None = None
     rule: Rule | None = None
+    reading: Reading | None = None
+    asked: Operation | None = None
+    body: BodyRefused | None = None
 
 
-def _rule(label: str, match: Match, *, allow: bool) -> Rule:
+def _rule(label: str, match: Match, *, allow: bool, stream: bool) -> Rule:
     method = match.method.upper()
-    methods = None if method == "*" else frozenset({method, "HEAD"} if method == "GET" else {method})
+    methods: frozenset[str] | None
+    if stream:
+        methods = websocket.RULE_METHODS[method]
+    else:
+        methods = None if method == "*" else frozenset({method, "HEAD"} if method == "GET" else {method})
     query = tuple(
         (key, tuple(globs.flat_glob(glob) for glob in (value.any if isinstance(value, AnyOf) else (value,))))
         for key, value in sorted(match.query.items())
@@ -129,23 +152,31 @@ def _rule(label: str, match: Match, *, allow: bool) -> Rule:
 
 
 def _allow_rules(endpoint: Endpoint) -> Iterable[Rule]:
+    if endpoint.protocol in CALL_PROTOCOLS:
+        return ()
+    stream = endpoint.protocol == websocket.PROTOCOL
     if endpoint.rules is not None:
-        return (_rule(f"rules[{i}]", rule.allow, allow=True) for i, rule in enumerate(endpoint.rules))
+        return (_rule(f"rules[{i}]", rule.allow, allow=True, stream=stream) for i, rule in enumerate(endpoint.rules))
     if not endpoint.protocol:
         return (Rule("any call (no protocol)", None, "/**", (), names_fetch=False),)
-    return (Rule(f"access: {endpoint.access}", _ACCESS[endpoint.access], "/**", (), names_fetch=False),)
+    methods = websocket.ACCESS[endpoint.access] if stream else _ACCESS[endpoint.access]
+    return (Rule(f"access: {endpoint.access}", methods, "/**", (), names_fetch=False),)
 
 
 def _deny_rules(endpoint: Endpoint) -> Iterable[Rule]:
-    if endpoint.enforcement == "audit":
+    if endpoint.enforcement == "audit" or endpoint.protocol in CALL_PROTOCOLS:
         return ()
-    return (_rule(f"deny_rules[{i}]", match, allow=False) for i, match in enumerate(endpoint.deny_rules or ()))
+    stream = endpoint.protocol == websocket.PROTOCOL
+    return (
+        _rule(f"deny_rules[{i}]", match, allow=False, stream=stream)
+        for i, match in enumerate(endpoint.deny_rules or ())
+    )
 
 
 class _Rules:
     """The allow or the deny rules of all endpoints of an address."""
 
-    __slots__ = ("_by_place", "_methods", "_of_owner", "_remembered", "_set", "everywhere")
+    __slots__ = ("_by_place", "_methods", "_of_owner", "_remembered", "_set", "_streams", "everywhere")
 
     def __init__(self, rules: Sequence[tuple[int, Rule]]) -> None:
         self._set = GlobSet([path_segments(rule.path) for _, rule in rules])
@@ -161,6 +192,11 @@ class _Rules:
             for method in rule.methods or ():
                 methods.setdefault(method, []).append(place)
         self._methods = BitTable(methods, self._set.width, bits_of(any_method, self._set.width))
+        # A rule for any method is about HTTP calls; only rules of websocket endpoints name what a WebSocket is.
+        streams: dict[Hashable, list[int]] = {
+            method: places for method, places in methods.items() if method in websocket.STREAM_METHODS
+        }
+        self._streams = BitTable(streams, self._set.width)
         self._of_owner = BitTable(owners, self._set.width)
         self._remembered: dict[int, int] = {}
 
@@ -168,7 +204,8 @@ class _Rules:
         self, usable: int, index: Mapping[int, int], call: Call, segments: Sequence[str], *, allow: bool
     ) -> tuple[int, Rule] | None:
         """Return the first rule that fits, and its endpoint; ``index`` names the endpoints that the bits ``usable`` mean."""
-        found = self._methods.get(call.method)
+        table = self._streams if call.method in websocket.STREAM_METHODS else self._methods
+        found = table.get(call.method)
         if not found:
             return None
         found &= self.everywhere or self._set.walk(self._set.start, segments)
@@ -201,6 +238,8 @@ class AddressRules:
     __slots__ = (
         "_allow",
         "_audit",
+        "_audit_streams",
+        "_calls",
         "_class_end",
         "_deny",
         "_exact",
@@ -210,6 +249,7 @@ class AddressRules:
         "_set",
         "_slash",
         "_slash_hosts",
+        "_spoken",
         "_whole",
         "entries",
     )
@@ -231,7 +271,12 @@ class AddressRules:
         before_path = self._set.borders if with_host else [0] * len(places)
         keeping = [place for place, e in zip(before_path, written, strict=True) if e.allow_encoded_slash]
         self._slash_hosts = bits_of(keeping, width) if with_host else self._set.start if keeping else 0
-        self._audit = bits_of([p for p, e in zip(places, self.entries, strict=True) if e.audit], width)
+        self._audit, self._audit_streams = (
+            bits_of([p for p, e in zip(places, self.entries, strict=True) if e.audit and e.streams == kind], width)
+            for kind in (False, True)
+        )
+        self._calls = {i: CallRules(e) for i, e in enumerate(written) if e.protocol in CALL_PROTOCOLS}
+        self._spoken = bits_of([place for place, index in self._index.items() if index in self._calls], width)
         self._class_end = [place + 1 for place in places]
         for index in range(len(places) - 2, -1, -1):
             if endpoint_specificity(written[index]) == endpoint_specificity(written[index + 1]):
@@ -292,15 +337,44 @@ class AddressRules:
             return Judgement("binary", self.entries[self._first(found)])
         best = self._first(usable)
         usable &= (1 << self._class_end[best]) - 1
+        if usable & self._spoken and call.method not in websocket.STREAM_METHODS:
+            return self._judge_body(usable, best, call)
         ruled = self._deny.first(usable, self._index, call, segments, allow=False)
         if ruled is not None:
             return Judgement("deny", self.entries[ruled[0]], ruled[1])
         ruled = self._allow.first(usable, self._index, call, segments, allow=True)
         if ruled is not None:
             return Judgement("allow", self.entries[ruled[0]], ruled[1])
-        if usable & self._audit:
-            return Judgement("allow", self.entries[self._first(usable & self._audit)], AUDITED)
+        audited = usable & (self._audit_streams if call.method in websocket.STREAM_METHODS else self._audit)
+        if audited:
+            return Judgement("allow", self.entries[self._first(audited)], AUDITED)
         return Judgement("no rule", self.entries[best])
+
+    def _judge_body(self, usable: int, best: int, call: Call) -> Judgement:
+        """Return how the endpoints of the bits ``usable``, which all speak one protocol, answer what the body asks for."""
+        audit = usable & self._audit
+        if usable & ~self._spoken:
+            # The loader refuses such a policy; whoever made this one did not ask it.
+            return Judgement("body", self.entries[self._first(usable & self._spoken)], body=BodyRefused(_DISAGREE))
+        try:
+            reading = self._calls[best].read(call.request, call.query)
+        except BodyRefused as refused:
+            if audit:
+                return Judgement("allow", self.entries[self._first(audit)], AUDITED)
+            return Judgement("body", self.entries[best], body=refused)
+        rules = [(index, self._calls[index]) for index in map(self._index.__getitem__, places_of(usable))]
+        denied = first_denied(rules, reading.operations)
+        if denied is not None:
+            rule = Rule(denied.label, None, "/**", (), names_fetch=False)
+            return Judgement("deny", self.entries[denied.place], rule, reading, denied.asked)
+        found = [first_allowing(rules, asked) for asked in reading.operations]
+        missing = next((asked for asked, rule in zip(reading.operations, found, strict=True) if rule is None), None)
+        if missing is not None:
+            if audit:
+                return Judgement("allow", self.entries[self._first(audit)], AUDITED, reading)
+            return Judgement("no rule", self.entries[best], None, reading, missing)
+        place, label = next(((r.place, r.label) for r in found if r is not None), (best, reading.form))
+        return Judgement("allow", self.entries[place], Rule(label, None, "/**", (), names_fetch=False), reading)
 
     def _first(self, mask: int) -> int:
         return self._index[(mask & -mask).bit_length() - 1]

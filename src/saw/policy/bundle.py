@@ -11,7 +11,7 @@ import binascii
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import msgspec
@@ -42,6 +42,7 @@ __all__ = [
     "read_content",
     "sign",
     "verify_bundle",
+    "window",
 ]
 
 BUNDLE_FORMAT = "saw-bundle/1"
@@ -49,6 +50,8 @@ MANIFEST_FORMAT = "saw-manifest/1"
 PAYLOAD_TYPE = "application/vnd.saw.policy-manifest+json"
 MAX_BUNDLE = 16 * 1024 * 1024
 """Largest bundle file that is read (bytes)."""
+CLOCK_SKEW = timedelta(minutes=5)
+"""How long before its signing a bundle counts already: clocks of workspaces may be behind the officers'."""
 
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 _TIME_FORM = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z\Z")
@@ -128,6 +131,11 @@ def _moment(text: str) -> datetime:
 def policy_digest(manifest: bytes) -> str:
     """Return the lower-case hexadecimal SHA-256 of the canonical manifest."""
     return hashlib.sha256(manifest).hexdigest()
+
+
+def window(now: datetime, validity: timedelta) -> tuple[datetime, datetime]:
+    """Return from when and until when a bundle counts that is signed ``now``."""
+    return now - CLOCK_SKEW, now + validity
 
 
 def build_manifest(

@@ -5,6 +5,7 @@ The format (schema 1) serves ``saw policy test`` (``tests.yaml`` next to a polic
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -16,11 +17,15 @@ from saw.policy.errors import PolicyError, Problem
 from saw.policy.governance import Governance
 from saw.policy.matcher import Matcher
 from saw.policy.mcp import decide_tool
+from saw.policy.mcp_http import CALL_TOOL, VERSION_HEADER
+from saw.policy.mcp_servers import HttpServer
 from saw.policy.model import Decision, Part, Request, says
 from saw.policy.yamltree import parse
 
 _ZERO = "0" * 40
 _DEFAULT_PORTS = {"https": 443, "http": 80}
+_STREAMS = {"wss": "https", "ws": "http"}
+"""Schemes of WebSockets (RFC 6455), and those of the request that opens one."""
 
 
 class Push(Part, frozen=True):
@@ -34,7 +39,11 @@ class Call(Part, frozen=True):
     """A request: its URL as the client would write it, and what the rings know about it."""
 
     url: Annotated[
-        str, says("Absolute URL, spelled as the client sends it.", "https://api.example.com/v1/items?page=2")
+        str,
+        says(
+            "Absolute URL, spelled as the client sends it; wss: and ws: open a WebSocket.",
+            "https://api.example.com/v1/items?page=2",
+        ),
     ]
     method: Annotated[str, says("HTTP method.", "GET")] = "GET"
     binary: Annotated[str | None, says("Resolved path of the calling program.", "/usr/bin/curl")] = None
@@ -43,7 +52,15 @@ class Call(Part, frozen=True):
         default_factory=dict
     )
     body: Annotated[str | None, says("The body, as text.", '{"model": "demo-small"}')] = None
+    json: Annotated[
+        Any,
+        says("The body as a value; it is sent as JSON and says so in its content-type.", {"query": "{viewer{login}}"}),
+    ] = None
     body_complete: Annotated[bool, says("Whether that is the whole body.", True)] = True
+    message: Annotated[
+        Literal["", "text", "binary"],
+        says("Asks whether the client may send such a message on the WebSocket that the call opens.", "text"),
+    ] = ""
     push: Annotated[
         tuple[Push, ...],
         says("Refs of a push; they make the body that Git would send.", [{"ref": "refs/heads/main"}]),
@@ -51,13 +68,16 @@ class Call(Part, frozen=True):
 
 
 class ToolCall(Part, frozen=True):
-    """A call of an MCP tool."""
+    """A call of an MCP tool; of a server over HTTP it is the request that carries it."""
 
     server: Annotated[str, says("Name of the server in governance.yaml.", "files")]
     tool: Annotated[str, says("Name of the tool.", "read_file")]
     arguments: Annotated[dict[str, Any], says("Its arguments by name.", {"path": "/workspace/a.txt"})] = msgspec.field(
         default_factory=dict
     )
+    binary: Annotated[
+        str | None, says("Resolved path of the calling program, for a server over HTTP.", "/usr/bin/node")
+    ] = None
 
 
 class Expected(Part, frozen=True):
@@ -73,6 +93,7 @@ class Expected(Part, frozen=True):
     credential: Annotated[str | None, says("Id of the credential that is added.", "git-token")] = None
     inference: Annotated[str | None, says("Alias of the inference route.", "inference.local")] = None
     canonical_path: Annotated[str | None, says("Path and query that are sent on.", "/v1/items?page=2")] = None
+    frames: Annotated[str | None, says("What may be sent on a WebSocket: none, text or any.", "text")] = None
 
 
 class Case(Part, frozen=True):
@@ -122,12 +143,27 @@ class Outcome(msgspec.Struct, frozen=True):
     decision: Decision
 
 
+def _message_of_a_websocket(call: Call, report: Any) -> None:
+    if call.message and not opens_websocket(call.url):
+        report("message", "only a WebSocket carries messages", "write wss: in place of https:, or remove message")
+
+
+def _one_body(call: Call, report: Any) -> None:
+    if (call.body is not None) + (call.json is not None) + bool(call.push) > 1:
+        report("", "a call has one of body, json and push", "keep one of them")
+
+
 def _one_subject(case: Case, report: Any) -> None:
     if (case.request is None) == (case.tool is None):
         report("", "a case has either a request or a tool", "write one of the two")
 
 
-CASE_CHECKS = Checks(fields={}, structures={Case: (_one_subject,)}, unsupported={}, keys={})
+CASE_CHECKS = Checks(
+    fields={},
+    structures={Case: (_one_subject,), Call: (_message_of_a_websocket, _one_body)},
+    unsupported={},
+    keys={},
+)
 
 
 def load_cases(raw: bytes, name: str) -> CaseFile:
@@ -153,22 +189,35 @@ def push_body(refs: tuple[Push, ...]) -> bytes:
 
 
 def split_url(url: str) -> tuple[str, str, int, str]:
-    """Return scheme, host, port and target of ``url``; the target keeps its exact spelling."""
+    """Return scheme, host, port and target of ``url``; the target keeps its exact spelling.
+
+    The scheme of a WebSocket is that of the request that opens it (see :func:`opens_websocket`).
+    """
     parts = urlsplit(url)
-    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
-        raise ValueError(f"{url!r} is not an http or https URL")
+    scheme = _STREAMS.get(parts.scheme, parts.scheme)
+    if scheme not in _DEFAULT_PORTS or not parts.hostname:
+        raise ValueError(f"{url!r} is not an http, https, ws or wss URL")
     target = url.split("://", 1)[1]
     cut = min((index for index in (target.find(mark) for mark in "/?#") if index >= 0), default=len(target))
     path = target[cut:]
-    return parts.scheme, parts.hostname, parts.port or _DEFAULT_PORTS[parts.scheme], path or "/"
+    return scheme, parts.hostname, parts.port or _DEFAULT_PORTS[scheme], path or "/"
+
+
+def opens_websocket(url: str) -> bool:
+    """Return whether ``url`` is that of a WebSocket."""
+    return urlsplit(url).scheme in _STREAMS
 
 
 def as_request(call: Call) -> Request:
     """Return ``call`` as the request that a ring would decide on."""
     scheme, host, port, path = split_url(call.url)
     body = call.body.encode() if call.body is not None else None
+    headers = {name.lower(): value for name, value in call.headers.items()}
     if call.push:
         body = push_body(call.push)
+    elif call.json is not None:
+        body = json.dumps(call.json).encode()
+        headers.setdefault("content-type", "application/json")
     return Request(
         scheme=scheme,
         host=host,
@@ -177,9 +226,28 @@ def as_request(call: Call) -> Request:
         path=path,
         binary=call.binary,
         ancestors=call.ancestors,
-        headers={name.lower(): value for name, value in call.headers.items()},
+        headers=headers,
         body=body,
         body_complete=call.body_complete and not call.push,
+        upgrade="websocket" if opens_websocket(call.url) else "",
+        message=call.message,
+    )
+
+
+def tool_request(server: HttpServer, call: ToolCall) -> Request:
+    """Return the request by which ``call`` reaches ``server``."""
+    address = server.address
+    told = {VERSION_HEADER: server.revision} if server.revision else {}
+    params = {"name": call.tool, "arguments": call.arguments}
+    return Request(
+        scheme=address.scheme,
+        host=address.host,
+        port=address.port,
+        method="POST",
+        path=address.path,
+        binary=call.binary,
+        headers={"content-type": "application/json", "accept": "application/json, text/event-stream", **told},
+        body=json.dumps({"jsonrpc": "2.0", "id": 1, "method": CALL_TOOL, "params": params}).encode(),
     )
 
 
@@ -196,7 +264,11 @@ def _fault(expected: Expected, decision: Decision) -> str:
 def run_case(case: Case, matcher: Matcher, governance: Governance) -> Outcome:
     """Decide ``case`` and compare."""
     if case.tool is not None:
-        decision = decide_tool(governance, case.tool.server, case.tool.tool, case.tool.arguments)
+        server = matcher.mcp_server_named(case.tool.server)
+        if server is not None:
+            decision = matcher.decide(tool_request(server, case.tool))
+        else:
+            decision = decide_tool(governance, case.tool.server, case.tool.tool, case.tool.arguments)
     else:
         assert case.request is not None  # noqa: S101 - load_cases saw to it
         decision = matcher.decide(as_request(case.request))

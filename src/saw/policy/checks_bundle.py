@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from saw.policy import globs
 from saw.policy.checks_governance import parse_address
+from saw.policy.checks_mcp import server_problems
 from saw.policy.data_classes import MAX_WORK, strays
 from saw.policy.decode import Steps, path_text
 from saw.policy.globset import is_mixed, mixed_key
@@ -32,7 +33,17 @@ MAX_COMPARISONS = 2_000_000
 Told = Callable[[Steps, str, str], None]
 """Called with the way to what is wrong, the reason and the cure."""
 
-_TREATMENT = ("protocol", "tls", "enforcement", "allow_encoded_slash")
+_TREATMENT = (
+    "protocol",
+    "tls",
+    "enforcement",
+    "allow_encoded_slash",
+    "graphql_max_body_bytes",
+    "persisted_queries",
+    "graphql_persisted_queries",
+    "mcp",
+    "json_rpc",
+)
 """The fields in which endpoints of equal specificity must agree where they match the same call."""
 
 
@@ -63,6 +74,14 @@ def _knows_all_endpoints(policy: Policy) -> bool:
     return True
 
 
+def _knows_protocols(policy: Policy) -> bool:
+    """Return whether protocol and path of every endpoint could be read."""
+    try:
+        return all((placed.endpoint.protocol, placed.endpoint.path) for placed in _placed(policy))
+    except Unknown:
+        return False
+
+
 def rule_problems(policy: Policy, tell: Told) -> None:
     """Tell everything that is wrong with the rules of ``policy`` taken together."""
     _overlaps(policy, tell)
@@ -75,7 +94,7 @@ def _overlaps(policy: Policy, tell: Told) -> None:
     for placed in _placed(policy):
         with suppress(Unknown):
             endpoint = placed.endpoint
-            treatment = tuple(getattr(endpoint, field) for field in _TREATMENT)
+            treatment = tuple(_comparable(getattr(endpoint, field)) for field in _TREATMENT)
             host = endpoint.host.lower() if globs.is_exact(endpoint.host) else "*"
             specific = endpoint_specificity(endpoint)
             for port in set(endpoint.all_ports):
@@ -100,6 +119,10 @@ def _overlaps(policy: Policy, tell: Told) -> None:
                     late, early = max(where, there, key=_order(policy)), min(where, there, key=_order(policy))
                     reason = f"it overlaps {path_text(early)} at equal specificity and differs in {field}"
                     tell((*late, field), reason, "make them agree, or one more specific")
+
+
+def _comparable(value: object) -> object:
+    return tuple(sorted(value.items())) if isinstance(value, dict) else value
 
 
 def _order(policy: Policy) -> Callable[[Steps], tuple[int, int]]:
@@ -194,6 +217,10 @@ def agreement_problems(policy: Policy, governance: Governance, of_policy: Told, 
         _covered_aliases(policy, governance, declared, of_policy)
     if declared.complete:
         _undeclared(governance, declared, of_governance)
+    with suppress(Unknown):
+        endpoints = ((placed.steps, placed.endpoint) for placed in _placed(policy))
+        complete = declared.complete and _knows_protocols(policy)
+        server_problems(endpoints, governance, of_policy, of_governance, complete=complete, most=MAX_PROBLEMS)
     with suppress(Unknown):
         _data_stays(policy, governance, of_policy, of_governance)
 

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from saw.policy import globs
+from saw.policy import globs, websocket
 from saw.policy.addresses import is_blocked_host
+from saw.policy.checks_budgets import (
+    GOVERNANCE_BUDGETS,
+    check_amount,
+    check_currency,
+    check_optional_price,
+    check_price,
+    check_priced,
+    check_tokens,
+    each,
+    repeated,
+)
+from saw.policy.checks_calls import check_action_match
 from saw.policy.checks_policy import (
     check_absolute,
     check_flat_glob,
@@ -23,7 +35,6 @@ from saw.policy.governance import (
     LONGEST_TRUST_S,
     Action,
     ActionMatch,
-    Argument,
     Blueprint,
     Budget,
     Credential,
@@ -35,18 +46,29 @@ from saw.policy.governance import (
     LandlockFloor,
     Lease,
     Limit,
-    Mcp,
-    McpServer,
+    Price,
     Reviewers,
-    Tool,
     duration,
 )
 from saw.policy.linear_regex import LinearRegex, RegexError
 from saw.policy.partial import Unknown
+from saw.policy.persistence import (
+    Persistence,
+    check_git_setting,
+    check_persistence,
+    check_place,
+    check_text,
+    check_writable,
+)
+from saw.policy.tool_rules import Argument, Mcp, McpServer, Tool, http_address
 
 T = TypeVar("T")
 
+MAX_SERVERS = 256
+"""Most MCP servers of one bundle: each is compared with the endpoints at its host."""
+
 _ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}\Z")
+_DEFINITION = re.compile(r"sha256:[0-9a-f]{64}\Z")
 _VERSION = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+(?:[-+][A-Za-z0-9.+-]+)?\Z")
 _TOOL = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
 _HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,63}\Z")
@@ -125,6 +147,11 @@ def _data_classes(value: DataClasses, report: StructureReport) -> None:
                 report(("only_to", name, index), str(error), "name a host such as api.example.com or *.example.com")
 
 
+def _hooks(value: str, report: Report) -> None:
+    if value:
+        check_absolute(value, report)
+
+
 def _landlock(value: LandlockFloor, report: StructureReport) -> None:
     if not 1 <= value.minimum_abi <= 16:
         report("minimum_abi", f"{value.minimum_abi} is not an ABI version", "write 4")
@@ -180,7 +207,7 @@ def _ref(value: str, report: Report) -> None:
 
 
 def _verb(value: str, report: Report) -> None:
-    if not re.match(r"[A-Z][A-Z-]{0,31}\Z", value):
+    if value != websocket.TEXT and not re.match(r"[A-Z][A-Z-]{0,31}\Z", value):
         report(f"{value!r} is not an upper-case HTTP method", "write for example POST")
 
 
@@ -199,14 +226,24 @@ def _reviewers(value: Reviewers, report: StructureReport) -> None:
         report("quorum", f"a quorum of {value.quorum} is outside 1 to 16", "write 1")
 
 
-def _transport(value: str, report: Report) -> None:
-    if value == "http":
-        report("MCP over HTTP is not enforced by this version", "use stdio")
+def _servers(mcp: Mcp, report: StructureReport) -> None:
+    if len(mcp.servers) > MAX_SERVERS:
+        report("servers", f"more than {MAX_SERVERS} servers", "remove those that nobody needs, or split the bundle")
 
 
-def _command(server: McpServer, report: StructureReport) -> None:
-    if not server.command or not server.command[0]:
-        report("command", "a stdio server needs a command", "write the executable and its arguments")
+def _server(server: McpServer, report: StructureReport) -> None:
+    if server.transport == "stdio":
+        if not server.command or not server.command[0]:
+            report("command", "a stdio server needs a command", "write the executable and its arguments")
+        if server.url:
+            report("url", "a stdio server is not called at a URL", "remove it, or use transport: http")
+        return
+    if server.command:
+        report("command", "a server over HTTP is not started here", "remove it, or use transport: stdio")
+    try:
+        http_address(server.url)
+    except ValueError as error:
+        report("url", f"{server.url[:200]!r} is not where a server is called: {error}", "write https://host/path")
 
 
 def _argument(argument: Argument, report: StructureReport) -> None:
@@ -241,73 +278,24 @@ def _tool_name(value: str, report: Report) -> None:
         report(f"{value!r} is not a tool name", "use letters, digits, underscore, dot and dash, at most 128")
 
 
-def _currency(value: str, report: Report) -> None:
-    if not re.match(r"[A-Z]{3}\Z", value):
-        report(f"{value!r} is not a currency", "write its three letters, for example USD")
-
-
-def _amount(value: str, report: Report) -> None:
-    if not re.match(r"(?:0|[1-9][0-9]{0,11})(?:\.[0-9]{1,6})?\Z", value) or not value.strip("0."):
-        report(f"{value!r} is not an amount above zero", 'write for example "20.00"')
-
-
-def _repeated(ids: Iterator[tuple[int, object]]) -> Iterator[tuple[int, object]]:
-    """Yield position and value of each that was there before."""
-    seen: set[object] = set()
-    for index, value in ids:
-        if value in seen:
-            yield index, value
-        seen.add(value)
-
-
-def _each(values: tuple[T, ...], read: Callable[[T], object]) -> Iterator[tuple[int, object]]:
-    """Yield position and what ``read`` makes of each value, where that is known."""
-    for index, value in enumerate(values):
-        with suppress(Unknown):
-            yield index, read(value)
-
-
 def _credential_ids(value: Governance, report: StructureReport) -> None:
-    for index, name in _repeated(_each(value.credentials, lambda credential: credential.id)):
+    for index, name in repeated(each(value.credentials, lambda credential: credential.id)):
         report(("credentials", index, "id"), f"the id {name} is used twice", "give each credential its own id")
-
-
-def _budget_ids(value: Governance, report: StructureReport) -> None:
-    for index, name in _repeated(_each(value.budgets, lambda budget: budget.id)):
-        report(("budgets", index, "id"), f"the id {name} is used twice", "give each budget its own id")
-
-
-def _budgets_are_used(value: Governance, report: StructureReport) -> None:
-    used = {route.budget for route in value.inference.routes}
-    for index, name in _each(value.budgets, lambda budget: budget.id):
-        if name not in used:
-            report(
-                ("budgets", index), f"no route draws on the budget {name}, so it limits nothing", "name it in a route"
-            )
 
 
 def _aliases(value: Governance, report: StructureReport) -> None:
     routes = value.inference.routes
-    for index, _ in _repeated(_each(routes, lambda route: (route.alias.lower(), route.port))):
+    for index, _ in repeated(each(routes, lambda route: (route.alias.lower(), route.port))):
         where = ("inference", "routes", index, "alias")
         report(where, "two routes have the same alias and port", "give each route its own alias")
 
 
 def _route_credentials(value: Governance, report: StructureReport) -> None:
     ids = {credential.id for credential in value.credentials}
-    for index, name in _each(value.inference.routes, lambda route: route.credential):
+    for index, name in each(value.inference.routes, lambda route: route.credential):
         if name is not None and name not in ids:
             where = ("inference", "routes", index, "credential")
             report(where, f"it names the unknown credential {name}", "list it under credentials")
-
-
-def _route_budgets(value: Governance, report: StructureReport) -> None:
-    ids = {budget.id for budget in value.budgets}
-    for index, name in _each(value.inference.routes, lambda route: route.budget):
-        if name is not None and name not in ids:
-            report(
-                ("inference", "routes", index, "budget"), f"it names the unknown budget {name}", "list it under budgets"
-            )
 
 
 def _credentials_apart(value: Governance, report: StructureReport) -> None:
@@ -336,9 +324,7 @@ _GOVERNANCE = (
     _route_credentials,
     _credentials_apart,
     _no_plain_credentials,
-    _budget_ids,
-    _route_budgets,
-    _budgets_are_used,
+    *GOVERNANCE_BUDGETS,
 )
 
 _LATER = "this field is not enforced by this version"
@@ -360,45 +346,62 @@ GOVERNANCE_CHECKS = Checks(
         (InferenceRoute, "models"): not_empty("the list is empty", "list at least one glob"),
         (InferenceRoute, "upstream"): _upstream,
         (InferenceRoute, "port"): _route_port,
+        (InferenceRoute, "max_input_tokens"): check_tokens,
+        (InferenceRoute, "max_output_tokens"): check_tokens,
+        (Price, "models"): not_empty("the list is empty", "list at least one glob"),
+        (Price, "input"): check_price,
+        (Price, "output"): check_price,
+        (Price, "cache_read"): check_optional_price,
+        (Price, "cache_write"): check_optional_price,
         (Budget, "id"): _matches(_ID, "an id", "use lower-case letters, digits and dashes"),
-        (Limit, "currency"): _currency,
-        (Limit, "amount"): _amount,
+        (Limit, "currency"): check_currency,
+        (Limit, "amount"): check_amount,
         (GitMatch, "ref"): _ref,
         (ActionMatch, "host"): check_host_glob,
         (ActionMatch, "path"): check_path_glob,
         (Action, "expires"): _duration,
-        (McpServer, "transport"): _transport,
         (Argument, "under"): _under,
+        (Persistence, "git_hooks"): _hooks,
         (Argument, "regex"): _regex,
+        (Tool, "definition"): _matches(
+            _DEFINITION, "the hash of a definition", "write what `saw policy definitions` prints"
+        ),
     },
     items={
         (Governance, "plaintext"): _address,
         (Credential, "hosts"): _address,
         (Credential, "paths"): check_path_glob,
         (InferenceRoute, "models"): check_flat_glob,
+        (Price, "models"): check_flat_glob,
         (ActionMatch, "method"): _verb,
         (DataClasses, "handles"): _data_class,
         (DataClasses, "never"): _data_class,
+        (Persistence, "files"): check_text,
+        (Persistence, "writable"): check_writable,
+        (Persistence, "git_settings"): check_git_setting,
     },
     structures={
         Lease: (_ttl, _offline_ttl),
         LandlockFloor: (_landlock,),
         DataClasses: (_data_classes,),
+        Persistence: (check_persistence,),
         Action: (_action_reviewers,),
-        ActionMatch: (_git_or_method,),
+        ActionMatch: (_git_or_method, check_action_match),
+        InferenceRoute: (check_priced,),
         Reviewers: (_reviewers,),
-        McpServer: (_command,),
+        Mcp: (_servers,),
+        McpServer: (_server,),
         Argument: (_argument,),
         Governance: _GOVERNANCE,
     },
     keys={
         (DataClasses, "only_to"): _data_class,
+        (Persistence, "files"): check_place,
         (Mcp, "servers"): _matches(_ID, "a server name", "use lower-case letters, digits and dashes"),
         (McpServer, "tools"): _tool_name,
         (Tool, "args"): _tool_name,
     },
     unsupported={
         (Governance, "delegation"): (_LATER, "remove it"),
-        (McpServer, "url"): (_LATER, "use a stdio server"),
     },
 )

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from ipaddress import IPv4Network, ip_network
 from typing import Any
 
-from saw.policy import globs
+from saw.policy import checks_calls, globs, websocket
 from saw.policy.addresses import blocked_networks, is_blocked_host
 from saw.policy.decode import Checks, Report, StructureCheck, StructureReport
 from saw.policy.errors import NotCanonical
 from saw.policy.model import (
+    CALL_PROTOCOLS,
     AnyOf,
     Binary,
     Endpoint,
@@ -30,7 +31,10 @@ MAX_DIRECTORIES = 256
 """Most directories of a file system policy, read-only and read-write together."""
 
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx", "/dev/pts")
-"""The device nodes of every sandbox. No other one can be granted, so no other one may be listed."""
+"""The device nodes of every sandbox. Beside them only a GPU's can be granted, so no other one may be listed."""
+
+GPU_DEVICE = re.compile(r"/dev/nvidia([0-9]{1,2}|ctl|-uvm|-uvm-tools)\Z")
+"""A device node of a GPU: granted to the sandbox by being listed as ``read_write``, and absent from it otherwise."""
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the sandbox's own
 """The one writable directory below ``/dev``, private to each sandbox."""
@@ -39,7 +43,6 @@ _LATER = "this field is not enforced by this version"
 _CONVERT = "saw policy import FILE --out FOLDER --owner TEAM takes over what it can and reports the rest"
 _REMOVE = f"remove it; {_CONVERT}"
 
-_METHOD = re.compile(r"(?:\*|[A-Za-z][A-Za-z-]{0,31})\Z")
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
 _ACCOUNT = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")
 
@@ -87,7 +90,11 @@ def check_absolute(value: str, report: Report) -> None:
 
 def _directory(value: str, report: Report) -> None:
     check_absolute(value, report)
-    if (value + "/").startswith("/dev/") and value not in {*DEVICES, SHARED_MEMORY}:
+    if GPU_DEVICE.match(value):
+        report(
+            f"{value!r} is a GPU's device node, which nothing can use read-only", "list it as read_write, or remove it"
+        )
+    elif (value + "/").startswith("/dev/") and value not in {*DEVICES, SHARED_MEMORY}:
         report(
             f"{value!r} is no device of the sandbox, so listing it would grant nothing",
             f"remove it; {', '.join(DEVICES)} and {SHARED_MEMORY} are there without being listed",
@@ -95,6 +102,8 @@ def _directory(value: str, report: Report) -> None:
 
 
 def _read_write(value: str, report: Report) -> None:
+    if GPU_DEVICE.match(value):
+        return
     _directory(value, report)
     if value.rstrip("/") == "":
         report("the whole file system would be writable", "list the directories to write to")
@@ -125,13 +134,6 @@ def _account(value: str, report: Report) -> None:
         report("the sandbox never runs as root", "name an unprivileged account")
     elif not _ACCOUNT.match(value):
         report(f"{value!r} is not the name of an account", "write a lower-case name such as agent (no number)")
-
-
-def _method(value: str, report: Report) -> None:
-    if not _METHOD.match(value):
-        report(f"{value!r} is not an HTTP method", "write a method such as GET, or *")
-    elif value.upper() in {"TRACE", "TRACK", "CONNECT"}:
-        report(f"{value} reflects or tunnels requests", "remove the rule; it is always denied")
 
 
 def check_flat_glob(value: str, report: Report) -> None:
@@ -171,7 +173,7 @@ def _allowed_ip(value: str, report: Report) -> None:
 
 
 def _protocol(value: str, report: Report) -> None:
-    if value not in {"", "rest"}:
+    if value not in {"", "rest", websocket.PROTOCOL, *CALL_PROTOCOLS}:
         report(f"protocol {value} is not enforced by this version", f"use rest, or remove the endpoint; {_CONVERT}")
 
 
@@ -215,7 +217,9 @@ def _some_deny_rules(endpoint: Endpoint, report: StructureReport) -> None:
 
 
 def _deny_rules_narrow(endpoint: Endpoint, report: StructureReport) -> None:
-    if endpoint.deny_rules is not None and (not endpoint.protocol or not (endpoint.access or endpoint.rules)):
+    profile = endpoint.protocol == "mcp" and endpoint.mcp is not None and endpoint.mcp.allow_all_known_mcp_methods
+    base = bool(endpoint.access) or bool(endpoint.rules) or profile
+    if endpoint.deny_rules is not None and (not endpoint.protocol or not base):
         report("deny_rules", "deny_rules need a protocol and access or rules to narrow", "add them")
 
 
@@ -223,8 +227,8 @@ def _protocol_and_base(endpoint: Endpoint, report: StructureReport) -> None:
     base = bool(endpoint.access) or bool(endpoint.rules)
     if not endpoint.protocol and base:
         report("protocol", "access and rules need a protocol", "add protocol: rest")
-    if endpoint.protocol == "rest" and not base:
-        report("protocol", "a rest endpoint needs access or rules", "add access: read-only, or rules")
+    if endpoint.protocol in {"rest", websocket.PROTOCOL} and not base:
+        report("protocol", f"a {endpoint.protocol} endpoint needs access or rules", "add access: read-only, or rules")
 
 
 _ENDPOINT: tuple[StructureCheck, ...] = (
@@ -235,6 +239,11 @@ _ENDPOINT: tuple[StructureCheck, ...] = (
     _some_deny_rules,
     _deny_rules_narrow,
     _protocol_and_base,
+    checks_calls.fields_of_protocol,
+    checks_calls.options_of_protocol,
+    checks_calls.graphql,
+    checks_calls.json_rpc,
+    checks_calls.mcp,
 )
 
 
@@ -277,7 +286,6 @@ POLICY_CHECKS = Checks(
         (Process, "run_as_group"): _account,
         (AnyOf, "any"): not_empty("the list is empty", "list at least one glob"),
         (Binary, "path"): _binary,
-        (Match, "method"): _method,
         (Match, "path"): check_path_glob,
         (Endpoint, "host"): _host,
         (Endpoint, "port"): _port,
@@ -311,20 +319,12 @@ POLICY_CHECKS = Checks(
         **{
             (Endpoint, field): (_LATER, _REMOVE)
             for field in (
-                "persisted_queries",
-                "graphql_persisted_queries",
-                "graphql_max_body_bytes",
-                "mcp",
-                "json_rpc",
                 "credential_signing",
                 "signing_service",
                 "signing_region",
                 "credential_binding",
             )
         },
-        **{
-            (Match, field): (_LATER, _REMOVE)
-            for field in ("operation_type", "operation_name", "fields", "tool", "params", "command")
-        },
+        (Match, "command"): (_LATER, _REMOVE),
     },
 )

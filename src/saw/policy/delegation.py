@@ -30,7 +30,7 @@ MAX_DEPTH = 8
 
 Approval = Literal["policy", "review", "read-only"]
 _BOUND: dict[str, int] = {"read-only": 0, "review": 1, "policy": 2}
-_METHOD = re.compile(r"[A-Z][A-Z-]{0,31}")
+_METHOD = re.compile(r"[A-Z][A-Z-]{0,31}|WEBSOCKET_TEXT")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:-]{0,255}")
 
 

@@ -43,6 +43,7 @@ class Denial(msgspec.Struct, frozen=True, kw_only=True):
     query_known: bool = False
     binary: str = ""
     tool: str = ""
+    upgrade: str = ""
     cut: str = ""
 
 
@@ -130,6 +131,7 @@ def _plain(record: Mapping[str, Any], where: str, *, query_known: bool) -> Denia
         path=record.get("path", ""),
         binary=record.get("binary", ""),
         tool=record.get("tool", ""),
+        upgrade=record.get("upgrade", ""),
     )
 
 
@@ -140,7 +142,7 @@ def _event(event: Mapping[str, Any], where: str) -> Denial:
     query = url.get("query_string")
     return _made(
         where,
-        query_known=True,
+        query_known=ours.get("layer") != "ring1",  # what ring 1 writes down has no query
         layer=ours.get("layer", ""),
         reason=ours.get("reason", event.get("status_detail", "")),
         scheme=url.get("scheme", ""),

@@ -14,10 +14,12 @@ from saw.policy.matcher import Matcher
 from saw.policy.mcp import decide_tool
 from saw.policy.model import Decision, Request
 from saw.policy.remedies import Change, NoRemedy, apply_changes, call_changes, tool_changes
+from saw.policy.tool_rules import McpServer
 from saw.policy.yamltree import Node, parse
 
 _LABEL = re.compile(r"(endpoints)\[(\d+)\](?:\.(?:(rules|deny_rules)\[(\d+)\]|(access|enforcement): ))?")
 _ACTION = re.compile(r"; actions\[(\d+)\]\Z")
+_SERVER = re.compile(r"; mcp\.servers\.([a-z0-9-]+)(?:\.tools\.([A-Za-z0-9_.-]+))?\Z")
 _ROUNDS = 4
 """Most changes in turn: a rule, plain text, an action class, and one more."""
 
@@ -61,15 +63,21 @@ class _Places:
         return Place(file, node.line, node.column, path_text(steps))
 
 
+_ROUTE_FIELDS: dict[str, Steps] = {
+    "model_not_allowed": ("models",),
+    "budget_unenforced": ("budget",),
+    "price_unknown": ("prices",),
+}
+"""Where in a route the cause of a refusal is written."""
+
+
 def _decided(bundle: Bundle, decision: Decision, request: Request) -> tuple[Place, ...]:
     places = _Places(bundle)
     found: list[Place] = []
     if decision.inference is not None:
         for index, route in enumerate(bundle.governance.inference.routes):
             if (route.alias.lower(), route.port) == (request.host.lower(), request.port):
-                field: Steps = {"model_not_allowed": ("models",), "budget_unenforced": ("budget",)}.get(
-                    decision.reason, ()
-                )
+                field = _ROUTE_FIELDS.get(decision.reason, ())
                 found.append(places.at(GOVERNANCE_FILE, ("inference", "routes", index, *field)))
         return tuple(found)
     label = _LABEL.match(decision.rule)
@@ -80,10 +88,21 @@ def _decided(bundle: Bundle, decision: Decision, request: Request) -> tuple[Plac
         elif label[5]:
             steps = (*steps, label[5])
         found.append(places.at(POLICY_FILE, steps))
+    server = _SERVER.search(decision.rule)
+    if server:
+        found.append(places.at(GOVERNANCE_FILE, _tool_steps(bundle, decision, server)))
     action = _ACTION.search(decision.rule)
     if action:
         found.append(places.at(GOVERNANCE_FILE, ("actions", int(action[1]))))
     return tuple(found)
+
+
+def _tool_steps(bundle: Bundle, decision: Decision, label: re.Match[str]) -> Steps:
+    """Return the way to the server, tool or argument that decided on a call of MCP over HTTP."""
+    name, tool = label[1], label[2] or str((decision.rule_missing or {}).get("tool", ""))
+    server = bundle.governance.mcp.servers[name]
+    steps: Steps = ("mcp", "servers", name)
+    return (*steps, "tools", tool, *_argument(server, decision, tool)) if tool in server.tools else steps
 
 
 def explain_call(bundle: Bundle, request: Request) -> Explanation:
@@ -114,7 +133,8 @@ def _notes(before: Decision, after: Decision, changes: tuple[Change, ...]) -> tu
     if before.reason == "deny_rule":
         notes.append("a deny rule refuses this on purpose")
     path = before.canonical_path.partition("?")[0]
-    if any(change.file == POLICY_FILE and change.value["endpoints"][0].get("path") == path for change in changes):
+    own = (change.value["endpoints"][0] for change in changes if change.file == POLICY_FILE and len(change.at) == 2)
+    if any(endpoint.get("path") == path for endpoint in own):
         notes.append(
             "for this path and program the new endpoint decides alone: what others allow there is refused then"
         )
@@ -141,6 +161,12 @@ def _with(bundle: Bundle, changes: tuple[Change, ...]) -> Bundle:
         raise NoRemedy(f"a rule for it cannot stand in this bundle: {error.problems[0].reason}") from error
 
 
+def _argument(server: McpServer, decision: Decision, tool: str) -> Steps:
+    """Return the way from a tool to the argument that ``decision`` is about, where the tool lists it."""
+    named = str((decision.rule_missing or {}).get("argument", ""))
+    return ("args", named) if named in server.tools[tool].args else ()
+
+
 def explain_tool(bundle: Bundle, server: str, tool: str, arguments: Mapping[str, object]) -> Explanation:
     """Explain the decision on a call of an MCP tool."""
     governance = bundle.governance
@@ -151,9 +177,7 @@ def explain_tool(bundle: Bundle, server: str, tool: str, arguments: Mapping[str,
         steps: Steps = ("mcp", "servers", server)
         if tool in known.tools:
             steps = (*steps, "tools", tool)
-            named = re.match(r"the argument '([^']*)'", decision.detail)
-            if named and named[1] in known.tools[tool].args:
-                steps = (*steps, "args", named[1])
+            steps = (*steps, *_argument(known, decision, tool))
         rules = (_Places(bundle).at(GOVERNANCE_FILE, steps),)
     if decision.allowed:
         return Explanation(decision, rules)

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import msgspec
 
 from saw.policy.model import Part, says
-
-ActionClass = Literal["auto", "staged", "review", "deny"]
+from saw.policy.persistence import Persistence
+from saw.policy.tool_rules import ActionClass, Mcp
 
 _DURATION = re.compile(r"(0|[1-9][0-9]{0,8})([smhd])\Z")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -93,8 +93,25 @@ class Credential(Part, frozen=True):
     paths: Annotated[tuple[str, ...], says("Globs over the paths that receive it.", ["/team/**"])] = ("/**",)
 
 
+class Price(Part, frozen=True):
+    """What a million tokens of these models cost, in the currency of the route's budget; the first price that fits counts.
+
+    Tokens that the service reads from its cache count as other input unless ``cache_read`` says less, those that it writes
+    there as twice the input unless ``cache_write`` says something else.
+    """
+
+    models: Annotated[tuple[str, ...], says("Globs over the model that a request names.", ["demo-*"])]
+    input: Annotated[str, says("A million tokens of input: a decimal number in quotes.", "0.15")]
+    output: Annotated[str, says("A million tokens of output.", "0.60")]
+    cache_read: Annotated[str | None, says("A million tokens read from the service's cache.", "0.015")] = None
+    cache_write: Annotated[str | None, says("A million tokens written to the service's cache.", "0.30")] = None
+
+
 class InferenceRoute(Part, frozen=True):
-    """A local host name that stands for a model service; ``models`` are globs over the request's ``model``."""
+    """A local host name that stands for a model service; ``models`` are globs over the request's ``model``.
+
+    A route with a budget needs ``prices``; a call of a model without a price is refused.
+    """
 
     alias: Annotated[str, says("The exact host name that the agent calls.", "inference.local")]
     models: Annotated[tuple[str, ...], says("Globs over the model that a request names.", ["demo-*"])]
@@ -105,7 +122,19 @@ class InferenceRoute(Part, frozen=True):
     port: Annotated[int, says("Port of the alias.", 443)] = 443
     budget: Annotated[
         str | None,
-        says("Id of the budget that pays. This version does not meter: every call of the route is refused.", "spend"),
+        says("Id of the budget that pays for the calls. They are counted at the perimeter.", "spend"),
+    ] = None
+    prices: Annotated[
+        tuple[Price, ...],
+        says("What calls cost; only with a budget.", [{"models": ["demo-*"], "input": "0.15", "output": "0.60"}]),
+    ] = ()
+    max_input_tokens: Annotated[
+        int | None,
+        says("Most input that the service takes; set aside where the size of a call does not bound it.", 131072),
+    ] = None
+    max_output_tokens: Annotated[
+        int | None,
+        says("Most output that the service gives; set aside where a call does not say how much it wants.", 4096),
     ] = None
 
     @property
@@ -146,18 +175,51 @@ class GitMatch(Part, frozen=True):
     ] = ()
 
 
+class GraphqlMatch(Part, frozen=True):
+    """Which root fields of GraphQL operations an action rule is about. Each field is classed by itself."""
+
+    operation_type: Annotated[
+        tuple[Literal["query", "mutation", "subscription"], ...],
+        says("Types of operations; empty: any.", ["mutation"]),
+    ] = ()
+    fields: Annotated[tuple[str, ...], says("Globs over root fields; empty: any.", ["createIssue", "add*"])] = ()
+
+
+class McpMatch(Part, frozen=True):
+    """Which calls of an MCP endpoint an action rule is about; with ``tool`` only ``tools/call``."""
+
+    method: Annotated[tuple[str, ...], says("Globs over methods; empty: any.", ["tools/call"])] = ()
+    tool: Annotated[tuple[str, ...], says("Globs over tools; empty: any.", ["search_*"])] = ()
+
+
+class JsonRpcMatch(Part, frozen=True):
+    """Which calls of a JSON-RPC endpoint an action rule is about."""
+
+    method: Annotated[tuple[str, ...], says("Globs over methods; empty: any.", ["reports.*"])] = ()
+
+
 class ActionMatch(Part, frozen=True):
     """Which calls an action rule is about; everything that is written must match."""
 
     host: Annotated[str, says("Host name or glob.", "git.example.com")]
     port: Annotated[int | None, says("Port; absent: any.", 443)] = None
-    method: Annotated[tuple[str, ...], says("HTTP methods; empty: any.", ["POST", "PUT"])] = ()
+    method: Annotated[
+        tuple[str, ...], says("HTTP methods, or WEBSOCKET_TEXT for messages; empty: any.", ["POST", "PUT"])
+    ] = ()
     path: Annotated[str, says("Glob over the canonical path.", "/team/**")] = "/**"
     git: Annotated[
         GitMatch | None,
         says(
             "Only this Git service, and for pushes only these refs.", {"service": "receive-pack", "ref": "refs/tags/**"}
         ),
+    ] = None
+    graphql: Annotated[
+        GraphqlMatch | None,
+        says("Only GraphQL, and of its operations these.", {"operation_type": ["mutation"], "fields": ["addComment"]}),
+    ] = None
+    mcp: Annotated[McpMatch | None, says("Only MCP over HTTP, and of its calls these.", {"tool": ["search_*"]})] = None
+    json_rpc: Annotated[
+        JsonRpcMatch | None, says("Only JSON-RPC, and of its calls these.", {"method": ["reports.list"]})
     ] = None
 
 
@@ -182,67 +244,6 @@ class Action(Part, frozen=True):
         Reviewers | None, says("Who decides; only with class review.", {"group": "maintainers", "quorum": 1})
     ] = None
     expires: Annotated[str, says("How long a request for review stays open.", "24h")] = "24h"
-
-
-class Argument(Part, frozen=True):
-    """What one argument of a tool may be.
-
-    ``under``: an absolute path at or below this directory. ``regex``: the whole string matches (linear-time subset).
-    ``min``/``max``: inclusive range of a number. ``items``: what each element of an array must be.
-    """
-
-    type: Annotated[
-        Literal["string", "integer", "number", "boolean", "array", "object"],
-        says("Type of the value. Objects are refused by name.", "string"),
-    ] = "string"
-    required: Annotated[bool, says("Whether a call without it is refused.", True)] = False
-    under: Annotated[str | None, says("Directory at or below which the path must lie.", "/workspace")] = None
-    regex: Annotated[str | None, says("Expression that the whole text must match.", "[A-Z]+-[0-9]{1,5}")] = None
-    enum: Annotated[tuple[str | int | bool, ...], says("The values that are allowed.", ["open", "closed"])] = ()
-    min: Annotated[int | float | None, says("Smallest number.", 1)] = None
-    max: Annotated[int | float | None, says("Largest number.", 100)] = None
-    max_length: Annotated[int | None, says("Most characters of a text, or elements of an array.", 4096)] = None
-    items: Annotated[Argument | None, says("What each element of an array must be.", {"under": "/workspace"})] = None
-
-
-class Tool(Part, frozen=True):
-    """The class of a tool's calls and its arguments; an argument that is not listed is refused."""
-
-    class_: Annotated[ActionClass, says("What happens to a call with allowed arguments.", "auto")] = msgspec.field(
-        name="class", default="deny"
-    )
-    args: Annotated[
-        dict[str, Argument],
-        says("The arguments by name.", {"path": {"under": "/workspace", "required": True}}),
-    ] = msgspec.field(default_factory=dict)
-
-
-class McpServer(Part, frozen=True):
-    """An MCP server that runs in the sandbox over stdio, and the tools that may be called."""
-
-    transport: Annotated[Literal["stdio", "http"], says("stdio; MCP over HTTP is refused by name.", "stdio")]
-    command: Annotated[
-        tuple[str, ...],
-        says("The executable and its arguments.", ["/usr/bin/mcp-server-filesystem", "/workspace"]),
-    ] = ()
-    tools: Annotated[
-        dict[str, Tool],
-        says(
-            "The tools that may be called.", {"read_file": {"class": "auto", "args": {"path": {"under": "/workspace"}}}}
-        ),
-    ] = msgspec.field(default_factory=dict)
-
-
-class Mcp(Part, frozen=True):
-    """All MCP servers by name."""
-
-    servers: Annotated[
-        dict[str, McpServer],
-        says(
-            "The servers.",
-            {"files": {"transport": "stdio", "command": ["/usr/bin/mcp-server-filesystem", "/workspace"]}},
-        ),
-    ] = msgspec.field(default_factory=dict)
 
 
 class LandlockFloor(Part, frozen=True):
@@ -272,7 +273,10 @@ class Limit(Part, frozen=True):
 
 
 class Budget(Part, frozen=True):
-    """What inference may cost; a route names it under ``budget``. Not enforced yet: see the route's field."""
+    """What inference may cost; a route names it under ``budget``, and the perimeter counts its calls against it.
+
+    What is spent is counted for each perimeter host.
+    """
 
     id: Annotated[str, says("Name of the budget; lower-case letters, digits and dashes.", "spend")]
     scope: Annotated[
@@ -283,7 +287,8 @@ class Budget(Part, frozen=True):
     ]
     limit: Annotated[Limit, says("The most that may be spent in one period.", {"currency": "USD", "amount": "20.00"})]
     on_exhaust: Annotated[
-        OnExhaust, says("deny: a hard stop; review: a person decides; report: it is only told.", "deny")
+        OnExhaust,
+        says("deny: a hard stop; report: it is only counted; review: not there yet, every call is refused.", "deny"),
     ] = "deny"
 
 
@@ -366,6 +371,9 @@ class Governance(Part, frozen=True):
         DataClasses,
         says("What kind of data it works with.", {"handles": ["internal"], "never": ["restricted"]}),
     ] = DataClasses()
+    persistence: Annotated[
+        Persistence, says("What of a session may act on a later one.", {"git_settings": ["core.fsmonitor"]})
+    ] = Persistence()
 
     def credential(self, identifier: str) -> Credential:
         """Return the credential with this id; raise ``KeyError`` when there is none."""
@@ -381,9 +389,13 @@ class Governance(Part, frozen=True):
                 return budget
         raise KeyError(identifier)
 
-    def route(self, alias: str) -> InferenceRoute:
-        """Return the inference route with this alias; raise ``KeyError`` when there is none."""
+    def paying(self, route: InferenceRoute) -> Budget | None:
+        """Return the budget that ``route`` draws on, or None."""
+        return None if route.budget is None else self.budget(route.budget)
+
+    def route(self, alias: str, port: int) -> InferenceRoute:
+        """Return the inference route at this alias and port; raise ``KeyError`` when there is none."""
         for route in self.inference.routes:
-            if route.alias == alias:
+            if route.alias == alias and route.port == port:
                 return route
         raise KeyError(alias)

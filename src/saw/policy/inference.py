@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 import msgspec
 
 from saw.policy import globs, strict_json
-from saw.policy.governance import InferenceRoute
+from saw.policy.governance import Budget, InferenceRoute, Price
 from saw.policy.model import ALLOW, DENY, Decision, Request
 
 _POST = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1/responses"})
@@ -40,21 +41,56 @@ def requested_model(body: bytes | None, *, complete: bool, encoding: str = "") -
     return str(value["model"])
 
 
+def unenforced(route: InferenceRoute, budget: Budget | None) -> str:
+    """Return why nobody can hold the calls of ``route`` to its ``budget``, or an empty text (also where it has none)."""
+    if budget is None:
+        return ""
+    if not route.prices:
+        return f"the budget {budget.id} of this route cannot be enforced: the route has no prices, so calls are not metered"
+    if budget.on_exhaust == "review":
+        return f"the budget {budget.id} of this route cannot be enforced: nobody can be asked when it is spent"
+    return ""
+
+
+@lru_cache(maxsize=4096)
+def _glob(text: str) -> re.Pattern[str]:
+    return globs.flat_glob(text)
+
+
+def price_of(route: InferenceRoute, model: str) -> Price | None:
+    """Return the first price of ``route`` that fits ``model``, or None where none does."""
+    for price in route.prices:
+        if any(_glob(text).fullmatch(model) for text in price.models):
+            return price
+    return None
+
+
+def passing(route: InferenceRoute, budget: Budget | None) -> object:
+    """Return what of budget and prices bears on which calls pass; two equal values let the same calls pass.
+
+    What a call may cost at most is not looked at: that is decided at the perimeter, on what was spent before.
+    """
+    if budget is None or unenforced(route, budget):
+        return budget is None
+    return tuple(text for price in route.prices for text in price.models)
+
+
 class CompiledRoute(msgspec.Struct, frozen=True):
-    """One inference route, ready to decide."""
+    """One inference route, ready to decide; ``shut`` says why its budget refuses every call, if it does."""
 
     route: InferenceRoute
     models: tuple[re.Pattern[str], ...]
+    shut: str
 
     @classmethod
-    def compile(cls, route: InferenceRoute) -> CompiledRoute:
-        """Return the compiled form of ``route``."""
-        return cls(route, tuple(globs.flat_glob(glob) for glob in route.models))
+    def compile(cls, route: InferenceRoute, budget: Budget | None) -> CompiledRoute:
+        """Return the compiled form of ``route``, which draws on ``budget``."""
+        return cls(route, tuple(globs.flat_glob(glob) for glob in route.models), unenforced(route, budget))
 
     def decide(self, request: Request, method: str, target: str) -> Decision:
         """Return the decision on a call to this alias; ``target`` is canonical, with the query."""
         route = self.route
-        path = target.partition("?")[0]
+        path, model = target.partition("?")[0], None
         if method == "POST" and path in _POST:
             try:
                 model = requested_model(
@@ -69,10 +105,14 @@ class CompiledRoute(msgspec.Struct, frozen=True):
         elif not (method == "GET" and path in _GET):
             detail = f"{method} {path} is not a call of an inference route"
             return self._deny("method_or_path_not_allowed", detail, target, f"use POST {', '.join(sorted(_POST))}")
-        if route.budget is not None:
-            # A limit that nobody counts is no limit: until calls are metered, the route stays shut.
-            detail = f"the budget {route.budget} of this route cannot be enforced: calls are not metered yet"
-            return self._deny("budget_unenforced", detail, target, "ask the policy's owner for a route without budget")
+        if self.shut:
+            # A limit that nobody counts is no limit.
+            return self._deny("budget_unenforced", self.shut, target, "ask the policy's owner for prices")
+        if route.budget is not None and model is not None and price_of(route, model) is None:
+            detail = f"the model {model[:80]!r} has no price, so the budget {route.budget} cannot pay for it"
+            return self._deny(
+                "price_unknown", detail, target, "use a model with a price, or ask the policy's owner for one"
+            )
         return Decision(
             verdict=ALLOW,
             policy="inference",

@@ -21,7 +21,7 @@ from saw.policy.errors import NotCanonical, PolicyError
 from saw.policy.learned_rules import Asked, Proposal, network_rules
 from saw.policy.loader import Bundle, endpoint_specificity, load_policy
 from saw.policy.matcher import Matcher, parse_query
-from saw.policy.model import Binary, Decision, Endpoint, NetworkRule, Policy, Request
+from saw.policy.model import CALL_PROTOCOLS, Binary, Decision, Endpoint, NetworkRule, Policy, Request
 from saw.policy.paths import canonicalise_path
 from saw.policy.yamltext import dump, read
 
@@ -36,9 +36,16 @@ _WHY: dict[str, tuple[str, str]] = {
     "action_denied": ("an action rule denies it on purpose", f"{_OWNER} whether the rule still holds"),
     "not_canonical": ("two parsers could read the request differently", "send the canonical form"),
     "model_not_allowed": ("which models may be used is decided per inference route", "edit inference.routes by hand"),
-    "budget_unenforced": ("the route's budget is not counted by this version", f"{_OWNER} for a route without budget"),
+    "operation_not_allowed": ("a record does not hold what the body asked for", "add the operation to rules by hand"),
+    "body_unreadable": ("the body could not be read as what the endpoint speaks", "send it as the policy guide says"),
+    "body_too_large": ("the body is longer than the endpoint reads", "send less, or raise max_body_bytes by hand"),
+    "budget_unenforced": ("the route's budget cannot be counted", f"{_OWNER} for prices"),
+    "price_unknown": ("what a model costs is not learned", "add its price to the route by hand"),
+    "budget_exhausted": ("the budget was spent", "wait for the next period, or raise the limit by hand"),
+    "budget_unbounded": ("what the call would cost at most is not known", "bound the call, or the route, by hand"),
     "tool_not_allowed": ("tools are granted by hand", "edit mcp.servers in governance.yaml"),
     "argument_not_allowed": ("arguments of tools are granted by hand", "edit mcp.servers in governance.yaml"),
+    "definition_changed": ("the server changed what a tool is", "read its new definition, then pin it by hand"),
     "credential_unavailable": ("the policy allows it; its credential was missing", "provide the credential"),
     "resolution_failed": ("the policy allows it; the name did not resolve", "check the name"),
 }
@@ -174,6 +181,8 @@ class _Scholar:
         if not covering:
             return Proposal((asked,), asked.path, asked.host, asked.path, "%2F" in asked.path, "")
         deciding = max(covering, key=endpoint_specificity)
+        if deciding.protocol in CALL_PROTOCOLS:
+            raise _Refuse(*_WHY["operation_not_allowed"])
         if not globs.is_exact(deciding.host):
             reason = f"the endpoint {deciding.host} decides such calls; a rule for one host would take its place"
             raise _Refuse(reason, "add the method and path to that endpoint by hand")
@@ -247,6 +256,9 @@ def _refuse_by_record(denial: Denial) -> None:
         raise _Refuse(
             f"the record may hold only the beginning of the {denial.cut}", "look up the call in ring 1's journal"
         )
+    if denial.upgrade:
+        reason = f"it asked to switch to {denial.upgrade[:40]}, and what would have been sent there is not known"
+        raise _Refuse(reason, "add a websocket endpoint by hand; saw policy explain GET wss://HOST/PATH shows one")
     if denial.method == "CONNECT":
         reason = "a tunnel was refused, so what was to be asked inside is not known"
         raise _Refuse(reason, "add the host by hand with the methods and paths that are needed")

@@ -8,11 +8,14 @@ matcher.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
 
-from saw.policy import globs
-from saw.policy.actions import ActionTable, ReviewAsked
-from saw.policy.address_rules import AddressRules, Call, Entry, Judgement, Rule, parse_query
+import msgspec
+
+from saw.policy import globs, websocket
+from saw.policy.actions import ActionTable, Classified, ReviewAsked
+from saw.policy.address_rules import AddressRules, Call, Entry, Judgement, parse_query
 from saw.policy.addresses import is_blocked_host
 from saw.policy.checks_governance import parse_address
 from saw.policy.errors import NotCanonical, PolicyError
@@ -20,11 +23,14 @@ from saw.policy.globset import GlobSet, path_segments
 from saw.policy.governance import Governance
 from saw.policy.inference import CompiledRoute
 from saw.policy.loader import cross_problems
+from saw.policy.mcp_servers import HttpServer, http_servers
 from saw.policy.model import (
     ALLOW,
+    CALL_PROTOCOLS,
     DENY,
     Decision,
     EndpointAddress,
+    Operation,
     Policy,
     Request,
 )
@@ -45,7 +51,17 @@ _OVERRIDES = frozenset(
         "x-forwarded-path",
     }
 )
+_NO_OPERATIONS: tuple[Operation, ...] = ()
 _REASONS = {"review": "review_required", "deny": "action_denied"}
+
+
+def _missing(protocol: str, asked: Operation | None) -> dict[str, object]:
+    """Return the operation in the words of a rule that would allow it."""
+    if asked is None:
+        return {}
+    if protocol == "graphql":
+        return {"operation_type": asked.kind, "operation_name": asked.name, "fields": list(asked.fields)}
+    return {"rpc_method": asked.kind, **({"tool": asked.name} if asked.name else {})}
 
 
 class _Credentials:
@@ -74,8 +90,10 @@ class Matcher:
         "_names",
         "_plain",
         "_routes",
+        "_servers",
         "_suffix",
         "_upstreams",
+        "opens_streams",
     )
 
     def __init__(self, policy: Policy, governance: Governance) -> None:
@@ -95,11 +113,16 @@ class Matcher:
         self._exact = {address: AddressRules(found, with_host=False) for address, found in exact.items()}
         self._suffix = {address: AddressRules(found, with_host=True) for address, found in suffix.items()}
         self._names = frozenset(host for host, _ in exact)
+        self.opens_streams = any(entry.streams for entries in (*exact.values(), *suffix.values()) for entry in entries)
         self._plain = frozenset(parse_address(address) for address in governance.plaintext)
         routes = governance.inference.routes
-        self._routes = {(route.alias.lower(), route.port): CompiledRoute.compile(route) for route in routes}
+        self._routes = {
+            (route.alias.lower(), route.port): CompiledRoute.compile(route, governance.paying(route))
+            for route in routes
+        }
         self._upstreams = frozenset(route.upstream_address[0].lower() for route in routes)
         self._actions = ActionTable(governance)
+        self._servers = http_servers(policy, governance)
         credentials: dict[tuple[str, int], list[tuple[str, str]]] = {}
         for credential in governance.credentials:
             for address in credential.hosts:
@@ -157,7 +180,37 @@ class Matcher:
 
         ``request`` has the canonical path. Raises :class:`saw.policy.gitproto.PushUnreadable` for a push of another kind.
         """
-        return self._actions.reviews(request, request.host.lower(), request.path.partition("?")[0])
+        decision = self.decide(request, approved=True)
+        host, path = request.host.lower(), request.path.partition("?")[0]
+        if decision.protocol:
+            return self._actions.body_reviews(
+                request, host, path, decision.protocol, decision.operations, tools=self._tools_at(request, path)
+            )
+        return self._actions.reviews(request, host, path)
+
+    def mcp_server(self, host: str, port: int, path: str) -> HttpServer | None:
+        """Return the MCP server that is called at this host (lower case), port and canonical path, if policy names its tools."""
+        return self._servers.get((host, port, path))
+
+    def mcp_server_named(self, name: str) -> HttpServer | None:
+        """Return the MCP server over HTTP with this name."""
+        return next((server for server in self._servers.values() if server.name == name), None)
+
+    def _tools_at(self, request: Request, path: str) -> Mapping[str, Classified]:
+        server = self._servers.get((request.host.lower(), request.port, path))
+        return {} if server is None else server.classes
+
+    def action_rule(self, request: Request, path: str) -> str:
+        """Return which action rule classes an allowed call to the canonical ``path``."""
+        host = request.host.lower()
+        decision = self.decide(request, approved=True)
+        if decision.protocol:
+            tools = self._tools_at(request, path)
+            classed = self._actions.classify_body(
+                request, host, path, decision.protocol, decision.operations, tools=tools
+            )
+            return classed.rule
+        return self._actions.classify(request, host, path, fetch_is_read=True).rule
 
     def decide(self, request: Request, *, approved: bool = False) -> Decision:
         """Return the decision on ``request``. Never raises for what a request contains.
@@ -185,8 +238,13 @@ class Matcher:
         if (request.scheme == "https") == ((host, request.port) in self._plain):
             detail = f"{request.scheme} is not what {host}:{request.port} speaks"
             return self._deny(request, "host_not_allowed", detail, target)
+        if request.upgrade and (route is not None or method != "GET" or request.upgrade.lower() != websocket.PROTOCOL):
+            detail = f"an upgrade to {request.upgrade[:40]!r} is not decided call by call, so it is never allowed"
+            return self._deny(request, "method_or_path_not_allowed", detail, target, steps=("use plain HTTP requests",))
         if route is not None:
             return route.decide(request, method, target)
+        if request.upgrade:
+            return self._stream(request, host, target, candidates)
         return self._decide(request, host, method, target, candidates, approved=approved)
 
     def _unknown_host(self, request: Request, host: str, target: str) -> Decision:
@@ -197,6 +255,57 @@ class Matcher:
             return self._deny(request, "not_canonical", "the host is not a plain host name", target)
         detail = f"no rule names {host}:{request.port}"
         return self._deny(request, "host_not_allowed", detail, target, missing=True)
+
+    def _stream(self, request: Request, host: str, target: str, candidates: list[tuple[AddressRules, int]]) -> Decision:
+        """Decide on opening a WebSocket, and on what the client may send there, once and for all of it."""
+        opening = msgspec.structs.replace(request, message="")
+        decision = self._decide(opening, host, websocket.OPEN, target, candidates, approved=False)
+        if not decision.allowed:
+            return decision
+        path, _, query = target.partition("?")
+        binaries = (request.binary, *request.ancestors) if request.binary else request.ancestors
+        sendable = frozenset(
+            method
+            for method in (websocket.TEXT, websocket.BINARY)
+            if self._judge(candidates, Call(path, query, method, binaries, request)).kind == "allow"
+        )
+        frames = websocket.frames_of(sendable)
+        if frames != "none":
+            sending = msgspec.structs.replace(request, message="text")
+            action = self._actions.classify(sending, host, path, fetch_is_read=False)
+            if action.action_class in _REASONS:
+                detail = (
+                    f"nobody can decide on each message of a WebSocket, and here a person would have to; {action.rule}"
+                )
+                if action.action_class == "deny":
+                    detail = f"sending messages is denied; {action.rule}"
+                steps = (
+                    "use plain HTTP requests",
+                    f"ask the policy's owner for an action rule of class auto for {websocket.TEXT} here",
+                )
+                return msgspec.structs.replace(
+                    decision, verdict=DENY, reason="action_denied", detail=detail, rule=f"{decision.rule}; {action.rule}",
+                    action_class=action.action_class, credential=None, next_steps=steps,
+                )  # fmt: skip
+            if action.action_class == "staged":
+                decision = msgspec.structs.replace(decision, action_class="staged")
+        if not websocket.permits(frames, request.message):
+            detail = f"no rule allows the client to send {request.message} messages on the WebSocket at {path}"
+            refused = self._deny(request, "method_or_path_not_allowed", detail, target, missing=True)
+            return msgspec.structs.replace(refused, policy=decision.policy, rule=decision.rule)
+        return msgspec.structs.replace(decision, frames=frames)
+
+    def _judge(self, candidates: list[tuple[AddressRules, int]], call: Call) -> Judgement:
+        """Return the first judgement of an endpoint that the caller may use, else of one that it may not."""
+        unusable: Judgement | None = None
+        for rules, state in candidates:
+            found = rules.judge(state, call)
+            if found.entry is None:
+                continue
+            if found.kind != "binary":
+                return found
+            unusable = unusable or found
+        return unusable or Judgement("path")
 
     def _decide(
         self,
@@ -210,34 +319,66 @@ class Matcher:
     ) -> Decision:
         path, _, query = target.partition("?")
         binaries = (request.binary, *request.ancestors) if request.binary else request.ancestors
-        call = Call(path, query, method, binaries)
-        unusable: Judgement | None = None
-        for rules, state in candidates:
-            found = rules.judge(state, call)
-            if found.entry is None:
-                continue
-            if found.kind == "binary":
-                unusable = unusable or found
-            elif found.rule is None:
-                detail = f"no rule allows {method} {path} at {host}:{request.port}"
-                return self._deny(
-                    request, "method_or_path_not_allowed", detail, target, missing=True, entry=found.entry
-                )
-            elif found.kind == "deny":
-                detail = f"{method} {path} is refused by a deny rule"
-                return self._deny(request, "deny_rule", detail, target, entry=found.entry, rule=found.rule.label)
-            else:
-                return self._allow(request, target, found.entry, found.rule, approved=approved)
-        if unusable is not None:
+        found = self._judge(candidates, Call(path, query, method, binaries, request))
+        if found.entry is None:
+            detail = f"no endpoint of {host}:{request.port} covers {path}"
+            return self._deny(request, "method_or_path_not_allowed", detail, target, missing=True)
+        spoken = found.entry.endpoint.protocol in CALL_PROTOCOLS and method not in websocket.STREAM_METHODS
+        if spoken and found.kind not in {"allow", "binary"}:
+            return self._refuse_body(request, target, found)
+        if found.kind == "binary":
             detail = f"{request.binary or 'an unknown process'} may not use {host}:{request.port}"
-            return self._deny(request, "binary_not_allowed", detail, target, missing=True, entry=unusable.entry)
-        detail = f"no endpoint of {host}:{request.port} covers {path}"
-        return self._deny(request, "method_or_path_not_allowed", detail, target, missing=True)
+            return self._deny(request, "binary_not_allowed", detail, target, missing=True, entry=found.entry)
+        if found.rule is None:
+            detail = f"no rule allows {method} {path} at {host}:{request.port}"
+            return self._deny(request, "method_or_path_not_allowed", detail, target, missing=True, entry=found.entry)
+        if found.kind == "deny":
+            detail = f"{method} {path} is refused by a deny rule"
+            return self._deny(request, "deny_rule", detail, target, entry=found.entry, rule=found.rule.label)
+        return self._allow(request, target, found.entry, found, approved=approved)
 
-    def _allow(self, request: Request, target: str, endpoint: Entry, rule: Rule, *, approved: bool) -> Decision:
+    def _refuse_body(self, request: Request, target: str, found: Judgement) -> Decision:
+        """Return the refusal of a call that an endpoint looks for in the body."""
+        entry = found.entry
+        assert entry is not None  # noqa: S101 - the caller saw to it
+        protocol = entry.endpoint.protocol
+        operations = found.reading.operations if found.reading else ()
+        if found.body is not None:
+            decision = self._deny(request, found.body.reason, found.body.detail, target, entry=entry)
+            plain = (f"send one plain {protocol} request, as the policy guide describes it",)
+            return msgspec.structs.replace(decision, protocol=protocol, next_steps=plain)
+        asked = found.asked.text()[:200] if found.asked else ""
+        if found.rule is not None:
+            detail = f"{asked} is refused by a deny rule"
+            decision = self._deny(request, "deny_rule", detail, target, entry=entry, rule=found.rule.label)
+        else:
+            detail = f"no rule allows {asked} at {request.host.lower()}:{request.port}"
+            decision = self._deny(request, "operation_not_allowed", detail, target, missing=True, entry=entry)
+            missing = {**(decision.rule_missing or {}), "protocol": protocol, **_missing(protocol, found.asked)}
+            steps = ("ask for what the policy allows", "ask the policy's owner for the rule named in rule_missing")
+            decision = msgspec.structs.replace(decision, rule_missing=missing, next_steps=steps)
+        return msgspec.structs.replace(decision, protocol=protocol, operations=operations)
+
+    def _allow(self, request: Request, target: str, endpoint: Entry, found: Judgement, *, approved: bool) -> Decision:
+        rule, reading = found.rule, found.reading
+        assert rule is not None  # noqa: S101 - an allowed call has one
         host = request.host.lower()
         path = target.partition("?")[0]
-        action = self._actions.classify(request, host, path, fetch_is_read=rule.names_fetch)
+        if reading is None:
+            action = self._actions.classify(request, host, path, fetch_is_read=rule.names_fetch)
+            protocol, operations = "", _NO_OPERATIONS
+        else:
+            protocol, operations = endpoint.endpoint.protocol, reading.operations
+            if protocol == "mcp" and (server := self._servers.get((host, request.port, path))) is not None:
+                refused = server.refusal(request, reading)
+                if refused is not None:
+                    return msgspec.structs.replace(
+                        refused, policy=endpoint.key, rule=f"{endpoint.label}.{rule.label}; {refused.rule}",
+                        canonical_path=target, protocol=protocol, operations=operations,
+                    )  # fmt: skip
+            action = self._actions.classify_body(
+                request, host, path, protocol, operations, tools=self._tools_at(request, path)
+            )
         label = f"{endpoint.label}.{rule.label}"
         if action.action_class in _REASONS and not (approved and action.action_class == "review"):
             what = f" ({action.detail})" if action.detail else ""
@@ -259,11 +400,13 @@ class Matcher:
                 action_class=action.action_class,
                 canonical_path=target,
                 next_steps=steps,
+                protocol=protocol,
+                operations=operations,
             )
         credential = None
         if not endpoint.audit:
-            found = self._credentials.get((host, request.port))
-            credential = found.at(path) if found else None
+            at = self._credentials.get((host, request.port))
+            credential = at.at(path) if at else None
         return Decision(
             verdict=ALLOW,
             detail=action.detail,
@@ -272,6 +415,8 @@ class Matcher:
             action_class=action.action_class,
             credential=credential,
             canonical_path=target,
+            protocol=protocol,
+            operations=operations,
         )
 
     def _deny(
@@ -284,9 +429,9 @@ class Matcher:
         missing: bool = False,
         entry: Entry | None = None,
         rule: str = "",
+        steps: tuple[str, ...] = (),
     ) -> Decision:
         absent: dict[str, object] | None = None
-        steps: tuple[str, ...] = ()
         if missing:
             absent = {
                 "host": request.host.lower(),
@@ -295,6 +440,8 @@ class Matcher:
                 "path": target.partition("?")[0],
                 "binary": request.binary or "",
             }
+            if request.upgrade:
+                absent |= {"protocol": websocket.PROTOCOL}
             steps = (
                 "use a destination, method and path that the policy allows",
                 "ask the policy's owner for the rule named in rule_missing",

@@ -7,7 +7,7 @@ implementation is narrower.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -18,6 +18,10 @@ ALLOW = "allow"
 DENY = "deny"
 READ_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that default to action class ``auto``; every other method is a write."""
+CALL_PROTOCOLS = frozenset({"graphql", "json-rpc", "mcp"})
+"""Protocols of an endpoint whose calls are named in the body of the request, not by method and path."""
+BODY_LIMIT = 65536
+"""Largest body (bytes) of such a request where the endpoint does not say."""
 
 
 def says(description: str, *examples: Any) -> msgspec.Meta:
@@ -43,7 +47,10 @@ class FilesystemPolicy(Part, frozen=True):
         tuple[str, ...], says("Directories and files that may be read; absolute, without wildcards.", ["/usr", "/etc"])
     ] = ()
     read_write: Annotated[
-        tuple[str, ...], says("Directories and files that may be read and written; never the root.", ["/home/agent"])
+        tuple[str, ...],
+        says(
+            "Directories, files and a GPU's device nodes that may be read and written; never the root.", ["/home/agent"]
+        ),
     ] = ()
 
 
@@ -69,10 +76,26 @@ class AnyOf(Part, frozen=True):
     any: Annotated[tuple[str, ...], says("Globs over the value; * is any run of characters.", ["open", "closed"])]
 
 
-class Match(Part, frozen=True):
-    """The shape of a request: method, path glob and query globs (``key: glob`` or ``key: {any: [glob]}``)."""
+class Params(Part, frozen=True):
+    """The parameters of an MCP call that a rule may name."""
 
-    method: Annotated[str, says("HTTP method, or * for every method. GET takes HEAD along.", "GET")] = "*"
+    name: Annotated[str | AnyOf, says("Glob over the tool's name; the same as tool.", "search_*")]
+
+
+OperationType = Literal["query", "mutation", "subscription", "*"]
+
+
+class Match(Part, frozen=True):
+    """The shape of a call. Which fields belong to which protocol: ``docs/policy.md``."""
+
+    method: Annotated[
+        str,
+        says(
+            "rest: HTTP method, or * for every method; GET takes HEAD along. websocket: GET opens it, WEBSOCKET_TEXT is a text "
+            "message, * is everything. json-rpc, mcp: name of the method that is called.",
+            "GET",
+        ),
+    ] = "*"
     path: Annotated[str, says("Glob over the canonical path, without the query.", "/v1/**")] = "/**"
     query: Annotated[
         dict[str, str | AnyOf],
@@ -81,12 +104,56 @@ class Match(Part, frozen=True):
             {"state": {"any": ["open", "closed"]}, "page": "*"},
         ),
     ] = msgspec.field(default_factory=dict)
+    operation_type: Annotated[
+        OperationType | None, says("graphql: type of the operation, or *; required there.", "mutation")
+    ] = None
+    operation_name: Annotated[str, says("graphql: glob over the operation's name; absent: any.", "Issue*")] = ""
+    fields: Annotated[
+        tuple[str, ...],
+        says("graphql: globs over root fields. To allow, all must match; to deny, one is enough.", ["createIssue"]),
+    ] = ()
+    tool: Annotated[
+        str | AnyOf | None, says("mcp: glob over the tool that tools/call names.", "search_*", {"any": ["a", "b"]})
+    ] = None
+    params: Annotated[Params | None, says("mcp: another spelling of tool.", {"name": "search_*"})] = None
 
 
 class AllowRule(Part, frozen=True):
     """One entry of ``rules``."""
 
     allow: Annotated[Match, says("The requests that this rule allows.", {"method": "GET", "path": "/v1/**"})]
+
+
+class PersistedQuery(Part, frozen=True):
+    """What a GraphQL query that is called by its hash does, in the words of whoever registered it."""
+
+    operation_type: Annotated[Literal["query", "mutation", "subscription"], says("Type of the operation.", "query")]
+    operation_name: Annotated[str, says("Its name; absent: none.", "Viewer")] = ""
+    fields: Annotated[tuple[str, ...], says("The root fields that it selects.", ["viewer"])] = ()
+
+
+class McpOptions(Part, frozen=True):
+    """How an MCP endpoint is read."""
+
+    max_body_bytes: Annotated[int, says("Largest body, 1024 to 524288 bytes.", BODY_LIMIT)] = BODY_LIMIT
+    strict_tool_names: Annotated[
+        bool, says("Whether tool names must be 1 to 128 of letters, digits and _ . -", True)
+    ] = True
+    allow_all_known_mcp_methods: Annotated[
+        bool,
+        says(
+            "Whether every method of MCP passes; tools/call only as rules with a tool say, where there are any.", True
+        ),
+    ] = False
+    versions: Annotated[
+        tuple[str, ...], says("The revisions of MCP that may be spoken; empty: any.", ["2025-11-25"])
+    ] = ()
+
+
+class JsonRpcOptions(Part, frozen=True):
+    """How a JSON-RPC endpoint is read."""
+
+    max_body_bytes: Annotated[int, says("Largest body, 1024 to 524288 bytes.", BODY_LIMIT)] = BODY_LIMIT
 
 
 class Endpoint(Part, frozen=True):
@@ -107,7 +174,11 @@ class Endpoint(Part, frozen=True):
     ] = ""
     protocol: Annotated[
         Literal["", "rest", "websocket", "graphql", "mcp", "json-rpc", "tcp"],
-        says("rest: access or rules say which calls pass. Absent: every call. Others are refused by name.", "rest"),
+        says(
+            "rest: access or rules say which calls pass; websocket: also which messages; graphql, json-rpc, mcp: which calls in "
+            "the body. Absent: every call. Others are refused by name.",
+            "rest",
+        ),
     ] = ""
     tls: Annotated[
         Literal["", "terminate", "passthrough", "skip"],
@@ -120,7 +191,9 @@ class Endpoint(Part, frozen=True):
     access: Annotated[
         Literal["", "read-only", "read-write", "full"],
         says(
-            "read-only: GET, HEAD, OPTIONS; read-write: also POST, PUT, PATCH; full: everything. Excludes rules.",
+            "read-only: GET, HEAD, OPTIONS; read-write: also POST, PUT, PATCH; full: everything. For websocket: open it; "
+            "also text messages; also binary ones. With graphql: query; also mutation; also subscription. Excludes rules; not "
+            "for json-rpc and mcp.",
             "read-only",
         ),
     ] = ""
@@ -141,6 +214,24 @@ class Endpoint(Part, frozen=True):
         says("Networks the host may resolve to, in place of the guard on private addresses.", ["10.20.0.0/16"]),
     ] = ()
     allow_encoded_slash: Annotated[bool, says("Whether %2F may stay in the path.", True)] = False
+    graphql_max_body_bytes: Annotated[int, says("graphql: largest body, 1024 to 524288 bytes.", BODY_LIMIT)] = (
+        BODY_LIMIT
+    )
+    persisted_queries: Annotated[
+        Literal["deny", "allow_registered"],
+        says("graphql: whether the hashes below may be called without the query's text.", "allow_registered"),
+    ] = "deny"
+    graphql_persisted_queries: Annotated[
+        dict[str, PersistedQuery],
+        says(
+            "graphql: what each hash (SHA-256 of the query, hexadecimal) stands for.",
+            {"0" * 64: {"operation_type": "query", "fields": ["viewer"]}},
+        ),
+    ] = msgspec.field(default_factory=dict)
+    mcp: Annotated[
+        McpOptions | None, says("mcp: how it is read.", {"max_body_bytes": 131072, "versions": ["2025-11-25"]})
+    ] = None
+    json_rpc: Annotated[JsonRpcOptions | None, says("json-rpc: how it is read.", {"max_body_bytes": 131072})] = None
     websocket_credential_rewrite: Annotated[bool, says("Of OpenShell; only false loads.", False)] = False
     request_body_credential_rewrite: Annotated[bool, says("Of OpenShell; only false loads.", False)] = False
     allow_uninspected_credentials: Annotated[bool, says("Of OpenShell; only false loads.", False)] = False
@@ -213,6 +304,8 @@ class Request(msgspec.Struct, frozen=True):
     ``path`` is as received, with the query. ``binary`` is the resolved executable of the calling process and
     ``ancestors`` those of its parents, nearest first; both are unknown where a proxy cannot tell. ``headers`` has
     lower-case names. ``body`` is the start of the body as far as it was seen, ``body_complete`` whether that is all.
+    ``upgrade`` is the protocol that the request asks to switch to, as received. ``message`` asks whether a client may send a
+    ``text`` or ``binary`` message on the WebSocket that the request opens.
     """
 
     scheme: str
@@ -225,6 +318,29 @@ class Request(msgspec.Struct, frozen=True):
     headers: Mapping[str, str] = {}
     body: bytes | None = None
     body_complete: bool = True
+    upgrade: str = ""
+    message: Literal["", "text", "binary"] = ""
+
+    @property
+    def reads(self) -> bool:
+        """Return whether the method alone makes this a read; a message on a WebSocket is none."""
+        return not self.message and self.method.upper() in READ_METHODS
+
+
+class Operation(NamedTuple):
+    """One thing that a body asks for.
+
+    GraphQL: ``kind`` is the operation's type, ``name`` its name, ``fields`` its root fields. JSON-RPC and MCP: ``kind`` is the
+    method, ``name`` the tool of ``tools/call``. Texts of the caller, bounded in length.
+    """
+
+    kind: str
+    name: str = ""
+    fields: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """Return it in few words."""
+        return " ".join(filter(None, (self.kind, self.name, f"{{ {' '.join(self.fields)} }}" if self.fields else "")))
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -233,7 +349,9 @@ class Decision(msgspec.Struct, frozen=True):
     ``verdict`` is ``allow`` or ``deny``; ``reason`` is empty when allowed, else one of the reasons in
     ``docs/architecture.md``. ``policy`` is the ``network_policies`` key (or ``inference``), ``rule`` which rule of it
     decided. ``action_class`` is ``auto``, ``staged``, ``review`` or ``deny``. ``credential`` and ``inference`` are ids
-    out of ``governance.yaml``. ``canonical_path`` is the only path (with query) that may be sent on.
+    out of ``governance.yaml``. ``canonical_path`` is the only path (with query) that may be sent on. ``frames`` is what the
+    client may send on a WebSocket (:data:`saw.policy.websocket.FRAMES`), empty for every other call. ``protocol`` is one of
+    :data:`CALL_PROTOCOLS` where the body was judged, and ``operations`` what it asks for as far as it could be read.
     """
 
     verdict: str
@@ -247,6 +365,9 @@ class Decision(msgspec.Struct, frozen=True):
     canonical_path: str = ""
     rule_missing: dict[str, object] | None = None
     next_steps: tuple[str, ...] = ()
+    frames: str = ""
+    protocol: str = ""
+    operations: tuple[Operation, ...] = ()
 
     @property
     def allowed(self) -> bool:

@@ -7,7 +7,7 @@ reference of 0.1.x; ``docs/openshell.md`` names the differences. The file writte
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -15,12 +15,12 @@ from saw.policy import globs
 from saw.policy.errors import PolicyError, Problem
 from saw.policy.governance import Governance, Lease
 from saw.policy.loader import POLICY_FILE, Bundle
-from saw.policy.model import READ_METHODS, AnyOf, Endpoint, Match, Policy
+from saw.policy.model import CALL_PROTOCOLS, READ_METHODS, AnyOf, Endpoint, Match, Policy
+from saw.policy.openshell_calls import spoken
+from saw.policy.openshell_finding import Effect, Finding
 from saw.policy.yamltext import dump
 
-Effect = Literal["same", "narrower", "wider", "left_out", "lost"]
-"""``same``: another spelling; ``narrower``/``wider``: the result allows less/more; ``left_out``: the part is not carried,
-so what it granted is denied; ``lost``: a restriction or duty is not carried."""
+__all__ = ["SANDBOX_ACCOUNT", "Effect", "Exported", "Finding", "export"]
 
 SANDBOX_ACCOUNT = "sandbox"
 """The only account name that OpenShell accepts; besides, it takes numbers."""
@@ -28,27 +28,19 @@ SANDBOX_ACCOUNT = "sandbox"
 _HOST_LABEL = re.compile(r"\*\Z|\*\*\Z|[^*]+\Z")
 
 
-class Finding(msgspec.Struct, frozen=True):
-    """One thing that is not carried over as it stands: where, with what effect, why, and what to do about it."""
-
-    field: str
-    effect: Effect
-    reason: str
-    cure: str
-
-    def __str__(self) -> str:
-        return f"{self.effect:<9} {self.field}: {self.reason}; {self.cure}"
-
-
 class Exported(msgspec.Struct, frozen=True):
-    """The text of the file, and the report."""
+    """The text of the file, what it says as maps and lists, and the report."""
 
     text: str
+    value: dict[str, Any]
     findings: tuple[Finding, ...]
 
 
-def export(bundle: Bundle) -> Exported:
-    """Return the OpenShell file of a bundle; raise :class:`PolicyError` for what OpenShell would not load."""
+def export(bundle: Bundle, *, only_01: bool = False) -> Exported:
+    """Return the OpenShell file of a bundle; raise :class:`PolicyError` for what OpenShell would not load.
+
+    The file keeps to what 0.0.x and 0.1.x both read; ``only_01`` adds what 0.1.x alone knows and reports for 0.1.x alone.
+    """
     policy = bundle.policy
     problems = [
         Problem(
@@ -75,7 +67,7 @@ def export(bundle: Bundle) -> Exported:
     for key, rule in policy.network_policies.items():
         entry: dict[str, Any] = {"name": rule.name} if rule.name else {}
         entry["endpoints"] = [
-            _endpoint(endpoint, f"network_policies.{key}.endpoints[{index}]", findings)
+            _endpoint(endpoint, f"network_policies.{key}.endpoints[{index}]", findings, only_01)
             for index, endpoint in enumerate(rule.endpoints)
         ]
         entry["binaries"] = [{"path": binary.path} for binary in rule.binaries]
@@ -86,7 +78,7 @@ def export(bundle: Bundle) -> Exported:
         f"# Policy of the blueprint {blueprint.name} {blueprint.version} (owner {blueprint.owner}) for NVIDIA OpenShell.\n"
         "# Made from a bundle; change the bundle instead. governance.yaml is not in this file: see the export's report.\n"
     )
-    return Exported(header + dump(value), tuple(findings))
+    return Exported(header + dump(value), value, tuple(findings))
 
 
 def _endpoints(policy: Policy) -> list[tuple[str, Endpoint]]:
@@ -118,7 +110,7 @@ def _process(policy: Policy, findings: list[Finding]) -> dict[str, str]:
     return {"run_as_user": SANDBOX_ACCOUNT, "run_as_group": SANDBOX_ACCOUNT}
 
 
-def _endpoint(endpoint: Endpoint, where: str, findings: list[Finding]) -> dict[str, Any]:
+def _endpoint(endpoint: Endpoint, where: str, findings: list[Finding], only_01: bool) -> dict[str, Any]:
     """Return one endpoint with everything written out that defaults differently there."""
     value: dict[str, Any] = {"host": endpoint.host.lower()}
     ports = list(dict.fromkeys(endpoint.all_ports))
@@ -128,9 +120,18 @@ def _endpoint(endpoint: Endpoint, where: str, findings: list[Finding]) -> dict[s
         if endpoint.path.endswith("/**") or "*" in endpoint.path.removesuffix("/**"):
             reason = "there /a/** also selects /a, and * in this field crosses /"
             findings.append(Finding(f"{where}.path", "wider", reason, "repeat the path in the rules, which bound it"))
-    value["protocol"] = "rest"
+    value["protocol"] = endpoint.protocol or "rest"
+    if endpoint.protocol == "websocket":
+        reason = (
+            "there a plain GET may pass as well, and frames inside a text message may be rewritten; here neither is so"
+        )
+        findings.append(
+            Finding(f"{where}.protocol", "wider", reason, "give the host nothing else that a GET could reach")
+        )
     value["enforcement"] = endpoint.enforcement
-    if not endpoint.protocol:
+    if endpoint.protocol in CALL_PROTOCOLS:
+        value |= spoken(endpoint, where, findings, only_01)
+    elif not endpoint.protocol:
         value["access"] = "full"
         reason = "without a protocol OpenShell relays uninspected; the file asks for inspection and every method"
         findings.append(Finding(f"{where}.protocol", "same", reason, "nothing to do"))
@@ -138,12 +139,12 @@ def _endpoint(endpoint: Endpoint, where: str, findings: list[Finding]) -> dict[s
         value["access"] = endpoint.access
     else:
         value["rules"] = [
-            {"allow": _match(rule.allow, f"{where}.rules[{i}]", findings, deny=False)}
+            {"allow": _match(rule.allow, f"{where}.rules[{i}]", findings, only_01, deny=False)}
             for i, rule in enumerate(endpoint.rules)
         ]
-    if endpoint.deny_rules:
+    if endpoint.deny_rules and endpoint.protocol not in CALL_PROTOCOLS:
         value["deny_rules"] = [
-            _match(match, f"{where}.deny_rules[{i}]", findings, deny=True)
+            _match(match, f"{where}.deny_rules[{i}]", findings, only_01, deny=True)
             for i, match in enumerate(endpoint.deny_rules)
         ]
     if endpoint.allowed_ips:
@@ -162,7 +163,7 @@ def _endpoint(endpoint: Endpoint, where: str, findings: list[Finding]) -> dict[s
     return value
 
 
-def _match(match: Match, where: str, findings: list[Finding], *, deny: bool) -> dict[str, Any]:
+def _match(match: Match, where: str, findings: list[Finding], only_01: bool, *, deny: bool) -> dict[str, Any]:
     path = "**" if match.path == "/**" else match.path
     value: dict[str, Any] = {"method": match.method.upper(), "path": path}
     segments = path.split("/")
@@ -170,7 +171,10 @@ def _match(match: Match, where: str, findings: list[Finding], *, deny: bool) -> 
         reason = "inside a path, ** is one or more segments there and zero or more here"
         effect: Effect = "wider" if deny else "narrower"
         findings.append(Finding(f"{where}.path", effect, reason, "add a rule without the segment"))
-    if any("*" in segment and segment != "**" for segment in segments) and not deny:
+    if only_01 and "*" in segments and not deny:
+        reason = "there * is also an empty segment, here one with at least a character"
+        findings.append(Finding(f"{where}.path", "wider", reason, "deny the path with the empty segment"))
+    if any("*" in segment and segment != "**" for segment in segments) and not deny and not only_01:
         reason = "the reference of 0.0.x says that * crosses /; 0.1.x and this project say that it does not"
         findings.append(Finding(f"{where}.path", "wider", reason, "run 0.1.x, or list the paths"))
     if match.query:
@@ -186,6 +190,8 @@ def _match(match: Match, where: str, findings: list[Finding], *, deny: bool) -> 
 
 
 def _writes(endpoint: Endpoint) -> bool:
+    if endpoint.protocol in CALL_PROTOCOLS:
+        return endpoint.access != "read-only"
     if endpoint.rules is not None:
         return any(rule.allow.method.upper() not in READ_METHODS for rule in endpoint.rules)
     return endpoint.access != "read-only"
@@ -221,8 +227,11 @@ def _governance(bundle: Bundle) -> list[Finding]:
                 "wider",
                 f"Git refs are not read: {what} is class {action.class_} here only",
             )
+    lost("persistence", "wider", "hooks of repositories and configuration of agents act on later sessions there")
     for name in governance.data_classes.handles:
         lost(f"data_classes.{name}", "lost", f"that {name} data is handled, and where it may go, has no field")
+    for name in governance.data_classes.never:
+        lost(f"data_classes.{name}", "lost", f"that {name} data is never handled has no field")
     for index, address in enumerate(governance.plaintext):
         lost(f"plaintext[{index}]", "wider", f"not only {address}: every endpoint may be used without TLS there")
     for credential in governance.credentials:
@@ -234,6 +243,10 @@ def _governance(bundle: Bundle) -> list[Finding]:
         lost(where, "left_out", reason, "configure inference at OpenShell's gateway; it does not check the model name")
     for name, server in governance.mcp.servers.items():
         tools = ", ".join(sorted(server.tools)) or "none"
+        if server.transport == "http":
+            reason = f"arguments and classes of its tools ({tools}) have no field: every argument passes there"
+            lost(f"mcp.{name}", "wider", reason, "keep ring 2 in front of it")
+            continue
         reason = f"tools ({tools}) and their arguments have no field for stdio servers"
         lost(f"mcp.{name}", "wider", reason, "start the server with saw mcp, which checks them")
     return found

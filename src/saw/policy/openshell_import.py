@@ -16,6 +16,7 @@ from saw.policy.checks_policy import check_absolute
 from saw.policy.errors import PolicyError, Problem
 from saw.policy.loader import GOVERNANCE_FILE, POLICY_FILE, load_members, load_policy
 from saw.policy.openshell import SANDBOX_ACCOUNT, Effect, Finding
+from saw.policy.openshell_calls import imported
 from saw.policy.openshell_matchers import allow_match, covered, deny_match, takes_over
 from saw.policy.yamltext import dump, read
 
@@ -243,8 +244,9 @@ class _Reader:
         return [endpoint, {**endpoint, "path": stem}]
 
     def _matches(self, endpoint: dict[str, Any], where: str) -> None:
+        self.findings += imported(endpoint, where)
         rules = endpoint.get("rules")
-        if isinstance(rules, list) and endpoint.get("protocol") == "rest":
+        if isinstance(rules, list) and endpoint.get("protocol") in {"rest", "websocket"}:
             kept = []
             for index, rule in enumerate(rules):
                 match = rule.get("allow") if isinstance(rule, dict) else None
@@ -255,7 +257,7 @@ class _Reader:
                     kept.append(rule if wrong is None else {**rule, "allow": wrong})
             endpoint["rules"] = kept
         denials = endpoint.get("deny_rules")
-        if isinstance(denials, list) and endpoint.get("protocol") == "rest":
+        if isinstance(denials, list) and endpoint.get("protocol") in {"rest", "websocket"}:
             for index, match in enumerate(denials):
                 if isinstance(match, dict):
                     denials[index], change = deny_match(match, self.dialect)

@@ -1,7 +1,7 @@
 """Values of tool arguments: find one that some rules accept and others refuse, or know that there is none.
 
 Texts are decided by the automata of their expressions and directories, numbers at the ends of their ranges, lists by their
-elements. Every value that is returned has been put to :func:`saw.policy.mcp.decide_tool`.
+elements. Every value that is returned has been put to :func:`saw.policy.mcp.argument_fault`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from saw.policy.governance import Argument, Blueprint, Governance, Mcp, McpServer, Tool
-from saw.policy.mcp import decide_tool
+from saw.policy.mcp import argument_fault
 from saw.policy.reach_automata import DEAD, Automaton, Budget, RegexAutomaton, TooLarge, partition, price
 from saw.policy.reach_domains import any_text
+from saw.policy.tool_rules import Argument
 
 
 class _Nothing:
@@ -25,14 +25,10 @@ NOTHING: Final = _Nothing()
 MAX_ELEMENTS = 4096
 """Longest text (characters) that is searched step by step, and longest list that is made."""
 
-_PLAIN = Blueprint(name="x", version="1.0.0", owner="x")
-
 
 def admits(rule: Argument, value: object) -> bool:
-    """Return whether ``rule`` accepts ``value``, as the decision on a tool with this one argument."""
-    server = McpServer(transport="stdio", tools={"t": Tool(class_="auto", args={"a": rule})})
-    governance = Governance(schema=1, blueprint=_PLAIN, mcp=Mcp(servers={"s": server}))
-    return decide_tool(governance, "s", "t", {"a": value}).allowed
+    """Return whether ``rule`` accepts ``value``, as the decision on a tool does."""
+    return argument_fault(value, rule) is None
 
 
 class Under:

@@ -1,10 +1,11 @@
-"""Compare budgets, and bound what they let through: declared limits, which this version refuses calls for (decision 0012)."""
+"""Compare budgets and what their calls are counted at, and bound what they let through."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from decimal import Decimal
 
-from saw.policy.governance import Budget, BudgetPeriod, Governance, InferenceRoute, Limit
+from saw.policy.governance import Budget, BudgetPeriod, Governance, InferenceRoute, Limit, Price
 from saw.policy.reach_item import Item, Region, Risk
 
 _SHARED = {"engagement": 0, "workspace": 1, "blueprint": 2}
@@ -35,7 +36,7 @@ def _words(budget: Budget) -> str:
 
 def compare_budgets(old: Governance, new: Governance) -> list[Item]:
     """Return the limits that ``new`` loosens, takes away, or exchanges in a way that may loosen them."""
-    return [*_routes(old, new), *_limits(old, new)]
+    return [*_routes(old, new), *_limits(old, new), *_counted(old, new)]
 
 
 def _item(kind: str, what: str, why: str, *, region: Region, risk: Risk, rule: str, exact: bool = True) -> Item:
@@ -103,6 +104,39 @@ def _limits(old: Governance, new: Governance) -> Iterator[Item]:
             yield _item(
                 "on_exhaust", what, f"was {was.on_exhaust}", region=region, risk="high", rule=f"{rule}.on_exhaust"
             )
+
+
+def _counted(old: Governance, new: Governance) -> Iterator[Item]:
+    """Yield where calls of a route that keeps its budget are counted at less, so that more of them fit."""
+    before = {_name(route): route for route in old.inference.routes}
+    for index, route in enumerate(new.inference.routes):
+        was = before.get(_name(route))
+        if was is None or route.budget is None or was.budget != route.budget or not (was.prices and route.prices):
+            continue
+        region = Region(host=route.alias.lower(), port=route.port, budget=route.budget)
+        at = f"inference.routes[{index}]"
+        if [price.models for price in route.prices] != [price.models for price in was.prices]:
+            what, why = f"{_name(route)}: other prices", "which price a model has, has changed"
+            yield _item("price", what, why, region=region, risk="medium", rule=f"{at}.prices", exact=False)
+        else:
+            for place, (now, then) in enumerate(zip(route.prices, was.prices, strict=True)):
+                if any(new_rate < old_rate for new_rate, old_rate in zip(_rates(now), _rates(then), strict=True)):
+                    what = f"{_name(route)}: {', '.join(now.models)} at {now.input} in and {now.output} out"
+                    why = f"was counted at {then.input} and {then.output}"
+                    yield _item("price", what, why, region=region, risk="medium", rule=f"{at}.prices[{place}]")
+        for field in ("max_input_tokens", "max_output_tokens"):
+            now_most, then_most = getattr(route, field), getattr(was, field)
+            if now_most is not None and (then_most is None or now_most < then_most):
+                what, why = f"{_name(route)}: {field} {now_most}", f"was {then_most}"
+                yield _item("bound", what, why, region=region, risk="medium", rule=f"{at}.{field}", exact=False)
+
+
+def _rates(price: Price) -> tuple[Decimal, ...]:
+    """Return what a million tokens are counted at: input, output, read from and written to the service's cache."""
+    entry = Decimal(price.input)
+    read = entry if price.cache_read is None else Decimal(price.cache_read)
+    write = 2 * entry if price.cache_write is None else Decimal(price.cache_write)
+    return entry, Decimal(price.output), read, write
 
 
 def budget_fault(governance: Governance, route: InferenceRoute, limit: Limit, period: BudgetPeriod) -> str | None:

@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 import msgspec
 
+from saw.policy.actions import reads, units
 from saw.policy.casefile import Call
-from saw.policy.model import READ_METHODS, AnyOf, Decision, Match, Request
+from saw.policy.mcp_http import CALL_TOOL
+from saw.policy.model import CALL_PROTOCOLS, AnyOf, Decision, Match, Request
 from saw.policy.reach_automata import Budget, TooLarge
+from saw.policy.reach_bodies import call_words
 from saw.policy.reach_item import RISKS, Item, Region, Risk, Witness
 from saw.policy.reach_side import REFUSED, REVIEW, STAGED, Outcome, Side
 from saw.policy.reach_space import OTHER, STANDARD, Cell, Key, Space
@@ -39,6 +42,8 @@ _WHY_LOST = {
     "upstream": "goes to another model service now",
     "addresses": "is no longer dialled at private addresses",
 }
+
+_SCHEMES = {"https": "wss", "http": "ws"}
 
 
 def gains(old: Outcome, new: Outcome) -> str | None:
@@ -81,7 +86,7 @@ class _Group:
         if cell.push is not None:
             self.operations.add(cell.push.operation)
         request = cell.request
-        rank = (len(request.ancestors), len(request.path), 0 if request.method in READ_METHODS else 1)
+        rank = (len(request.ancestors), len(request.path), 0 if request.reads else 1)
         if self.best is None or rank < self.best[0]:
             self.best = (rank, cell, before, after)
 
@@ -147,9 +152,11 @@ class CallComparison:
             ]
             credentials = [(glob, side.secret(c.id)) for glob, c in side.credentials(host, port)]
             route = side.routes.get((host, port))
-            service = route and (route.models, route.upstream, side.secret(route.credential), route.budget is None)
+            service = route and (route.models, route.upstream, side.secret(route.credential), side.passing(route))
             actions = [action for _, action in side.actions(host, port)]
-            return candidates, credentials, service, actions, (host, port) in side.plain, side.addresses(host, port)
+            tools = {path: server.tools for path, server in side.servers(host, port).items()}
+            plain = (host, port) in side.plain
+            return candidates, credentials, service, actions, plain, side.addresses(host, port), tools
 
         return all_of(self.old) == all_of(self.new)
 
@@ -161,11 +168,11 @@ class CallComparison:
         if kind is not None:
             self._cells.add(cell.key)
             risk = self._risk(kind, cell, new, after)
-            key = (kind, risk, *_rule_of(self.new, cell, after))
+            key = (kind, risk, *_rule_of(self.new, cell, after), cell.argument)
             self._gained.setdefault(key, _Group()).add(cell, before, after)
         kind = gains(new, old) or ("addresses" if both and narrower else None)
         if kind is not None:
-            key = (kind, None, *_rule_of(self.old, cell, before))
+            key = (kind, None, *_rule_of(self.old, cell, before), cell.argument)
             self._lost.setdefault(key, _Group()).add(cell, before, after)
 
     def _risk(self, kind: str, cell: Cell, new: Outcome, after: Decision) -> Risk:
@@ -182,7 +189,9 @@ class CallComparison:
         if not known:
             return "critical" if new.secret is not None else "high"
         fetch = after.action_class == "auto" and request.path.endswith("/git-upload-pack")
-        read = request.method in READ_METHODS or fetch
+        read = request.reads or fetch
+        if after.protocol:
+            read = all(reads(after.protocol, unit) for unit in units(after.protocol, after.operations))
         return "medium" if read and request.scheme == "https" and "audit" not in after.rule else "high"
 
     def _give_up(self, prefix: Key, host: str, port: int, path: str) -> None:
@@ -249,7 +258,11 @@ def _item(group: _Group, key: tuple[object, ...], side: Side, *, lost: bool) -> 
     else:
         region = _region(group, side, cell, (str(policy), str(rule), str(label)))
         region = msgspec.structs.replace(
-            region, action_class=decision.action_class, credential=decision.credential or ""
+            region,
+            action_class=decision.action_class,
+            credential=decision.credential or "",
+            tool=_tool(decision) if cell.argument else "",
+            argument=cell.argument,
         )
         rules = (f"network_policies.{policy}.{rule}", str(label))
     found: Risk | None = next((known for known in RISKS if known == risk), None)
@@ -258,14 +271,23 @@ def _item(group: _Group, key: tuple[object, ...], side: Side, *, lost: bool) -> 
     return Item("call", str(kind), _what(region), why, region, found, tuple(filter(None, rules)), True, witness)
 
 
+def _tool(decision: Decision) -> str:
+    """Return the tool that the one message of a representative calls."""
+    return next((asked.name for asked in decision.operations if asked.kind == CALL_TOOL), "")
+
+
 def _region(group: _Group, side: Side, cell: Cell, names: tuple[str, str, str]) -> Region:
     policy, rule, label = names
     network = side.policy.network_policies[policy]
     index = int(rule.partition("[")[2].partition("]")[0])
     endpoint = network.endpoints[index]
     match = Match(path=endpoint.path or "/**")
+    calls: tuple[str, ...] = ()
     if ".rules[" in rule and endpoint.rules is not None:
         match = endpoint.rules[int(rule.rpartition("[")[2].rstrip("]"))].allow
+    if endpoint.protocol in CALL_PROTOCOLS:
+        calls = call_words(endpoint, match if ".rules[" in rule else None, rule.partition("].")[2])
+        match = Match(path=endpoint.path or "/**")
     action = side.action_of(label)
     git = action.match.git if action is not None else None
     pushes = cell.push is not None
@@ -279,6 +301,7 @@ def _region(group: _Group, side: Side, cell: Cell, names: tuple[str, str, str]) 
         binaries=tuple(binary.path for binary in network.binaries),
         refs=((git.ref if git else "**"),) if pushes else (),
         operations=tuple(sorted(group.operations)) if pushes else (),
+        calls=calls,
     )
 
 
@@ -298,6 +321,10 @@ def _what(region: Region) -> str:
     text = f"{', '.join(region.methods)} {region.scheme}://{region.host}:{region.port}{region.path}"
     if region.query:
         text += f"?{'&'.join(region.query)}"
+    if region.calls:
+        text += f" asking for {', '.join(region.calls)}"
+    if region.argument:
+        text += f", tool {region.tool} with other values of {region.argument}"
     if region.models:
         text += f" models {', '.join(region.models)} at {region.upstream}"
     if region.refs:
@@ -311,10 +338,12 @@ def as_call(cell: Cell) -> Call:
     """Return the representative of ``cell`` in the form of ``tests.yaml``."""
     request = cell.request
     return Call(
-        url=f"{request.scheme}://{request.host}:{request.port}{request.path}",
+        url=f"{_SCHEMES[request.scheme] if request.upgrade else request.scheme}://{request.host}:{request.port}{request.path}",
         method=request.method,
+        message=request.message,
         binary=request.binary,
         ancestors=request.ancestors,
+        headers=dict(request.headers),
         body=request.body.decode() if request.body is not None and cell.push is None else None,
         push=(cell.push,) if cell.push is not None else (),
     )

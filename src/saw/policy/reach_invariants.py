@@ -14,9 +14,10 @@ from saw.policy.checks_governance import GOVERNANCE_CHECKS
 from saw.policy.checks_policy import check_absolute, check_path_glob, port_is_valid
 from saw.policy.decode import Checks, Decoder, Report, StructureReport
 from saw.policy.errors import PolicyError, Problem
-from saw.policy.governance import Argument, Limit
+from saw.policy.governance import Limit
 from saw.policy.model import Part, says
 from saw.policy.partial import Unknown
+from saw.policy.tool_rules import Argument
 from saw.policy.yamltree import parse
 
 Kind = Literal[

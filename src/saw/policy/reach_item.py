@@ -27,6 +27,7 @@ class Region(msgspec.Struct, frozen=True, omit_defaults=True):
     binaries: tuple[str, ...] = ()
     refs: tuple[str, ...] = ()
     operations: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     upstream: str = ""
     action_class: str = ""
@@ -54,9 +55,10 @@ class Witness(msgspec.Struct, frozen=True, omit_defaults=True):
         """Return the example in one line."""
         if self.call is not None:
             refs = "".join(f" {push.operation} {push.ref}" for push in self.call.push)
-            model = f" {self.call.body}" if self.call.body and not self.call.push else ""
+            model = f" {self.call.body.strip()}" if self.call.body and not self.call.push else ""
             parents = f" started by {', '.join(self.call.ancestors)}" if self.call.ancestors else ""
-            return f"{self.call.method} {self.call.url}{refs}{model} by {self.call.binary}{parents}"
+            message = f" and a {self.call.message} message there" if self.call.message else ""
+            return f"{self.call.method} {self.call.url}{message}{refs}{model} by {self.call.binary}{parents}"
         if self.tool:
             return f"{self.server}.{self.tool} {self.arguments}"
         return self.file

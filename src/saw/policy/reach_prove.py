@@ -6,6 +6,7 @@ that "holds" speaks of all calls there are. What cannot be told in bounds is ``u
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Literal, NamedTuple
@@ -13,28 +14,30 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from saw.policy import globs
-from saw.policy.actions import UPLOAD_PACK, git_service
+from saw.policy.actions import UPLOAD_PACK, git_service, reads, units
 from saw.policy.addresses import _PRIVATE_4, _PRIVATE_6, blocked_networks, classify
 from saw.policy.data_classes import data_fault
-from saw.policy.governance import Tool
 from saw.policy.loader import Bundle
 from saw.policy.mcp import decide_tool
-from saw.policy.model import READ_METHODS, Decision
+from saw.policy.mcp_http import CALL_TOOL
+from saw.policy.model import Decision
 from saw.policy.reach_arguments import NOTHING, find
 from saw.policy.reach_automata import Budget, TooLarge
 from saw.policy.reach_budgets import budget_fault
 from saw.policy.reach_calls import as_call, verdict
+from saw.policy.reach_calls_arguments import sample
 from saw.policy.reach_diff import diff_bundles
 from saw.policy.reach_invariants import Invariant, Invariants, split_address
 from saw.policy.reach_item import Witness
 from saw.policy.reach_settings import Access, directories, inside, permits
 from saw.policy.reach_side import AUTO, REFUSED, REVIEW, STAGED, Addresses, Side
 from saw.policy.reach_space import Cell, Extra, Space
-from saw.policy.reach_tools import arguments_text, level, sample
+from saw.policy.reach_tools import arguments_text, level
+from saw.policy.tool_rules import Tool
 
 Verdict = Literal["holds", "broken", "unproven"]
 CALL_KINDS = frozenset(
-    {"never_reach", "no_write_without_review", "credential_only_to", "push_never", "push_needs_review"}
+    {"never_reach", "no_write_without_review", "credential_only_to", "push_never", "push_needs_review", "tool_never"}
 )
 
 
@@ -80,7 +83,10 @@ def _on_host(invariant: Invariant, host: str, port: int) -> bool:
 
 def _is_write(case: _Case) -> bool:
     request = case.cell.request
-    if request.method in READ_METHODS or case.cell.key[7] == "probe":
+    protocol = case.decision.protocol
+    if protocol:
+        return not all(reads(protocol, unit) for unit in units(protocol, case.decision.operations))
+    if request.reads or case.cell.key[7] == "probe":
         return False
     if git_service(request.method, case.path) != UPLOAD_PACK:
         return True
@@ -150,6 +156,8 @@ def _breaks(invariant: Invariant, case: _Case) -> str | None:
         return "a write passes without review" if case.level >= least and _is_write(case) else None
     if invariant.kind == "credential_only_to":
         return _strays(invariant, case)
+    if invariant.kind == "tool_never":
+        return _tool_called(invariant, case)
     push = case.cell.push
     if push is None or (invariant.operations and push.operation not in invariant.operations):
         return None
@@ -159,6 +167,42 @@ def _breaks(invariant: Invariant, case: _Case) -> str | None:
         return f"{push.operation} of {push.ref} passes without review" if case.level >= STAGED else None
     how = "can be asked of a reviewer" if case.level == REVIEW else "passes"
     return f"{push.operation} of {push.ref} {how}"
+
+
+def _tool_called(invariant: Invariant, case: _Case) -> str | None:
+    """Return which forbidden tool of an MCP server over HTTP is called.
+
+    Where no server of ``governance.yaml`` says what its arguments may be, they may be the forbidden ones. Raises
+    :class:`TooLarge` where it cannot be told which arguments pass.
+    """
+    request = case.cell.request
+    if case.decision.protocol != "mcp":
+        return None
+    server = case.side.matcher.mcp_server(request.host, request.port, case.path)
+    named = globs.flat_glob(invariant.server)
+    if not named.fullmatch(request.host) and (server is None or not named.fullmatch(server.name)):
+        return None
+    called = (asked.name for asked in case.decision.operations if asked.kind == CALL_TOOL)
+    tool = next((name for name in called if globs.flat_glob(invariant.tool).fullmatch(name)), None)
+    if tool is None:
+        return None
+    detail = f"{tool} of {request.host} can be called"
+    if server is None or not invariant.args:
+        return detail
+    arguments = _tool_arguments(server.rules.tools[tool], invariant, Budget(1_000_000))
+    return None if arguments is None else f"{detail} with {arguments_text(arguments)}"
+
+
+def _example(invariant: Invariant, case: _Case) -> Cell:
+    """Return the call that breaks ``invariant``: that of ``case``, with the forbidden arguments where there are such."""
+    request = case.cell.request
+    server = case.side.matcher.mcp_server(request.host, request.port, case.path)
+    if invariant.kind != "tool_never" or not invariant.args or server is None or request.body is None:
+        return case.cell
+    body = json.loads(request.body)
+    rule = server.rules.tools[body["params"]["name"]]
+    body["params"]["arguments"] = _tool_arguments(rule, invariant, Budget(1_000_000))
+    return case.cell._replace(request=msgspec.structs.replace(request, body=json.dumps(body).encode()))
 
 
 def _strays(invariant: Invariant, case: _Case) -> str | None:
@@ -191,6 +235,7 @@ class _Calls:
             hosts=tuple(sorted({split_address(host)[0] for i in invariants for host in i.hosts})),
             paths=tuple(sorted({path for i in invariants for path in i.paths})),
             refs=tuple(sorted({ref for i in invariants for ref in i.refs})),
+            tools=tuple(sorted({i.tool for i in invariants if i.tool})),
         )
         self.space = Space((self.side,), Budget(), extra)
 
@@ -222,7 +267,7 @@ class _Calls:
         for invariant in asked:
             detail = _breaks(invariant, case)
             if detail is not None:
-                example = Witness(call=as_call(case.cell), new=verdict(case.decision))
+                example = Witness(call=as_call(_example(invariant, case)), new=verdict(case.decision))
                 where = f"{case.decision.policy}.{case.decision.rule}"
                 rules = tuple(filter(None, (where, self._action(case))))
                 del self.open[invariant.id]
@@ -260,7 +305,7 @@ def _disk(bundle: Bundle, invariant: Invariant) -> Finding:
 
 def _tool_arguments(tool: Tool, invariant: Invariant, budget: Budget) -> dict[str, object] | None:
     """Return arguments that ``tool`` accepts and that are what the invariant forbids, or ``None``."""
-    arguments = sample(tool, budget)
+    arguments = sample((tool,), budget)
     for name, forbidden in sorted(invariant.args.items()):
         rule = tool.args.get(name)
         value = NOTHING if rule is None or arguments is None else find((rule, forbidden), (), budget)
@@ -273,7 +318,7 @@ def _tool_arguments(tool: Tool, invariant: Invariant, budget: Budget) -> dict[st
 def _tools(bundle: Bundle, invariant: Invariant) -> Finding:
     budget = Budget(1_000_000)
     for server, rules in sorted(bundle.governance.mcp.servers.items()):
-        if not globs.flat_glob(invariant.server).fullmatch(server):
+        if rules.transport != "stdio" or not globs.flat_glob(invariant.server).fullmatch(server):
             continue
         for name, tool in sorted(rules.tools.items()):
             if not globs.flat_glob(invariant.tool).fullmatch(name) or level(tool) == REFUSED:
@@ -336,13 +381,13 @@ def prove(bundle: Bundle, invariants: Invariants, parents: Mapping[str, Bundle] 
     calls = _Calls(bundle, [i for i in invariants.invariants if i.kind in CALL_KINDS]).run()
     findings: list[Finding] = []
     for invariant in invariants.invariants:
-        if invariant.kind in CALL_KINDS:
+        if invariant.kind == "tool_never":
+            findings.append(calls.get(invariant.id) or _tools(bundle, invariant))
+        elif invariant.kind in CALL_KINDS:
             holds = _finding(invariant, "holds", "no call that the bundle allows breaks it")
             findings.append(calls.get(invariant.id, holds))
         elif invariant.kind in {"never_read", "never_write"}:
             findings.append(_disk(bundle, invariant))
-        elif invariant.kind == "tool_never":
-            findings.append(_tools(bundle, invariant))
         elif invariant.kind == "inference_within_budget":
             findings.append(_budgets(bundle, invariant))
         elif invariant.kind == "data_only_to":

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
 
 from saw.policy import governance as words
-from saw.policy import model
+from saw.policy import model, persistence, tool_rules
 from saw.policy.governance import Governance, duration
 from saw.policy.model import Policy
+from saw.policy.persistence import Persistence
 from saw.policy.reach_item import Item, Region, Risk, Witness
 
 Access = Literal["read", "write"]
@@ -23,35 +25,46 @@ _KNOWN: dict[type, frozenset[str]] = {
         model.Landlock: "compatibility",
         model.Process: "run_as_user run_as_group",
         model.AnyOf: "any",
-        model.Match: "method path query",
+        model.Match: "method path query operation_type operation_name fields tool params",
+        model.Params: "name",
+        model.PersistedQuery: "operation_type operation_name fields",
+        model.McpOptions: "max_body_bytes strict_tool_names allow_all_known_mcp_methods versions",
+        model.JsonRpcOptions: "max_body_bytes",
         model.AllowRule: "allow",
         model.Endpoint: (
             "host port ports path protocol tls enforcement access rules deny_rules allowed_ips allow_encoded_slash "
-            "websocket_credential_rewrite request_body_credential_rewrite allow_uninspected_credentials"
+            "websocket_credential_rewrite request_body_credential_rewrite allow_uninspected_credentials "
+            "graphql_max_body_bytes persisted_queries graphql_persisted_queries mcp json_rpc"
         ),
         model.Binary: "path harness",
         model.NetworkRule: "endpoints binaries name",
         words.Governance: (
-            "schema blueprint lease landlock allow_audit plaintext credentials inference actions mcp budgets data_classes"
+            "schema blueprint lease landlock allow_audit plaintext credentials inference actions mcp budgets data_classes "
+            "persistence"
         ),
         words.Blueprint: "name version owner incident_contact review_days",
         words.DataClasses: "handles never only_to",
+        persistence.Persistence: "files writable git_hooks git_settings",
         words.Lease: "ttl offline_ttl",
         words.LandlockFloor: "minimum_abi allow_best_effort",
         words.Credential: "id ref inject hosts paths",
         words.Inject: "header format",
         words.Inference: "routes",
-        words.InferenceRoute: "alias models upstream credential port budget",
+        words.InferenceRoute: "alias models upstream credential port budget prices max_input_tokens max_output_tokens",
+        words.Price: "models input output cache_read cache_write",
         words.Budget: "id scope period limit on_exhaust",
         words.Limit: "currency amount",
         words.Action: "match class reviewers expires",
-        words.ActionMatch: "host port method path git",
+        words.ActionMatch: "host port method path git graphql mcp json_rpc",
+        words.GraphqlMatch: "operation_type fields",
+        words.McpMatch: "method tool",
+        words.JsonRpcMatch: "method",
         words.GitMatch: "service ref operation",
         words.Reviewers: "group quorum",
-        words.Mcp: "servers",
-        words.McpServer: "transport command tools",
-        words.Tool: "class args",
-        words.Argument: "type required under regex enum min max max_length items",
+        tool_rules.Mcp: "servers",
+        tool_rules.McpServer: "transport command url tools",
+        tool_rules.Tool: "class args definition",
+        tool_rules.Argument: "type required under regex enum min max max_length items",
     }.items()
 }
 """Every field whose meaning for reach is known; a field beyond these counts as wider whenever it changes."""
@@ -133,6 +146,27 @@ def _knobs(old: tuple[Policy, Governance], new: tuple[Policy, Governance]) -> It
         yield "allow_audit", "false", "true", "low"
     if rules_2.landlock.allow_best_effort and not rules.landlock.allow_best_effort:
         yield "landlock.allow_best_effort", "false", "true", "low"
+    yield from _kept(rules.persistence, rules_2.persistence)
+
+
+def _kept(old: Persistence, new: Persistence) -> Iterator[tuple[str, str, str, Risk]]:
+    """Yield what of a session may act on a later one and could not before, and every text that is laid down anew."""
+    held = {name for name, _ in old.places()} - {name for name, _ in new.places()}
+    for name in sorted(held):
+        yield f"persistence.writable[{name}]", "read-only", "the agent's, for later sessions", "high"
+    for name, text in sorted(new.files.items()):
+        if old.files.get(name) != text:
+            yield f"persistence.files[{name}]", _text(old.files.get(name)), _text(text), "medium"
+    for name in sorted({*new.git_settings} - {*old.git_settings}):
+        yield f"persistence.git_settings[{name}]", "held", "each repository's own", "high"
+    if new.git_hooks and new.git_hooks != old.git_hooks:
+        yield "persistence.git_hooks", old.git_hooks or "no hooks", new.git_hooks, "medium"
+
+
+def _text(content: str | None) -> str:
+    if content is None:
+        return "not in the bundle"
+    return f"{len(content.encode())} bytes, SHA-256 {hashlib.sha256(content.encode()).hexdigest()}"
 
 
 def _abi(version: int) -> str:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import msgspec
 
 from saw.policy import globs
 from saw.policy.actions import ActionTable
 from saw.policy.checks_governance import parse_address
 from saw.policy.governance import Action, Credential, Governance, InferenceRoute
+from saw.policy.inference import passing
 from saw.policy.loader import Bundle
 from saw.policy.matcher import Matcher
 from saw.policy.model import Decision, Endpoint, Match, Policy, Request
+from saw.policy.tool_rules import McpServer, Tool
 
 LEVELS = ("refused", "review", "staged", "auto")
 """What a decision amounts to, from least to most."""
@@ -66,6 +71,9 @@ class Outcome(NamedTuple):
     review: tuple[str, int, str] | None
 
 
+_ELSEWHERE: dict[str, Any] = {"port": None, "ports": (), "rules": None, "deny_rules": None, "allowed_ips": ()}
+"""What of an endpoint is compared apart from it, or does not bear on one call."""
+
 NOTHING = Outcome(REFUSED, None, "", None)
 
 
@@ -76,19 +84,20 @@ class PathView(NamedTuple):
     actions: tuple[tuple[int, Action], ...]
     secret: Secret | None
     route: InferenceRoute | None
+    passing: object
+    tools: Mapping[str, Tool] | None = None
 
     def same_as(self, other: PathView) -> bool:
         """Return whether both decide alike whatever else is asked; labels do not matter."""
 
         def essence(view: PathView) -> object:
             endpoints = [
-                (e.host, e.path, e.protocol, e.enforcement, e.access, allow, deny, placed.binaries)
+                (msgspec.structs.replace(placed.endpoint, **_ELSEWHERE), allow, deny, placed.binaries)
                 for placed, allow, deny in view.endpoints
-                for e in (placed.endpoint,)
             ]
             actions = [(a.match, a.class_, a.reviewers, a.expires) for _, a in view.actions]
-            service = view.route and (view.route.models, view.route.upstream, view.route.budget is None)
-            return endpoints, actions, view.secret, service
+            service = view.route and (view.route.models, view.route.upstream, view.passing)
+            return endpoints, actions, view.secret, service, view.tools
 
         return essence(self) == essence(other)
 
@@ -115,6 +124,10 @@ class Side:
                         self.globbed.setdefault(port, []).append(placed)
         self.plain = frozenset(parse_address(address) for address in self.governance.plaintext)
         self.routes = {(route.alias.lower(), route.port): route for route in self.governance.inference.routes}
+        self._servers: dict[tuple[str, int], dict[str, McpServer]] = {}
+        for server in self.governance.mcp.servers.values():
+            if (at := server.address) is not None:
+                self._servers.setdefault((at.host, at.port), {})[at.path] = server
         self._credentials: dict[tuple[str, int], list[tuple[str, Credential]]] = {}
         for credential in self.governance.credentials:
             for address in credential.hosts:
@@ -127,7 +140,8 @@ class Side:
 
     def hosts(self, port: int) -> tuple[set[str], set[str]]:
         """Return the exact names and the globs by which this side tells hosts apart on ``port``."""
-        names = {host for host, at in (*self.exact, *self.routes, *self._credentials, *self.plain) if at == port}
+        named = (*self.exact, *self.routes, *self._credentials, *self.plain, *self._servers)
+        names = {host for host, at in named if at == port}
         patterns = {placed.endpoint.host.lower() for placed in self.globbed.get(port, ())}
         for action in self.governance.actions:
             if action.match.port in {None, port}:
@@ -151,6 +165,10 @@ class Side:
     def credentials(self, host: str, port: int) -> tuple[tuple[str, Credential], ...]:
         """Return path globs and credentials that apply at ``host``, in order."""
         return tuple(self._credentials.get((host, port), ()))
+
+    def servers(self, host: str, port: int) -> Mapping[str, McpServer]:
+        """Return the MCP servers over HTTP at this address, by path."""
+        return self._servers.get((host, port), {})
 
     def reaches(self, host: str, port: int) -> bool:
         """Return whether a rule or route names ``host``."""
@@ -196,7 +214,15 @@ class Side:
             (self.secret(c.id) for glob, c in self.credentials(host, port) if globs.path_glob(glob).match(path)), None
         )
         route = self.routes.get((host, port))
-        return PathView(tuple(endpoints), actions, self.secret(route.credential) if route else secret, route)
+        paid = self.passing(route) if route else None
+        server = self.servers(host, port).get(path)
+        tools = None if server is None else server.tools
+        shown = self.secret(route.credential) if route else secret
+        return PathView(tuple(endpoints), actions, shown, route, paid, tools)
+
+    def passing(self, route: InferenceRoute) -> object:
+        """Return what of the budget and prices of ``route`` bears on which calls pass."""
+        return passing(route, self.governance.paying(route))
 
     def decide(self, request: Request) -> tuple[Decision, Outcome]:
         """Return the matcher's decision and what it amounts to."""
@@ -219,4 +245,4 @@ class Side:
 
     def action_label(self, request: Request, path: str) -> str:
         """Return which action rule classes an allowed call to the canonical ``path``."""
-        return self.table.classify(request, request.host.lower(), path, fetch_is_read=True).rule
+        return self.matcher.action_rule(request, path)

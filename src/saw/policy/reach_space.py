@@ -19,9 +19,11 @@ from saw.policy.errors import NotCanonical
 from saw.policy.gitproto import PushUnreadable, push_updates
 from saw.policy.inference import _GET, _POST, Unreadable, requested_model
 from saw.policy.matcher import parse_query
-from saw.policy.model import AnyOf, Match, Request
+from saw.policy.model import CALL_PROTOCOLS, AnyOf, Match, Request
 from saw.policy.paths import canonicalise_path
 from saw.policy.reach_automata import Budget, Glob, Table, TextClass, TooLarge, partition
+from saw.policy.reach_bodies import BodyClasses, Shape, Texts
+from saw.policy.reach_calls_arguments import ArgumentClasses
 from saw.policy.reach_domains import (
     LONGEST_REF,
     absolute_path,
@@ -32,6 +34,7 @@ from saw.policy.reach_domains import (
     query_value,
 )
 from saw.policy.reach_side import PathView, Side
+from saw.policy.websocket import MESSAGES, OPEN, PROTOCOL, STREAM_METHODS
 
 STANDARD = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
 OTHER = "OTHER"
@@ -52,15 +55,20 @@ class Extra(NamedTuple):
     hosts: tuple[str, ...] = ()
     paths: tuple[str, ...] = ()
     refs: tuple[str, ...] = ()
+    tools: tuple[str, ...] = ()
 
 
 class Cell(NamedTuple):
-    """One cell: its key, a request that stands for it, and the ref and operation or the model that its body names."""
+    """One cell: its key, a request that stands for it, and the ref and operation or the model that its body names.
+
+    ``argument`` is that of a tool in which its rules differ on the two sides, for cells that stand for such a difference.
+    """
 
     key: Key
     request: Request
     push: Push | None = None
     model: str = ""
+    argument: str = ""
 
 
 class Patterns:
@@ -118,6 +126,7 @@ def _ref_fits(glob: str, ref: str) -> bool:
 # What the matcher looks at besides the written globs; the mark * keeps them among the globs.
 _GIT = ("ends:*/git-receive-pack", "ends:*/git-upload-pack")
 _SLASH = "with:*%2F"
+_MESSAGE = {method: message for message, method in MESSAGES.items()}
 
 
 class Space:
@@ -173,6 +182,7 @@ class Space:
                 found |= {endpoint.path} if endpoint.path else set()
                 found |= {rule.allow.path for rule in endpoint.rules or ()}
                 found |= {match.path for match in endpoint.deny_rules or ()}
+            found |= set(side.servers(host, port))
             found |= {action.match.path for _, action in side.actions(host, port)}
             found |= {glob for glob, _ in side.credentials(host, port)}
             if (host, port) in side.routes:
@@ -215,24 +225,30 @@ class Space:
         schemes = [scheme for scheme in ("https", "http") if (scheme == "http") in plain]
         chains = sorted(local.chains().items())
         queries = local.queries()
-        for method in local.methods():
-            name = local.unnamed() if method == OTHER else method
+        for method in (*local.methods(), *local.streams()):
+            name = local.unnamed() if method == OTHER else "GET" if method in STREAM_METHODS else method
+            upgrade, message = ("websocket", _MESSAGE[method]) if method in STREAM_METHODS else ("", "")
             bodies = local.bodies(method)
             for scheme, (bits, chain), (state, query) in itertools.product(schemes, chains, queries):
-                for key, body, complete, push, model in bodies:
+                for shape in bodies:
                     self.budget.spend(8)
+                    asked = "&".join(filter(None, (query, shape.query)))
                     request = Request(
                         scheme=scheme,
                         host=host,
                         port=port,
                         method=name,
-                        path=f"{path}?{query}" if query else path,
+                        path=f"{path}?{asked}" if asked else path,
                         binary=chain[0],
                         ancestors=chain[1:],
-                        body=body,
-                        body_complete=complete,
+                        headers=shape.headers,
+                        body=shape.body,
+                        body_complete=shape.complete,
+                        upgrade=upgrade,
+                        message=message,
                     )
-                    yield Cell((*prefix, scheme, method, bits, state, key), request, push, model)
+                    key = (*prefix, scheme, method, bits, state, shape.key)
+                    yield Cell(key, request, shape.push, shape.model, shape.argument)
 
     def locate(self, request: Request) -> list[Key]:
         """Return the cells of ``request``, one for each ref of a push; none when every matcher refuses its form."""
@@ -247,10 +263,16 @@ class Space:
         local = _Local(self, host, request.port, path)
         scheme = "https" if request.scheme == "https" else "http"
         method = request.method.upper()
-        method = method if method in local.methods() else OTHER
+        if request.upgrade:
+            method = MESSAGES.get(request.message, OPEN)
+        elif method not in local.methods():
+            method = OTHER
         binaries = (request.binary, *request.ancestors) if request.binary else request.ancestors
         state = local.query_state(query)
-        return [(*prefix, scheme, method, local.bits(binaries), state, key) for key in local.body_keys(request, method)]
+        return [
+            (*prefix, scheme, method, local.bits(binaries), state, key)
+            for key in local.body_keys(request, method, query)
+        ]
 
 
 class _Local:
@@ -264,12 +286,22 @@ class _Local:
         self.lists = sorted({placed.binaries for view in self.views for placed, _, _ in view.endpoints})
         found = {binary for binaries in self.lists for binary in binaries}
         self.binaries = Patterns(sorted(found), Glob.path, _path_fits, absolute_path())
+        endpoints = [placed.endpoint for view in self.views for placed, _, _ in view.endpoints]
+        actions = [action for view in self.views for _, action in view.actions]
+        tables = [view.tools for view in self.views if view.tools is not None]
+        arguments = ArgumentClasses(tables, space.budget)
+        self.spoken = BodyClasses(endpoints, actions, self._texts, space.extra.tools, arguments)
+
+    def _texts(self, texts: Texts) -> tuple[TextClass, ...]:
+        return self.space.classes(texts.kind, Patterns(texts.found, Glob.flat, _flat_fits, texts.domain))
 
     def _matches(self) -> Iterator[Match]:
+        """Yield the rules that are about method, path and query."""
         for view in self.views:
-            for _, allow, deny in view.endpoints:
-                yield from allow or ()
-                yield from deny
+            for placed, allow, deny in view.endpoints:
+                if placed.endpoint.protocol not in CALL_PROTOCOLS:
+                    yield from allow or ()
+                    yield from deny
 
     # -- methods
 
@@ -277,7 +309,13 @@ class _Local:
         """Return the methods that some rule may name, and :data:`OTHER` for the rest."""
         named = {match.method.upper() for match in self._matches()} - {"*"}
         named |= {method for view in self.views for _, action in view.actions for method in action.match.method}
-        return (*STANDARD, *sorted(named - set(STANDARD)), OTHER)
+        return (*STANDARD, *sorted(named - set(STANDARD) - STREAM_METHODS), OTHER)
+
+    def streams(self) -> tuple[str, ...]:
+        """Return what may be asked about WebSockets here: nothing where no endpoint is about them."""
+        placed = (placed for view in self.views for placed, _, _ in view.endpoints)
+        found = any(one.endpoint.protocol == PROTOCOL for one in placed)
+        return tuple(MESSAGES.values()) if found else ()
 
     def unnamed(self) -> str:
         """Return a method that no rule names."""
@@ -380,30 +418,35 @@ class _Local:
         return Patterns(sorted(found), Glob.path, _ref_fits, git_ref())
 
     def _models(self) -> Patterns:
-        found = [glob for view in self.views if view.route is not None for glob in view.route.models]
+        routes = [view.route for view in self.views if view.route is not None]
+        found = [glob for route in routes for glob in route.models]
+        found += [glob for route in routes for price in route.prices for glob in price.models]
         return Patterns(found, Glob.flat, _flat_fits, any_text())
 
-    def bodies(self, method: str) -> list[tuple[object, bytes | None, bool, Push | None, str]]:
-        """Return key, body, whether it is complete, and ref or model, of every body that some rule tells apart."""
+    def bodies(self, method: str) -> list[Shape]:
+        """Return a body for each class that some rule tells apart: refs of a push, models, or what a body asks for."""
         if self.route and method == "POST" and self.path in _POST:
             models = self._models()
             return [
-                (class_key(c), json.dumps({"model": c.text}).encode(), True, None, c.text)
+                Shape(class_key(c), json.dumps({"model": c.text}).encode(), model=c.text)
                 for c in self.space.classes("model", models)
             ]
+        result = self.spoken.shapes(method)
+        if self._constraints() and any(shape.query for shape in result):
+            raise TooLarge
         if git_service(method, self.path) != RECEIVE_PACK:
-            return [(None, None, True, None, "")]
+            return result
         refs = self._refs()
-        result: list[tuple[object, bytes | None, bool, Push | None, str]] = [("probe", b"0000", True, None, "")]
+        result.append(Shape("probe", b"0000"))
         for found in self.space.classes("ref", refs):
             if len(found.text) > LONGEST_REF:
                 continue
             for operation in OPERATIONS:
                 push = Push(found.text[1:], operation)
-                result.append(((class_key(found), operation), push_body((push,)), False, push, ""))
-        return result
+                result.append(Shape((class_key(found), operation), push_body((push,)), False, push))
+        return result if self.spoken.protocols else result[1:]
 
-    def body_keys(self, request: Request, method: str) -> list[object]:
+    def body_keys(self, request: Request, method: str, query: str) -> list[object]:
         """Return the keys of a request's body, as :meth:`bodies` gives them; none for one that is never allowed."""
         encoding = request.headers.get("content-encoding", "")
         if self.route and method == "POST" and self.path in _POST:
@@ -413,11 +456,11 @@ class _Local:
                 return []
             return [self._models().key(model)]
         if git_service(method, self.path) != RECEIVE_PACK:
-            return [None]
+            return self.spoken.keys(request, method, query)
         try:
             updates = push_updates(request.body, complete=request.body_complete, encoding=encoding)
         except PushUnreadable:
-            return []
+            return self.spoken.keys(request, method, query) if self.spoken.protocols else []
         refs = self._refs()
         return [(refs.key("/" + update.ref), update.operation) for update in updates] or ["probe"]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from saw.policy.governance import Governance, Tool
+from saw.policy.governance import Governance
 from saw.policy.mcp import decide_tool
-from saw.policy.reach_arguments import NOTHING, find
 from saw.policy.reach_automata import Budget, TooLarge
 from saw.policy.reach_calls import verdict
+from saw.policy.reach_calls_arguments import sample, wider_arguments
 from saw.policy.reach_item import Item, Region, Risk, Witness
 from saw.policy.reach_side import LEVELS, REFUSED, REVIEW
+from saw.policy.tool_rules import Tool
 
 _ABSENT = Tool()
 _LONG = 300
@@ -20,18 +21,6 @@ _LONG = 300
 def level(tool: Tool) -> int:
     """Return how much a tool's class allows, as an index of :data:`saw.policy.reach_side.LEVELS`."""
     return REFUSED if tool.class_ == "deny" else LEVELS.index(tool.class_)
-
-
-def sample(tool: Tool, budget: Budget) -> dict[str, object] | None:
-    """Return the smallest arguments that ``tool`` accepts, or ``None`` when it accepts none."""
-    result: dict[str, object] = {}
-    for name, rule in sorted(tool.args.items()):
-        if rule.required:
-            value = find((rule,), (), budget)
-            if value is NOTHING:
-                return None
-            result[name] = value
-    return result
 
 
 def arguments_text(arguments: Mapping[str, object]) -> str:
@@ -47,24 +36,6 @@ def _short(value: object) -> object:
     if isinstance(value, list) and len(value) > _LONG:
         return f"a list of {len(value)} elements like {json.dumps(value[0], default=str)[:80]}"
     return value
-
-
-def wider_arguments(old: Tool, new: Tool, budget: Budget) -> list[tuple[str, dict[str, object]]]:
-    """Return for each argument that ``new`` takes and ``old`` refuses: its name and arguments that show it."""
-    base = sample(new, budget)
-    if base is None:
-        return []
-    found: list[tuple[str, dict[str, object]]] = []
-    for name in sorted({*old.args, *new.args}):
-        before, after = old.args.get(name), new.args.get(name)
-        if after is not None:
-            value = find((after,), (before,) if before is not None else (), budget)
-            if value is not NOTHING:
-                found.append((name, {**base, name: value}))
-                continue
-        if before is not None and before.required and (after is None or not after.required):
-            found.append((name, {key: value for key, value in base.items() if key != name}))
-    return found
 
 
 class _Comparison:
@@ -101,10 +72,10 @@ class _Comparison:
         """Compare one tool."""
         if old == new or level(new) == REFUSED:
             return
-        base = sample(new, self.budget)
+        base = sample((new,), self.budget)
         if base is None:
             return
-        usable = level(old) != REFUSED and sample(old, self.budget) is not None
+        usable = level(old) != REFUSED and sample((old,), self.budget) is not None
         if not usable:
             review = level(new) == REVIEW
             why = "was refused and may now be asked of a reviewer" if review else "could not be called"
@@ -119,11 +90,26 @@ class _Comparison:
             risk: Risk = "medium" if level(new) == REVIEW else "high"
             self._add((server, name, argument), "argument", risk, "was refused with this argument", arguments)
 
+    def definition(self, server: str, name: str, old: Tool, new: Tool) -> None:
+        """Tell where the tool may be what it was not allowed to be; which is better, only a reader of both can say."""
+        if old.definition is None or old.definition == new.definition or REFUSED in (level(old), level(new)):
+            return
+        why = "may have any definition now" if new.definition is None else "is pinned to another definition now"
+        rules = (f"mcp.servers.{server}.tools.{name}.definition",)
+        region = Region(server=server, tool=name, setting="definition", action_class=new.class_)
+        self.items.append(Item("tool", "definition", f"tool {server}.{name}", why, region, "medium", rules))
+
     def run(self) -> list[Item]:
         """Compare all servers and tools."""
         for server, now in sorted(self.new.mcp.servers.items()):
+            known = self.old.mcp.servers.get(server)
+            for name, tool in sorted(now.tools.items()):
+                self.definition(server, name, known.tools.get(name, _ABSENT) if known else _ABSENT, tool)
+            if now.transport != "stdio":
+                continue  # its tools are called over HTTP, and compared call by call
             before = self.old.mcp.servers.get(server)
-            if before is None or (before.command, before.transport) != (now.command, now.transport):
+            before = before if before is not None and before.transport == "stdio" else None
+            if before is None or before.command != now.command:
                 region = Region(server=server, setting="command")
                 why = "runs another program" if before is not None else "did not run"
                 what = f"MCP server {server}: {' '.join(now.command)}"
@@ -143,4 +129,4 @@ def compare_tools(old: Governance, new: Governance, budget: Budget) -> list[Item
     return _Comparison(old, new, budget).run()
 
 
-__all__ = ["arguments_text", "compare_tools", "level", "sample", "wider_arguments"]
+__all__ = ["arguments_text", "compare_tools", "level"]

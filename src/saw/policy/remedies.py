@@ -8,53 +8,29 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-from saw.policy import globs
+from saw.policy import globs, websocket
 from saw.policy.address_rules import parse_query
 from saw.policy.casefile import Push, push_body
-from saw.policy.decode import Steps, path_text
+from saw.policy.change import Change, NoRemedy, exact
+from saw.policy.checks_calls import LARGEST_BODY
+from saw.policy.decode import Steps
 from saw.policy.gitproto import PushUnreadable, push_updates
 from saw.policy.governance import Governance
 from saw.policy.inference import Unreadable, requested_model
+from saw.policy.jsonrpc import messages
 from saw.policy.loader import GOVERNANCE_FILE, POLICY_FILE, Bundle, endpoint_specificity
 from saw.policy.matcher import Matcher
-from saw.policy.mcp import argument_fault
+from saw.policy.mcp import argument_fault, decide_call
+from saw.policy.mcp_http import arguments_of
 from saw.policy.model import Decision, Request
+from saw.policy.remedies_calls import class_changes, operation_changes
 from saw.policy.yamltext import dump, read
 
-Operation = Literal["add", "append", "first", "replace", "remove"]
-
-
-class NoRemedy(Exception):
-    """No change of the policy may allow the call, or none that names it alone; the text says why."""
-
-
-class Change(msgspec.Struct, frozen=True):
-    """One edit: what is done at ``at`` (a way of fields, names and positions) of a member of the bundle."""
-
-    file: str
-    operation: Operation
-    at: Steps
-    value: Any = None
-
-    def text(self) -> str:
-        """Return the edit as YAML, with a comment that says where it goes."""
-        where = path_text(self.at)
-        if self.operation == "remove":
-            return f"# {self.file}: remove {where}\n"
-        how = {
-            "add": f"add under {path_text(self.at[:-1])}",
-            "append": f"append to {where}",
-            "first": f"put first under {where}",
-            "replace": f"write in place of {where}",
-        }[self.operation]
-        value: Any = [self.value] if self.operation in {"append", "first"} else self.value
-        for step in reversed(self.at):
-            value = [value] if isinstance(step, int) else {step: value}
-        return f"# {self.file}: {how}\n{dump(value)}"
+__all__ = ["Change", "NoRemedy", "apply_changes", "call_changes", "tool_changes"]
 
 
 def apply_changes(members: Mapping[str, bytes], changes: tuple[Change, ...]) -> dict[str, bytes]:
@@ -81,16 +57,6 @@ def _apply(tree: Any, change: Change) -> None:
         tree[last] = value
 
 
-def _exact(what: str, text: str, *, flat: bool = False) -> str:
-    try:
-        (globs.flat_glob if flat else globs.path_glob)(text)
-    except globs.GlobError as error:
-        raise NoRemedy(f"the {what} cannot be written as a rule: {error}") from error
-    if not globs.is_exact(text):
-        raise NoRemedy(f"the {what} holds a *, which a rule reads as any text; write a rule by hand")
-    return text
-
-
 _FIXED = {
     "destination_blocked": "the destination is blocked whatever a policy says",
     "not_canonical": "two parsers could read the request differently; send its canonical form",
@@ -108,13 +74,42 @@ def call_changes(bundle: Bundle, request: Request, decision: Decision) -> tuple[
     )
     if isinstance(route, int):
         return _route_changes(bundle.governance, route, request, decision)
+    if decision.reason in {"tool_not_allowed", "argument_not_allowed"}:
+        return _tool_changes_of(bundle.governance, request, decision)
     if decision.reason in {"review_required", "action_denied"}:
+        label = decision.rule.partition("; mcp.servers.")[2]
+        if label:
+            server, _, tool = label.partition(".tools.")
+            at: Steps = ("mcp", "servers", server, "tools", tool, "class")
+            return (Change(GOVERNANCE_FILE, "replace", at, "auto"),)
+        if decision.protocol:
+            return class_changes(request, decision)
         return _action_changes(bundle, request, decision)
+    if decision.protocol:
+        return operation_changes(bundle, decision)
     if decision.reason == "deny_rule":
         return (_rule_change(bundle, request, decision, own_path=True),)
     if decision.rule_missing is None:
         raise NoRemedy(f"no rule allows such a call: {decision.detail}")
     return _missing_changes(bundle, request, decision)
+
+
+def _tool_changes_of(governance: Governance, request: Request, decision: Decision) -> tuple[Change, ...]:
+    """Return what lets the call of a tool pass that its server over HTTP refuses; its class stays as it is."""
+    missing = decision.rule_missing or {}
+    server, tool = str(missing["server"]), str(missing["tool"])
+    rules = governance.mcp.servers[server]
+    for message in messages(request, "", LARGEST_BODY):
+        arguments = arguments_of(message)
+        called = message.params.get("name") if isinstance(message.params, dict) else None
+        if arguments is None or called != tool:
+            continue
+        if decide_call(server, rules, tool, arguments).reason == decision.reason:
+            found = tool_changes(governance, server, tool, arguments)
+            kept = rules.tools.get(tool)
+            reviewed = kept is not None and kept.class_ == "review"
+            return tuple(change for change in found if not reviewed or change.at[-1] != "class")
+    raise NoRemedy(f"no rule allows such a call: {decision.detail}")
 
 
 def _route_changes(governance: Governance, index: int, request: Request, decision: Decision) -> tuple[Change, ...]:
@@ -126,6 +121,8 @@ def _route_changes(governance: Governance, index: int, request: Request, decisio
             place = next(i for i, budget in enumerate(governance.budgets) if budget.id == route.budget)
             removals.append(Change(GOVERNANCE_FILE, "remove", ("budgets", place)))
         return tuple(removals)
+    if decision.reason == "price_unknown":
+        raise NoRemedy(f"only the owner knows what the model costs: {decision.detail}")
     if decision.reason != "model_not_allowed":
         raise NoRemedy(f"an inference route takes no other calls: {decision.detail}")
     try:
@@ -133,14 +130,15 @@ def _route_changes(governance: Governance, index: int, request: Request, decisio
         model = requested_model(request.body, complete=request.body_complete, encoding=encoding)
     except Unreadable as error:
         raise NoRemedy(f"the call does not name one model: {error}") from error
-    return (Change(GOVERNANCE_FILE, "append", (*at, "models"), _exact("model", model, flat=True)),)
+    return (Change(GOVERNANCE_FILE, "append", (*at, "models"), exact("model", model, flat=True)),)
 
 
 def _action_changes(bundle: Bundle, request: Request, decision: Decision) -> tuple[Change, ...]:
     path = decision.canonical_path.partition("?")[0]
-    match = {"host": request.host.lower(), "port": request.port, "path": _exact("path", path)}
+    match = {"host": request.host.lower(), "port": request.port, "path": exact("path", path)}
     if not path.endswith("/git-receive-pack"):
-        action: dict[str, Any] = {"match": {**match, "method": [request.method.upper()]}, "class": "auto"}
+        method = websocket.TEXT if request.upgrade else request.method.upper()
+        action: dict[str, Any] = {"match": {**match, "method": [method]}, "class": "auto"}
         return (Change(GOVERNANCE_FILE, "first", ("actions",), action),)
     try:
         encoding = request.headers.get("content-encoding", "")
@@ -153,7 +151,7 @@ def _action_changes(bundle: Bundle, request: Request, decision: Decision) -> tup
         body = push_body((msgspec.convert({"ref": update[0], "operation": update[1]}, Push),))
         if matcher.decide(msgspec.structs.replace(request, body=body, body_complete=False)).allowed:
             continue
-        git = {"service": "receive-pack", "ref": _exact("ref", update[0], flat=True), "operation": [update[1]]}
+        git = {"service": "receive-pack", "ref": exact("ref", update[0], flat=True), "operation": [update[1]]}
         changes.append(
             Change(GOVERNANCE_FILE, "first", ("actions",), {"match": {**match, "git": git}, "class": "staged"})
         )
@@ -185,10 +183,11 @@ def _rule_change(bundle: Bundle, request: Request, decision: Decision, *, own_pa
         raise NoRemedy("a rule names the program, and the call does not; say which with --binary")
     path, _, text = decision.canonical_path.partition("?")
     host, port = request.host.lower(), request.port
-    endpoint: dict[str, Any] = {"host": _exact("host", host, flat=True), "port": port}
-    program = _exact("program", request.binary)
+    endpoint: dict[str, Any] = {"host": exact("host", host, flat=True), "port": port}
+    program = exact("program", request.binary)
     beside = _deciding(bundle, request, path)
-    if beside is not None and globs.is_exact(beside.host) and decision.reason != "deny_rule":
+    alike = beside is not None and (beside.protocol == websocket.PROTOCOL) == bool(request.upgrade)
+    if beside is not None and alike and globs.is_exact(beside.host) and decision.reason != "deny_rule":
         own_path = False
         endpoint |= {"path": beside.path} if beside.path else {}
         endpoint |= {"tls": beside.tls} if beside.tls else {}
@@ -196,8 +195,8 @@ def _rule_change(bundle: Bundle, request: Request, decision: Decision, *, own_pa
     elif "%2F" in path:
         endpoint["allow_encoded_slash"] = True
     if own_path:
-        endpoint["path"] = _exact("path", path)
-    match: dict[str, Any] = {"method": request.method.upper(), "path": _exact("path", path)}
+        endpoint["path"] = exact("path", path)
+    match: dict[str, Any] = {"method": request.method.upper(), "path": exact("path", path)}
     query = parse_query(text)
     if query is None:
         raise NoRemedy("its query can be read in more than one way; send the parameters without ;")
@@ -208,8 +207,13 @@ def _rule_change(bundle: Bundle, request: Request, decision: Decision, *, own_pa
         }
         for values in query.values():
             for value in values:
-                _exact("query", value, flat=True)
-    endpoint |= {"protocol": "rest", "enforcement": "enforce", "rules": [{"allow": match}]}
+                exact("query", value, flat=True)
+    rules = [{"allow": match}]
+    if request.message:
+        method = "*" if request.message == "binary" else websocket.TEXT
+        rules.append({"allow": {**match, "method": method}})
+    protocol = websocket.PROTOCOL if request.upgrade else "rest"
+    endpoint |= {"protocol": protocol, "enforcement": "enforce", "rules": rules}
     name = next(f"allow-{n}" for n in range(1, len(bundle.policy.network_policies) + 2) if _free(bundle, n))
     return Change(
         POLICY_FILE, "add", ("network_policies", name), {"endpoints": [endpoint], "binaries": [{"path": program}]}

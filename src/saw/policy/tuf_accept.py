@@ -5,18 +5,15 @@ The timestamp is written last, so a reader or a crash sees the old state or the 
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from saw.files import write_atomic
+from saw.files import locked, write_atomic
 from saw.policy.errors import RepositoryError
 from saw.policy.tuf_check import check_publication
 from saw.policy.tuf_metadata import (
@@ -63,17 +60,6 @@ class Accepted(msgspec.Struct, frozen=True):
     resigned: tuple[Release, ...] = ()
 
 
-@contextmanager
-def _locked(directory: Path | str) -> Iterator[None]:
-    """Let one writer at a time into the repository."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _serves(root: Root, online_key: Ed25519PrivateKey) -> None:
     identifier = signing_key(online_key.public_key()).keyid
     for role in ("snapshot", "timestamp"):
@@ -89,7 +75,7 @@ def install_root(directory: Path | str, raw: bytes, online_key: Ed25519PrivateKe
     folder = metadata_dir(directory)
     folder.mkdir(parents=True, exist_ok=True)
     (Path(directory) / "targets").mkdir(exist_ok=True)
-    with _locked(directory):
+    with locked(directory):
         if any(folder.glob("[1-9]*.root.json")):
             raise RepositoryError("exists", "a root is installed already", cure="publish a signed successor of it")
         write_atomic(folder / f"{root.version}.root.json", raw)
@@ -142,7 +128,7 @@ def accept_publication(
         officers = name == "targets.json" or ring_of_role(name.removesuffix(".json")) is not None
         if not officers and not _NUMBERED_ROOT.match(name):
             raise RepositoryError("malformed", f"{name[:64]!r} is not metadata that officers sign", cure="leave it out")
-    with _locked(store):
+    with locked(store):
         present = current_root(store)
         chain = _roots(metadata, present, now)
         root = parse(Root, chain[-1] if chain else present, "root.json").signed
@@ -208,7 +194,7 @@ def resign_timestamp(
     timestamp_lifetime: timedelta = TIMESTAMP_LIFETIME,
 ) -> None:
     """Renew the timestamp (and an ageing snapshot) of the repository, so that clients can tell it from a frozen one."""
-    with _locked(directory):
+    with locked(directory):
         state = current_state(directory)
         if state is None:
             raise RepositoryError("not_found", f"{directory} has no publication yet", cure="publish a policy first")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from saw.policy.bundle import build_manifest, check_signatures, describe, keep_signatures, read_content, sign
+from saw.policy.bundle import build_manifest, check_signatures, describe, keep_signatures, read_content, sign, window
 from saw.policy.errors import BundleRefused, RepositoryError
 from saw.policy.keys import PublicKey, key_id
 from saw.policy.tuf_delegation import with_ring, without_key, without_ring
@@ -211,7 +211,7 @@ def roll_back(
     content = read_content(old)
     reach = reach_between(read_target(directory, path), content, diff or bundle_diff())
     revision = current.revision + 1
-    manifest = build_manifest(content, revision, now, now + validity, reach=reach)
+    manifest = build_manifest(content, revision, *window(now, validity), reach=reach)
     raw = sign(manifest, content.members, [])
     role = state.role_for(ring)
     successor = next_targets(state.targets if role == "targets" else state.rings[role], now)

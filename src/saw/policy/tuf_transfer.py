@@ -6,14 +6,11 @@ state. Import writes the timestamp last, so a reader or a crash sees the old sta
 
 from __future__ import annotations
 
-import fcntl
 import io
-import os
 import re
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -22,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tuf.api.exceptions import DownloadHTTPError
 from tuf.ngclient.fetcher import FetcherInterface
 
-from saw.files import write_atomic
+from saw.files import locked, write_atomic
 from saw.policy.bundle import MAX_BUNDLE, check_signatures, describe, read_content
 from saw.policy.errors import BundleRefused, PolicyError, RepositoryError
 from saw.policy.tuf_client import fetch_target, refresh
@@ -86,7 +83,7 @@ def export_repository(
     base = Path(directory)
     if not base.is_dir():
         raise RepositoryError("not_found", f"{directory} is not there", cure="check the path")
-    with _locked(base):  # never half of a publication
+    with locked(base):  # never half of a publication
         return _export(base, now, online_key, lifetime)
 
 
@@ -182,7 +179,7 @@ def import_repository(archive: Path | str, directory: Path | str, root: bytes, n
         _check_nothing_else(files, tree, state)
     releases = tuple(release_of(path, file) for path, file in sorted(state.files.items()))
     target.mkdir(parents=True, exist_ok=True)
-    with _locked(target):
+    with locked(target):
         _check_not_older(target, state, newest_root)
         changed = _write(target, files)
     version = parse(Root, newest_root, "root.json").signed.version
@@ -273,13 +270,3 @@ def _write(target: Path, files: Mapping[str, bytes]) -> bool:
         write_atomic(path, files[name])
         changed = True
     return changed
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import quote
@@ -18,6 +17,7 @@ import msgspec
 from saw.policy.matcher import Matcher
 from saw.policy.model import Decision, Request
 from saw.policy.review_poll import NOT_REACHED, may_poll, poll_of
+from saw.policy.websocket import FRAMES_HEADER
 from saw.runtime import ring1_settings as facts
 from saw.runtime.attribution import Attribution, Caller
 from saw.runtime.decide_counts import Counts
@@ -139,12 +139,6 @@ class Decider:
         self, loaded: Loaded, asked: Asked, target: Target, caller: Caller | None
     ) -> tuple[Decision, str | None]:
         """Return the decision and, when allowed, the executable that the policy grants it to."""
-        if asked.upgrade:
-            raise Refused(
-                "method_or_path_not_allowed",
-                f"an upgrade to {asked.upgrade[:40]!r} is not decided call by call, so it is never allowed",
-                "use plain HTTP requests",
-            )
         request = Request(
             scheme=target.scheme,
             host=target.host,
@@ -156,7 +150,12 @@ class Decider:
             headers=asked.headers,
             body=asked.body,
             body_complete=asked.body_complete,
+            upgrade=asked.upgrade,
         )
+        if asked.stage == "connect" and asked.upgrade:
+            raise Refused(
+                "method_or_path_not_allowed", "a tunnel is opened without an upgrade", "open the tunnel first"
+            )
         if asked.stage == "connect":
             return _tunnel(loaded.matcher, request), request.binary
         decision = _inner(loaded.matcher, request)
@@ -172,7 +171,8 @@ class Decider:
 
 def _inner(matcher: Matcher, request: Request) -> Decision:
     """Decide on a request to a host: by the rules, or, when it asks for a review, by whether the host is reached at all."""
-    return may_poll(matcher, request) if poll_of(request.method, request.path) else matcher.decide(request)
+    asks = not request.upgrade and poll_of(request.method, request.path)
+    return may_poll(matcher, request) if asks else matcher.decide(request)
 
 
 def _tunnel(matcher: Matcher, request: Request) -> Decision:
@@ -238,6 +238,8 @@ def _answer(
         "binary": binary,
         "request_id": asked.request_id,
     }
+    if asked.upgrade:
+        shown["upgrade"] = asked.upgrade
     # What only a person may decide goes on: ring 2 decides again, and it alone can let the call wait.
     review = decision.reason == _REVIEW and asked.stage != "connect"
     log: dict[str, object] = {
@@ -255,6 +257,8 @@ def _answer(
                 (facts.ANSWER_AUTHORITY, target.host),
                 (facts.ANSWER_PATH, decision.canonical_path),
             ]
+            if decision.frames:
+                headers.append((FRAMES_HEADER, decision.frames))
             if binary is not None:
                 # An agent may name its executables as it likes; nothing of that may become header syntax.
                 headers.append(("x-saw-binary", quote(binary, safe="/-_.+@:,=")))
@@ -262,7 +266,7 @@ def _answer(
     body = {
         "error": "policy_denied",
         "layer": "ring1",
-        "protocol": target.scheme if target else "",
+        "protocol": decision.protocol or (target.scheme if target else ""),
         "reason": decision.reason or "host_not_allowed",
         "detail": decision.detail,
         **shown,
@@ -305,14 +309,12 @@ class DecideService:
             await _respond(send, 404, (), b"")
 
 
-def journal(line: dict[str, object]) -> None:
-    """Write one decision to the journal, as one JSON line. It names no query, header or body."""
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
-
-
 def _asked(scope: Scope, body: bytes) -> Asked:
-    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in scope["headers"]:
+        # A header that is there twice is worth what both say together, here as in ring 2.
+        name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
+        headers[name] = f"{headers[name]},{value}" if name in headers else value
     return Asked(
         stage=headers.get(facts.FACT_STAGE, ""),
         method=scope["method"],

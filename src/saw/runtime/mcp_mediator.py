@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
+import re
 import socket
 import struct
 import sys
@@ -19,8 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from saw.errors import SawError
-from saw.policy.governance import Governance, McpServer
+from saw.policy.governance import Governance
 from saw.policy.model import Decision
+from saw.policy.tool_rules import McpServer
+from saw.runtime.decision_log import DecisionLog
 from saw.runtime.mcp_protocol import MAX_MESSAGE, Json, Out, Session
 
 MAX_SESSIONS = 16
@@ -59,6 +61,12 @@ class GovernanceSource:
             raise MediatorError(f"{self.path}: {error.strerror}", cure="see `systemctl status saw-policyd`") from error
         return self._governance
 
+    @property
+    def digest(self) -> str:
+        """The policy digest of the generation in force, which is the name of its folder; empty when it has none."""
+        name = Path(os.path.realpath(self.path)).parent.name
+        return name if re.fullmatch(r"[0-9a-f]{64}", name) else ""
+
     def server(self) -> McpServer:
         """Return the entry of this server; raise :class:`MediatorError` when the policy has none."""
         found = self.current().mcp.servers.get(self.name)
@@ -67,11 +75,6 @@ class GovernanceSource:
                 f"the policy has no stdio MCP server {self.name!r}", cure="add it under mcp.servers in governance.yaml"
             )
         return found
-
-
-def log_line(record: Json) -> None:
-    """Write one decision record as a JSON line on stderr (the journal, from where it is collected)."""
-    print(json.dumps({"component": "saw-mcp", **record}, separators=(",", ":")), file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -84,7 +87,7 @@ class Mediator:
     source: GovernanceSource
     decide_tool: DecideTool
     client_uids: frozenset[int]
-    log: Callable[[Json], None] = log_line
+    log: Callable[[Json], None] = field(default_factory=lambda: DecisionLog(sys.stderr))
     maximum: int = MAX_MESSAGE
     _active: int = field(default=0, init=False)
 
@@ -110,20 +113,23 @@ class Mediator:
         async with listening:
             await listening.serve_forever()
 
+    def _log(self, record: Json) -> None:
+        self.log({**record, "policy_digest": self.source.digest})
+
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         uid = struct.unpack(
             "3i", writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         )[1]
         if uid not in self.client_uids or self._active >= MAX_SESSIONS:
             reason = "too many sessions" if uid in self.client_uids else f"uid {uid} may not connect"
-            self.log({"event": "session_refused", "server": self.name, "reason": reason})
+            self._log({"event": "session_refused", "server": self.name, "reason": reason})
             writer.close()
             return
         self._active += 1
         try:
             await self._session(reader, writer)
         except (OSError, SawError) as error:
-            self.log({"event": "session_failed", "server": self.name, "reason": str(error)})
+            self._log({"event": "session_failed", "server": self.name, "reason": str(error)})
         finally:
             self._active -= 1
             writer.close()
@@ -133,7 +139,7 @@ class Mediator:
     async def _session(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.source.server()
         server_reader, server_writer = await asyncio.open_unix_connection(self.server_path, limit=self.maximum)
-        session = Session(self.name, self.source.server, self.decide, self.log)
+        session = Session(self.name, self.source.server, self.decide, self._log)
         writers = {"client": writer, "server": server_writer}
         from_client = asyncio.create_task(self._pump(reader, session.from_client, writers, "client"))
         from_server = asyncio.create_task(self._pump(server_reader, session.from_server, writers, "server"))
@@ -164,7 +170,9 @@ class Mediator:
             except asyncio.IncompleteReadError:
                 return
             except asyncio.LimitOverrunError:
-                self.log({"event": "message_refused", "server": self.name, "from": side, "reason": "message too large"})
+                self._log(
+                    {"event": "message_refused", "server": self.name, "from": side, "reason": "message too large"}
+                )
                 if side == "client":
                     text = f'{{"jsonrpc":"2.0","id":null,"error":{{"code":-32600,"message":"over {self.maximum} bytes"}}}}\n'
                     writers["client"].write(text.encode())

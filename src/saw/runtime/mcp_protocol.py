@@ -6,30 +6,48 @@ anew before it is passed on, so that the far side cannot read something else tha
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from saw.policy import strict_json
-from saw.policy.governance import McpServer
+from saw.policy.mcp import definition_changed
+from saw.policy.mcp_answers import (
+    INITIALIZE,
+    SERVER_NOTIFICATIONS,
+    Definitions,
+    Listed,
+    judge_answer,
+    usable,
+    without_client_capabilities,
+)
+from saw.policy.mcp_messages import (
+    INVALID_PARAMS,
+    INVALID_REQUEST,
+    MAX_MESSAGE,
+    MAX_OUTSTANDING,
+    METHOD_NOT_FOUND,
+    POLICY_DENIED,
+    Identifier,
+    Json,
+    MessageInvalid,
+    encode,
+    error_message,
+    identifier_of,
+    parse,
+)
 from saw.policy.model import Decision
+from saw.policy.tool_rules import McpServer
 
-MAX_MESSAGE = 4 * 1024 * 1024
-MAX_OUTSTANDING = 256
-MAX_DEPTH = 64
+__all__ = ["MAX_MESSAGE", "Json", "Out", "Session"]
 
-PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, POLICY_DENIED = -32700, -32600, -32601, -32602, -32001
-CLIENT_REQUESTS = frozenset({"initialize", "ping", "tools/list", "tools/call", "logging/setLevel"})
+CLIENT_REQUESTS = frozenset({INITIALIZE, "ping", "tools/list", "tools/call", "logging/setLevel"})
 CLIENT_NOTIFICATIONS = frozenset({"notifications/initialized", "notifications/cancelled", "notifications/progress"})
 SERVER_REQUESTS = frozenset({"ping"})
-SERVER_NOTIFICATIONS = frozenset(
-    {"notifications/message", "notifications/progress", "notifications/cancelled", "notifications/tools/list_changed"}
-)
-SERVER_CAPABILITIES = frozenset({"tools", "logging"})
 
-Json = dict[str, object]
-Identifier = tuple[type, int | str]
+_NO_REVIEWS = (
+    "ask the policy's owner for another class, or for this server over HTTP, where calls can wait for a person"
+)
+
 Decide = Callable[[str, Json], Decision]
 """(tool, arguments) → decision."""
 
@@ -41,67 +59,8 @@ class Out(NamedTuple):
     line: bytes
 
 
-class MessageInvalid(Exception):
-    """A line that is not one acceptable JSON-RPC message. ``code`` is the JSON-RPC error code."""
-
-    def __init__(self, message: str, code: int = INVALID_REQUEST) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-def _depth_within(value: object, left: int) -> bool:
-    if left < 0:
-        return False
-    if isinstance(value, dict):
-        return all(_depth_within(item, left - 1) for item in value.values())
-    return all(_depth_within(item, left - 1) for item in value) if isinstance(value, list) else True
-
-
-def parse(line: bytes) -> Json:
-    """Return the one JSON-RPC object in ``line``; raise :class:`MessageInvalid` for anything ambiguous.
-
-    Refused: what :mod:`saw.policy.strict_json` refuses (bad UTF-8, duplicate keys, numbers that are none or infinite, half
-    characters), more than :data:`MAX_MESSAGE` bytes, batches, depth over :data:`MAX_DEPTH`, ids that are neither integer nor
-    string, and objects that are request and response at once.
-    """
-    try:
-        value = strict_json.loads(line, limit=MAX_MESSAGE)
-    except strict_json.NotStrict as error:
-        raise MessageInvalid(f"not JSON: {error}", PARSE_ERROR) from None
-    if isinstance(value, list):
-        raise MessageInvalid("batches are not accepted; send one message per line")
-    if not isinstance(value, dict) or value.get("jsonrpc") != "2.0":
-        raise MessageInvalid('not a JSON-RPC 2.0 message ("jsonrpc": "2.0" is missing)')
-    if not _depth_within(value, MAX_DEPTH):
-        raise MessageInvalid("nested too deeply")
-    if "id" in value and type(value["id"]) not in {int, str}:
-        raise MessageInvalid("the id must be an integer or a string")
-    answers = ("result" in value) + ("error" in value)
-    if ("method" in value) == bool(answers) or answers > 1 or (answers and "id" not in value):
-        raise MessageInvalid("neither a request, a notification nor a response")
-    if "method" in value and not isinstance(value["method"], str):
-        raise MessageInvalid("the method must be a string")
-    if set(value) - {"jsonrpc", "id", "method", "params", "result", "error"}:
-        raise MessageInvalid("unknown members beside jsonrpc, id, method, params, result and error")
-    return value
-
-
-def encode(message: Mapping[str, object]) -> bytes:
-    """Return ``message`` as one line of ASCII JSON."""
-    return json.dumps(message, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-
-
-def _identifier(message: Json) -> Identifier:
-    value = message["id"]
-    assert isinstance(value, int | str)  # noqa: S101 - parse() admits nothing else
-    return (type(value), value)
-
-
 def _error(identifier: object, code: int, text: str, data: Json | None = None) -> bytes:
-    body: Json = {"code": code, "message": text}
-    if data is not None:
-        body["data"] = data
-    return encode({"jsonrpc": "2.0", "id": identifier, "error": body})
+    return encode(error_message(identifier, code, text, data))
 
 
 @dataclass
@@ -118,6 +77,7 @@ class Session:
     log: Callable[[Json], None]
     asked_by_client: dict[Identifier, str] = field(default_factory=dict)
     asked_by_server: set[Identifier] = field(default_factory=set)
+    definitions: Definitions = field(default_factory=Definitions)
 
     def from_client(self, line: bytes) -> list[Out]:
         """Judge one line of the client; return what to send to whom."""
@@ -127,7 +87,7 @@ class Session:
             self._note("client", "refused", str(problem))
             return [Out("client", _error(None, problem.code, str(problem)))]
         if "method" not in message:
-            identifier = _identifier(message)
+            identifier = identifier_of(message)
             if identifier not in self.asked_by_server:
                 self._note("client", "dropped", "response to nothing that was asked")
                 return []
@@ -142,13 +102,13 @@ class Session:
         refusal = self._refuse_request(message, method)
         if refusal is not None:
             return [Out("client", refusal)]
-        if method == "initialize":
-            message = _without_client_capabilities(message)
-        self.asked_by_client[_identifier(message)] = method
+        if method == INITIALIZE:
+            message = without_client_capabilities(message)
+        self.asked_by_client[identifier_of(message)] = method
         return [Out("server", encode(message))]
 
     def _refuse_request(self, message: Json, method: str) -> bytes | None:
-        identifier = _identifier(message)
+        identifier = identifier_of(message)
         if identifier in self.asked_by_client:
             return _error(message["id"], INVALID_REQUEST, "this id is still outstanding; use another")
         if len(self.asked_by_client) >= MAX_OUTSTANDING:
@@ -169,6 +129,8 @@ class Session:
         if set(params) - {"name", "arguments", "_meta"}:
             return _error(message["id"], INVALID_PARAMS, "params may hold name, arguments and _meta only")
         decision = self.decide(tool, arguments)
+        if decision.verdict == "allow" and self.definitions.changed(tool, self.server().tools.get(tool)):
+            decision = definition_changed(self.name, tool, decision.action_class)
         record: Json = {"event": "tool_call", "server": self.name, "tool": tool, "verdict": decision.verdict}
         self.log({**record, "reason": decision.reason, "rule": decision.rule, "action_class": decision.action_class})
         if decision.verdict == "allow":
@@ -182,7 +144,7 @@ class Session:
             "detail": decision.detail,
             "rule": decision.rule,
             "rule_missing": decision.rule_missing,
-            "next_steps": list(decision.next_steps),
+            "next_steps": [_NO_REVIEWS] if decision.reason == "review_required" else list(decision.next_steps),
         }
         return _error(message["id"], POLICY_DENIED, f"denied by policy: {decision.detail or decision.reason}", data)
 
@@ -195,15 +157,18 @@ class Session:
             return []
         if "method" in message:
             return self._server_asks(message, str(message["method"]))
-        method = self.asked_by_client.pop(_identifier(message), None)
+        method = self.asked_by_client.pop(identifier_of(message), None)
         if method is None:
             self._note("server", "dropped", "response to nothing that was asked")
             return []
-        if method == "tools/list":
-            message = self._listed(message)
-        elif method == "initialize":
-            message = _without_server_capabilities(message)
-        return [Out("client", encode(message))]
+        tools = usable(self.server())
+        answered = judge_answer(method, message, tools, layer="mcp")
+        if answered.withheld:
+            self._note("server", "refused", answered.withheld)
+        if answered.listed is not None:
+            self.definitions.note(answered.listed, tools)
+            self._listed(answered.listed)
+        return [Out("client", encode(answered.message))]
 
     def _server_asks(self, message: Json, method: str) -> list[Out]:
         if "id" not in message:
@@ -214,34 +179,17 @@ class Session:
         if method not in SERVER_REQUESTS or len(self.asked_by_server) >= MAX_OUTSTANDING:
             self._note("server", "refused", f"method {method}")
             return [Out("server", _error(message["id"], METHOD_NOT_FOUND, f"{method} is not offered here"))]
-        self.asked_by_server.add(_identifier(message))
+        self.asked_by_server.add(identifier_of(message))
         return [Out("client", encode(message))]
 
-    def _listed(self, message: Json) -> Json:
-        result = message.get("result")
-        tools = result.get("tools") if isinstance(result, dict) else None
-        if not isinstance(result, dict) or not isinstance(tools, list):
-            return message
-        rules = self.server().tools
-        named = [tool for tool in tools if isinstance(tool, dict) and isinstance(tool.get("name"), str)]
-        allowed = [tool for tool in named if tool["name"] in rules and rules[tool["name"]].class_ != "deny"]
-        self.log({"event": "tools_list", "server": self.name, "offered": len(tools), "allowed": len(allowed)})
-        return {**message, "result": {**result, "tools": allowed}}
+    def _listed(self, listed: Listed) -> None:
+        record: Json = {
+            "event": "tools_list",
+            "server": self.name,
+            "offered": listed.offered,
+            "allowed": listed.allowed,
+        }
+        self.log({**record, **({"changed": dict(listed.changed)} if listed.changed else {})})
 
     def _note(self, side: str, what: str, why: str) -> None:
         self.log({"event": f"message_{what}", "server": self.name, "from": side, "reason": why[:300]})
-
-
-def _without_client_capabilities(message: Json) -> Json:
-    # Roots would let the client move the server's directories; sampling and elicitation let the server ask for more.
-    params = message.get("params")
-    return {**message, "params": {**params, "capabilities": {}}} if isinstance(params, dict) else message
-
-
-def _without_server_capabilities(message: Json) -> Json:
-    result = message.get("result")
-    offered = result.get("capabilities") if isinstance(result, dict) else None
-    if not isinstance(result, dict) or not isinstance(offered, dict):
-        return message
-    kept = {name: value for name, value in offered.items() if name in SERVER_CAPABILITIES}
-    return {**message, "result": {**result, "capabilities": kept}}

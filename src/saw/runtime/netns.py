@@ -51,9 +51,11 @@ class SandboxNet:
         """Return the VM's rules for the link."""
         return netns_rules.veth_rules(self.vm_interface, self.vm_address, self.sandbox_address, self.port)
 
-    def vm_rules(self, number: int, daemon_uids: tuple[int, ...]) -> Ruleset:
+    def vm_rules(self, number: int, daemon_uids: tuple[int, ...], reporter_uids: tuple[int, ...] = ()) -> Ruleset:
         """Return the VM-wide rules of workspace ``number``."""
-        return netns_rules.vm_rules(number, self.vm_interface, self.port, daemon_uids, self.vm_address)
+        return netns_rules.vm_rules(
+            number, self.vm_interface, self.port, daemon_uids, self.vm_address, reporter_uids=reporter_uids
+        )
 
 
 def _run(*command: str) -> str:

@@ -135,11 +135,13 @@ def veth_rules(interface: str, proxy: str, sandbox: str, port: int) -> Ruleset:
     )
 
 
-def vm_rules(number: int, interface: str, port: int, daemon_uids: Sequence[int], proxy: str) -> Ruleset:
+def vm_rules(
+    number: int, interface: str, port: int, daemon_uids: Sequence[int], proxy: str, *, reporter_uids: Sequence[int] = ()
+) -> Ruleset:
     """Return the VM-wide rules of workspace ``number``: out to two ports for our daemons, in by SSH from the perimeter.
 
     ``daemon_uids``: the users whose processes may use the two perimeter ports. Any other user of the VM, the agent
-    included, reaches loopback only.
+    included, reaches loopback only. ``reporter_uids`` may use the broker's port alone, to report.
     """
     perimeter = f"10.210.{number}.1"
     outgoing: list[tuple[Json, ...]] = [(meta("oifname", "lo"), ACCEPT), (state("established", "related"), ACCEPT)]
@@ -148,6 +150,8 @@ def vm_rules(number: int, interface: str, port: int, daemon_uids: Sequence[int],
             (header("ip", "daddr", perimeter), header("tcp", "dport", target), meta("skuid", uid), ACCEPT)
             for target in (8443, 8444)
         ]
+    for uid in sorted(set(reporter_uids) - set(daemon_uids)):
+        outgoing.append((header("ip", "daddr", perimeter), header("tcp", "dport", 8444), meta("skuid", uid), ACCEPT))
     outgoing.append((COUNTER, DROP))
     return Ruleset(
         "saw_host",

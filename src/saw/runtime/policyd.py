@@ -28,6 +28,7 @@ from saw.runtime.policyd_broker import Offer, PolicyBroker
 from saw.runtime.policyd_bundle import content_of, digest_of, revision_of
 from saw.runtime.policyd_calls import CallReports
 from saw.runtime.policyd_config import PolicydConfig, Workspace
+from saw.runtime.policyd_decisions import DecisionReports, Journal
 from saw.runtime.policyd_floor import FloorError, RevisionFloor
 
 _LONGEST_BACKOFF = 300.0
@@ -99,6 +100,9 @@ class Policyd:
         self._failed: dict[str, tuple[int, float]] = {}
         self._tried = ""
         self._calls = CallReports(config.decide_socket, broker.report_calls, boottime, config.calls_s)
+        place = config.state / "decisions.json"
+        journal = Journal(config.journal_dir)
+        self._decisions = DecisionReports(journal, broker.report_decisions, place, boottime, config.decisions_s)
 
     @property
     def last_good(self) -> Path:
@@ -119,10 +123,11 @@ class Policyd:
         while not self._stop.is_set():
             self.cycle()
             self.report_calls()
+            self.report_decisions()
             self._wait()
 
     def cycle(self) -> None:
-        """Go round once. Refusals are reported, not raised."""
+        """Go round once. Decisions are reported, not raised."""
         self._went_round = self._boottime()
         self._watch_files()
         try:
@@ -167,6 +172,13 @@ class Policyd:
                 self._calls.report(active.digest)
             except SawError as error:
                 self._log(f"denied calls not reported: {error.message}")
+
+    def report_decisions(self) -> None:
+        """Tell the broker what was decided in this workspace, at most every ``decisions_s`` seconds."""
+        try:
+            self._decisions.report()
+        except (SawError, OSError) as error:
+            self._log(f"decisions not reported: {error}")
 
     def beat(self) -> None:
         """Write the heartbeat, unless the loop itself stands still."""

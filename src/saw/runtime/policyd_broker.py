@@ -11,10 +11,12 @@ import binascii
 import contextlib
 import ssl
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
 
+from saw.audit.workspace_decisions import Decisions
 from saw.errors import UnavailableError
 from saw.policy.tuf_fetcher import PinnedFetcher
 from saw.runtime.decide_counts import Counted
@@ -42,6 +44,12 @@ class Given(msgspec.Struct, frozen=True):
     """The bundle of the release that this workspace is given, base64, None when there is none."""
 
     bundle: str | None = None
+
+
+class Recorded(msgspec.Struct, frozen=True):
+    """Whether the broker kept a report."""
+
+    recorded: bool = False
 
 
 class PolicyBroker:
@@ -106,9 +114,19 @@ class PolicyBroker:
             raise _unreachable("/v1/workspace/watch", error) from error
 
     def report(
-        self, kind: str, state: str, *, reason: str = "", policy_digest: str = "", revision: int = 0, detail: str = ""
+        self,
+        kind: str,
+        state: str,
+        *,
+        reason: str = "",
+        policy_digest: str = "",
+        revision: int = 0,
+        detail: str | dict[str, Any] = "",
     ) -> None:
-        """Report a policy state or a finding, under the workspace's identity when it holds one."""
+        """Report a policy state or a finding, under the workspace's identity when it holds one.
+
+        The broker keeps a ``detail`` of at most 8 KiB.
+        """
         body = {
             "workspace_id": self._workspace.workspace_id,
             "kind": kind,
@@ -116,7 +134,7 @@ class PolicyBroker:
             "reason": reason,
             "policy_digest": policy_digest,
             "revision": revision,
-            "detail": detail[:1000],
+            "detail": detail[:1000] if isinstance(detail, str) else detail,
         }
         # An identity that ended this moment must not hide what there is to say: the second try goes without one.
         for identified in (True, False):
@@ -124,7 +142,12 @@ class PolicyBroker:
                 with self._open(identified=identified) as client:
                     client.post("/v1/workspace/report", json=body, extensions=self._extensions).raise_for_status()
             except httpx.HTTPError as error:
-                if not identified:
+                # A broker that wants fewer words a second would take this one from nobody as well.
+                busy = (
+                    isinstance(error, httpx.HTTPStatusError)
+                    and error.response.status_code == httpx.codes.TOO_MANY_REQUESTS
+                )
+                if busy or not identified:
                     raise _unreachable("/v1/workspace/report", error) from error
             else:
                 return
@@ -142,6 +165,27 @@ class PolicyBroker:
                 client.post("/v1/workspace/report", json=body, extensions=self._extensions).raise_for_status()
         except httpx.HTTPError as error:
             raise _unreachable("/v1/workspace/report", error) from error
+
+    def report_decisions(self, said: Decisions) -> None:
+        """Tell what was decided in the workspace; raises :class:`BrokerUnreachable` unless the broker has recorded it.
+
+        It records nothing without the workspace's identity.
+        """
+        body = {
+            "workspace_id": self._workspace.workspace_id,
+            "kind": "decisions",
+            "decisions": msgspec.to_builtins(said),
+        }
+        try:
+            with self._open(identified=True) as client:
+                answer = client.post("/v1/workspace/report", json=body, extensions=self._extensions).raise_for_status()
+            recorded = msgspec.json.decode(answer.content, type=Recorded).recorded
+        except (httpx.HTTPError, msgspec.MsgspecError) as error:
+            raise _unreachable("/v1/workspace/report", error) from error
+        if not recorded:
+            raise BrokerUnreachable(
+                "the broker records decisions under the workspace's identity alone", cure="wait until it has attested"
+            )
 
     def _open(self, *, identified: bool) -> httpx.Client:
         context = ssl.create_default_context(cafile=str(self._ca))

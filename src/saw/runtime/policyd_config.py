@@ -20,9 +20,10 @@ class PolicydConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """``/etc/saw/policyd.json``; every value has the default of the architecture page. Times are in seconds.
 
     ``readback_s`` bounds the wait for both parts to enforce what was switched to, ``proxy_start_s`` the wait for a ring 1
-    that was not seen running yet. ``calls_s`` is the shortest time between two reports of denied calls. ``nv_index`` (for
-    example ``0x01500010``) adds a revision floor in the TPM. ``attest_socket`` null measures nothing; the broker then issues
-    no identity for the policy.
+    that was not seen running yet. ``calls_s`` is the shortest time between two reports of how many calls were denied,
+    ``decisions_s`` between two of which ones; these are read from the journal in ``journal_dir``, null for the host's own.
+    ``nv_index`` (for example ``0x01500010``) adds a revision floor in the TPM. ``attest_socket`` null measures nothing; the
+    broker then issues no identity for the policy.
     """
 
     run_dir: str = "/run/saw"
@@ -37,11 +38,13 @@ class PolicydConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     poll_s: Seconds = 10.0
     heartbeat_s: Seconds = 5.0
     stall_s: Seconds = 180.0
-    readback_s: Seconds = 30.0
+    readback_s: Seconds = 90.0
     proxy_start_s: Seconds = 120.0
     validate_s: Seconds = 120.0
     measure_s: Seconds = 60.0
     calls_s: Seconds = 15.0
+    decisions_s: Seconds = 20.0
+    journal_dir: str | None = None
     nv_index: str | None = None
     tcti: str | None = None
 

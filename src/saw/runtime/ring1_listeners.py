@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from saw.policy.websocket import FRAME_FILTER
 from saw.runtime.ring1_settings import (
     ANSWER_AUTHORITY,
     ANSWER_PATH,
@@ -44,6 +45,7 @@ _NO_TUNNEL = (
     '"detail": "a tunnel inside a tunnel is never opened"}'
 )
 _SENDER = "send as matched"
+_FRAMES = "frames"
 _SEND_AS_MATCHED = f"""
 function envoy_on_request(handle)
   if handle:headers():get(":method") == "CONNECT" then
@@ -106,6 +108,7 @@ def _sandbox_listener(settings: Ring1, generation: str) -> Config:
             FACT_UPGRADE: "%REQ(UPGRADE)%",
         }
     )
+    hcm["local_reply_config"] = _local_replies(absolute=True)
     hcm["http_filters"] = _decided_filters(settings)
     # On CONNECT the decision service is asked with an ordinary method: Envoy's client would otherwise open a tunnel to it.
     hcm["upgrade_configs"] = [
@@ -266,8 +269,12 @@ def _connection_manager(name: str, generation: str) -> Config:
     }
 
 
-def _local_replies() -> Config:
-    """Give every refusal that Envoy makes on its own (503 and 400) the same body as the decision service's."""
+def _local_replies(*, absolute: bool = False) -> Config:
+    """Give every refusal that Envoy makes on its own (503 and 400) the same body as the decision service's.
+
+    ``absolute``: a 403 that the decision service did not give (flag UAEX) is the codec's, for an ``https:`` address in absolute
+    form without TLS, which no filter ever sees.
+    """
 
     def mapper(status: int, reason: str, detail: str, flags: list[str] | None = None, to: int | None = None) -> Config:
         test: Config = {
@@ -294,12 +301,16 @@ def _local_replies() -> Config:
             },
         }
 
+    of_service: Config = {"filter": {"response_flag_filter": {"flags": ["UAEX"]}}}
+    no_tunnel = mapper(403, "method_or_path_not_allowed", "an https address in absolute form would travel in plain text: open a "
+                       "tunnel with CONNECT host:443 and speak TLS in it")  # fmt: skip
     return {
         "mappers": [
             mapper(503, "gatekeeper_stale", "the decision service of ring 1 does not answer", ["UAEX"]),
             mapper(503, "no_identity", "ring 2 cannot be reached with this workspace's identity: none was issued yet, it "
                    "ended, or the perimeter is away"),
             mapper(400, "not_canonical", "the request is not well-formed HTTP"),
+            *([of_service, no_tunnel] if absolute else []),
         ]
     }  # fmt: skip
 
@@ -324,6 +335,7 @@ def _decided_filters(settings: Ring1) -> list[Config]:
     return [
         _authorize(settings, body=True),
         _script(_SENDER, _SEND_AS_MATCHED),
+        _script(_FRAMES, FRAME_FILTER),
         _router(),
     ]
 
@@ -404,7 +416,10 @@ def _probe_host(generation: str) -> Config:
                         "@type": f"{API}.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute",
                         "disabled": True,
                     },
-                    _SENDER: {"@type": f"{API}.extensions.filters.http.lua.v3.LuaPerRoute", "disabled": True},
+                    **{
+                        name: {"@type": f"{API}.extensions.filters.http.lua.v3.LuaPerRoute", "disabled": True}
+                        for name in (_SENDER, _FRAMES)
+                    },
                 },
             }
         ],

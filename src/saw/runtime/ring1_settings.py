@@ -18,10 +18,15 @@ FACT_UPGRADE = "x-saw-i-upgrade"
 ANSWER_PATH = "x-saw-i-to-path"
 ANSWER_AUTHORITY = "x-saw-i-to-authority"
 
-# Headers that the matcher reads: what a body is, and what could make a service act on another method or path.
+# Headers that the matcher reads: what a body and an MCP session are, and what could make a service act on another method or path.
 POLICY_HEADERS = (
+    "accept",
     "content-type",
     "content-encoding",
+    "mcp-method",
+    "mcp-name",
+    "mcp-protocol-version",
+    "mcp-session-id",
     "x-http-method-override",
     "x-http-method",
     "x-method-override",

@@ -10,15 +10,16 @@ import pwd
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import msgspec
 
 from saw.errors import SawError
-from saw.policy.checks_policy import DEVICES, SHARED_MEMORY
+from saw.policy.checks_policy import DEVICES, GPU_DEVICE, SHARED_MEMORY
 from saw.policy.governance import Governance
 from saw.policy.model import Policy
+from saw.policy.persistence import Persistence, git_environment
 from saw.runtime.launcher import Launch
 
 GENERATION = Path("/run/saw/generations/current")
@@ -55,29 +56,6 @@ BASE_READ_ONLY = (
 
 BASE_READ_WRITE = ("/run/saw/shell", "/tmp", "/var/tmp", SHARED_MEMORY)  # noqa: S108
 """Writable in every sandbox: its own private temporary directories and the directory of its two sockets."""
-
-PROTECTED_FILES = (
-    ".bash_login",
-    ".bash_logout",
-    ".bash_profile",
-    ".bashrc",
-    ".gitconfig",
-    ".pam_environment",
-    ".profile",
-    ".tmux.conf",
-    ".zprofile",
-    ".zshenv",
-    ".zshrc",
-)
-PROTECTED_DIRECTORIES = (
-    ".config/autostart",
-    ".config/environment.d",
-    ".config/git",
-    ".config/systemd",
-    ".config/tmux",
-    ".ssh",
-)
-"""Places in the home directory from which something would start again later: owned by root, read-only in the sandbox."""
 
 UNREACHABLE = (
     "/etc/shadow",
@@ -148,8 +126,11 @@ class SandboxSpec:
     minimum_abi: int
     environment: Mapping[str, str]
     mcp_servers: tuple[McpServerSpec, ...] = ()
+    devices: tuple[str, ...] = ()
+    """Device nodes of a GPU that the policy grants to the main sandbox; MCP servers get none."""
     limits: Limits = Limits()
     paths: RuntimePaths = RuntimePaths()
+    persistence: Persistence = field(default_factory=Persistence)
 
     @property
     def base_read_only(self) -> tuple[str, ...]:
@@ -167,8 +148,7 @@ class SandboxSpec:
         """Return the paths in the home directory that stay read-only, when the home is writable at all."""
         if not any(_inside(self.home, path) or _inside(path, self.home) for path in self.read_write):
             return ()
-        names = (*PROTECTED_FILES, *PROTECTED_DIRECTORIES)
-        inside = tuple(f"{self.home}/{name}" for name in names)
+        inside = tuple(f"{self.home}/{name}" for name, _ in self.persistence.places())
         return tuple(p for p in inside if any(_inside(p, path) for path in self.read_write))
 
     def shell_launch(self) -> Launch:
@@ -178,7 +158,7 @@ class SandboxSpec:
             minimum_abi=self.minimum_abi,
             read_only=tuple(dict.fromkeys((*self.base_read_only, *self.read_only))),
             read_write=tuple(dict.fromkeys((*BASE_READ_WRITE, *self.read_write))),
-            devices=DEVICES,
+            devices=(*DEVICES, *self.devices),
             connect_ports=(PROXY_PORT,),
             rlimits=dict(self.limits.rlimits),
             environment=dict(self.environment),
@@ -192,8 +172,14 @@ class SandboxSpec:
             self.shell_launch(),
             read_only=(*base, *server.read_only),
             read_write=("/tmp", SHARED_MEMORY, *server.read_write),  # noqa: S108
+            devices=DEVICES,
             connect_ports=(),
-            environment={"HOME": self.home, "PATH": self.environment["PATH"], "LANG": "C.UTF-8"},
+            environment={
+                "HOME": self.home,
+                "PATH": self.environment["PATH"],
+                "LANG": "C.UTF-8",
+                **git_environment(self.persistence),
+            },
             workdir=(*server.read_write, *server.read_only, "/")[0],
         )
 
@@ -208,7 +194,7 @@ def credential_key(identifier: str) -> str:
 
 
 def environment(governance: Governance, *, user: str, home: str) -> dict[str, str]:
-    """Return the sandbox's environment: proxy, trust anchors, and a placeholder (never a secret) per credential."""
+    """Return the sandbox's environment: proxy, trust anchors, Git's settings, a placeholder (never a secret) per credential."""
     values = {
         "HOME": home,
         "USER": user,
@@ -230,6 +216,7 @@ def environment(governance: Governance, *, user: str, home: str) -> dict[str, st
         "DENO_CERT",
     ):
         values[name] = CA_BUNDLE
+    values |= git_environment(governance.persistence)
     for credential in governance.credentials:
         key = credential_key(credential.id)
         if key in values:
@@ -237,8 +224,13 @@ def environment(governance: Governance, *, user: str, home: str) -> dict[str, st
                 f"credential {credential.id!r} would replace the environment variable {key}",
                 cure="give the credential another id in governance.yaml",
             )
-        values[key] = f"openshell:resolve:env:{key}"
+        values[key] = placeholder(credential.id)
     return values
+
+
+def placeholder(identifier: str) -> str:
+    """Return what stands for a credential inside the sandbox: the gatekeeper knows it by its beginning and never lets it out."""
+    return f"openshell:resolve:env:{credential_key(identifier)}"
 
 
 def compile_spec(
@@ -264,7 +256,8 @@ def compile_spec(
     if files.include_workdir and not any(_inside(workdir, path) for path in read_write):
         read_write.append(workdir)
     read_only = tuple(p for p in files.read_only if p not in DEVICES)
-    writable = tuple(p for p in read_write if p not in DEVICES)
+    devices = tuple(p for p in read_write if GPU_DEVICE.match(p))
+    writable = tuple(p for p in read_write if p not in DEVICES and p not in devices)
     for path in (*read_only, *writable):
         _refuse_reserved(path, writable=path in writable)
     spec = SandboxSpec(
@@ -278,9 +271,12 @@ def compile_spec(
         read_write=writable,
         minimum_abi=_minimum_abi(policy, governance),
         environment=environment(governance, user=user, home=home),
+        devices=devices,
         limits=limits or Limits(),
         paths=paths or RuntimePaths(),
+        persistence=governance.persistence,
     )
+    _check_persistence(spec)
     servers = [
         _mcp_server(spec, name, server.command, tuple(_under(server)))
         for name, server in sorted(governance.mcp.servers.items())
@@ -340,6 +336,26 @@ def _refuse_reserved(path: str, *, writable: bool) -> None:
         if _inside(path, reserved) or _inside(reserved, path):
             raise SandboxError(
                 f"{path} must not be writable: it covers {reserved}", cure="list it as read_only, or narrow it"
+            )
+
+
+def _check_persistence(spec: SandboxSpec) -> None:
+    """Refuse hooks that the sandbox could write or not read, and files of the home that it would not see."""
+    hooks = spec.persistence.git_hooks
+    if hooks:
+        if any(_inside(hooks, path) or _inside(path, hooks) for path in (*BASE_READ_WRITE, *spec.read_write)):
+            raise SandboxError(
+                f"persistence.git_hooks {hooks} can be written in the sandbox", cure="name a read-only one"
+            )
+        if not any(_inside(hooks, path) for path in (*spec.base_read_only, *spec.read_only)):
+            raise SandboxError(
+                f"persistence.git_hooks {hooks} cannot be read in the sandbox", cure="list it as read_only"
+            )
+    for name in spec.persistence.files:
+        if not any(_inside(f"{spec.home}/{name}", path) for path in (*spec.read_only, *spec.read_write)):
+            raise SandboxError(
+                f"persistence.files: {spec.home}/{name} does not exist in the sandbox",
+                cure="list the home directory in filesystem_policy, or remove the file",
             )
 
 

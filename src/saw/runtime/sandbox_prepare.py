@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pwd
 import py_compile
-import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,23 +12,27 @@ from pathlib import Path
 from saw.files import write_atomic
 from saw.runtime.sandbox import (
     LAUNCH_DIRECTORY,
-    PROTECTED_DIRECTORIES,
-    PROTECTED_FILES,
     RuntimePaths,
     SandboxError,
     SandboxSpec,
 )
+from saw.runtime.sandbox_home import PLACED, make_below_home, place_files, protect_home
 from saw.runtime.sandbox_units import MARK, MEDIATOR_USER, compile_launch_files, compile_units
 
 SHIMS = {"saw-run": "shell_client.py", "saw-mcp-connect": "mcp_connect.py"}
 
 
 def prepare(
-    spec: SandboxSpec, *, launch_directory: str = LAUNCH_DIRECTORY, unit_directory: str | None = None
+    spec: SandboxSpec,
+    *,
+    launch_directory: str = LAUNCH_DIRECTORY,
+    unit_directory: str | None = None,
+    placed: Path = PLACED,
 ) -> list[str]:
     """Write launch files (and units, when a directory is given) and create what they bind; return what changed.
 
-    Runs as root. Raises :class:`SandboxError` when a place in the home directory is not what it must be.
+    ``placed`` is the list of the files that the bundle before laid down. Runs as root. Raises :class:`SandboxError` when a place
+    in the home directory is not what it must be.
     """
     changed: list[str] = []
     for path in (launch_directory, "/run/saw/shell", "/run/saw/mcp", "/run/saw/mcp-server"):
@@ -42,9 +45,9 @@ def prepare(
         changed += _write_changed(unit_directory, {name: text.encode() for name, text in compile_units(spec).items()})
     for path in spec.read_write:
         if path.startswith(spec.home) and not Path(path).exists():
-            _make_below_home(spec, path)
+            make_below_home(spec, path)
             changed.append(path)
-    return changed + protect_home(spec)
+    return changed + protect_home(spec) + place_files(spec, placed)
 
 
 def retire(
@@ -73,19 +76,6 @@ def retire(
     for path in files:
         path.unlink()
     return [str(path) for path in files]
-
-
-def protect_home(spec: SandboxSpec) -> list[str]:
-    """Create the protected places of the home directory as root's (files 0644, directories 0755); return what changed.
-
-    Opens every component without following links, since the home belongs to the agent. What the agent put at a protected
-    place before is set aside under ``NAME.saw-replaced``.
-    """
-    if not spec.protected:
-        return []
-    places = [(name, False) for name in PROTECTED_FILES] + [(name, True) for name in PROTECTED_DIRECTORIES]
-    ours = [(name, directory) for name, directory in places if f"{spec.home}/{name}" in spec.protected]
-    return [f"{spec.home}/{name}" for name, directory in ours if _protect(spec, name, directory=directory)]
 
 
 def write_shims(directory: Path, paths: RuntimePaths) -> list[str]:
@@ -138,61 +128,3 @@ def _uid(user: str) -> int:
         return pwd.getpwnam(user).pw_uid
     except KeyError:
         raise SandboxError(f"user {user!r} does not exist", cure="create it as a system user") from None
-
-
-def _open_directory(name: str, parent: int | None = None) -> int:
-    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-
-
-def _walk(spec: SandboxSpec, parts: list[str]) -> int:
-    """Return a descriptor of home/parts, making missing directories the agent's; raise when a component is a link."""
-    descriptor = _open_directory(spec.home)
-    for part in parts:
-        try:
-            try:
-                os.mkdir(part, 0o755, dir_fd=descriptor)
-                os.chown(part, spec.uid, spec.gid, dir_fd=descriptor, follow_symlinks=False)
-            except FileExistsError:
-                pass
-            following = _open_directory(part, descriptor)
-        except OSError as error:
-            raise SandboxError(
-                f"{spec.home}/{'/'.join(parts)} cannot be prepared: {error.strerror}",
-                cure="remove the link or file there",
-            ) from error
-        finally:
-            os.close(descriptor)
-        descriptor = following
-    return descriptor
-
-
-def _make_below_home(spec: SandboxSpec, path: str) -> None:
-    os.close(_walk(spec, list(Path(path).relative_to(spec.home).parts)))
-
-
-def _protect(spec: SandboxSpec, name: str, *, directory: bool) -> bool:
-    *parents, last = name.split("/")
-    parent = _walk(spec, parents)
-    try:
-        try:
-            found = os.stat(last, dir_fd=parent, follow_symlinks=False)
-            right_kind = (
-                stat.S_ISDIR(found.st_mode) if directory else stat.S_ISREG(found.st_mode) and found.st_nlink == 1
-            )
-            if right_kind and found.st_uid == 0 and not found.st_mode & 0o022:
-                return False
-            os.rename(last, f"{last}.saw-replaced", src_dir_fd=parent, dst_dir_fd=parent)
-        except FileNotFoundError:
-            pass
-        if directory:
-            os.mkdir(last, 0o755, dir_fd=parent)
-        else:
-            os.close(os.open(last, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o644, dir_fd=parent))
-    except OSError as error:
-        raise SandboxError(
-            f"{spec.home}/{name} cannot be protected: {error.strerror}",
-            cure=f"remove {name}.saw-replaced and try again",
-        ) from error
-    finally:
-        os.close(parent)
-    return True

@@ -6,6 +6,7 @@ tmpfs into which only the listed paths are bound, so an unlisted path does not e
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -43,6 +44,8 @@ def common_properties(spec: SandboxSpec, *, systemd: int = 257) -> Properties:
         ("CapabilityBoundingSet", ""),
         ("AmbientCapabilities", ""),
         ("PrivateTmp", "yes"),
+        # A hardened host mounts both noexec. Builds need them, and programs may run from the home all the same.
+        ("ExecPaths", "/tmp /var/tmp"),  # noqa: S108
         ("PrivateDevices", "yes"),
         ("DevicePolicy", "closed"),
         ("PrivateIPC", "yes"),
@@ -95,6 +98,14 @@ def view_properties(
     listed = [Path(p) for p in (*read_only, *read_write)]
     covered = [p for p in UNREACHABLE if any(Path(p).is_relative_to(q) for q in listed)]
     return properties + [("InaccessiblePaths", f"-{p}") for p in covered]
+
+
+def device_properties(devices: tuple[str, ...]) -> Properties:
+    """Return what gives a unit the device nodes ``devices``, those that are there when it starts.
+
+    A unit's ``/dev`` is its own, so a node that is not listed does not exist in it; the device filter refuses it besides.
+    """
+    return [item for path in devices for item in (("BindPaths", f"-{path}"), ("DeviceAllow", f"{path} rw"))]
 
 
 def _between(read_write: tuple[str, ...], protected: tuple[str, ...]) -> list[str]:
@@ -151,6 +162,7 @@ def shell_unit(spec: SandboxSpec, *, systemd: int = 257) -> str:
         ("NetworkNamespacePath", NETNS_PATH),
         *common_properties(spec, systemd=systemd),
         *view_properties((*spec.base_read_only, *spec.read_only), (*BASE_READ_WRITE, *spec.read_write), spec.protected),
+        *device_properties(spec.devices),
     ]
     return _unit(
         {
@@ -162,8 +174,16 @@ def shell_unit(spec: SandboxSpec, *, systemd: int = 257) -> str:
             ],
             "Service": service,
             "Install": [("WantedBy", "multi-user.target")],
+            **_placed(spec),
         }
     )
+
+
+def _placed(spec: SandboxSpec) -> dict[str, Properties]:
+    """Return a section for readers, which systemd skips (``X-``): the files of the home that the bundle lays down."""
+    files = sorted(spec.persistence.files.items())
+    digests = [(f"{spec.home}/{name}", hashlib.sha256(text.encode()).hexdigest()) for name, text in files]
+    return {"X-Saw": [("Placed", f"{path} sha256:{digest}") for path, digest in digests]} if files else {}
 
 
 def mcp_units(spec: SandboxSpec, server: McpServerSpec, *, systemd: int = 257) -> dict[str, str]:

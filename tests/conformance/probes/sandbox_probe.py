@@ -204,6 +204,8 @@ CASES: dict[str, Callable[[], None]] = {
     "setuid": setuid_gain,
     "signal-init": lambda: os.kill(1, 0),
     # files
+    "read-gpu-0": read("/dev/nvidia0"),
+    "read-gpu-1": read("/dev/nvidia1"),
     "read-shadow": read("/etc/shadow"),
     "read-passwd": read("/etc/passwd"),
     "others-environ": other_process,

@@ -50,7 +50,7 @@ def kit(tmp_path_factory):
     def run(*arguments: str) -> Run:
         folder = tmp_path_factory.mktemp("conformance")
         words = [sys.executable, "-m", "saw.cli.main", "conformance", "run", "--output", str(folder), *arguments]
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=240)
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=480)
         path = folder / "report.json"
         report = json.loads(path.read_bytes()) if path.exists() else {}
         return Run(done.returncode, done.stdout + done.stderr, report)

@@ -14,12 +14,21 @@ network_policies:
   web:
     endpoints:
       - {host: web.example.com, port: 443, protocol: rest, rules: [{allow: {method: GET, path: "/v1/**"}}]}
+      - {host: graphql.example.com, port: 443, path: /graphql, protocol: graphql,
+         rules: [{allow: {operation_type: query, fields: [__typename]}}]}
+      - {host: mcp.example.com, port: 443, path: /mcp, protocol: mcp, rules: [{allow: {method: tools/call, tool: note}}]}
       - {host: second.example.com, port: 443, protocol: rest, rules: [{allow: {method: GET, path: "/v1/**"}}]}
     binaries: [{path: "/**/python3*"}]
 """
 GOVERNANCE = """
 schema: 1
 blueprint: {name: coding, version: 1.0.0, owner: team}
+mcp:
+  servers:
+    notes:
+      transport: http
+      url: https://mcp.example.com/mcp
+      tools: {note: {class: auto, args: {text: {max_length: 20, required: true}}}}
 """
 
 
@@ -46,6 +55,8 @@ def ring1(kit, tmp_path_factory):
             ),
             *("--proxy", "10.200.0.1:3128", "--allowed-url", "https://web.example.com/v1/things"),
             *("--second-url", "https://second.example.com/v1/x", "--suite", "addressing", "--suite", "http"),
+            *("--graphql-url", "https://graphql.example.com/graphql", "--mcp-url", "https://mcp.example.com/mcp"),
+            *("--redirect-url", "https://web.example.com/v1/redirect-to"),
         )
     finally:
         rig.stop()
@@ -65,7 +76,47 @@ def test_every_request_is_refused_for_the_right_reason_and_none_arrives(ring1):
 
 def test_the_allowed_twin_arrives_at_the_far_end(ring1):
     twins = {(case["twin"]["id"], case["twin"]["result"]) for case in ring1.report["cases"]}
-    assert twins == {("twin.http.get", "works")}
+    assert twins == {(f"twin.http.{name}", "works") for name in ("get", "graphql", "mcp", "h2", "redirect")}
+
+
+@pytest.mark.control("RUN-01")
+def test_bodies_are_refused_for_what_they_ask_and_not_for_how_they_came(ring1):
+    found = {case["id"]: case["evidence"]["refused_by"] for case in ring1.report["cases"] if ".graphql." in case["id"]}
+    assert len(found) == 28
+    assert found["http.graphql.alias"] == found["http.graphql.batch"] == "operation_not_allowed"
+    assert found["http.graphql.key-twice"] == found["http.graphql.compressed"] == "body_unreadable"
+    assert found["http.graphql.bomb"] == "body_unreadable"  # nothing is unpacked
+    assert found["http.graphql.large"] == "body_too_large"
+
+
+@pytest.mark.control("RUN-05")
+def test_calls_of_tools_are_refused_for_their_arguments(ring1):
+    found = {case["id"]: case["evidence"]["refused_by"] for case in ring1.report["cases"] if ".mcp." in case["id"]}
+    assert len(found) == 23
+    assert found["http.mcp.long"] == found["http.mcp.batch"] == found["http.mcp.more"] == "argument_not_allowed"
+    assert found["http.mcp.text-twice"] == found["http.mcp.header"] == "body_unreadable"
+    assert found["http.mcp.large"] == "body_too_large"
+
+
+@pytest.mark.control("NET-03")
+def test_a_redirect_is_followed_through_the_proxy_and_refused_there(ring1):
+    found = {case["id"]: case["evidence"]["refused_by"] for case in ring1.report["cases"] if ".redirect." in case["id"]}
+    assert found.pop("http.redirect.unlisted") == "host_not_allowed"
+    assert len(found) == 4
+    assert set(found.values()) == {"destination_blocked"}
+
+
+@pytest.mark.control("RUN-01")
+def test_header_lists_of_http_2_are_refused_before_or_by_the_policy(ring1):
+    found = {case["id"]: case["evidence"]["refused_by"] for case in ring1.report["cases"] if ".h2." in case["id"]}
+    assert len(found) == 26
+    assert found["http.h2.method"] == found["http.h2.method-connect"] == "method_or_path_not_allowed"
+    assert found["http.h2.authority"] == found["http.h2.authority-only-host"] == "host_not_allowed"
+    assert set(found.values()) == {"closed", "method_or_path_not_allowed", "host_not_allowed"}
+
+
+def test_headers_that_never_end_are_ended_by_time_while_another_call_passes(ring1):
+    assert ring1.case("http.slow.headers")["evidence"]["refused_by"] == "status:408"
 
 
 def test_a_tunnel_inside_a_tunnel_is_refused_with_words_that_say_so(ring1):

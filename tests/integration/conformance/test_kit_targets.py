@@ -65,9 +65,13 @@ def test_every_case_of_ours_that_is_not_tried_says_why(ours):
     why = {c["id"]: c["evidence"]["problem"] for c in ours.report["cases"] if c["result"] == "not_applicable"}
     assert {name.split(".")[0] for name in why} == {"address", "http", "process"}
     assert why.pop("process.limit.tasks") == "resource limits of the cgroup are not part of this target"
-    assert set(why.values()) <= {"the target has no HTTP proxy with a policy (--allowed-url)"} | {
-        text for text in why.values() if "no allowed URL is known" in text
-    }
+    known = (
+        "no allowed URL is known (--allowed-url)",
+        "no GraphQL address is known (--graphql-url)",
+        "no MCP server is known (--mcp-url)",
+        "the target has no HTTP proxy with a policy (--allowed-url)",
+    )
+    assert [text for text in set(why.values()) if not any(reason in text for reason in known)] == []
 
 
 def test_what_bubblewrap_leaves_open_is_seen(kit):

@@ -33,6 +33,7 @@ from saw.runtime.attribution import Attribution
 from saw.runtime.decide import Decider, DecideService
 from saw.runtime.decide_counts import Counts
 from saw.runtime.decide_state import Generations, Heartbeat, Lease
+from saw.runtime.decision_log import DecisionLog
 from saw.runtime.policyd import Policyd
 from saw.runtime.policyd_config import PolicydConfig
 
@@ -51,7 +52,7 @@ network_policies:
 GOVERNANCE = "schema: 1\nblueprint: {name: coding, version: 1.0.0, owner: team}\n"
 
 
-def until(condition, what: str, seconds: float = 20.0):
+def until(condition, what: str, seconds: float = 60.0):
     """Return the first true result of ``condition``; fail after ``seconds``."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -178,8 +179,11 @@ class Lab:
         self.run = self.directory / "run"
         self.state = self.directory / "state"
         self.store = self.directory / "store"
-        for path in (self.run / "attest", self.run / "decide", self.run / "svid", self.run / "policy", self.store):
+        self.journal = self.directory / "journal"
+        for path in (self.run / "attest", self.run / "decide", self.run / "svid", self.run / "policy"):
             path.mkdir(parents=True)
+        self.store.mkdir()
+        self.journal.mkdir()
         now = datetime.now(UTC)
         self.officers = [Ed25519PrivateKey.generate() for _ in range(3)]
         self.online = Ed25519PrivateKey.generate()
@@ -230,6 +234,7 @@ class Lab:
             "heartbeat_s": 0.2,
             "readback_s": 5.0,
             "proxy_start_s": 20.0,
+            "journal_dir": str(self.journal),
             **changes,
         }
         (self.directory / "policyd.json").write_text(json.dumps(config))
@@ -255,7 +260,8 @@ class Lab:
             Attribution(Path("/proc/self/ns/net")),
             Counts(time.monotonic()),
         )
-        service = DecideService(decider, lambda _: None)
+        self.decisions = (self.directory / "decisions.log").open("w+", encoding="utf-8")
+        service = DecideService(decider, DecisionLog(self.decisions, journal=True))
         path = str(self.run / "decide" / "authz.sock")
         config = uvicorn.Config(service, uds=path, log_level="error", lifespan="off", loop="asyncio")
         self._decide = uvicorn.Server(config)
@@ -288,6 +294,7 @@ class Lab:
         self.attestd.stop()
         self.broker.stop()
         self._decide.should_exit = self._decide.force_exit = True
+        self.decisions.close()
         self._decide_thread.join(10)
         shutil.rmtree(self.directory, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""A policy that is too narrow: ring 1 refuses the calls, the broker hears of it from the workspace, and the ring halts."""
+"""What ring 1 refuses is heard outside: how much of it halts a ring, and what was decided there is in the broker's trail."""
 
 from __future__ import annotations
 
@@ -37,15 +37,7 @@ class Workspace:
         self.lab, self.broker = lab, broker
         self.digests: dict[int, str] = {}
         broker.workspace("ws-demo", to="attesting")
-        told = json.loads((lab.run / "workspace.json").read_text())
-        ca = broker.ca_file.read_text()
-        told |= {
-            "broker_url": f"https://127.0.0.1:{broker.port}",
-            "ca_pem": ca,
-            "tuf_root": json.loads(broker.officers.root),
-        }
-        (lab.run / "workspace.json").write_text(json.dumps(told))
-        (lab.run / "ca.pem").write_text(ca)
+        self.tell()
         key, csr = new_key_and_csr("ws-demo")
         authority = Authority.load(broker.config.keys / "x509")
         (lab.run / "svid" / "key.pem").write_bytes(key)
@@ -53,7 +45,21 @@ class Workspace:
         (lab.run / "svid" / "svid.pem").write_bytes(certificate)
         lease = {"expires_at": (datetime.now(UTC) + timedelta(hours=1)).isoformat()}
         (lab.run / "svid" / "lease.json").write_text(json.dumps(lease))
-        lab.configure(calls_s=0.001)
+        lab.configure(calls_s=0.001, decisions_s=0.001)
+        self.unread = (lab.directory / "decisions.log").open(encoding="utf-8")
+        self.clock = int(datetime.now(UTC).timestamp() * 1_000_000)
+
+    def tell(self) -> None:
+        """Tell the workspace where its broker is."""
+        told = json.loads((self.lab.run / "workspace.json").read_text())
+        ca = self.broker.ca_file.read_text()
+        told |= {
+            "broker_url": f"https://127.0.0.1:{self.broker.port}",
+            "ca_pem": ca,
+            "tuf_root": json.loads(self.broker.officers.root),
+        }
+        (self.lab.run / "workspace.json").write_text(json.dumps(told))
+        (self.lab.run / "ca.pem").write_text(ca)
 
     def store(self, statement: str, *values: object) -> None:
         with closing(sqlite3.connect(self.broker.config.database, timeout=10)) as database, database:
@@ -78,6 +84,31 @@ class Workspace:
         text = subprocess.run(command, capture_output=True, check=False, text=True).stdout
         return [json.loads(line)["reason"] for line in text.splitlines() if line.startswith("{")]
 
+    def journal(self, unit: str = "saw-decide.service", process: str = "a" * 32, text: str | None = None) -> None:
+        """Put what the decision service wrote since the last time, or ``text``, into a real journal."""
+        lines = (self.unread.readlines() if text is None else text.splitlines(keepends=True)) or []
+        fields = []
+        for line in lines:
+            priority, message = (line[1], line[3:]) if line.startswith("<") else ("6", line)
+            self.clock += 1
+            fields += [
+                f"__REALTIME_TIMESTAMP={self.clock}",
+                f"__MONOTONIC_TIMESTAMP={self.clock}",
+                f"_BOOT_ID={'b' * 32}",
+                f"PRIORITY={priority}",
+                f"_SYSTEMD_UNIT={unit}",
+                f"_SYSTEMD_INVOCATION_ID={process}",
+                f"MESSAGE={message}",
+            ]
+        command = ["/lib/systemd/systemd-journal-remote", f"--output={self.lab.journal}/one.journal", "-"]
+        done = subprocess.run(command, input="\n".join(fields) + "\n", capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def decisions(self) -> list[dict]:
+        """Return the events of what was decided inside the workspace."""
+        ours = [one["event"] for one in self.broker.events()]
+        return [one for one in ours if one["unmapped"]["saw"].get("layer") in {"ring1", "mcp", "workspace"}]
+
     def rollout(self, revision: int) -> dict:
         found = self.broker.operator.request("GET", "/v1/policy/rollouts/stable")["rollouts"]
         return next(one for one in found if one["revision"] == revision)
@@ -91,6 +122,7 @@ def workspace(lab):
         broker.start()
         made = Workspace(lab, broker)
         yield made
+        made.unread.close()
     finally:
         broker.stop()
         shutil.rmtree(directory)
@@ -126,3 +158,64 @@ def test_calls_that_ring_1_denies_halt_the_ring(workspace, policy, state):
         assert "12" in json.dumps(counted)
     else:
         assert counted == []
+
+
+@pytest.mark.control("AUD-01")
+@pytest.mark.control("P0-05")
+def test_what_nobody_outside_sees_is_in_the_trail_and_what_ring_2_records_is_not(workspace):
+    lab = workspace.lab
+    workspace.release(1, POLICY)
+    agent = lab.agent()
+    agent.cycle()
+    agent.beat()
+    allowed, refused = "http://api.example.com:443/v1/x", "http://other.example.com:443/secret?token=1"
+    proxy = ["curl", "-s", "-o", "/dev/null", "-x", f"http://127.0.0.1:{lab.proxy_port}"]
+    subprocess.run([*proxy, allowed, refused, refused, "http://third.example.com/"], check=True)
+    workspace.journal()
+    called = {"event": "tool_call", "server": "files", "tool": "read", "reason": "argument_not_allowed", "rule": "r"}
+    text = "".join(
+        f"<4>{json.dumps({**called, 'verdict': 'deny', 'n': number, 'policy_digest': workspace.digests[1]})}\n"
+        for number in (1, 2, 5)
+    )
+    text += f"<5>{json.dumps({**called, 'verdict': 'allow', 'reason': '', 'n': 6})}\n"
+    workspace.journal("saw-mcp-files.service", "c" * 32, text)
+    workspace.journal("saw-mcp-server-files@7.service", "d" * 32, text.replace("read", "forged"))
+
+    # Nobody hears of it while the broker is away, or while the workspace cannot prove who it is.
+    workspace.broker.stop()
+    agent.report_decisions()
+    workspace.broker.start()
+    workspace.tell()
+    agent = lab.agent()
+    (lab.run / "svid" / "svid.pem").rename(lab.run / "svid" / "away")
+    agent.report_decisions()
+    assert workspace.decisions() == []
+    (lab.run / "svid" / "away").rename(lab.run / "svid" / "svid.pem")
+    agent.report_decisions()
+    agent.report_decisions()  # what was told is not told again
+
+    found = workspace.decisions()
+    calls = {(one["http_request"]["url"]["hostname"], one["count"]) for one in found if one["class_uid"] == 4002}
+    assert calls == {("other.example.com", 2), ("third.example.com", 1)}
+    twice = next(one for one in found if one.get("count") == 2)
+    assert (twice["status_detail"], twice["policy"]["uid"]) == ("host_not_allowed", workspace.digests[1])
+    assert twice["device"]["uid"] == "ws-demo"
+    assert len(set(twice["unmapped"]["saw"]["request_ids"])) == 2
+    assert "token" not in json.dumps(found)
+    tools = [one for one in found if one["class_uid"] == 6003]
+    assert [(one["count"], one["status"], one["resources"][0]["uid"]) for one in tools] == [
+        (3, "Failure", "files/read"),
+        (1, "Success", "files/read"),
+    ]
+    (lost,) = [one for one in found if one["class_uid"] == 2004]
+    assert lost["finding_info"]["types"] == ["decisions_missing"]
+    assert lost["unmapped"]["saw"]["count"] == 2
+
+    # Another start of the service counts from one again, and goes on behind what was told.
+    subprocess.run([*proxy, "http://fourth.example.com/"], check=True)
+    after = [line.replace('"n":4', '"n":1') for line in workspace.unread.readlines()]
+    workspace.journal(process="e" * 32, text="".join(after))
+    agent.report_decisions()
+    assert [one["http_request"]["url"]["hostname"] for one in workspace.decisions()[len(found) :]] == [
+        "fourth.example.com"
+    ]

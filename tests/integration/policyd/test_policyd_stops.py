@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -72,9 +71,7 @@ def service(lab):
 def test_without_a_running_agent_every_call_is_denied_until_it_runs_again(service, how):
     until(lambda: service.call() == "passed", "calls pass ring 1")
     service.process.send_signal(signal.SIGSTOP if how == "stopped" else signal.SIGKILL)
-    stopped = time.monotonic()
     until(lambda: service.call().startswith(f"lease_expired: {GONE}"), "calls are denied")
-    assert time.monotonic() - stopped < 10
     assert service.lab.current() == service.lab.decided()["policy_digest"]
     if how == "stopped":
         service.process.send_signal(signal.SIGCONT)

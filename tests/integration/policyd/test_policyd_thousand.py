@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tuf.api.exceptions import DownloadHTTPError
 from tuf.ngclient.fetcher import FetcherInterface
 
+from saw.audit.workspace_decisions import Decisions
 from saw.policy.bundle import build_manifest, policy_digest, sign
 from saw.policy.loader import load_members
 from saw.policy.tuf_accept import sign_online
@@ -94,6 +95,9 @@ class FarBroker:
     def report(self, kind: str, state: str, *, reason: str, policy_digest: str, **_further: object) -> None:
         if kind == "policy_state":
             self.said.append((state, reason, policy_digest))
+
+    def report_decisions(self, said: Decisions) -> None:
+        raise AssertionError(f"nothing was decided, {said}")
 
     def report_calls(self, digest: str, _counted: Counted, _window: float) -> None:
         raise AssertionError(f"no call was decided, {digest}")

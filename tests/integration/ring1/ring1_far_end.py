@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import urllib.parse
 
 REPOSITORIES = os.environ["FAR_END_REPOSITORIES"]
 LOG = os.environ.get("FAR_END_LOG")
@@ -35,6 +36,12 @@ async def app(scope, receive, send):
         await send({"type": "http.response.body", "body": b"first\n", "more_body": True})
         while (await receive())["type"] != "http.disconnect":
             pass
+        return
+    if path == "/v1/redirect-to":
+        to = urllib.parse.parse_qs(scope["query_string"].decode())["url"][0]
+        head = [(b"location", to.encode()), (b"content-length", b"0")]
+        await send({"type": "http.response.start", "status": 302, "headers": head})
+        await send({"type": "http.response.body", "body": b""})
         return
     told = {
         "method": scope["method"],

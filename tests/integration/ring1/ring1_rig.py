@@ -8,14 +8,17 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
+import websocket_ends
 
 from saw.files import write_atomic
 from saw.identity.x509 import Authority, new_key_and_csr
@@ -28,6 +31,8 @@ from saw.runtime.leaf import LeafAuthority
 ENVOY = Path(sys.executable).with_name("envoy")
 PROXY = "http://10.200.0.1:3128"
 RING2_PORT = 18443
+RENEWED_EVERY_S = 120.0
+"""An SVID lasts ten minutes; a rig that serves several modules outlives it, so it renews it as a workspace does."""
 
 POLICY = """
 version: 1
@@ -49,6 +54,11 @@ network_policies:
   python:
     endpoints:
       - {host: python.example.com, port: 443, protocol: rest, access: read-only}
+      - {host: news.example.com, port: 443, protocol: websocket, access: read-only}
+      - {host: chat.example.com, port: 443, protocol: websocket, rules: [
+          {allow: {method: GET, path: "/rooms/**"}}, {allow: {method: WEBSOCKET_TEXT, path: "/rooms/**"}}]}
+      - {host: raw.example.com, port: 443, protocol: websocket, access: full}
+      - {host: asks.example.com, port: 443, protocol: websocket, access: read-write}
     binaries: [{path: "/**/python3*"}]
 """
 GOVERNANCE = """
@@ -60,6 +70,8 @@ inference:
 actions:
   - {match: {host: api.example.com, method: [POST], path: /v1/notes}, class: auto}
   - {match: {host: api.example.com, method: [POST], path: /v1/never}, class: deny}
+  - {match: {host: chat.example.com, method: [WEBSOCKET_TEXT]}, class: auto}
+  - {match: {host: raw.example.com, method: [WEBSOCKET_TEXT]}, class: auto}
 """
 
 
@@ -67,7 +79,7 @@ def run(*command: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, check=True, capture_output=True, text=True, **options)
 
 
-def until(condition, what: str, seconds: float = 15.0):
+def until(condition, what: str, seconds: float = 60.0):
     """Return the first true result of ``condition``; fail after ``seconds``."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -92,6 +104,10 @@ class Rig:
         self.svid = directory / "svid"
         self.base = ""
         self.processes: dict[str, subprocess.Popen] = {}
+        self.service: websocket_ends.Service | None = None
+        self.stopping = threading.Event()
+        self.renewal: threading.Thread | None = None
+        self.digest = "0" * 64
         self.settings = ring1.Ring1(
             ring2_address="127.0.0.1",
             ring2_port=RING2_PORT,
@@ -147,14 +163,15 @@ class Rig:
         )
         until(lambda: self.served() is not None, "ring 1 answers")
 
-    def start_decide(self) -> None:
+    def start_decide(self, callers: str = "") -> None:
+        """Start saw-decide; ``callers`` is the namespace in which it looks for callers (default: the sandbox's)."""
         config = {
             "socket": str(self.settings.decide_socket),
             "generations": str(self.generations),
             "lease": str(self.svid / "lease.json"),
             "heartbeat": str(self.directory / "heartbeat"),
             "heartbeat_limit_s": 3600.0,
-            "netns": f"/run/netns/{self.sandbox}",
+            "netns": f"/run/netns/{callers or self.sandbox}",
         }
         (self.directory / "decide.json").write_text(json.dumps(config))
         self.spawn(
@@ -180,8 +197,15 @@ class Rig:
             "far-end",
             *(sys.executable, "-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "ring1_far_end:app"),
             *("--uds", str(self.directory / "far-end.sock"), "--log-level", "warning"),
-            environment={"FAR_END_REPOSITORIES": str(self.directory / "repositories")},
+            environment={
+                "FAR_END_REPOSITORIES": str(self.directory / "repositories"),
+                "FAR_END_LOG": os.environ.get("FAR_END_LOG", str(self.directory / "arrived")),
+            },
         )
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(self.directory / "streams.sock"))
+        listener.listen(64)
+        self.service = websocket_ends.Service(listener)
         self.start_ring2_proxy()
 
     def start_ring2_proxy(self) -> None:
@@ -192,8 +216,21 @@ class Rig:
         )
 
     def issue_svid(self, digest: str = "0" * 64) -> None:
+        """Give the workspace its identity, now and again for as long as the rig runs."""
+        self.digest = digest
+        self.renew_svid()
+        if self.renewal is None:
+            self.renewal = threading.Thread(target=self._keep_renewing, daemon=True)
+            self.renewal.start()
+
+    def _keep_renewing(self) -> None:
+        while not self.stopping.wait(RENEWED_EVERY_S):
+            self.renew_svid()
+
+    def renew_svid(self, age: timedelta = timedelta(0)) -> None:
+        """Write an SVID that was issued ``age`` ago."""
         key, csr = new_key_and_csr("workspace")
-        svid = self.identity.issue_svid(csr, "ws-demo", digest, datetime.now(UTC))
+        svid = self.identity.issue_svid(csr, "ws-demo", self.digest, datetime.now(UTC) - age)
         write_atomic(self.svid / "sds.json", secret_discovery(svid.decode(), key.decode()))
 
     def lease(self, length: timedelta) -> None:
@@ -308,12 +345,22 @@ class Rig:
             process.wait()
 
     def stop(self) -> None:
+        self.stopping.set()
+        if self.renewal is not None:
+            self.renewal.join()
         for name in list(self.processes):
             self.stop_process(name)
+        if self.service is not None:
+            self.service.close()
         for namespace in (self.sandbox, self.vm):
             with contextlib.suppress(subprocess.CalledProcessError):
                 run("ip", "netns", "del", namespace)
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def arrived(self) -> list[list]:
+        """Return what reached the far end: method, path, headers and body of each request."""
+        log = self.directory / "arrived"
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
     def log(self, name: str) -> str:
         return (self.directory / f"{name}.log").read_text(errors="replace")
@@ -358,12 +405,20 @@ def far_end(directory: Path) -> dict:
         "forward_client_cert_details": "SANITIZE_SET",
         "set_current_client_cert_details": {"uri": True},
         "stream_idle_timeout": "0s",
+        "http2_protocol_options": {"allow_connect": True},
+        "upgrade_configs": [{"upgrade_type": "websocket"}],
         "route_config": {
             "virtual_hosts": [
                 {
                     "name": "all",
                     "domains": ["*"],
-                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "far-end", "timeout": "0s"}}],
+                    "routes": [
+                        {
+                            "match": {"prefix": "/", "headers": [{"name": "upgrade", "present_match": True}]},
+                            "route": {"cluster": "streams", "timeout": "0s"},
+                        },
+                        {"match": {"prefix": "/"}, "route": {"cluster": "far-end", "timeout": "0s"}},
+                    ],
                 }
             ]
         },
@@ -404,19 +459,20 @@ def far_end(directory: Path) -> dict:
             ],
             "clusters": [
                 {
-                    "name": "far-end",
+                    "name": name,
                     "type": "STATIC",
                     "load_assignment": {
-                        "cluster_name": "far-end",
+                        "cluster_name": name,
                         "endpoints": [
                             {
                                 "lb_endpoints": [
-                                    {"endpoint": {"address": {"pipe": {"path": str(directory / "far-end.sock")}}}}
+                                    {"endpoint": {"address": {"pipe": {"path": str(directory / f"{name}.sock")}}}}
                                 ]
                             }
                         ],
                     },
                 }
+                for name in ("far-end", "streams")
             ],
         }
     }

@@ -34,6 +34,7 @@ def test_an_allowed_call_reaches_ring_2_with_identity_and_facts(rig):
 
 @pytest.mark.control("REV-01")
 def test_a_write_that_a_person_decides_on_goes_on_to_ring_2_and_nothing_else_that_is_refused_does(rig):
+    before = len(rig.log("decide"))
     reply = rig.curl(f"{API}/v1/items", "--data", "a=1")
     assert reply.status == 200, reply
     told = reply.json()
@@ -48,7 +49,7 @@ def test_a_write_that_a_person_decides_on_goes_on_to_ring_2_and_nothing_else_tha
         assert (refused.status, refused.json()["reason"]) == (403, reason)
     other = rig.inside(sys.executable, "-c", OTHER_PROGRAM, check=False)
     assert "403" in other.stderr
-    lines = [json.loads(line) for line in rig.log("decide").splitlines() if line.startswith('{"event"')]
+    lines = [json.loads(line) for line in rig.log("decide")[before:].splitlines() if line.startswith('{"event"')]
     assert [line["reason"] for line in lines if line["verdict"] == "review"] == ["review_required"]
 
 
@@ -185,6 +186,25 @@ def test_plain_http_is_carried_in_absolute_form_where_the_policy_says_so(rig):
     assert (refused.status, refused.json()["reason"]) == (403, "host_not_allowed")
     assert rig.curl("http://api.example.com:443/v1/x").status == 403
     assert rig.curl("http://169.254.169.254/latest/meta-data").json()["reason"] == "destination_blocked"
+
+
+@pytest.mark.control("RUN-01")
+def test_an_https_address_in_absolute_form_is_refused_in_words_and_by_a_tunnel_it_passes(rig):
+    before = len(rig.arrived())
+    proxy = ("10.200.0.1", 3128)
+    script = f"""
+import socket
+sock = socket.create_connection({proxy!r}, timeout=20)
+sock.sendall(b"GET https://api.example.com/v1/x HTTP/1.1\\r\\nHost: api.example.com\\r\\nConnection: close\\r\\n\\r\\n")
+print(b"".join(iter(lambda: sock.recv(65536), b"")).decode())
+"""
+    head, _, body = rig.inside("/usr/bin/python3", "-c", script).stdout.partition("\n\n")
+    assert head.startswith("HTTP/1.1 403") and "content-type: application/json" in head.lower()
+    told = json.loads(body)
+    assert (told["error"], told["layer"], told["reason"]) == ("policy_denied", "ring1", "method_or_path_not_allowed")
+    assert "CONNECT host:443" in told["detail"]
+    assert len(rig.arrived()) == before
+    assert rig.curl(f"{API}/v1/x").status == 200
 
 
 @pytest.mark.control("RUN-01")
@@ -443,3 +463,50 @@ def test_envoy_accepts_the_configuration_that_validation_reads(rig):
     )
     assert done.returncode == 0, done.stderr
     assert "eprecated" not in done.stderr
+
+
+@pytest.mark.control("INT-01")
+def test_a_supervisor_in_the_vm_itself_goes_out_by_ring_1_under_its_own_name_and_nothing_else_does(rig):
+    """OpenShell's way out: its supervisor is in the VM's network and calls by CONNECT; a copy of curl stands for that program."""
+    supervisor = rig.directory / "openshell-sandbox"
+    shutil.copy(shutil.which("curl") or "", supervisor)
+    policy = POLICY.replace("[{path: /usr/bin/curl}]", f"[{{path: /usr/bin/none}}, {{path: {supervisor}}}]")
+
+    def call(program: str, path: str, namespace: str) -> str:
+        words = [
+            "-s",
+            "-m",
+            "60",
+            "-x",
+            PROXY,
+            "--cacert",
+            str(rig.ca_bundle),
+            "-w",
+            "%{http_code}%{http_connect}",
+            f"{API}{path}",
+        ]
+        done = subprocess.run(
+            ["ip", "netns", "exec", namespace, program, *words], capture_output=True, text=True, check=False, timeout=90
+        )
+        return done.stdout
+
+    rig.stop_process("decide")
+    rig.start_decide(rig.vm)
+    try:
+        rig.activate(policy, revision=2)
+        until(lambda: call(str(supervisor), "/v1/ready", rig.vm).endswith("200200"), "ring 1 asks the new service")
+        allowed = call(str(supervisor), "/v1/openshell", rig.vm)
+        headers = json.loads(allowed.removesuffix("200200"))["headers"]
+        assert headers["x-saw-binary"] == str(supervisor)
+        assert "spiffe://saw.example/workspace/ws-demo" in headers["x-forwarded-client-cert"]
+        assert call(str(supervisor), "/v2/else", rig.vm).endswith("403200"), (
+            "the policy holds for it as for any program"
+        )
+        assert call("/usr/bin/curl", "/v1/openshell", rig.vm).endswith("403"), "another program of the VM"
+        assert call(str(supervisor), "/v1/openshell", rig.sandbox).endswith("403"), (
+            "nobody is looked for in the sandbox"
+        )
+    finally:
+        rig.stop_process("decide")
+        rig.start_decide()
+    until(lambda: rig.curl(f"{API}/v1/again").status in {200, 403}, "ring 1 asks the new service")

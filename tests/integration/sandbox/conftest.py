@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from mcp_packages import mcp_packages
 
 ROOT = Path(__file__).parents[3]
 SOURCE = ROOT / "src"
@@ -172,25 +172,5 @@ def launch(networked):
 
 @pytest.fixture(scope="session")
 def filesystem_server():
-    """Folder with the reference MCP server ``@modelcontextprotocol/server-filesystem`` from npm (installed once)."""
-    if shutil.which("npm") is None or shutil.which("node") is None:
-        pytest.skip("npm and node are needed to install a real MCP server")
-    folder = Path("/var/tmp/saw-test-npm")
-    script = folder / "node_modules/@modelcontextprotocol/server-filesystem/dist/index.js"
-    if not script.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        package = "@modelcontextprotocol/server-filesystem@2026.8.31"
-        command = [
-            "npm",
-            "install",
-            "--no-audit",
-            "--no-fund",
-            "--cache",
-            str(folder / "cache"),
-            "--prefix",
-            str(folder),
-        ]
-        answer = subprocess.run([*command, package], capture_output=True, text=True, timeout=240, check=False)
-        if answer.returncode != 0:
-            pytest.skip(f"npm could not install the server: {answer.stderr[-300:]}")
-    return script
+    """Script of the reference MCP server ``@modelcontextprotocol/server-filesystem`` from npm."""
+    return mcp_packages() / "@modelcontextprotocol/server-filesystem/dist/index.js"

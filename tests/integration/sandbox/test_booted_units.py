@@ -86,7 +86,10 @@ def _bring_up(host: LightHost, build: Callable) -> Booted:
     children = Path(f"/proc/{nspawn}/task/{nspawn}/children").read_text(encoding="ascii").split()
     machine = Booted(int(children[0]))
     version = int(machine.run("systemctl", "--version").split()[1])
-    spec = build(compatibility="best_effort", best_effort="true")
+    # Nodes of two GPUs that no driver answers for. The policy grants the first.
+    for number in ("0", "1"):
+        machine.run("mknod", "-m", "666", f"/dev/nvidia{number}", "c", "195", number)
+    spec = build(compatibility="best_effort", best_effort="true", read_write=", /dev/nvidia0")
     server = replace(spec.mcp_servers[0], command=(PYTHON, "/run/saw/sandbox/probe.py", *MCP_CASES))
     idle = replace(server, name="idle", command=("/usr/bin/sleep", "600"))
     spec = replace(spec, paths=RuntimePaths(PYTHON, f"{PACKAGES}/saw/runtime"), mcp_servers=(server, idle))
@@ -106,7 +109,7 @@ def _bring_up(host: LightHost, build: Callable) -> Booted:
     for name, text in units.items():
         machine.write(f"/run/systemd/system/{name}", text.encode())
     for path in spec.protected:
-        kind = "d" if path in {f"{spec.home}/{name}" for name in _directories()} else "f"
+        kind = "d" if dict(spec.persistence.places())[path.removeprefix(f"{spec.home}/")] else "f"
         machine.run("sh", "-ec", f'mkdir -p "${{1%/*}}"; {"mkdir -p" if kind == "d" else "touch"} "$1"', "sh", path)
     machine.run("systemctl", "daemon-reload")
     machine.run("systemctl", "start", "saw-shell.service", "saw-mcp-server-files.socket", "saw-mcp-server-idle.socket")
@@ -114,13 +117,7 @@ def _bring_up(host: LightHost, build: Callable) -> Booted:
     return machine
 
 
-def _directories() -> tuple[str, ...]:
-    from saw.runtime.sandbox import PROTECTED_DIRECTORIES
-
-    return PROTECTED_DIRECTORIES
-
-
-MCP_CASES = ("read-host-shm", "write-shm", "write-tmp")
+MCP_CASES = ("read-host-shm", "write-shm", "write-tmp", "read-gpu-0", "read-gpu-1")
 HOLD = """
 import socket, time
 with socket.socket(socket.AF_UNIX) as s:
@@ -155,8 +152,23 @@ def probe(machine: Booted, profile: str, *cases: str) -> dict[str, str]:
 @pytest.mark.parametrize("profile", ["shell", "one-shot run", "MCP server"])
 def test_shared_memory_is_the_units_own(booted: Booted, profile: str) -> None:
     inside = probe(booted, profile, *MCP_CASES)
-    assert inside == {"read-host-shm": "ENOENT", "write-shm": "ok", "write-tmp": "ok"}
+    assert {name: inside[name] for name in MCP_CASES[:3]} == {
+        "read-host-shm": "ENOENT",
+        "write-shm": "ok",
+        "write-tmp": "ok",
+    }
     assert probe(booted, "host", "read-host-shm") == {"read-host-shm": "ok"}
+
+
+@pytest.mark.control("GPU-01")
+@pytest.mark.parametrize("profile", ["shell", "one-shot run", "MCP server"])
+def test_a_gpu_is_there_only_where_the_policy_grants_it(booted: Booted, profile: str) -> None:
+    """A node that is there leads to the kernel, which has no such driver here (ENXIO); one that is not granted is absent."""
+    outside = probe(booted, "host", "read-gpu-0", "read-gpu-1")
+    assert outside == {"read-gpu-0": "ENXIO", "read-gpu-1": "ENXIO"}
+    inside = probe(booted, profile, *MCP_CASES)
+    granted = "ENOENT" if profile == "MCP server" else "ENXIO"
+    assert (inside["read-gpu-0"], inside["read-gpu-1"]) == (granted, "ENOENT")
 
 
 @pytest.mark.control("RUN-03")

@@ -102,7 +102,7 @@ def test_drift_is_reported_and_repaired(machine, change, seen):
 
 @pytest.mark.control("NET-03")
 def test_vm_wide_rules_admit_daemons_and_ssh_only(machine):
-    rules = SandboxNet().vm_rules(1, (0, 990))
+    rules = SandboxNet().vm_rules(1, (0, 990), (988,))
     machine.write("/run/host.json", rules.load_document())
     assert machine.run("nft", "-c", "-j", "-f", "/run/host.json").returncode == 0
     assert machine.run("nft", "-j", "-f", "/run/host.json").returncode == 0
@@ -122,6 +122,8 @@ def test_vm_wide_rules_admit_daemons_and_ssh_only(machine):
         ("0", "8444", True),
         ("2000", "8443", False),
         ("990", "443", False),
+        ("988", "8444", True),
+        ("988", "8443", False),
     ):
         machine.run("nft", "-j", "-f", "/run/host.json")
         answer = machine.run(PYTHON, "-c", code, uid, "10.210.1.1", port)
@@ -136,3 +138,29 @@ def test_vm_wide_rules_admit_daemons_and_ssh_only(machine):
         assert packets[-1] == (1 if admitted else 2), (uid, port, packets)
     machine.run("nft", "delete", "table", "inet", "saw_host")
     machine.run("ip", "link", "delete", "perim0")
+
+
+@pytest.mark.control("INT-01")
+def test_an_account_that_is_no_daemon_reaches_ring_1_on_the_vm_itself_and_nothing_outside(networked):
+    """What runs OpenShell: its supervisor is in the VM's own network, so only these rules stand between it and the perimeter."""
+    networked.write("/run/host.json", SandboxNet().vm_rules(1, (0, 990)).load_document())
+    assert networked.run("nft", "-j", "-f", "/run/host.json").returncode == 0
+    networked.run("ip", "link", "add", "perim0", "type", "veth", "peer", "name", "perim1")
+    networked.run("ip", "link", "set", "perim1", "up")
+    networked.run("ip", "address", "add", "10.210.1.2/30", "dev", "perim0")
+    networked.run("ip", "link", "set", "perim0", "up")
+    code = (
+        "import os,socket,sys\nos.setuid(int(sys.argv[1]))\n"
+        "socket.create_connection(('10.200.0.1', 3128), 60).close(); print('ring 1')\n"
+        "u=socket.socket(socket.AF_INET,socket.SOCK_DGRAM)\n"
+        "try: u.sendto(b'x',('10.210.1.1',8443)); print('sent')\nexcept PermissionError: print('refused')\n"
+    )
+    try:
+        assert networked.run(PYTHON, "-c", code, "994").stdout.split("\n")[:2] == ["ring 1", "refused"]
+        networked.run("nft", "delete", "table", "inet", "saw_host")
+        assert networked.run(PYTHON, "-c", code, "994").stdout.split("\n")[:2] == ["ring 1", "sent"], (
+            "the rules refuse it"
+        )
+    finally:
+        networked.run("nft", "delete", "table", "inet", "saw_host")
+        networked.run("ip", "link", "delete", "perim0")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import gc
 import json
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,18 +20,26 @@ from hypothesis import strategies as st
 from saw.cli import conformance as command
 from saw.conformance import catalogue, present, report, targets, transfer
 from saw.conformance.case import FACTS, NONCE, SUITES, Case, MissingFactError, fill, new_nonce
-from saw.conformance.probe import core, files, net, process, web
+from saw.conformance.probe import core, files, git, h2, net, process, web
 from saw.conformance.verdict import TwinResult, judge, judge_twin, missing
-from saw.errors import ConfigError
+from saw.errors import ConfigError, UnavailableError
 
 ROOT = Path(__file__).parents[3]
-PROBE = (core, net, process, files, web)
+PROBE = (core, net, process, files, git, web, h2)
 CONTROLS = {entry["id"] for entry in yaml.safe_load((ROOT / "docs/controls.yml").read_text(encoding="utf-8"))}
 OLDEST = "python3.9"
 WORKS = TwinResult("twin.x", "works")
 CASE = Case(
     "x.one", "NET-01", "network", "an attack", "tcp", {}, "layer", ("EPERM", "dropped"), "twin.x", recorded=True
 )
+
+
+@pytest.fixture(autouse=True)
+def _no_collection() -> Iterator[None]:
+    """No garbage is collected meanwhile: a finalizer that parses (tracebacks do) breaks the depth count of CPython 3.11's ast."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def told(outcome: str, **more) -> transfer.Told:
@@ -123,6 +134,33 @@ def test_the_probe_runs_on_the_oldest_python():
         pytest.skip("the oldest Python for the probe is not installed")
     one = {"id": "one", "attempt": "fork-exec", "arguments": {}, "seconds": 5}
     assert run_probe(OLDEST, one).told["one"].outcome == "allowed"
+
+
+# --- HTTP/2 without a library
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        ("88", 200), ("8c", 400), ("4803333032", 302), ("4882 6402", 302), ("4883 640e ff", 307), ("4883 680c ff", 403),
+        ("0e03353033", 503), ("3fe11f 88", 200), ("20 88", 200), ("", 0), ("82", 0), ("48", 0), ("3fff", 0),
+    ],
+)  # fmt: skip
+def test_the_status_of_an_answer_is_read_as_rfc_7541_writes_it(raw, status):
+    assert h2.status_of(bytes.fromhex(raw)) == status
+
+
+def test_headers_are_sent_as_they_stand():
+    assert (
+        h2.block(["custom-key", "custom-header"]) == b"\0\x0acustom-key\x0dcustom-header"
+    )  # RFC 7541, C.2.1, not indexed
+    assert h2.block(["a", "x" * 1337])[3:6] == b"\x7f\xba\x09"
+    assert h2.frame(h2.HEADERS, 5, 1, b"abc") == b"\0\0\x03\x01\x05\0\0\0\x01abc"
+
+
+@given(st.binary(max_size=40))
+def test_no_answer_breaks_the_reader_of_the_status(raw):
+    assert h2.status_of(raw) >= 0
 
 
 # --- a sandbox that lies
@@ -315,3 +353,57 @@ def test_cases_are_listed_and_an_unknown_suite_or_case_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         command.main([])
     assert stop.value.code == 2
+
+
+def test_the_address_of_an_mcp_server_is_an_https_address() -> None:
+    facts = targets.web_facts(targets.Options(mcp_url="https://a.example.com:8443/mcp"), environment=True)
+    assert (facts["mcp_authority"], facts["mcp_path"]) == ("a.example.com:8443", "/mcp")
+    with pytest.raises(ConfigError, match="--mcp-url is no https address"):
+        targets.web_facts(targets.Options(mcp_url="http://a.example.com/mcp"), environment=True)
+
+
+def test_a_graphql_address_is_an_https_address() -> None:
+    facts = targets.web_facts(targets.Options(graphql_url="https://a.example.com/graphql"), environment=True)
+    assert (facts["graphql_authority"], facts["graphql_path"]) == ("a.example.com:443", "/graphql")
+    assert "graphql_host" not in targets.web_facts(targets.Options(), environment=True)
+    with pytest.raises(ConfigError, match="--graphql-url is no https address"):
+        targets.web_facts(targets.Options(graphql_url="http://a.example.com/graphql"), environment=True)
+
+
+# ---------------------------------------------------------------- a systemd unit
+
+
+def test_systemd_knows_every_property_of_the_unit(tmp_path):
+    def complaints(properties):
+        unit = tmp_path / "saw-x.service"
+        unit.write_text("\n".join(["[Service]", "ExecStart=/bin/true", *properties, ""]), encoding="utf-8")
+        words = ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(unit)]
+        return subprocess.run(words, capture_output=True, text=True, check=False, timeout=120).stderr
+
+    assert "saw-x.service" not in complaints(targets.UNIT)
+    assert "ProtectProcs" in complaints([*targets.UNIT, "ProtectProcs=invisible"])
+
+
+def test_a_unit_on_another_host_is_one_command_there_as_nobody_with_a_home_that_goes_with_it():
+    with targets.open_target("systemd-unit:-p 2222 root@box.example.com", targets.Options()) as session:
+        *way, inside = session.command
+    assert way == ["ssh", "-T", "-o", "BatchMode=yes", "-p", "2222", "root@box.example.com"]
+    words = shlex.split(inside)
+    assert words[0] == "systemd-run" and words[-5:] == ["--", "/usr/bin/python3", "-I", "-u", "-"]
+    properties = {words[index + 1] for index, word in enumerate(words) if word == "-p"}
+    assert set(targets.UNIT) < properties
+    home = next(word.removeprefix("--setenv=HOME=") for word in words if word.startswith("--setenv=HOME="))
+    assert f"RuntimeDirectory={home.removeprefix('/run/')}" in properties and f"--uid={targets.NOBODY}" in words
+    with pytest.raises(ConfigError, match="needs a command"), targets.open_target("systemd-unit: ", targets.Options()):
+        pass
+
+
+def test_a_host_without_the_system_bus_is_refused_with_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(targets, "BOOTED", tmp_path)
+    monkeypatch.setattr(targets, "BUS", tmp_path / "bus")
+    with (
+        pytest.raises(UnavailableError, match="needs the system bus") as caught,
+        targets.open_target("systemd-unit", targets.Options()),
+    ):
+        pass
+    assert caught.value.cure == "apt-get install dbus"

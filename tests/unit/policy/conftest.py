@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +16,8 @@ from saw.policy.keys import key_id
 from saw.policy.loader import Bundle, load_bundle_folder
 from saw.policy.matcher import Matcher
 
+# gRPC would look into every fork of this process, and write about it to the standard error of whatever test forks.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 ROOT = Path(__file__).parents[3]
 CODING = ROOT / "policies" / "coding"
 

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.control("POL-01"), pytest.mark.control("POL-02")]
 
 CODES = {"freeze", "rollback", "threshold", "mix_and_match", "unreachable", "malformed", "not_found"}
 BASE = "https://broker/tuf"
-SECONDS = 20
+SECONDS = 120
 LIMITS = {"timestamp": 16_384, "snapshot": 2_000_000, "targets": 5_000_000, "root": 512_000}
 CHUNK = 65_536
 ROLES = ("timestamp", "snapshot", "targets", "root")

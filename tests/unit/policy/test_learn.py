@@ -110,6 +110,7 @@ REFUSED = [
     (denial(reason="tool_not_allowed", tool="move_file"), "granted by hand"),
     (denial(host="inference.local", reason="model_not_allowed"), "inference route"),
     (denial(method="CONNECT", path=""), "tunnel"),
+    (denial(upgrade="websocket"), "asked to switch to websocket"),
     (denial(binary=""), "does not name the binary"),
     (denial(port=0), "does not name the port"),
     (denial(scheme="http", port=80), "plain text"),
@@ -122,6 +123,9 @@ REFUSED = [
     (denial("/../a"), "two parsers"),
     (denial(binary="/opt/*/run"), "more than was asked"),
     (denial(cut="path"), "only the beginning of the path"),
+    (denial(reason="operation_not_allowed"), "does not hold what the body asked for"),
+    (denial(reason="body_unreadable"), "could not be read"),
+    (denial(reason="body_too_large"), "longer than the endpoint reads"),
 ]
 
 
@@ -382,3 +386,25 @@ def test_the_command_writes_nothing_in_place_and_nothing_for_nothing(
 )
 def test_the_version_is_marked_and_grows(before: str, after: str) -> None:
     assert draft_version(before) == after
+
+
+POLICY_OF_CALLS = b"""\
+version: 1
+network_policies:
+  g:
+    binaries: [{path: /usr/bin/curl}]
+    endpoints: [{host: g.example.com, port: 443, protocol: graphql, access: read-only}]
+"""
+
+
+@pytest.mark.control("POL-05")
+@pytest.mark.parametrize(
+    ("method", "reason"), [("OPTIONS", "does not hold what the body asked for"), ("POST", "could not be read")]
+)
+def test_no_rule_is_learned_for_an_endpoint_that_looks_into_bodies(method: str, reason: str) -> None:
+    governance = b"schema: 1\nblueprint: {name: x, version: 1.0.0, owner: o}\n"
+    base = load_members({"policy.yaml": POLICY_OF_CALLS, "governance.yaml": governance})
+    asked = denial("/graphql", host="g.example.com", method=method, reason="method_or_path_not_allowed")
+    lesson = learn(base, [asked, denial("/other")])
+    assert reason in lesson.left[0].reason
+    assert [rule["endpoints"][0]["host"] for rule in lesson.rules.values()] == ["new.example.com"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from saw.cli.main import main
+from saw.image.build import main as build
 
 ROOT = Path(__file__).parents[3]
 
@@ -15,10 +16,13 @@ ROOT = Path(__file__).parents[3]
 def test_the_effects_and_options_that_the_pages_name_exist(capsys: pytest.CaptureFixture[str]) -> None:
     text = "".join((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in ("blueprints", "openshell"))
     known = ""
-    for command in ("learn", "export", "import", "explain", "prove"):
+    for command in ("learn", "export", "import", "explain", "prove", "openshell"):
         with pytest.raises(SystemExit):
             main(["policy", command, "--help"])
         known += capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        build(["wheelhouse", "--help"])
+    known += capsys.readouterr().out
     options = set(re.findall(r"(?<![-\w])--[a-z][a-z-]+", text)) - {"--json"}
     assert {option for option in options if option not in known} == set()
 

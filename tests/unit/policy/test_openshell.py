@@ -18,6 +18,7 @@ from saw.policy.matcher import Matcher
 from saw.policy.model import Request
 from saw.policy.openshell import export
 from saw.policy.openshell_import import Imported, import_policy
+from saw.policy.reach_diff import diff_bundles
 from saw.policy.yamltext import dump, read
 
 ROOT = Path(__file__).parents[3]
@@ -149,7 +150,7 @@ def test_both_dialects_load() -> None:
     assert imported(new).dialect == "0.1"
     assert get(compiled(imported(new)), "/x") == "allow"
     assert "m.example.com" not in imported(new).files["policy.yaml"].decode()
-    assert "endpoints[1].mcp: this field is not enforced" in told(imported(new), "left_out")
+    assert "endpoints[1].protocol: a mcp endpoint needs something that it allows" in told(imported(new), "left_out")
 
 
 def test_defaults_that_are_looser_there_are_told_and_tightened() -> None:
@@ -215,8 +216,27 @@ def test_a_query_glob_that_would_cover_more_here_is_left_out() -> None:
     assert get(compiled(imported(rule("*"))), "/x?v=1.2.3") == "deny"
 
 
+@pytest.mark.parametrize("dialect", ["0.0", "0.1"])
+def test_a_websocket_endpoint_comes_from_there_and_goes_there_as_it_was(dialect: Any) -> None:
+    rules = "rules: [{allow: {method: GET, path: '/r/**'}}, {allow: {method: WEBSOCKET_TEXT, path: '/r/**'}}]"
+    made = imported(policy(f"protocol: websocket, enforcement: enforce, {rules}"), dialect=dialect)
+    assert told(made, "left_out") == told(made, "wider") == ""
+    exported = export(load_members(made.files))
+    endpoint = read(exported.text.encode(), "x")["network_policies"]["one"]["endpoints"][0]
+    assert (endpoint["protocol"], [rule["allow"]["method"] for rule in endpoint["rules"]]) == (
+        "websocket",
+        ["GET", "WEBSOCKET_TEXT"],
+    )
+    assert any(finding.effect == "wider" and "plain GET" in finding.reason for finding in exported.findings)
+    opening = Request("https", "a.example.com", 443, "GET", "/r/1", CURL, upgrade="websocket")
+    assert get(compiled(made), "/r/1") == "deny"
+    # Messages are writes, so they wait for an action rule like every other write.
+    assert compiled(made).decide(opening).reason == "action_denied"
+    read_only = imported(policy("protocol: websocket, enforcement: enforce, access: read-only"), dialect=dialect)
+    assert compiled(read_only).decide(opening).frames == "none"
+
+
 REFUSED_FIELDS = [
-    "protocol: graphql, access: read-only",
     "protocol: tcp",
     "protocol: sql, access: full",
     "protocol: rest, access: full, tls: skip",
@@ -244,7 +264,7 @@ def test_no_wider_endpoint_takes_over_the_calls_of_one_that_was_left_out() -> No
     wide = f"      - {{host: '*.a.example.com', port: 443, {REST}, access: full}}\n"
     made = imported(
         policy(
-            "path: /admin/**, protocol: graphql, access: read-only",
+            "path: /admin/**, protocol: sql, access: read-only",
             more=f"      - {{host: a.example.com, port: 443, {REST}, access: full}}\n" + wide,
         )
     )
@@ -267,7 +287,7 @@ PIECES = st.fixed_dictionaries(
         "port": st.sampled_from([443, 0, "443"]),
         "ports": st.sampled_from([[443, 8443], [], [0]]),
         "path": st.sampled_from(["", "/a/**", "/a/*", "**", "a", 3]),
-        "protocol": st.sampled_from(["rest", "REST", "tcp", "mcp", "", 1]),
+        "protocol": st.sampled_from(["rest", "REST", "tcp", "mcp", "graphql", "json-rpc", "", 1]),
         "tls": st.sampled_from(["skip", "terminate", "passthrough"]),
         "enforcement": st.sampled_from(["enforce", "audit", "other"]),
         "access": st.sampled_from(["read-only", "full", "all"]),
@@ -392,3 +412,51 @@ def test_an_import_that_loses_something_says_so_in_its_exit_code(
     )
     assert code == 1 and not answer["ok"] and answer["counts"]["left_out"] == 2
     assert json.loads((tmp_path / "o/import.json").read_text())["findings"] == answer["findings"]
+
+
+SPOKEN = [
+    "graphql, access: read-write, deny_rules: [{operation_type: mutation, fields: ['delete*']}]",
+    "graphql, graphql_max_body_bytes: 2048, rules: [{allow: {operation_type: query, operation_name: 'A*', fields: [a]}}]",
+    "json-rpc, json_rpc: {max_body_bytes: 2048}, rules: [{allow: {method: reports.list}}, {allow: {method: '*'}}]",
+    "mcp, mcp: {allow_all_known_mcp_methods: true}, rules: [{allow: {tool: 'a*'}}], deny_rules: [{tool: {any: [ab]}}]",
+    "mcp, rules: [{allow: {method: tools/call, params: {name: a}}}, {allow: {method: initialize}}]",
+]
+
+
+@pytest.mark.control("INT-01")
+@pytest.mark.parametrize("fields", SPOKEN)
+def test_endpoints_that_look_into_bodies_go_there_and_come_back_as_they_were(fields: str) -> None:
+    made = imported(policy(f"protocol: {fields}, enforcement: enforce"))
+    bundle = load_members(made.files)
+    before = bundle.policy.network_policies["one"].endpoints[0]
+    exported = export(bundle)
+    back = load_members(imported(exported.text).files)
+    assert not diff_bundles(bundle, back).gained and not diff_bundles(back, bundle).gained
+    assert back.policy.network_policies["one"].endpoints[0].protocol == before.protocol
+    if before.protocol in {"graphql", "mcp"}:
+        assert any(f.effect == "wider" and f.field.endswith(".protocol") for f in exported.findings)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "without", "good", "told_of"),
+    [
+        ("json-rpc", "{}", "{method: a}", "it names no method"),
+        ("graphql", "{fields: [a]}", "{operation_type: query}", "names the type of operation"),
+        ("graphql", "{operation_type: query, fields: ['a?']}", "{operation_type: query}", "wildcards"),
+        ("mcp", "{tool: a}", "{method: ping}", "names its method"),
+    ],
+)
+def test_a_rule_that_means_nothing_there_grants_nothing_here(
+    protocol: str, without: str, good: str, told_of: str
+) -> None:
+    rules = f"rules: [{{allow: {without}}}, {{allow: {good}}}]"
+    made = imported(policy(f"protocol: {protocol}, {rules}, enforcement: enforce"))
+    assert len(load_members(made.files).policy.network_policies["one"].endpoints[0].rules or ()) == 1
+    assert told_of in told(made, "left_out")
+
+
+def test_a_deny_rule_that_cannot_be_read_takes_its_endpoint_along() -> None:
+    more = f"      - {{host: b.example.com, port: 443, {REST}, access: read-only}}\n"
+    denied = "deny_rules: [{operation_type: '*', fields: ['a?']}]"
+    made = imported(policy(f"protocol: graphql, access: full, {denied}", more=more))
+    assert [e.host for e in load_members(made.files).policy.network_policies["one"].endpoints] == ["b.example.com"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from saw.cli.main import main
-from saw.policy.keys import load_private_key, load_public_key
+from saw.policy.bundle import BundleRefused, verify_bundle
+from saw.policy.keys import key_id, load_private_key, load_public_key
 from saw.policy.tuf_repository import accept_publication, current_releases, install_root
 
 ROOT = Path(__file__).parents[3]
@@ -101,6 +102,20 @@ def test_from_source_to_publication(keys: Path, tmp_path: Path, capsys: pytest.C
         datetime.now(UTC),
     )
     assert current_releases(store)[0].policy_digest == answer["policy_digest"]
+
+
+@pytest.mark.control("POL-02")
+def test_a_signed_bundle_counts_at_a_workspace_whose_clock_is_behind(
+    keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, now = tmp_path / "1.bundle.json", datetime.now(UTC)
+    assert run(capsys, "sign", CODING, "--key", keys / "ada.key", "--revision", 1, "--out", file)[0] == 0
+    ada = load_public_key(keys / "ada.pub")
+    trusted = {key_id(ada): ada}
+    for behind in (timedelta(0), timedelta(minutes=4)):
+        assert verify_bundle(file.read_bytes(), trusted, 1, now - behind).revision == 1
+    with pytest.raises(BundleRefused, match="counts from"):
+        verify_bundle(file.read_bytes(), trusted, 1, now - timedelta(minutes=6))
 
 
 def test_keys_are_private_and_can_have_a_passphrase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

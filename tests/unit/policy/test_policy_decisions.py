@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from saw.policy.casefile import Push, load_cases, push_body, run_case
 from saw.policy.gitproto import PushUnreadable, push_updates
+from saw.policy.inference import price_of
 from saw.policy.loader import Bundle, load_bundle_folder, load_members
 from saw.policy.matcher import Matcher
 from saw.policy.mcp import decide_tool
@@ -310,7 +311,49 @@ def test_a_route_whose_budget_nobody_counts_is_shut() -> None:
         return Matcher.compile(bundle.policy, bundle.governance).decide(request)
 
     limit = "budgets: [{id: b, scope: workspace, period: day, limit: {currency: USD, amount: '20.00'}}]\n"
+    asks = limit.replace("period: day,", "period: day, on_exhaust: review,")
+    told = limit.replace("period: day,", "period: day, on_exhaust: report,")
+    prices = ", budget: b, prices: [{models: [m], input: '1', output: '2'}]"
     assert decide("", "").allowed
     refused = decide(limit, ", budget: b")
     assert (refused.verdict, refused.reason, refused.credential) == ("deny", "budget_unenforced", None)
     assert "calls are not metered" in refused.detail
+    refused = decide(asks, prices)
+    assert (refused.verdict, refused.reason) == ("deny", "budget_unenforced")
+    assert "nobody can be asked" in refused.detail
+    # What is counted at the perimeter passes here: what was spent is not this decision's.
+    assert decide(limit, prices).allowed
+    assert decide(told, prices).allowed
+
+
+@pytest.mark.control("INF-01")
+def test_a_model_without_a_price_is_refused_by_name_where_a_budget_pays() -> None:
+    governance = """
+schema: 1
+blueprint: {name: x, version: 1.0.0, owner: team}
+inference:
+  routes:
+    - alias: i.local
+      models: ["*"]
+      upstream: "https://m.example.com/v1"
+      budget: b
+      prices: [{models: [small-free], input: "0", output: "0"}, {models: ["small-*"], input: "1", output: "2"}]
+budgets: [{id: b, scope: workspace, period: day, limit: {currency: USD, amount: "20.00"}}]
+"""
+    bundle = load_members({"policy.yaml": b"version: 1\n", "governance.yaml": governance.encode()})
+    matcher = Matcher.compile(bundle.policy, bundle.governance)
+
+    def decide(method: str, path: str, body: bytes) -> Decision:
+        return matcher.decide(Request("https", "i.local", 443, method, path, body=body))
+
+    assert decide("POST", "/v1/messages", b'{"model": "small-1"}').allowed
+    assert decide("GET", "/v1/models", b"").allowed
+    refused = decide("POST", "/v1/messages", b'{"model": "large-1"}')
+    assert (refused.verdict, refused.reason) == ("deny", "price_unknown")
+    assert "'large-1' has no price" in refused.detail
+    route = bundle.governance.route("i.local", 443)
+    assert [getattr(price_of(route, name), "input", None) for name in ("small-free", "small-x", "x")] == [
+        "0",
+        "1",
+        None,
+    ]

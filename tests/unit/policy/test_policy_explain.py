@@ -41,6 +41,8 @@ network_policies:
           - {method: GET, path: "/v1/secret/**"}
       - {host: "*.cdn.example.com", port: 443, protocol: rest, access: read-only}
       - {host: git.example.com, port: 443, protocol: rest, access: full}
+      - {host: news.example.com, port: 443, protocol: websocket, access: read-only}
+      - {host: chat.example.com, port: 443, protocol: websocket, access: read-write}
     binaries: [{path: /usr/bin/curl}]
 """
 GOVERNANCE = b"""\
@@ -55,6 +57,11 @@ inference:
   routes:
     - {alias: i.local, models: [small], upstream: "https://m.example.com/v1"}
     - {alias: j.local, models: [small], upstream: "https://m.example.com/v1", budget: spend}
+    - alias: k.local
+      models: [small, large]
+      upstream: "https://m.example.com/v1"
+      budget: spend
+      prices: [{models: [small], input: "1", output: "2"}]
 budgets:
   - {id: spend, scope: workspace, period: day, limit: {currency: USD, amount: "5"}}
 mcp:
@@ -94,6 +101,22 @@ def call(method: str, url: str, binary: str | None = CURL, **more: Any) -> Reque
         (call("GET", "https://new.example.org/a?b=c"), "host_not_allowed", [], ["add"]),
         (call("GET", "http://new.example.org/a"), "host_not_allowed", [], ["add", "append"]),
         (call("PUT", "https://new.example.org/a"), "host_not_allowed", [], ["add", "first"]),
+        (call("GET", "wss://new.example.org/a"), "host_not_allowed", [], ["add"]),
+        (call("GET", "wss://new.example.org/a?b=c", message="text"), "host_not_allowed", [], ["add", "first"]),
+        (call("GET", "wss://new.example.org/a", message="binary"), "host_not_allowed", [], ["add", "first"]),
+        (call("GET", "wss://api.example.com/v1/a"), "method_or_path_not_allowed", [(5, "endpoints[0]")], ["add"]),
+        (
+            call("GET", "wss://news.example.com/a", message="text"),
+            "method_or_path_not_allowed",
+            [(14, "endpoints[3].access")],
+            ["add", "first"],
+        ),
+        (
+            call("GET", "wss://chat.example.com/a"),
+            "action_denied",
+            [(15, "endpoints[4].access")],
+            ["first"],
+        ),
         (call("GET", "https://api.example.com/v2"), "method_or_path_not_allowed", [(5, "endpoints[0]")], ["add"]),
         (
             call("GET", "https://api.example.com/v1/a", "/usr/bin/wget"),
@@ -192,6 +215,10 @@ def test_a_model_and_a_budget(bundle: Bundle) -> None:
     assert [(place.line, place.field) for place in found.rules] == [(11, "inference.routes[1].budget")]
     assert allows(applied(bundle, found), chat("j.local", "small"))
     assert "nothing would limit" in " ".join(found.notes)
+    assert allows(bundle, chat("k.local", "small"))
+    found = explain_call(bundle, chat("k.local", "large"))
+    assert [(place.line, place.field) for place in found.rules] == [(16, "inference.routes[2].prices")]
+    assert "only the owner knows" in found.impossible
 
 
 @pytest.mark.parametrize(

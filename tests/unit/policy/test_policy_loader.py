@@ -101,7 +101,9 @@ def test_everything_is_told_at_once() -> None:
         ("version: 1\nfilesystem_policy: {read_write: [/]}", "whole file system"),
         ("version: 1\nfilesystem_policy: {read_only: [/a/../b]}", "dot or empty segments"),
         ("version: 1\nfilesystem_policy: {read_only: [a]}", "not absolute"),
-        ("version: 1\nfilesystem_policy: {read_write: [/dev/nvidia0]}", "'/dev/nvidia0' is no device of the sandbox"),
+        ("version: 1\nfilesystem_policy: {read_write: [/dev/kvm]}", "'/dev/kvm' is no device of the sandbox"),
+        ("version: 1\nfilesystem_policy: {read_write: [/dev/nvidia-modeset]}", "is no device of the sandbox"),
+        ("version: 1\nfilesystem_policy: {read_only: [/dev/nvidia0]}", "nothing can use read-only"),
         ("version: 1\nfilesystem_policy: {read_only: [/dev]}", "'/dev' is no device of the sandbox"),
         ("version: 1\nfilesystem_policy: {read_write: [/dev/shm/x]}", "'/dev/shm/x' is no device of the sandbox"),
         ("version: 1\nnetwork_middlewares: {x: 1}", "not enforced by this version"),
@@ -117,6 +119,14 @@ def test_devices_that_every_sandbox_has_may_be_listed() -> None:
     assert load_policy(f"version: 1\nfilesystem_policy: {{read_write: {listed}}}".encode())
 
 
+@pytest.mark.control("GPU-01")
+def test_device_nodes_of_a_gpu_are_granted_by_name_alone() -> None:
+    listed = "[/dev/nvidia0, /dev/nvidia15, /dev/nvidiactl, /dev/nvidia-uvm, /dev/nvidia-uvm-tools]"
+    assert load_policy(f"version: 1\nfilesystem_policy: {{read_write: {listed}}}".encode())
+    for name in ("nvidia", "nvidia0/x", "nvidia100", "nvidia-caps", "nvidia0 ", "NVIDIA0"):
+        assert problems(f"version: 1\nfilesystem_policy: {{read_write: ['/dev/{name}']}}"), name
+
+
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
@@ -130,10 +140,28 @@ def test_devices_that_every_sandbox_has_may_be_listed() -> None:
         ("host: api.example.com", "host: ''", "without a host"),
         ("port: 443", "ports: []", "list of ports is empty"),
         ("        port: 443\n", "", "neither port nor ports"),
-        ("protocol: rest", "protocol: graphql", "protocol graphql is not enforced"),
-        ("protocol: rest", "protocol: websocket", "protocol websocket is not enforced"),
-        ("protocol: rest", "protocol: mcp", "protocol mcp is not enforced"),
-        ("protocol: rest", "protocol: json-rpc", "protocol json-rpc is not enforced"),
+        (
+            "protocol: rest\n        access: read-only",
+            "protocol: websocket\n        rules: [{allow: {method: POST}}]",
+            "rules[0].allow.method: POST is no part of a WebSocket",
+        ),
+        (
+            "protocol: rest\n        access: read-only",
+            "protocol: websocket\n        access: full\n        deny_rules: [{method: DELETE}]",
+            "deny_rules[0].method: DELETE is no part of a WebSocket",
+        ),
+        (
+            "access: read-only",
+            "rules: [{allow: {method: WEBSOCKET_TEXT}}]",
+            "WEBSOCKET_TEXT is a message of a WebSocket; write protocol: websocket",
+        ),
+        (
+            "protocol: rest\n        access: read-only",
+            "protocol: websocket",
+            "a websocket endpoint needs access or rules",
+        ),
+        ("protocol: rest", "protocol: mcp", "access cannot say which calls of mcp pass"),
+        ("protocol: rest", "protocol: json-rpc", "access cannot say which calls of json-rpc pass"),
         ("protocol: rest", "protocol: tcp", "protocol tcp is not enforced"),
         ("protocol: rest", "tls: skip", "uninspected TLS"),
         ("protocol: rest", "path: /v1", "access and rules need a protocol"),
@@ -146,7 +174,11 @@ def test_devices_that_every_sandbox_has_may_be_listed() -> None:
         ("access: read-only", "rules: [{allow: {path: '/a**'}}]", "whole path segment"),
         ("access: read-only", "rules: [{allow: {path: '/[ab]'}}]", "only * and ** are wildcards"),
         ("access: read-only", "rules: [{allow: {method: TRACE}}]", "reflects or tunnels"),
-        ("access: read-only", "rules: [{allow: {operation_name: x}}]", "not enforced by this version"),
+        (
+            "access: read-only",
+            "rules: [{allow: {operation_name: x}}]",
+            "operation_name has no meaning with protocol rest",
+        ),
         ("access: read-only", "access: full\n        allowed_ips: [127.0.0.0/8]", "always blocked"),
         ("access: read-only", "access: full\n        allowed_ips: [0.0.0.0/0]", "always blocked"),
         ("access: read-only", "access: full\n        credential_signing: sigv4", "not enforced by this version"),
@@ -162,6 +194,34 @@ def test_refused_endpoints(old: str, new: str, reason: str) -> None:
     ("text", "reason"),
     [
         ("budgets: [{id: b, scope: workspace, period: day, limit: {currency: USD, amount: '1'}}]\n", "limits nothing"),
+        (
+            (
+                "inference: {routes: [{alias: i.local, models: [m], upstream: 'https://m.example.com/v1', "
+                "prices: [{models: [m], input: '1', output: '1'}]}]}\n"
+            ),
+            "no part without a budget",
+        ),
+        *(
+            (
+                (
+                    "budgets: [{id: b, scope: workspace, period: day, limit: {currency: USD, amount: '1'}}]\n"
+                    "inference: {routes: [{alias: i.local, models: [m], upstream: 'https://m.example.com/v1', budget: b, "
+                    f"{fields}}}]}}\n"
+                ),
+                found,
+            )
+            for fields, found in (
+                ("prices: [{models: [m], input: '-1', output: '1'}]", "not a price"),
+                ("prices: [{models: [m], input: '1', output: '1.0000001'}]", "not a price"),
+                ("prices: [{models: [m], input: 1, output: '1'}]", "expected text"),
+                ("prices: [{models: [m], input: '1', output: '1', cache_read: 1e3}]", "not a price"),
+                ("prices: [{models: [m], input: '1', output: '1', cache_write: 'x'}]", "not a price"),
+                ("prices: [{models: [], input: '1', output: '1'}]", "list is empty"),
+                ("prices: [{models: [m], input: '1', output: '1', image: '1'}]", "image"),
+                ("max_output_tokens: 0", "not a number of tokens"),
+                ("max_input_tokens: 1000000001", "not a number of tokens"),
+            )
+        ),
         ("budgets: [{id: b, scope: team, period: day, limit: {currency: USD, amount: '1'}}]\n", "expected one of"),
         ("budgets: [{id: b, scope: workspace, period: 90d, limit: {currency: USD, amount: '1'}}]\n", "expected one of"),
         ("budgets: [{id: b, scope: workspace, period: day, limit: {currency: usd, amount: '1'}}]\n", "not a currency"),
@@ -186,7 +246,36 @@ def test_refused_endpoints(old: str, new: str, reason: str) -> None:
             "inference: {routes: [{alias: i.local, models: [m], upstream: 'https://m.example.com', credential: x}]}\n",
             "unknown credential",
         ),
-        ("mcp: {servers: {x: {transport: http, command: [a]}}}\n", "MCP over HTTP is not enforced"),
+        (
+            f"mcp: {{servers: {{{', '.join(f'x{n}: {{transport: stdio, command: [a]}}' for n in range(257))}}}}}\n",
+            "more than 256 servers",
+        ),
+        ("mcp: {servers: {x: {transport: http, command: [a], url: 'https://a.example.com'}}}\n", "not started here"),
+        (
+            "mcp: {servers: {x: {transport: stdio, command: [a], url: 'https://a.example.com'}}}\n",
+            "not called at a URL",
+        ),
+        *(
+            (f'mcp: {{servers: {{x: {{transport: http, url: "{url}"}}}}}}\n', "is not where a server is called")
+            for url in (
+                "",
+                "a.example.com/mcp",
+                "ftp://a.example.com/mcp",
+                "https://u@a.example.com/mcp",
+                "https://a.example.com:0/mcp",
+                "https://a.example.com:99999/mcp",
+                "https://*.example.com/mcp",
+                "https://a.example.com/mcp?x",
+                "https://a.example.com/mcp#x",
+                "https://a.example.com/a/../mcp",
+                "https://a.example.com//mcp",
+                "https://a.example.com/%6dcp",
+                "https://a.example.com/mcp/*",
+                "https://a.example.com/mcp /x",
+                "https://a.exa\\tmple.com/mcp",
+                "https://a.example.com./mcp",
+            )
+        ),
         ("mcp: {servers: {x: {transport: stdio, command: [a], tools: {t: {args: {a: {regex: '('}}}}}}}\n", "too early"),
         (
             "actions: [{match: {host: a.example.com, git: {service: receive-pack, ref: '/x'}}, class: auto}]\n",
@@ -317,7 +406,6 @@ def test_a_large_policy_loads_and_decides_fast() -> None:
             "binaries: [{path: /usr/bin/curl, harness: 1}]",
             "harness",
         ),
-        ("access: read-only", "access: read-only\n        mcp: {versions: ['2025-06-18']}", "endpoints[0].mcp"),
         (
             "access: read-only\n        websocket_credential_rewrite: false",
             "access: read-only\n        websocket_credential_rewrite: true",

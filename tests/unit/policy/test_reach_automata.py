@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from saw.policy import globs
 from saw.policy.errors import NotCanonical
 from saw.policy.gitproto import PushUnreadable, push_updates
-from saw.policy.governance import Argument
 from saw.policy.linear_regex import LinearRegex, RegexError
 from saw.policy.paths import canonicalise_path
 from saw.policy.reach_arguments import NOTHING, Under, admits, find
 from saw.policy.reach_automata import Automaton, Budget, Glob, RegexAutomaton, Table, TooLarge, partition
 from saw.policy.reach_domains import any_text, canonical_path, git_ref
+from saw.policy.tool_rules import Argument
 
 pytestmark = pytest.mark.control("POL-01")
 

@@ -95,6 +95,50 @@ def test_a_route_that_draws_on_another_budget_is_possibly_wider() -> None:
     assert gained(bundle(DAY), bundle(other, draws="other")) == [("exchanged", "high", False)]
 
 
+PRICES = [{"models": ["small"], "input": "1", "output": "4"}]
+
+
+def priced(**route: Any) -> Bundle:
+    """Return a bundle whose calls pass, because they have prices."""
+    governance = {
+        "schema": 1,
+        "blueprint": {"name": "x", "version": "1.0.0", "owner": "team"},
+        "inference": {"routes": [{**ROUTE, "budget": "spend", "prices": PRICES, **route}]},
+        "budgets": [DAY],
+    }
+    return load_members({"policy.yaml": b"version: 1\n", "governance.yaml": json.dumps(governance).encode()})
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"prices": [{**PRICES[0], "output": "3.99"}]}, [("price", "medium", True)]),
+        ({"prices": [{**PRICES[0], "cache_read": "0.1"}]}, [("price", "medium", True)]),
+        ({"prices": [{**PRICES[0], "cache_write": "1.99"}]}, [("price", "medium", True)]),
+        ({"prices": [{**PRICES[0], "models": ["sm*"]}]}, [("price", "medium", False)]),
+        ({"prices": [{**PRICES[0], "output": "5"}]}, []),
+        ({"prices": [{**PRICES[0], "cache_read": "1", "cache_write": "2.00"}]}, []),
+        ({"max_output_tokens": 9}, [("bound", "medium", False)]),
+        ({"max_input_tokens": 9}, [("bound", "medium", False)]),
+    ],
+)
+def test_counting_calls_at_less_is_a_widening(change: dict[str, Any], found: list[tuple[str, str, bool]]) -> None:
+    assert gained(priced(), priced(**change)) == found
+    if found and found[0][0] == "bound":
+        assert gained(priced(**change), priced()) == []
+
+
+def test_a_price_opens_the_calls_of_its_models() -> None:
+    diff = diff_bundles(bundle(DAY), priced())
+    assert {item.subject for item in diff.gained} == {"call"}
+    assert not diff_bundles(priced(), bundle(DAY)).widening
+    both = {"models": ["small", "large"]}
+    more = [*PRICES, {"models": ["large"], "input": "1", "output": "1"}]
+    diff = diff_bundles(priced(**both), priced(**both, prices=more))
+    assert {item.subject for item in diff.gained} == {"call", "budget"}
+    assert {item.subject for item in diff_bundles(priced(**both, prices=more), priced(**both)).lost} == {"call"}
+
+
 _BUDGETS = st.fixed_dictionaries(
     {
         "id": st.just("spend"),

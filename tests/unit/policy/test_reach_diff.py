@@ -53,6 +53,17 @@ MATCH = st.fixed_dictionaries(
 )
 
 
+STREAM_MATCH = st.fixed_dictionaries(
+    {"method": st.sampled_from(["GET", "WEBSOCKET_TEXT", "*"]), "path": st.sampled_from(PATHS)},
+    optional={"query": QUERY},
+)
+
+
+def matches(endpoint: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """The shapes of calls that an endpoint's rules may name."""
+    return STREAM_MATCH if endpoint.get("protocol") == "websocket" else MATCH
+
+
 @st.composite
 def endpoints(draw: st.DrawFn) -> dict[str, Any]:
     endpoint: dict[str, Any] = {"host": draw(st.sampled_from(HOSTS)), "port": draw(st.sampled_from([443, 443, 8443]))}
@@ -60,12 +71,13 @@ def endpoints(draw: st.DrawFn) -> dict[str, Any]:
         endpoint["path"] = draw(st.sampled_from(PATHS))
     kind = draw(st.sampled_from(["rules", "rules", "access", "raw"]))
     if kind != "raw":
-        endpoint["protocol"] = "rest"
+        endpoint["protocol"] = draw(st.sampled_from(["rest", "rest", "websocket"]))
         if kind == "rules":
-            endpoint["rules"] = [{"allow": match} for match in draw(st.lists(MATCH, min_size=1, max_size=3))]
+            allowed = draw(st.lists(matches(endpoint), min_size=1, max_size=3))
+            endpoint["rules"] = [{"allow": match} for match in allowed]
         else:
             endpoint["access"] = draw(st.sampled_from(["read-only", "read-write", "full"]))
-        denied = draw(st.lists(MATCH, max_size=2))
+        denied = draw(st.lists(matches(endpoint), max_size=2))
         if denied:
             endpoint["deny_rules"] = denied
         if draw(st.integers(0, 5)) == 0:
@@ -99,7 +111,9 @@ ACTION = st.fixed_dictionaries(
             st.fixed_dictionaries(
                 {"host": st.sampled_from(HOSTS)},
                 optional={
-                    "method": st.lists(st.sampled_from(["GET", "POST", "DELETE"]), min_size=1, max_size=2),
+                    "method": st.lists(
+                        st.sampled_from(["GET", "POST", "DELETE", "WEBSOCKET_TEXT"]), min_size=1, max_size=2
+                    ),
                     "path": st.sampled_from(PATHS),
                     "port": st.just(443),
                 },
@@ -192,12 +206,12 @@ def pairs(draw: st.DrawFn) -> tuple[Bundle, Bundle]:
     endpoint = draw(st.sampled_from(endpoints_)) if endpoints_ else {}
     what = draw(st.sampled_from(["deny", "rule", "host", "path", "binary", "governance", "drop"]))
     if what == "deny" and endpoint.get("protocol"):
-        denied = draw(st.lists(MATCH, max_size=2))
+        denied = draw(st.lists(matches(endpoint), max_size=2))
         endpoint.pop("deny_rules", None)
         if denied:
             endpoint["deny_rules"] = denied
     elif what == "rule" and "rules" in endpoint:
-        endpoint["rules"][0] = {"allow": draw(MATCH)}
+        endpoint["rules"][0] = {"allow": draw(matches(endpoint))}
     elif what == "host" and endpoint:
         endpoint["host"] = draw(st.sampled_from(HOSTS))
     elif what == "path" and endpoint:
@@ -228,6 +242,7 @@ def requests(draw: st.DrawFn) -> Request:
         operation = st.sampled_from(["create", "update", "delete"])
         body = push_body(tuple(Push(ref, draw(operation)) for ref in refs)) if refs else b"0000"
     programs = draw(st.lists(st.sampled_from(PROGRAMS), max_size=3))
+    stream = body is None and method == "GET" and draw(st.booleans())
     return Request(
         scheme=draw(st.sampled_from(["https", "https", "https", "http"])),
         host=draw(st.sampled_from(NAMES)),
@@ -238,17 +253,25 @@ def requests(draw: st.DrawFn) -> Request:
         ancestors=tuple(programs[1:]),
         body=body,
         body_complete=body == b"0000",
+        upgrade="websocket" if stream else "",
+        message=draw(st.sampled_from(["", "text", "binary"])) if stream else "",
     )
 
 
 def every_request() -> list[Request]:
     """A fixed grid of calls, so that each pair of bundles is asked about all that its small words can tell apart."""
     grid = product(NAMES[:5], TARGETS, ["GET", "POST", "PURGE"], [("/bin/a",), ("/bin/ab",), ("/c/d", "/bin/b")])
-    return [
+    calls = [
         Request("https", host, 443, method, path, programs[0], programs[1:])
         for host, path, method, programs in grid
         if not path.endswith("receive-pack")
     ]
+    streams = [
+        msgspec.structs.replace(call, upgrade="websocket", message=message)
+        for call, message in product(calls, ["", "text", "binary"])
+        if call.method == "GET"
+    ]
+    return [*calls, *streams]
 
 
 GRID = every_request()

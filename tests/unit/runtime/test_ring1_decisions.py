@@ -11,7 +11,7 @@ import pytest
 
 from saw.policy.model import Decision
 from saw.runtime.attribution import Attribution
-from saw.runtime.decide import Asked, Refused, Target, _answer, target_of
+from saw.runtime.decide import Asked, Refused, Target, _answer, _asked, target_of
 from saw.runtime.decide_state import Heartbeat, Lease
 
 NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
@@ -164,3 +164,12 @@ def test_v4_mapped_sockets_are_found():
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_INET6) as client:
         client.connect(("::ffff:127.0.0.1", server.getsockname()[1]))
         assert attribution.caller(f"127.0.0.1:{client.getsockname()[1]}") is not None
+
+
+@pytest.mark.control("RUN-01")
+def test_a_header_that_is_there_twice_is_worth_what_both_say() -> None:
+    twice = [(b"host", b"a.example.com"), (b"content-type", b"application/json"), (b"content-type", b"text/plain")]
+    asked = _asked({"method": "POST", "headers": twice}, b"{}")
+    assert asked.headers["content-type"] == "application/json,text/plain"
+    once = _asked({"method": "POST", "headers": twice[:2]}, b"{}")
+    assert once.headers["content-type"] == "application/json"

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from saw.policy import strict_json
 from saw.policy.loader import load_governance
 from saw.policy.mcp import decide_tool
-from saw.runtime.mcp_protocol import MessageInvalid, Session, encode, parse
+from saw.policy.mcp_messages import MessageInvalid, encode, parse
+from saw.runtime.mcp_protocol import Session
 
 GOVERNANCE = load_governance(b"""
 schema: 1
@@ -24,6 +25,7 @@ mcp:
       tools:
         read_file: {class: auto, args: {path: {under: /srv/tree, required: true}}}
         remove: {class: deny}
+        publish: {class: review}
 """)
 
 
@@ -77,6 +79,13 @@ def test_a_denied_call_is_answered_and_never_forwarded(session, tool, arguments,
     assert to == "client"
     assert message["error"]["data"]["reason"] == reason
     assert message["error"]["data"]["error"] == "policy_denied"
+
+
+@pytest.mark.control("RUN-05")
+def test_a_tool_that_needs_a_person_is_refused_with_what_to_do(session):
+    message = only(session.from_client(call("publish", {})))[1]
+    assert message["error"]["data"]["reason"] == "review_required"
+    assert "over HTTP" in message["error"]["data"]["next_steps"][0]
 
 
 @pytest.mark.control("RUN-05")

@@ -49,6 +49,21 @@ def test_vm_wide_rules_name_two_ports_and_our_daemons_only():
     assert b'"right":8444' in document
 
 
+@pytest.mark.control("P0-03")
+def test_endpoint_detection_reaches_the_brokers_port_alone():
+    rules = SandboxNet().vm_rules(7, (0, 990), (988,))
+    mine = [
+        item
+        for item in rules.objects()
+        if b'"skuid"' in msgspec.json.encode(item) and b":988" in msgspec.json.encode(item)
+    ]
+    assert len(mine) == 1
+    assert b'"right":8444' in msgspec.json.encode(mine)
+    assert msgspec.json.encode(SandboxNet().vm_rules(7, (0, 990), ()).objects()) == msgspec.json.encode(
+        SandboxNet().vm_rules(7, (0, 990)).objects()
+    )
+
+
 @pytest.mark.control("RUN-03")
 def test_filter_is_loadable_in_size_and_ends_in_returns():
     program = seccomp.build_filter()

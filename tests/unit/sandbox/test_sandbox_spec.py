@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from saw.policy.loader import load_governance, load_policy
-from saw.runtime import sandbox, sandbox_prepare, sandbox_units
+from saw.runtime import sandbox, sandbox_home, sandbox_prepare, sandbox_units
 from saw.runtime.sandbox import SandboxError, compile_spec
 
 ACCOUNT = (2000, 2000, "/home/agent")
@@ -111,6 +111,24 @@ def test_mcp_server_is_narrowed_and_never_wider_than_the_sandbox():
         build(directory="/srv/other")
 
 
+@pytest.mark.control("GPU-01")
+def test_a_gpu_is_in_the_main_sandbox_alone_and_only_when_granted():
+    granted = build(read_write=", /dev/nvidia0, /dev/nvidiactl")
+    assert granted.devices == ("/dev/nvidia0", "/dev/nvidiactl")
+    assert [p for p in granted.read_write if p.startswith("/dev")] == []
+    launch = granted.shell_launch()
+    assert {"/dev/nvidia0", "/dev/nvidiactl", "/dev/null"} <= set(launch.devices)
+    unit = sandbox_units.shell_unit(granted)
+    assert "\nBindPaths=-/dev/nvidia0\nDeviceAllow=/dev/nvidia0 rw\n" in unit
+    other = {name: text for name, text in sandbox_units.compile_units(granted).items() if name != "saw-shell.service"}
+    assert not [name for name, text in other.items() if "nvidia" in text]
+    assert not [p for p in granted.mcp_launch(granted.mcp_servers[0]).devices if "nvidia" in p]
+    without = build()
+    assert without.devices == ()
+    assert "nvidia" not in sandbox_units.shell_unit(without)
+    assert not [p for p in without.shell_launch().devices if "nvidia" in p]
+
+
 @pytest.mark.control("RUN-04")
 def test_places_that_start_again_are_protected_when_home_is_writable():
     spec = build(read_write=", /home/agent")
@@ -159,13 +177,13 @@ def test_protected_places_become_roots_and_links_are_not_followed(tmp_path):
     for path in (home, home / ".config", home / ".bashrc"):
         os.chown(path, 2000, 2000)
     spec = replace(build(), home=str(home), read_write=(str(home),))
-    assert str(home / ".bashrc") in sandbox_prepare.protect_home(spec)
+    assert str(home / ".bashrc") in sandbox_home.protect_home(spec)
     assert (home / ".bashrc").read_bytes() == b""
     assert (home / ".bashrc").stat().st_uid == 0
     assert (home / ".bashrc.saw-replaced").read_text() == "evil"
-    assert sandbox_prepare.protect_home(spec) == []
+    assert sandbox_home.protect_home(spec) == []
     (home / ".config").rename(home / "moved")
     (home / ".config").symlink_to(victim)
     with pytest.raises(SandboxError, match="cannot be prepared"):
-        sandbox_prepare.protect_home(spec)
+        sandbox_home.protect_home(spec)
     assert list(victim.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 
 from saw.conformance.probe.core import NotPossible, Refused, attempt
 
@@ -135,9 +136,11 @@ def link_race(path: str, rounds: int = 2000) -> str:
             except OSError:
                 pass
     last = OSError(errno.EACCES, "never opened")
-    opened = 0
+    tries, opened, end = 0, 0, time.monotonic() + 10
     try:
-        for _ in range(rounds):
+        # On a busy machine the other process may not have begun: go on until the race was one.
+        while (tries < rounds or not opened) and time.monotonic() < end:
+            tries += 1
             try:
                 handle = os.open(name, os.O_RDONLY)
             except OSError as error:
@@ -208,6 +211,16 @@ def write_own(path: str) -> str:
     os.rename(name, name + ".2")
     os.unlink(name + ".2")
     return content
+
+
+@attempt("write-home")
+def write_home() -> str:
+    """Write, read and remove a file of our own in the home directory, or in the project when the home is not ours to write."""
+    home = os.environ.get("HOME") or os.path.expanduser("~")
+    try:
+        return str(write_own(home))
+    except OSError:
+        return str(write_own(os.path.join(home, "project")))
 
 
 @attempt("own-link")

@@ -26,7 +26,8 @@ def proxy() -> tuple[str, int]:
     raise NotPossible("the environment names no HTTP proxy")
 
 
-def _context(alpn: str) -> ssl.SSLContext:
+def context(alpn: str = "") -> ssl.SSLContext:
+    """Return a TLS context that trusts what the environment says."""
     context = ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE"))
     context.check_hostname = False  # what the proxy shows is judged by its authority; the name is the attack
     if alpn:
@@ -77,16 +78,35 @@ def judge(answer: bytes, where: str) -> str:
     raise Refused(f"{where}: HTTP {status} {text[:300]}", reason=reason, status=status)
 
 
-def _dial() -> socket.socket:
+def dial() -> socket.socket:
+    """Connect to the proxy."""
     connection = socket.create_connection(proxy(), timeout=PATIENCE)
     connection.settimeout(PATIENCE)
     return connection
 
 
+def opened(plain: socket.socket, authority: str) -> None:
+    """Make the connection a tunnel to ``authority``; raise :class:`Refused` when the proxy does not."""
+    plain.sendall(f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n\r\n".encode("latin-1"))
+    judge(_receive(plain, tunnel=True), "CONNECT")
+
+
+def ask(authority: str, request: str, sni: str) -> bytes:
+    """Return the answer to one request in a tunnel of its own."""
+    with dial() as plain:
+        opened(plain, authority)
+        try:
+            with context().wrap_socket(plain, server_hostname=sni or None) as secure:
+                secure.sendall(request.encode("latin-1"))
+                return _receive(secure)
+        except (ConnectionError, ssl.SSLError) as error:
+            raise Refused(f"the connection was closed: {error}", reason="closed") from None
+
+
 @attempt("connect")
 def connect(authority: str, host: str | None = None) -> str:
     """Ask the proxy for a tunnel to ``authority``, given as it goes over the wire (latin-1)."""
-    with _dial() as connection:
+    with dial() as connection:
         header = authority if host is None else host
         connection.sendall(f"CONNECT {authority} HTTP/1.1\r\nHost: {header}\r\n\r\n".encode("latin-1"))
         return judge(_receive(connection, tunnel=True), "CONNECT")
@@ -97,13 +117,12 @@ def tunnel(  # noqa: PLR0917
     authority: str, request: str, sni: str = "", tls: bool = True, alpn: str = "", count: int = 1
 ) -> str:
     """Open a tunnel, speak TLS in it and send ``request`` as it is; ``count`` answers are read and the last one counts."""
-    with _dial() as plain:
-        plain.sendall(f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n\r\n".encode("latin-1"))
-        judge(_receive(plain, tunnel=True), "CONNECT")
+    with dial() as plain:
+        opened(plain, authority)
         stream = plain
         if tls:
             try:
-                stream = _context(alpn).wrap_socket(plain, server_hostname=sni or None)
+                stream = context(alpn).wrap_socket(plain, server_hostname=sni or None)
             except (ssl.SSLError, ConnectionError) as error:
                 raise Refused(f"TLS: {error}", reason="tls") from None
         try:
@@ -126,9 +145,48 @@ def tunnel(  # noqa: PLR0917
 @attempt("absolute")
 def absolute(request: str) -> str:
     """Send the proxy a request in absolute form, as it is."""
-    with _dial() as connection:
+    with dial() as connection:
         try:
             connection.sendall(request.encode("latin-1"))
             return judge(_receive(connection), "answer")
         except ConnectionError as error:
             raise Refused(f"the connection was closed: {error}", reason="closed") from None
+
+
+@attempt("redirect")
+def redirect(authority: str, request: str, sni: str, mark: str) -> str:
+    """Ask an allowed service, and follow the redirect that it answers with; ``mark`` goes with the second call."""
+    answer = ask(authority, request, sni)
+    judge(answer, "first answer")
+    found = re.search(rb"(?i)\nlocation: *([^\r\n]+)", answer.partition(b"\r\n\r\n")[0] + b"\r\n")
+    if found is None:
+        raise NotPossible("the service does not answer with a redirect")
+    target = urllib.parse.urlsplit(found[1].decode("latin-1"))
+    path, headers = target.path or "/", f"Host: {target.netloc}\r\nX-Probe-Nonce: {mark}\r\nConnection: close\r\n\r\n"
+    if target.scheme == "https":
+        second = f"GET {path} HTTP/1.1\r\n{headers}"
+        return judge(ask(f"{target.hostname}:{target.port or 443}", second, target.hostname or ""), "second answer")
+    with dial() as plain:
+        plain.sendall(f"GET {target.geturl()} HTTP/1.1\r\n{headers}".encode("latin-1"))
+        return judge(_receive(plain), "second answer")
+
+
+@attempt("slow-headers")
+def slow_headers(authority: str, sni: str, begun: str, other: str, patience: float = 60.0) -> str:
+    """Begin a request and never end its headers; ``other`` must be answered meanwhile. Held for ``patience`` s is allowed."""
+    with dial() as plain:
+        opened(plain, authority)
+        with context().wrap_socket(plain, server_hostname=sni) as secure:
+            secure.sendall(begun.encode("latin-1"))
+            try:
+                judge(ask(authority, other, sni), "another call")
+            except Refused as error:
+                raise RuntimeError(f"meanwhile another call was not answered: {error}") from None
+            secure.settimeout(patience)
+            try:
+                answer = _receive(secure)
+            except OSError as error:
+                if "timed out" in str(error):  # 3.9 has socket.timeout apart
+                    return f"still open after {patience} s"
+                raise Refused(f"the connection was closed: {error}", reason="closed") from None
+            return judge(answer, "answer")

@@ -1,0 +1,175 @@
+"""What an MCP server may say: which of its answers, requests and notifications reach the agent, and what is taken out of them.
+
+The mediator of servers over stdio and ring 2, for servers over HTTP, decide by these functions. Messages were parsed by
+:mod:`saw.policy.mcp_messages` before. Forms: Model Context Protocol, revisions 2024-11-05 to 2025-11-25.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from saw.policy.mcp_messages import POLICY_DENIED, Json, error_message
+from saw.policy.tool_rules import McpServer, Tool
+
+INITIALIZE, LIST_TOOLS = "initialize", "tools/list"
+SERVER_NOTIFICATIONS = frozenset(
+    {"notifications/message", "notifications/progress", "notifications/cancelled", "notifications/tools/list_changed"}
+)
+"""What a server may tell without being asked."""
+READING_NOTIFICATIONS = frozenset(
+    {"notifications/resources/updated", "notifications/resources/list_changed", "notifications/prompts/list_changed"}
+)
+"""What it may tell besides where resources and prompts can be read."""
+SERVER_CAPABILITIES = frozenset({"tools", "logging"})
+READING_CAPABILITIES = frozenset({"resources", "prompts", "completions"})
+ELICITATION_REQUIRED = -32042
+"""The error by which a server has the client show an address to its user (revision 2025-11-25)."""
+_UNPINNED = "_meta"
+
+
+def definition_digest(tool: Mapping[str, object]) -> str:
+    """Return ``sha256:`` and the hash of a tool's definition as ``tools/list`` gives it, without its ``_meta``.
+
+    Hashed are the bytes of JSON in ASCII with sorted keys and no spaces.
+    """
+    said = {name: value for name, value in tool.items() if name != _UNPINNED}
+    text = json.dumps(said, ensure_ascii=True, allow_nan=False, sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+class Listed(NamedTuple):
+    """What became of one list of tools: how many were ``offered`` and ``allowed``, which have the definition that was
+    ``pinned``, and which a ``changed`` one, with the hash of it."""
+
+    offered: int
+    allowed: int
+    pinned: frozenset[str]
+    changed: Mapping[str, str]
+
+
+class Definitions:
+    """Which tools of one server were last listed with another definition than the pinned one, until they are pinned anew."""
+
+    def __init__(self) -> None:
+        self._failed: dict[str, str] = {}
+
+    def note(self, listed: Listed, tools: Mapping[str, Tool]) -> None:
+        """Take in one list of the server's, judged by the pins of ``tools``."""
+        for name in listed.pinned:
+            self._failed.pop(name, None)
+        self._failed |= {name: tools[name].definition or "" for name in listed.changed}
+        self._failed = {name: pin for name, pin in self._failed.items() if name in tools}
+
+    def changed(self, name: str, rule: Tool | None) -> bool:
+        """Return whether the server's definition of ``name`` is not the one that ``rule`` pins."""
+        return rule is not None and rule.definition is not None and self._failed.get(name) == rule.definition
+
+
+class Answered(NamedTuple):
+    """An answer as it is passed on; ``listed`` where it was a list of tools, ``withheld`` where something was taken out."""
+
+    message: Json
+    listed: Listed | None = None
+    withheld: str = ""
+
+
+def judge_answer(
+    method: str,
+    message: Json,
+    tools: Mapping[str, Tool],
+    *,
+    layer: str,
+    capabilities: frozenset[str] = SERVER_CAPABILITIES,
+) -> Answered:
+    """Return what of a server's answer to a request of ``method`` reaches the agent.
+
+    ``tools`` are those that the agent may call (:func:`usable`). A list keeps these alone, and of those with a pinned definition
+    the ones that have it; ``initialize`` keeps ``capabilities``. A result that is no object, a list of tools that is none, and
+    an error that stands for a request to the user become an error that says so, from ``layer``.
+    """
+    if "error" in message:
+        return _error(message, layer)
+    result = message.get("result")
+    if not isinstance(result, dict):
+        return _refused(message, layer, "the result is not an object")
+    if method == INITIALIZE:
+        return _initialized(message, result, capabilities)
+    if method == LIST_TOOLS:
+        return _listed(message, result, tools, layer)
+    return Answered(message)
+
+
+def usable(server: McpServer) -> dict[str, Tool]:
+    """Return the tools of ``server`` that may be called at all."""
+    return {name: tool for name, tool in server.tools.items() if tool.class_ != "deny"}
+
+
+def _refused(message: Json, layer: str, why: str) -> Answered:
+    return Answered(refusal(message["id"], layer, "answer_unreadable", why), withheld=why)
+
+
+def refusal(identifier: object, layer: str, reason: str, why: str) -> Json:
+    """Return the error that takes the place of an answer which is not passed on."""
+    data: Json = {
+        "error": "policy_denied",
+        "layer": layer,
+        "reason": reason,
+        "detail": why,
+        "next_steps": ["go on without this answer, and tell the server's owner what detail says"],
+    }
+    return error_message(identifier, POLICY_DENIED, f"the server's answer is not passed on: {why}", data)
+
+
+def _error(message: Json, layer: str) -> Answered:
+    error = message["error"]
+    if not isinstance(error, dict) or type(error.get("code")) is not int or not isinstance(error.get("message"), str):
+        return _refused(message, layer, "the error has no code and message")
+    if error["code"] == ELICITATION_REQUIRED:
+        why = "the server asks for something to be shown to the user, which is not offered here"
+        return Answered(refusal(message["id"], layer, "not_offered", why), withheld=why)
+    return Answered(message)
+
+
+def _initialized(message: Json, result: Json, capabilities: frozenset[str]) -> Answered:
+    offered = result.get("capabilities")
+    if not isinstance(offered, dict):
+        return Answered(message)
+    kept = {name: value for name, value in offered.items() if name in capabilities}
+    return Answered({**message, "result": {**result, "capabilities": kept}})
+
+
+def _listed(message: Json, result: Json, tools: Mapping[str, Tool], layer: str) -> Answered:
+    offered = result.get("tools")
+    if not isinstance(offered, list):
+        return _refused(message, layer, "the list of tools is not a list")
+    named = [tool for tool in offered if isinstance(tool, dict) and isinstance(tool.get("name"), str)]
+    often = Counter(tool["name"] for tool in named)
+    kept: list[Json] = []
+    pinned: set[str] = set()
+    changed: dict[str, str] = {}
+    for tool in named:
+        name = tool["name"]
+        rule = tools.get(name)
+        if rule is None:
+            continue
+        if rule.definition is not None and (digest := definition_digest(tool)) != rule.definition:
+            changed[name] = digest
+        # Which of two definitions a client takes for a name, no one can tell.
+        elif often[name] == 1 and rule.definition is None:
+            kept.append(tool)
+        elif often[name] == 1:
+            kept.append({key: value for key, value in tool.items() if key != _UNPINNED})
+            pinned.add(name)
+    listed = Listed(len(offered), len(kept), frozenset(pinned), changed)
+    return Answered({**message, "result": {**result, "tools": kept}}, listed)
+
+
+def without_client_capabilities(message: Json) -> Json:
+    """Return ``initialize`` without what the client offers: sampling and elicitation let a server ask for more, and roots let
+    the client move a server's directories."""
+    params = message.get("params")
+    return {**message, "params": {**params, "capabilities": {}}} if isinstance(params, dict) else message
