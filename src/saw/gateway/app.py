@@ -14,11 +14,15 @@ from urllib.parse import unquote
 
 from saw.audit.events import EventFactory
 from saw.errors import SawError
-from saw.gateway.envoy_parts import MAX_AUTHZ_BODY, SEND_SEAT, SEND_TICKET
+from saw.gateway.envoy_parts import MAX_AUTHZ_BODY, METER_HEADER, METER_SEAT, SEND_SEAT, SEND_TICKET
 from saw.gateway.events import event_of
 from saw.gateway.judge import Call, Dial, Judge, Verdict
+from saw.gateway.metering import Meter, Told, read_told
+from saw.gateway.redaction import WORDS_HEADER, words_value
 from saw.gateway.spool import Spool
 from saw.gateway.tickets import Tickets
+from saw.gateway.usage_filter import BETWEEN, TOLD_HEADERS
+from saw.policy.websocket import FRAMES_HEADER
 
 LOG = logging.getLogger("saw.gateway")
 
@@ -34,6 +38,7 @@ _NEXT_STEPS = {
     "no_identity": "attest again; if it lasts, the workspace is not registered on this network",
     "lease_expired": "wait for the next attestation",
     "workspace_not_active": "the workspace was stopped or cut off; ask its sponsor or the security team",
+    "agent_retired": "nothing more is done in the name of this agent; its sponsor has it succeeded by another one",
     "digest_mismatch": "wait for the workspace to attest the policy it loaded",
     "not_released": "wait for the workspace to load the current release",
     "gatekeeper_stale": "the perimeter has lost the broker; try again later",
@@ -41,6 +46,7 @@ _NEXT_STEPS = {
     "credential_unavailable": "ask the platform team to place the credential on the perimeter host",
     "resolution_failed": "check the host name",
     "destination_blocked": "this destination can never be reached from a workspace",
+    "budget_unenforced": "ask the platform team for a perimeter that meters, or the policy's owner for a route without budget",
     "outside_delegation": "stay within the task that was handed to this agent, or ask the sponsor for a delegation of this call",
     "not_canonical": "send the path and authority in canonical form",
 }
@@ -71,6 +77,7 @@ def read_call(headers: list[tuple[bytes, bytes]], body: bytes) -> Call:
         body=body,
         body_complete=values.get("x-envoy-auth-partial-body", "false") == "false",
         send_ticket=values.get(SEND_TICKET, ""),
+        upgrade=values.get("x-saw-upgrade", ""),
     )
 
 
@@ -82,6 +89,7 @@ def refusal_body(verdict: Verdict) -> dict[str, object]:
     return {
         "error": "policy_denied",
         "layer": "ring2",
+        "protocol": (decision.protocol if decision else "") or call.scheme,
         "reason": verdict.reason,
         "detail": verdict.detail,
         "policy_digest": verdict.policy_digest,
@@ -92,8 +100,10 @@ def refusal_body(verdict: Verdict) -> dict[str, object]:
         "method": call.method,
         "path": call.target,
         "binary": call.binary,
+        **({"upgrade": call.upgrade} if call.upgrade else {}),
         "rule_missing": decision.rule_missing if decision else None,
-        "next_steps": list(hints) or ([own] if own else []),
+        **({"budget": dict(verdict.budget)} if verdict.budget is not None else {}),
+        "next_steps": list(hints) or [step for step in (verdict.cure or own,) if step],
         "request_id": call.request_id,
     }
 
@@ -101,8 +111,9 @@ def refusal_body(verdict: Verdict) -> dict[str, object]:
 class AuthorizationApp:
     """An ASGI application; every request to it is one check.
 
-    ``waiting`` are the tickets for calls that the review service takes in, None where there is none; ``sending`` those
-    that an approved call brings back, which was judged and recorded just before.
+    ``waiting`` are the tickets for calls that the review service takes in, None where there is none; ``relayed`` those for calls
+    whose answers are looked at; ``sending`` those that such a call, or an approved one, brings back, which was judged and
+    recorded just before.
     """
 
     def __init__(
@@ -113,12 +124,16 @@ class AuthorizationApp:
         *,
         waiting: Tickets[Verdict] | None = None,
         sending: Tickets[Verdict] | None = None,
+        relayed: Tickets[Verdict] | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self._judge = judge
         self._spool = spool
         self._factory = factory
         self._waiting = waiting
         self._sending = sending
+        self._relayed = relayed
+        self._meter = meter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one check."""
@@ -127,7 +142,10 @@ class AuthorizationApp:
         body = await _read_body(receive)
         if body is None:
             return
-        status, headers, content = await self.answer(read_call(scope["headers"], body))
+        if (b"x-saw-listener", METER_SEAT.encode()) in scope["headers"]:
+            status, headers, content = await self._settle(read_told(scope["headers"], body, TOLD_HEADERS, BETWEEN))
+        else:
+            status, headers, content = await self.answer(read_call(scope["headers"], body))
         headers.append((b"content-length", str(len(content)).encode()))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
@@ -136,11 +154,18 @@ class AuthorizationApp:
         """Judge and record one call; return status, headers and body."""
         if call.listener == SEND_SEAT:
             return self._approved(call)
+        bound = (call.method, call.authority, call.target)
         try:
             verdict = await self._judge.decide(call)
-            await self._spool.record(event_of(verdict, self._factory))
+            try:
+                await self._spool.record(event_of(verdict, self._factory))
+            except BaseException:
+                await self._judge.give_back(verdict, "the call could not be recorded")
+                raise
             if self._waiting is not None and (verdict.held or verdict.poll):
-                return _to_reviews(call, self._waiting.issue((call.method, call.authority, call.target), verdict))
+                return _to_service(call, self._waiting.issue(bound, verdict), "review")
+            if verdict.server and self._relayed is not None:
+                return _to_service(call, self._relayed.issue(bound, verdict), "mcp")
         except asyncio.CancelledError:
             raise
         except SawError as error:
@@ -151,7 +176,19 @@ class AuthorizationApp:
             return _unavailable(call)
         if verdict.dial is None:
             return _refuse(refusal_body(verdict))
-        return _onward(verdict.dial)
+        # An answer that nobody looks at is never let through.
+        return _unavailable(call) if verdict.server else _onward(verdict.dial)
+
+    async def _settle(self, told: Told) -> Answer:
+        """End the charge of a call. Only Envoy's filter says who it is in this way; a call's own header never arrives here."""
+        if self._meter is None:
+            return 404, [], b""
+        try:
+            await self._meter.settle(told)
+        except SawError as error:
+            LOG.critical("the end of charge %s is not in the ledger: %s", told.charge[:64], error.message)
+            return 503, [], b""
+        return 200, [], b""
 
     def _approved(self, call: Call) -> Answer:
         """Let an approved call go where its ticket says; without a good one nothing passes here."""
@@ -170,18 +207,24 @@ def _onward(dial: Dial) -> Answer:
         (b"x-saw-transport", dial.transport.encode("latin-1")),
         (b"x-saw-path", dial.path.partition("?")[0].encode("latin-1")),
     ]
+    if dial.charge:
+        headers.append((METER_HEADER.encode(), dial.charge.encode("latin-1")))
+    if dial.frames:
+        headers.append((FRAMES_HEADER.encode(), dial.frames.encode("latin-1")))
     if dial.inject is not None:
-        headers.append((dial.inject[0].encode("latin-1"), dial.inject[1].encode("latin-1")))
+        headers.append((dial.inject.name.encode("latin-1"), dial.inject.value.encode("latin-1")))
+        if dial.inject.reflections:
+            headers.append((WORDS_HEADER.encode(), words_value(dial.inject.reflections).encode("latin-1")))
     if dial.remove:
         headers.append((b"x-envoy-auth-headers-to-remove", ",".join(dial.remove).encode("latin-1")))
     return 200, headers, b""
 
 
-def _to_reviews(call: Call, ticket: str) -> Answer:
-    """Return the answer that has Envoy bring the call to the review service as it is."""
+def _to_service(call: Call, ticket: str, service: str) -> Answer:
+    """Return the answer that has Envoy bring the call to a service of the gatekeeper as it is."""
     headers = [
         (b"x-saw-authority", call.authority.encode("latin-1")),
-        (b"x-saw-transport", b"review"),
+        (b"x-saw-transport", service.encode()),
         (b"x-saw-path", call.target.partition("?")[0].encode("latin-1")),
         (b"x-saw-ticket", ticket.encode("latin-1")),
     ]

@@ -40,10 +40,12 @@ class ResolverConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
 
 class NftConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Who may reach the perimeter host itself (``ssh_port``) and the ingress ports: these networks and nobody else."""
+    """Who may reach the perimeter host itself (``ssh_port``), the ingress ports and a bastion on this host (``bastion_port``,
+    None without one): these networks and nobody else."""
 
     operator_networks: tuple[str, ...] = ()
     ssh_port: int = 22
+    bastion_port: int | None = None
 
 
 class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -52,7 +54,8 @@ class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     ``stale_after_s`` is the longest time without an answer from the broker after which every call is refused, whatever
     the leases say. ``release_grace_s`` is how long a workspace may run the release before the current one.
     ``clock_bound_s`` is how far the clock may step back before calls are refused. ``spool_limit`` is how many events
-    may wait for the broker before calls are refused. ``authz_group`` owns the authorisation socket with the
+    may wait for the broker before calls are refused. ``reservation_s`` is how long what was set aside for a call of a model
+    service waits for news of its end before it counts as spent. ``authz_group`` owns the authorisation socket with the
     gatekeeper: whoever can write to it can obtain credentials. ``review_socket``, of the same group, is where calls
     that wait for a person are taken in; without it they are refused with ``review_required``.
     """
@@ -75,8 +78,14 @@ class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     clock_bound_s: float = 5.0
     poll_wait_s: int = 10
     spool_limit: int = 500_000
+    reservation_s: int = 3600
     resolver: ResolverConfig = ResolverConfig()
     nft: NftConfig = NftConfig()
+
+    @property
+    def mcp_socket(self) -> Path:
+        """Return where calls of MCP servers are brought whose answers are looked at: beside ``authz_socket``."""
+        return self.authz_socket.with_name("mcp.sock")
 
 
 def split_address(text: str, name: str) -> tuple[str, int]:
@@ -120,6 +129,8 @@ def load_config(path: Path | str) -> GatekeeperConfig:
     for field in ("stale_after_s", "release_grace_s", "clock_bound_s"):
         if getattr(config, field) < 0:
             raise ConfigError(f"{field} is negative", cure="write seconds, 0 or more")
+    if not 60 <= config.reservation_s <= 86400:
+        raise ConfigError(f"reservation_s is {config.reservation_s}", cure="write 60 to 86400 whole seconds")
     if not 1 <= config.poll_wait_s <= 30:
         raise ConfigError(f"poll_wait_s is {config.poll_wait_s}", cure="write 1 to 30 whole seconds")
     return config

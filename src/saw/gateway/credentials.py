@@ -8,8 +8,11 @@ import re
 import stat
 from pathlib import Path
 
+import msgspec
+
 from saw.gateway.envoy_parts import HOP_HEADERS
 from saw.gateway.errors import CredentialUnavailable
+from saw.gateway.redaction import reflections
 from saw.policy.governance import Credential
 
 MAX_SECRET = 8192
@@ -45,16 +48,25 @@ def fill(template: str, secret: str) -> str:
     return _FIELD.sub(one, template)
 
 
+class Injection(msgspec.Struct, frozen=True):
+    """The header to inject, and every form in which its secret could come back in an answer; never logged."""
+
+    name: str
+    value: str
+    reflections: tuple[str, ...]
+
+
 class CredentialStore:
     """Values as files named by credential id in one directory, private to this user (no group or other access)."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def header(self, credential: Credential) -> tuple[str, str]:
-        """Return name and value of the header to inject; raise :class:`CredentialUnavailable` (without the value)."""
-        name = header_name(credential)
-        return name, fill(credential.inject.format, self._read(credential.id))
+    def injection(self, credential: Credential) -> Injection:
+        """Return the header to inject; raise :class:`CredentialUnavailable` (without the value)."""
+        name, template, secret = header_name(credential), credential.inject.format, self._read(credential.id)
+        encoded = [fill(field[0], secret) for field in _FIELD.finditer(template) if field[0] != "{secret}"]
+        return Injection(name, fill(template, secret), reflections(secret, encoded))
 
     def _read(self, identifier: str) -> str:
         if not _ID.fullmatch(identifier):

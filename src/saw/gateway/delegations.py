@@ -16,6 +16,7 @@ from saw.errors import SawError
 from saw.gateway.state import WorkspaceEntry
 from saw.identity.names import IdentityError
 from saw.identity.statement import verify_statement
+from saw.policy.actions import reads, units
 from saw.policy.delegation import (
     MAX_DEPTH,
     STATEMENT_TYPE,
@@ -168,7 +169,10 @@ def cover(
     if not covering:
         why = "covers it" if counting else "counts now"
         raise OutsideDelegation("outside_delegation", f"no delegation of this agent {why}")
-    if is_read(method, path, git_host=git_host, inference=decision.inference is not None):
+    read = is_read(method, path, git_host=git_host, inference=decision.inference is not None)
+    if decision.protocol:
+        read = all(reads(decision.protocol, unit) for unit in units(decision.protocol, decision.operations))
+    if read:
         return covering[0].record.id
     for line in covering:
         if line.record.approval == "policy":

@@ -69,12 +69,13 @@ def clusters(
     version: str,
     *,
     authz_socket: Path,
+    mcp_socket: Path,
     review_socket: Path | None,
     broker: tuple[str, int],
     upstream_ca: Path,
     numbers: Iterable[int],
 ) -> str:
-    """Return the CDS file: the gatekeeper, its review service, two ways to an upstream, the broker, each VM's SSH port."""
+    """Return the CDS file: the gatekeeper, its services, two ways to an upstream, the broker, each VM's SSH port."""
     strip: Json = {
         "name": "envoy.filters.http.header_mutation",
         "typed_config": {
@@ -121,18 +122,25 @@ def clusters(
             },
         },
     }
+    named: Json = {
+        "upstream_http_protocol_options": {
+            "auto_sni": True,
+            "auto_san_validation": True,
+            "override_auto_sni_header": "x-saw-authority",
+        }
+    }
     items: list[Json] = [
         _local_cluster("gatekeeper", authz_socket),
+        _local_cluster("mcp", mcp_socket),
         upstream(
             "upstream-tls",
-            {
-                "auto_config": {"http_protocol_options": {}, "http2_protocol_options": {}},
-                "upstream_http_protocol_options": {
-                    "auto_sni": True,
-                    "auto_san_validation": True,
-                    "override_auto_sni_header": "x-saw-authority",
-                },
-            },
+            {"auto_config": {"http_protocol_options": {}, "http2_protocol_options": {}}, **named},
+            {"transport_socket": tls},
+        ),
+        # WebSockets are opened over HTTP/1.1 (RFC 6455), which every service that has them speaks.
+        upstream(
+            "upstream-tls-1",
+            {"explicit_http_config": {"http_protocol_options": {}}, **named},
             {"transport_socket": tls},
         ),
         upstream("upstream-plain", {"explicit_http_config": {"http_protocol_options": {}}}, {}),

@@ -6,7 +6,7 @@ Without the gatekeeper's answer no route leads anywhere: the only other route is
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from saw.gateway.envoy_parts import (
@@ -19,8 +19,10 @@ from saw.gateway.envoy_parts import (
     LOCAL_MARK,
     MAX_AUTHZ_BODY,
     NETWORK,
+    NOT_SENT,
     RING2_PORT,
     SEND_SEAT,
+    STREAM_SECONDS,
     TLS,
     TYPE,
     Json,
@@ -30,6 +32,9 @@ from saw.gateway.envoy_parts import (
     resources,
     socket_address,
 )
+from saw.gateway.redaction import REDACTION_FILTER
+from saw.gateway.usage_filter import usage_filter
+from saw.policy.websocket import FRAME_FILTER, PROTOCOL
 
 REFUSAL = {"error": "policy_denied", "layer": "ring2"}
 ACCESS_FIELDS = {
@@ -56,23 +61,27 @@ def listeners(
     credential_headers: Iterable[str],
     xds_dir: Path,
     ingress_address: str,
-    send_socket: Path | None = None,
+    send_socket: Path,
+    reviews: bool = False,
+    streams: Mapping[int, str] | None = None,
 ) -> str:
-    """Return the LDS file: three listeners for each workspace number, and one that takes approved calls.
+    """Return the LDS file: three listeners for each workspace number, and one that takes calls from the gatekeeper.
 
     ``credential_headers`` are the names that the loaded releases' credentials use; no other header of the gatekeeper's
-    answer is ever copied into a request. ``send_socket``: where approved calls come from, or None where nobody approves.
+    answer is ever copied into a request. ``send_socket``: where the gatekeeper brings calls. ``reviews``: calls
+    that wait for a person have a service.
+    ``streams``: the workspaces that may open WebSockets now, and a word for what that rests on. When the word changes, Envoy
+    replaces the listener, which ends what is open.
     """
     names = tuple(sorted({"authorization", *(name.lower() for name in credential_headers)} - set(HOP_HEADERS)))
     items: list[Json] = []
     for seat in map(Seat, sorted(set(numbers))):
         items += [
-            _governed(seat, names, xds_dir, reviews=send_socket is not None),
+            _governed(seat, names, xds_dir, reviews=reviews, streams=(streams or {}).get(seat.number, "")),
             _pass_through(f"broker-{seat.number}", seat.gateway, BROKER_PORT, "broker"),
             _pass_through(f"ingress-{seat.number}", ingress_address, seat.ingress_port, f"ssh-{seat.number}"),
         ]
-    if send_socket is not None:
-        items.append(_approved(send_socket, names))
+    items.append(_approved(send_socket, names))
     return resources(version, "envoy.config.listener.v3.Listener", items)
 
 
@@ -99,7 +108,7 @@ def _listener(name: str, address: str, port: int, chain: Json) -> Json:
     }
 
 
-def _governed(seat: Seat, credential_headers: tuple[str, ...], xds_dir: Path, *, reviews: bool) -> Json:
+def _governed(seat: Seat, credential_headers: tuple[str, ...], xds_dir: Path, *, reviews: bool, streams: str) -> Json:
     def secret(name: str) -> Json:
         return {"name": name, "sds_config": file_source(xds_dir / f"sds-{name}.json")}
 
@@ -133,10 +142,23 @@ def _governed(seat: Seat, credential_headers: tuple[str, ...], xds_dir: Path, *,
                 "idle_timeout": "900s",
                 "headers_with_underscores_action": "REJECT_REQUEST",
             },
-            "http2_protocol_options": {"max_concurrent_streams": 128},
+            "http2_protocol_options": {"max_concurrent_streams": 128, **({"allow_connect": True} if streams else {})},
             "local_reply_config": _local_replies(),
-            "http_filters": [_authorisation(credential_headers, body=True), _router()],
-            "route_config": _routes(reviews=reviews),
+            "http_filters": [
+                _authorisation(credential_headers, body=True),
+                _script("credentials that come back", REDACTION_FILTER),
+                _script("what model services used", usage_filter(drop_mark=True)),
+                # The name of what WebSockets rest on is part of the filter: when it changes, the listener does.
+                *([_script(f"frames {streams}", FRAME_FILTER)] if streams else []),
+                _router(),
+            ],
+            "route_config": {
+                **_routes(reviews=reviews, streams=bool(streams)),
+                "response_headers_to_remove": [LOCAL_MARK],
+            },
+            # Envoy asks before the gatekeeper is asked, so it cannot tell routes apart here: what may not be opened, the
+            # gatekeeper refuses, and its answer for any other call leads to no route that this matters for.
+            **({"upgrade_configs": [{"upgrade_type": PROTOCOL}]} if streams else {}),
         },
     }
     chain: Json = {"transport_socket": tls, "transport_socket_connect_timeout": "10s", "filters": [connection_manager]}
@@ -144,9 +166,9 @@ def _governed(seat: Seat, credential_headers: tuple[str, ...], xds_dir: Path, *,
 
 
 def _approved(path: Path, credential_headers: tuple[str, ...]) -> Json:
-    """Return the listener on which the gatekeeper brings approved calls, each with a ticket of its own.
+    """Return the listener on which the gatekeeper brings approved calls, and those whose answers it reads, each with a ticket.
 
-    From here on an approved call goes the way of every other one: the gatekeeper is asked, its answer names the address and
+    From here on such a call goes the way of every other one: the gatekeeper is asked, its answer names the address and
     the credential. Envoy says when it was Envoy that answered, so that "never sent" is told from "no answer".
     """
     connection_manager: Json = {
@@ -168,17 +190,17 @@ def _approved(path: Path, credential_headers: tuple[str, ...]) -> Json:
                                 }
                             }
                         },
-                        "headers_to_add": [
-                            {
-                                "header": {"key": LOCAL_MARK, "value": "%RESPONSE_FLAGS%"},
-                                "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
-                            }
-                        ],
+                        "headers_to_add": [_mark()],
                     }
                 ]
             },
-            "http_filters": [_authorisation(credential_headers, body=False), _router()],
-            "route_config": {**_routes(reviews=False), "response_headers_to_remove": [LOCAL_MARK]},
+            "http_filters": [
+                _authorisation(credential_headers, body=False),
+                _script("credentials that come back", REDACTION_FILTER),
+                _script("what model services used", usage_filter(drop_mark=False)),
+                _router(),
+            ],
+            "route_config": {**_routes(reviews=False, answers=False), "response_headers_to_remove": [LOCAL_MARK]},
         },
     }
     return {
@@ -214,6 +236,13 @@ def _connection(name: str, place: str) -> Json:
     }
 
 
+def _script(name: str, source: str) -> Json:
+    return {
+        "name": name,
+        "typed_config": {"@type": HTTP + "lua.v3.Lua", "default_source_code": {"inline_string": source}},
+    }
+
+
 def _router() -> Json:
     return {
         "name": "envoy.filters.http.router",
@@ -244,6 +273,7 @@ def _early(place: str) -> Json:
                 put("x-saw-listener", place),
                 put("x-saw-target", "%REQ(:PATH)%"),
                 put("x-saw-method", "%REQ(:METHOD)%"),
+                put("x-saw-upgrade", "%REQ(UPGRADE)%"),
             ],
         },
     }
@@ -280,8 +310,8 @@ def _authorisation(credential_headers: tuple[str, ...], *, body: bool) -> Json:
     }
 
 
-def _routes(*, reviews: bool) -> Json:
-    def onward(transport: str, cluster: str) -> Json:
+def _routes(*, reviews: bool, streams: bool = False, answers: bool = True) -> Json:
+    def onward(transport: str, cluster: str, **more: object) -> Json:
         return {
             "match": {"prefix": "/", "headers": [{"name": "x-saw-transport", "string_match": {"exact": transport}}]},
             "route": {
@@ -291,8 +321,16 @@ def _routes(*, reviews: bool) -> Json:
                 "path_rewrite": "%REQ(X-SAW-PATH)%",
                 "timeout": "0s",
                 "idle_timeout": "900s",
+                **more,
             },
         }
+
+    def upgraded(transport: str, cluster: str) -> Json:
+        return onward(
+            transport,
+            cluster,
+            max_stream_duration={"max_stream_duration": f"{STREAM_SECONDS}s"},
+        )
 
     refusal = json.dumps({**REFUSAL, "reason": "host_not_allowed", "detail": "no upstream was authorised"})
     return {
@@ -304,7 +342,13 @@ def _routes(*, reviews: bool) -> Json:
                 "routes": [
                     onward("tls", "upstream-tls"),
                     onward("plain", "upstream-plain"),
+                    *([onward("mcp", "mcp")] if answers else []),
                     *([onward("review", "review")] if reviews else []),
+                    *(
+                        [upgraded("tls-upgrade", "upstream-tls-1"), upgraded("plain-upgrade", "upstream-plain")]
+                        if streams
+                        else []
+                    ),
                     {
                         "match": {"prefix": "/"},
                         "direct_response": {"status": 403, "body": {"inline_string": refusal}},
@@ -345,6 +389,18 @@ def _local_replies() -> Json:
                     }
                 },
                 "body_format_override": {"json_format": body, "content_type": "application/json"},
-            }
+            },
+            {
+                # So that the filter that reads answers can tell a call that never left from one without an answer.
+                "filter": {"response_flag_filter": {"flags": sorted(NOT_SENT - {"UAEX"})}},
+                "headers_to_add": [_mark()],
+            },
         ]
+    }
+
+
+def _mark() -> Json:
+    return {
+        "header": {"key": LOCAL_MARK, "value": "%RESPONSE_FLAGS%"},
+        "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
     }

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import msgspec
 
+from saw.gateway.redaction import WORDS_HEADER
+from saw.policy.websocket import FRAMES_HEADER
+
 Json = dict[str, object]
 
 TYPE = "type.googleapis.com/"
@@ -26,14 +29,31 @@ DRAIN_SECONDS = 1
 """How long Envoy lets connections of a removed listener live; given on its command line."""
 AUTHZ_TIMEOUT = "8s"
 WORKSPACE_SAN = "spiffe://[^/]+/workspace/[^/]+"
-ANSWER_HEADERS = ("x-saw-upstream", "x-saw-authority", "x-saw-transport", "x-saw-path", "x-saw-ticket")
+METER_HEADER = "x-saw-meter"
+"""The header in which the gatekeeper names the charge of a call, and the filter that reads the answer tells it back."""
+METER_SEAT = "meter"
+"""What stands for the workspace number where that filter tells the gatekeeper the end of a call."""
+ANSWER_HEADERS = (
+    "x-saw-upstream",
+    "x-saw-authority",
+    "x-saw-transport",
+    "x-saw-path",
+    "x-saw-ticket",
+    FRAMES_HEADER,
+    WORDS_HEADER,
+    METER_HEADER,
+)
 """What the gatekeeper's answer sets, and a client may never bring."""
+STREAM_SECONDS = 600
+"""How long a WebSocket lives at most: as long as the certificate that it was opened with could (seconds)."""
 SEND_SEAT = "approved"
 """What stands for the workspace number on the listener that takes approved calls from the gatekeeper."""
 SEND_TICKET = "x-saw-send"
 """The header in which the gatekeeper brings its own ticket there."""
 LOCAL_MARK = "x-saw-local"
 """The header that tells the gatekeeper there that Envoy itself answered, and why (its response flags)."""
+NOT_SENT = frozenset({"UF", "UH", "UO", "NR", "NC", "UAEX"})
+"""Envoy's response flags that mean that no byte of the call left: no connection, no route, or no authorisation."""
 HOP_HEADERS = (
     "connection",
     "content-length",

@@ -34,7 +34,13 @@ def event_of(verdict: Verdict, factory: EventFactory) -> dict[str, Any]:
             "action_class": decision.action_class,
             "credential": decision.credential or "",
             "inference": decision.inference or "",
+            "protocol": decision.protocol,
+            "operations": "; ".join(asked.text() for asked in decision.operations)[:_TEXT],
         }
+    if call.upgrade:
+        detail |= {"upgrade": call.upgrade[:_TEXT], "frames": decision.frames if decision else ""}
+    if verdict.budget is not None:
+        detail["budget"] = dict(verdict.budget)
     if verdict.offline:
         detail["offline"] = True
     if dial is not None:
@@ -51,7 +57,7 @@ def event_of(verdict: Verdict, factory: EventFactory) -> dict[str, Any]:
         reason=verdict.reason,
         rule=decision.rule if decision else "",
         message=f"{'allowed' if verdict.allowed else 'refused'} by ring 2",
-        detail={name: value for name, value in detail.items() if value not in {"", None}},
+        detail={name: value for name, value in detail.items() if value is not None and value != ""},
     )
 
 
@@ -74,6 +80,22 @@ def review_event(
         outcome=outcome,
         resource=("review", review),
         detail={"layer": "ring2", "review": review, **detail},
+    )
+
+
+def answer_event(
+    verdict: Verdict, factory: EventFactory, time: datetime, kind: str, *, detail: str, times: int
+) -> dict[str, Any]:
+    """Return the event of what a server's answer was not passed on as it came for: ``times`` things of one ``kind``."""
+    said: dict[str, object] = {"layer": "ring2", "kind": kind, "detail": detail[:_TEXT], "count": times}
+    return factory.api_activity(
+        time,
+        _subject(verdict),
+        "mcp.answer",
+        outcome="failure",
+        message="a server's answer was not passed on as it came",
+        resource=("mcp_server", verdict.server),
+        detail={**said, "host": verdict.host, "path": verdict.call.target[:_PATH]},
     )
 
 

@@ -38,6 +38,8 @@ def held_by(release: Release, request: Request, asked: Decision, delegation: str
             reviews = release.matcher.reviews(request)
         except PushUnreadable as error:
             return None, f"the push cannot be read: {error}"
+        if len(reviews) != 1 and asked.protocol:
+            return None, "what this body asks for is for different people to decide on: send it one at a time"
         if len(reviews) != 1:
             return None, "the refs of this push are for different people to decide on: push them one at a time"
         expires = reviews[0].expires_s

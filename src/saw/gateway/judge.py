@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from saw.gateway.credentials import PLACEHOLDER, CredentialStore
-from saw.gateway.delegations import NONE, OutsideDelegation, cover, reach
+from saw.errors import SawError
+from saw.gateway.credentials import PLACEHOLDER, CredentialStore, Injection
+from saw.gateway.delegations import NONE, Engagement, OutsideDelegation, cover, reach
 from saw.gateway.errors import (
     CredentialUnavailable,
     DestinationBlocked,
@@ -19,6 +20,9 @@ from saw.gateway.errors import (
     ResolutionFailed,
 )
 from saw.gateway.held import Held, held_by
+from saw.gateway.mcp_exchange import KnownDefinitions, Rules
+from saw.gateway.metering import Meter, tellable
+from saw.gateway.paying import pay
 from saw.gateway.peer import PeerReader
 from saw.gateway.releases import Release
 from saw.gateway.resolve import Resolver, choose
@@ -28,9 +32,11 @@ from saw.identity.x509 import Svid
 from saw.policy.addresses import is_blocked_host
 from saw.policy.errors import NotCanonical
 from saw.policy.matcher import Matcher
+from saw.policy.mcp_servers import usable_tools
 from saw.policy.model import Decision, Request
 from saw.policy.paths import canonicalise_path
 from saw.policy.review_poll import Poll, may_poll, poll_of
+from saw.policy.websocket import TEXT
 
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
 DEFAULT_PORT = {"https": 443, "http": 80}
@@ -53,17 +59,24 @@ class Call(msgspec.Struct, frozen=True):
     body: bytes
     body_complete: bool
     send_ticket: str = ""
+    upgrade: str = ""
 
 
 class Dial(msgspec.Struct, frozen=True):
-    """Where an allowed call goes: ``address`` is ``ip:port``; ``inject`` is the credential header, never logged."""
+    """Where an allowed call goes: ``address`` is ``ip:port``; ``inject`` is the credential to add, never logged.
+
+    ``frames`` is what the client may send on the WebSocket that the call opens, empty for every other call. ``charge`` is the
+    reservation that pays for it, empty where nothing is paid.
+    """
 
     address: str
     authority: str
     transport: str
     path: str
-    inject: tuple[str, str] | None
+    inject: Injection | None
     remove: tuple[str, ...]
+    frames: str = ""
+    charge: str = ""
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,7 +84,9 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
     ``held``: only a person is missing; all else holds. ``poll``: an allowed question about a review, which goes nowhere.
     ``review`` is the id of the review that the call belongs to. ``offline``: it rests on the time that policy grants without a
-    broker.
+    broker. ``budget``: what was reserved for it, or what is left of the budget that does not pay for it. ``cure``: what may
+    be done about a refusal, where the reason alone does not say. ``server``: the MCP server over HTTP that an allowed call goes
+    to, whose answer is looked at.
     """
 
     call: Call
@@ -92,22 +107,28 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     poll: Poll | None = None
     review: str = ""
     offline: bool = False
+    budget: Mapping[str, object] | None = None
+    cure: str = ""
+    server: str = ""
 
 
 class Refused(Exception):
     """Ends a decision with one of the reasons in ``docs/architecture.md``."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, cure: str = "") -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+        self.cure = cure
 
 
 class Judge:
     """Decides calls on the view that ``view`` returns; ``doubt`` says why nothing may be allowed at the moment.
 
     ``offline`` says how many of the seconds that policy grants without a broker count now, and ``doubt`` is told them.
-    ``reviews``: there is a review service, which answers the path that workspaces ask for their reviews under.
+    ``reviews``: there is a review service, which answers the path that workspaces ask for their reviews under. ``meter``
+    charges calls to budgets; without one, calls that a budget pays for are refused. ``definitions``: what is known of those of
+    MCP tools.
     """
 
     def __init__(
@@ -122,7 +143,10 @@ class Judge:
         credentials: CredentialStore,
         release_grace_s: float,
         reviews: bool = False,
+        meter: Meter | None = None,
+        definitions: KnownDefinitions | None = None,
     ) -> None:
+        self._definitions = KnownDefinitions() if definitions is None else definitions
         self._view = view
         self._doubt = doubt
         self._offline = offline
@@ -132,6 +156,12 @@ class Judge:
         self._credentials = credentials
         self._grace = release_grace_s
         self._reviews = reviews
+        self._meter = meter
+
+    async def give_back(self, verdict: Verdict, why: str) -> None:
+        """Release what was reserved for a call that is certainly not sent."""
+        if self._meter is not None and verdict.dial is not None and verdict.dial.charge:
+            await self._meter.give_back(verdict.dial.charge, why)
 
     async def decide(self, call: Call) -> Verdict:
         """Return the verdict; never raises for a refusal."""
@@ -139,7 +169,7 @@ class Judge:
         try:
             await self._examine(case)
         except Refused as refusal:
-            return case.verdict(allowed=False, reason=refusal.reason, detail=refusal.detail)
+            return case.refused(refusal)
         return case.verdict(allowed=True)
 
     async def decide_approved(self, call: Call, workspace_id: str, policy_digest: str, review: str) -> Verdict:
@@ -147,14 +177,24 @@ class Judge:
 
         Everything counts as for any other call, except that no person is needed any more and that it comes from no network.
         """
+        return await self._decide_for(call, workspace_id, policy_digest, review, question=False)
+
+    async def decide_question(self, call: Call, workspace_id: str, policy_digest: str, review: str) -> Verdict:
+        """Like :meth:`decide_approved` for a call that nobody approved: what policy lets people decide on is refused."""
+        return await self._decide_for(call, workspace_id, policy_digest, review, question=True)
+
+    async def _decide_for(
+        self, call: Call, workspace_id: str, policy_digest: str, review: str, *, question: bool
+    ) -> Verdict:
         view = self._view()
         entry = view.workspaces.get(workspace_id)
         case = _Case(msgspec.structs.replace(call, listener=str(entry.number) if entry else ""), self._now(), view)
         case.workspace_id, case.digest, case.review, case.approved = workspace_id, policy_digest, review, True
+        case.question = question
         try:
             await self._permit(case)
         except Refused as refusal:
-            return case.verdict(allowed=False, reason=refusal.reason, detail=refusal.detail)
+            return case.refused(refusal)
         return case.verdict(allowed=True)
 
     async def _examine(self, case: _Case) -> None:
@@ -162,8 +202,29 @@ class Judge:
         case.workspace_id, case.digest = svid.workspace_id, svid.policy_digest
         await self._permit(case)
 
-    async def _permit(self, case: _Case) -> None:
-        call, view = case.call, case.view
+    def rules(self, verdict: Verdict) -> Rules:
+        """Return what answers to an allowed call are judged by now; raise :class:`Refused` once it may not be made any more."""
+        case = _Case(verdict.call, self._now(), self._view())
+        case.workspace_id, case.digest, case.approved = (
+            verdict.workspace_id,
+            verdict.policy_digest,
+            bool(verdict.review),
+        )
+        entry, release = self._release(case)
+        request = _request(case)
+        decision = release.matcher.decide(request, approved=True)
+        server = release.matcher.mcp_server_named(verdict.server)
+        if not decision.allowed or server is None:
+            raise Refused(decision.reason, decision.detail)
+        _delegated(case, entry, request, release, decision)
+        return Rules(
+            lambda: usable_tools(lambda call: release.matcher.decide(call, approved=True), request, server),
+            self._definitions.of(verdict.workspace_id, server.name),
+        )
+
+    def _release(self, case: _Case) -> tuple[WorkspaceEntry, Release]:
+        """Return the workspace of a case and the release that counts for it; refuse what may not act at all."""
+        view = case.view
         # What people approved is sent with the broker's consent, so there is no time offline for it.
         granted = 0 if case.approved else offline_granted(view, case.workspace_id, case.digest)
         offline_s = self._offline(granted, case.now) if granted else 0.0
@@ -177,17 +238,24 @@ class Judge:
             reason, _, detail = release.partition(": ")
             raise Refused(reason, detail)
         case.revision = release.revision
+        return entry, release
+
+    async def _permit(self, case: _Case) -> None:
+        call, view = case.call, case.view
+        entry, release = self._release(case)
         request = _request(case)
-        poll = poll_of(call.method, call.target) if self._reviews and not case.approved else None
+        asks = self._reviews and not case.approved and not call.upgrade
+        poll = poll_of(call.method, call.target) if asks else None
         if poll is not None:
             _asked(case, entry, request, release, poll)
             return
-        case.decision = asked = release.matcher.decide(request, approved=case.approved)
+        case.decision = asked = release.matcher.decide(request, approved=case.approved and not case.question)
         decision = asked
         if asked.reason == "review_required":
             decision = release.matcher.decide(request, approved=True)
         if not decision.allowed:
             raise Refused(decision.reason, decision.detail)
+        self._pinned(case, request, release, decision)
         if decision.canonical_path != call.target:
             raise Refused("not_canonical", "the path is not in the form in which it was decided")
         case.delegation, why = _delegated(case, entry, request, release, decision)
@@ -196,6 +264,29 @@ class Judge:
             detail = why if asked.allowed else asked.detail
             case.held, problem = held_by(release, request, asked, case.delegation if why else "")
             raise Refused("review_required", problem or detail)
+        # The last step, so that nothing refused is ever charged.
+        try:
+            held = await pay(
+                self._meter, request, decision, release, entry,
+                view=view, delegation=case.delegation, request_id=call.request_id,
+            )  # fmt: skip
+        except SawError as error:
+            case.budget = tellable(error.details) or None
+            raise Refused(error.code, error.message, error.cure) from error
+        if held is not None:
+            case.budget, case.dial = held.detail, msgspec.structs.replace(case.dial, charge=held.id)
+
+    def _pinned(self, case: _Case, request: Request, release: Release, decision: Decision) -> None:
+        """Note which MCP server a call goes to; refuse a tool that the server defines in another way than the policy pins."""
+        path = decision.canonical_path.partition("?")[0]
+        server = release.matcher.mcp_server(request.host, request.port, path) if decision.protocol == "mcp" else None
+        if server is None:
+            return
+        case.server = server.name
+        refused = server.redefined(decision, self._definitions.of(case.workspace_id, server.name))
+        if refused is not None:
+            case.decision = refused
+            raise Refused(refused.reason, refused.detail)
 
     def _identify(self, case: _Case) -> Svid:
         try:
@@ -208,7 +299,7 @@ class Judge:
         credential_id = decision.credential
         exact, allowed = _reach(release.matcher, host, port)
         if decision.inference is not None:
-            route = release.governance.route(decision.inference)
+            route = release.governance.route(decision.inference, port)
             (host, port), scheme = route.upstream_address, urlsplit(route.upstream).scheme or "https"
             exact, allowed = True, ()
             path = _upstream_path(path, route.upstream_prefix)
@@ -225,17 +316,18 @@ class Judge:
         return Dial(
             address=f"[{address}]:{port}" if ":" in address else f"{address}:{port}",
             authority=authority,
-            transport="tls" if scheme == "https" else "plain",
+            transport=("tls" if scheme == "https" else "plain") + ("-upgrade" if decision.frames else ""),
             path=path,
             inject=inject,
             remove=_placeholders(case.call.headers, inject),
+            frames=decision.frames,
         )
 
-    def _inject(self, release: Release, identifier: str | None) -> tuple[str, str] | None:
+    def _inject(self, release: Release, identifier: str | None) -> Injection | None:
         if identifier is None:
             return None
         try:
-            return self._credentials.header(release.governance.credential(identifier))
+            return self._credentials.injection(release.governance.credential(identifier))
         except CredentialUnavailable as error:
             raise Refused("credential_unavailable", error.message) from error
         except KeyError as error:
@@ -261,9 +353,15 @@ class _Case:
         self.poll: Poll | None = None
         self.review = ""
         self.approved = False
+        self.question = False
         self.offline = False
+        self.budget: Mapping[str, object] | None = None
+        self.server = ""
 
-    def verdict(self, *, allowed: bool, reason: str = "", detail: str = "") -> Verdict:
+    def refused(self, refusal: Refused) -> Verdict:
+        return self.verdict(allowed=False, reason=refusal.reason, detail=refusal.detail, cure=refusal.cure)
+
+    def verdict(self, *, allowed: bool, reason: str = "", detail: str = "", cure: str = "") -> Verdict:
         return Verdict(
             call=self.call,
             time=self.now,
@@ -283,6 +381,9 @@ class _Case:
             poll=self.poll if allowed else None,
             review=self.review,
             offline=self.offline,
+            budget=self.budget,
+            cure=cure,
+            server=self.server if allowed else "",
         )
 
 
@@ -312,6 +413,8 @@ def _standing(case: _Case, offline_s: float) -> WorkspaceEntry:
         raise Refused("no_identity", "the certificate belongs to a workspace on another network")
     if entry.state != "active":
         raise Refused("workspace_not_active", f"workspace {entry.id} is {entry.state}")
+    if entry.agent_retired:
+        raise Refused("agent_retired", f"{entry.agent}, the agent of workspace {entry.id}, is retired")
     if entry.lease_expires_at is None or case.now >= entry.lease_expires_at + timedelta(seconds=offline_s):
         raise Refused("lease_expired", f"the lease of workspace {entry.id} has ended; it must attest again")
     case.offline = case.now >= entry.lease_expires_at
@@ -340,11 +443,25 @@ def _delegated(
     held = case.view.engagements.get(entry.id, NONE)
     git = release.matcher.speaks_git(request.host)
     try:
+        if decision.frames not in {"", "none"}:
+            _messages_delegated(held, request, decision, case.now)
         return cover(held, request, decision, git_host=git, now=case.now, approved=case.approved), ""
     except OutsideDelegation as error:
         if error.code == "review_required":
             return error.delegation, error.message
         raise Refused(error.code, error.message) from error
+
+
+def _messages_delegated(held: Engagement, request: Request, decision: Decision, now: datetime) -> None:
+    """Refuse a WebSocket on which the agent could send what nobody handed to it, or what a person would have to decide."""
+    sending = msgspec.structs.replace(request, method=TEXT)
+    try:
+        cover(held, sending, decision, git_host=False, now=now)
+    except OutsideDelegation as error:
+        if error.code != "review_required":
+            raise
+        detail = f"delegation {error.delegation} wants every write reviewed, and nobody can review each message of a WebSocket"
+        raise OutsideDelegation("outside_delegation", detail) from error
 
 
 def _request(case: _Case) -> Request:
@@ -371,6 +488,7 @@ def _request(case: _Case) -> Request:
         headers=call.headers,
         body=call.body,
         body_complete=call.body_complete,
+        upgrade=call.upgrade,
     )
 
 
@@ -387,11 +505,11 @@ def _upstream_path(path: str, prefix: str) -> str:
     raise Refused("method_or_path_not_allowed", "inference paths start with /v1/")
 
 
-def _placeholders(headers: Mapping[str, str], inject: tuple[str, str] | None) -> tuple[str, ...]:
+def _placeholders(headers: Mapping[str, str], inject: Injection | None) -> tuple[str, ...]:
     """Return the client's headers that must not go on: its own authorisation, and every placeholder, once we inject."""
     if inject is None:
         return ()
     found = {name for name, value in headers.items() if PLACEHOLDER in value}
     if "authorization" in headers:
         found.add("authorization")
-    return tuple(sorted(found - {inject[0]}))
+    return tuple(sorted(found - {inject.name}))

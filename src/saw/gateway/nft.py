@@ -33,11 +33,13 @@ def render_nft(
     *,
     ingress_address: str = "0.0.0.0",  # noqa: S104 - unspecified means any
     ssh_port: int = SSH_PORT,
+    bastion_port: int | None = None,
 ) -> str:
     """Return the ruleset for ``nft -f``: table ``inet saw``, replaced as a whole in one transaction.
 
-    ``operator_networks`` (CIDR) may reach SSH on ``ssh_port`` and the ingress ports; ``ingress_address`` narrows the
-    latter to one address unless it is unspecified. Raises :class:`ConfigError` for text that is not a network.
+    ``operator_networks`` (CIDR) may reach SSH on ``ssh_port``, a bastion on ``bastion_port`` and the ingress ports;
+    ``ingress_address`` narrows the latter to one address unless it is unspecified. Raises :class:`ConfigError` for text that
+    is not a network.
     """
     four, six = _networks(operator_networks)
     ingress = ipaddress.ip_address(ingress_address)
@@ -48,6 +50,8 @@ def render_nft(
         if networks:
             source = f"{family} saddr {{ {', '.join(networks)} }}"
             admitted.append(f"{source} tcp dport {ssh_port} counter accept")
+            if bastion_port is not None:
+                admitted.append(f"{source} tcp dport {bastion_port} counter accept")
             if ingress.is_unspecified or (ingress.version == 4) == (family == "ip"):
                 admitted.append(f"{source} {to}tcp dport {ports} counter accept")
     operators = "\n".join(f"    {rule}" for rule in admitted)

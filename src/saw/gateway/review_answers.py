@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from saw.gateway.envoy_parts import HOP_HEADERS
 from saw.policy.gitproto import PushUnreadable, inflate, push_updates
@@ -73,21 +74,22 @@ def state_of(view: ReviewView, policy_digest: str) -> Answer:
     """Return the answer to a question about a review: it waits, the far end's stored answer, or why there is none."""
     if view.state == "done" and view.answer is not None:
         return _stored(view.answer, view.id)
-    ended = _ENDED.get(view.state)
-    if ended is None:
+    if view.state not in _ENDED:
         return waits(view, policy_digest)
-    status, error, detail, step = ended
-    return in_json(
-        status,
-        {
-            "error": error,
-            "layer": "review",
-            "review_id": view.id,
-            "state": view.state,
-            "detail": f"{detail}: {view.detail}" if view.detail else detail,
-            "next_steps": [step],
-        },
-    )
+    return in_json(_ENDED[view.state][0], ended(view))
+
+
+def ended(view: ReviewView) -> dict[str, Any]:
+    """Return why a review that has ended has no answer of the far end; ``view`` is in such a state."""
+    _, error, detail, step = _ENDED[view.state]
+    return {
+        "error": error,
+        "layer": "review",
+        "review_id": view.id,
+        "state": view.state,
+        "detail": f"{detail}: {view.detail}" if view.detail else detail,
+        "next_steps": [step],
+    }
 
 
 def _stored(answer: ReviewedAnswer, review: str) -> Answer:

@@ -16,7 +16,12 @@ from saw.review.messages import (
     ClaimAnswer,
     Claimed,
     ClaimReview,
+    ContextResult,
     OpenReview,
+    ReadBack,
+    ReadBackResult,
+    ReadContext,
+    ReadState,
     ReviewResult,
     ReviewView,
 )
@@ -78,10 +83,21 @@ class ReviewLink:
             raise ReviewUnavailable(f"the broker answered with another review than {review}")
         return view
 
-    async def claim(self, wait: int) -> Claimed | None:
-        """Return an approved call with the right to send it once, or None; raise :class:`ReviewUnavailable`."""
+    async def claim(self, wait: int) -> Claimed | ReadBack | ReadContext | ReadState | None:
+        """Return an approved call with the right to send it once, or one to be read back, or a state to be read, or None.
+
+        Raises :class:`ReviewUnavailable`.
+        """
         answer = await self._ask("POST", f"{REVIEWS}/claim", ClaimAnswer, ClaimReview(wait=wait), wait=wait)
-        return answer.claimed
+        return answer.claimed or answer.read_back or answer.read_context or answer.read_state
+
+    async def tell_read_back(self, review: str, result: ReadBackResult) -> None:
+        """Say what was read back; raises as :meth:`tell`."""
+        await self._ask("POST", f"{REVIEWS}/{review}/read-back", None, result)
+
+    async def tell_context(self, review: str, result: ContextResult) -> None:
+        """Say what was read of the state before a push or a write; raises as :meth:`tell`."""
+        await self._ask("POST", f"{REVIEWS}/{review}/context", None, result)
 
     async def tell(self, review: str, result: ReviewResult) -> None:
         """Say how the one attempt ended; raise :class:`ReviewRefused`, :class:`UnknownReview` or :class:`ReviewUnavailable`."""

@@ -16,16 +16,21 @@ import httpx
 
 from saw.audit.events import EventFactory, Outcome
 from saw.errors import SawError
-from saw.gateway.envoy_parts import LOCAL_MARK, SEND_TICKET
+from saw.gateway.answer_audit import AnswerAudit
+from saw.gateway.envoy_parts import NOT_SENT, SEND_TICKET
 from saw.gateway.errors import ReviewUnavailable
 from saw.gateway.events import event_of, review_event
-from saw.gateway.judge import DEFAULT_PORT, Call, Judge, Verdict
-from saw.gateway.review_answers import safe_headers
+from saw.gateway.judge import Judge, Refused, Verdict
+from saw.gateway.mcp_exchange import AnswerRefused, Rules
+from saw.gateway.mcp_stored import stored_answer
+from saw.gateway.read_back import Reader
+from saw.gateway.review_exchange import call_of, exchange
 from saw.gateway.review_link import ReviewLink
+from saw.gateway.review_questions import Questions
 from saw.gateway.spool import Spool
 from saw.gateway.tickets import Tickets
 from saw.review.digest import request_digest
-from saw.review.messages import MAX_REVIEWED_ANSWER, Claimed, ReviewedAnswer, ReviewedCall, ReviewResult
+from saw.review.messages import Claimed, ReadBack, ReadContext, ReadState, ReviewedAnswer, ReviewResult
 
 LOG = logging.getLogger("saw.gateway")
 
@@ -34,8 +39,6 @@ MOST_AT_ONCE = 8
 MARGIN_S = 5.0
 """How long before the claim ends an answer is no longer waited for, so that the result can still be told (seconds)."""
 RETRY_FIRST_S, RETRY_MOST_S = 0.2, 2.0
-NOT_SENT = frozenset({"UF", "UH", "UO", "NR", "NC", "UAEX"})
-"""Envoy's response flags that mean that no byte of the call left: no connection, no route, or no authorisation."""
 
 
 class Unsent(Exception):
@@ -68,6 +71,7 @@ class Sender:
         self._now = now
         self._wait_s = wait_s
         self._slots = asyncio.Semaphore(MOST_AT_ONCE)
+        self._reader = Reader(Questions(judge, spool, factory, tickets, socket=socket), link)
 
     async def run_forever(self) -> None:
         """Claim and send until cancelled; a call that is on its way then is left to the broker, which calls it unknown."""
@@ -97,9 +101,16 @@ class Sender:
                 else:
                     group.create_task(self._attempt(claimed))
 
-    async def _attempt(self, claimed: Claimed) -> None:
+    async def _attempt(self, claimed: Claimed | ReadBack | ReadContext | ReadState) -> None:
         try:
-            await self.execute(claimed)
+            if isinstance(claimed, ReadBack):
+                await self._reader.read(claimed)
+            elif isinstance(claimed, ReadContext):
+                await self._reader.read_context(claimed)
+            elif isinstance(claimed, ReadState):
+                await self._reader.read_state(claimed)
+            else:
+                await self.execute(claimed)
         except SawError as error:
             LOG.critical("the end of review %s could not be told: %s", claimed.id, error.message)
         except Exception as error:  # noqa: BLE001 - one call's fault must not end the others; the broker calls it unknown
@@ -121,6 +132,7 @@ class Sender:
             result = await self._send(claimed, verdict, (ends - self._now()).total_seconds() - MARGIN_S)
         except Unsent as error:
             result = ReviewResult(claim=claimed.claim, outcome="failed", detail=str(error)[:1024])
+            await self._judge.give_back(verdict, "the approved call was not sent")
         detail: dict[str, object] = {"outcome": result.outcome, "request_digest": claimed.request_digest}
         if result.answer is not None:
             detail |= {"status": result.answer.status, "bytes": len(result.answer.body)}
@@ -151,7 +163,9 @@ class Sender:
             ticket = self._tickets.issue((call.method, authority, call.path), verdict)
         except SawError as error:
             raise Unsent(error.message) from error
-        headers = [(name, value) for name, value in call.headers if name != "host"]
+        # The answer of an MCP server is looked at, so it must come as it is.
+        left_out = {"host", "accept-encoding"} if verdict.server else {"host"}
+        headers = [(name, value) for name, value in call.headers if name not in left_out]
         headers += [("host", authority), ("idempotency-key", claimed.id), (SEND_TICKET, ticket)]
         try:
             async with asyncio.timeout(time_s):
@@ -162,11 +176,29 @@ class Sender:
             return ReviewResult(claim=claimed.claim, outcome="unknown", detail=f"no answer: {type(error).__name__}")
         never_asked = self._tickets.drop(ticket)
         if mark is None and not never_asked:
-            return ReviewResult(claim=claimed.claim, outcome="done", answer=answer)
+            kept = await self._looked_at(claimed, verdict, answer) if verdict.server else answer
+            return ReviewResult(claim=claimed.claim, outcome="done", answer=kept)
         flags = set((mark or "").split(","))
         if never_asked or (flags and flags <= NOT_SENT):
             raise Unsent(f"ring 2 could not send the call ({mark or 'not authorised'})")
         return ReviewResult(claim=claimed.claim, outcome="unknown", detail=f"the far end gave no answer ({mark})")
+
+    async def _looked_at(self, claimed: Claimed, verdict: Verdict, answer: ReviewedAnswer) -> ReviewedAnswer:
+        """Return what is kept of an MCP server's answer."""
+
+        def rules() -> Rules:
+            try:
+                return self._judge.rules(verdict)
+            except Refused as refusal:
+                raise AnswerRefused(f"{refusal.reason}: {refusal.detail}") from None
+
+        audit = AnswerAudit(verdict, self._spool, self._factory, self._now)
+        kept = stored_answer(answer, claimed.call.body, rules, audit.found)
+        try:
+            await audit.tell(end=True)
+        except SawError as error:
+            LOG.critical("what was kept of review %s's answer is not in the audit trail: %s", claimed.id, error.message)
+        return kept
 
     async def _tell(self, review: str, result: ReviewResult, ends: datetime) -> None:
         """Tell the broker; only telling is repeated, until the claim has ended."""
@@ -179,55 +211,3 @@ class Sender:
                     raise
             await asyncio.sleep(pause)
             pause = min(pause * 2, RETRY_MOST_S)
-
-
-def call_of(call: ReviewedCall, binary: str, request_id: str) -> Call:
-    """Return a stored call in the words of the judge."""
-    headers: dict[str, str] = {}
-    for name, value in call.headers:
-        headers[name] = f"{headers[name]},{value}" if name in headers else value
-    authority = call.host if call.port == DEFAULT_PORT[call.scheme] else f"{call.host}:{call.port}"
-    return Call(
-        listener="", peer="", scheme=call.scheme, authority=authority, port=str(call.port), method=call.method,
-        target=call.path, binary=binary, ancestors=(), request_id=request_id, headers=headers, body=call.body,
-        body_complete=True,
-    )  # fmt: skip
-
-
-async def exchange(
-    socket: Path, call: ReviewedCall, headers: list[tuple[str, str]]
-) -> tuple[ReviewedAnswer, str | None]:
-    """Send a call to the Unix socket once; return the answer, and Envoy's flags when Envoy answered itself.
-
-    The target, the headers and the body go as they are; nothing is followed, unpacked or tried again. Raises
-    ``httpx.HTTPError`` and ``OSError``.
-    """
-    encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-    request = httpx.Request(
-        call.method,
-        httpx.URL(scheme="http", host="ring2", path="/"),
-        headers=encoded,
-        content=call.body,
-        extensions={"target": call.path.encode("latin-1"), "timeout": httpx.Timeout(None, connect=5.0).as_dict()},
-    )
-    async with httpx.AsyncHTTPTransport(uds=str(socket), retries=0) as transport:
-        response = await transport.handle_async_request(request)
-        response.request = request
-        try:
-            body, truncated = bytearray(), False
-            async for piece in response.aiter_raw():
-                body += piece
-                if len(body) > MAX_REVIEWED_ANSWER:
-                    truncated = True
-                    break
-        finally:
-            await response.aclose()
-    fields = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in response.headers.raw]
-    mark = response.headers.get(LOCAL_MARK)
-    answer = ReviewedAnswer(
-        status=response.status_code,
-        headers=safe_headers(fields),
-        body=bytes(body[:MAX_REVIEWED_ANSWER]),
-        truncated=truncated,
-    )
-    return answer, mark

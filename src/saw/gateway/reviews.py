@@ -23,11 +23,13 @@ from saw.gateway.held import Held
 from saw.gateway.judge import Verdict
 from saw.gateway.review_answers import Answer, git_waits, problem, state_of, waits
 from saw.gateway.review_link import ReviewLink
+from saw.gateway.review_mcp import ToolAsked, ToolReviews, tool_asked, tool_ended, tool_waits
 from saw.gateway.spool import Spool
 from saw.gateway.tickets import Bound, Tickets
 from saw.policy.actions import RECEIVE_PACK, git_service
 from saw.policy.review_poll import Poll
-from saw.review.messages import MAX_REVIEWED_BODY, OpenReview, ReviewedCall
+from saw.review.messages import FINAL, MAX_REVIEWED_BODY, OpenReview, ReviewedCall, ReviewView
+from saw.review.state_diff import has_state, state_question
 
 LOG = logging.getLogger("saw.gateway")
 
@@ -58,7 +60,8 @@ _NOT_KEPT = frozenset(
 class ReviewApp:
     """An ASGI application behind Envoy's route for calls that wait.
 
-    ``credential_headers`` returns the header names that loaded releases inject; ``now`` the time.
+    ``credential_headers`` returns the header names that loaded releases inject; ``now`` the time; ``may_read`` tells whether
+    policy lets the workspace of a decided call make another one, so that people can be shown what it would answer.
     """
 
     def __init__(
@@ -70,7 +73,9 @@ class ReviewApp:
         *,
         credential_headers: Callable[[], frozenset[str]],
         now: Callable[[], datetime],
+        may_read: Callable[[Verdict, ReviewedCall], bool],
     ) -> None:
+        self._may_read = may_read
         self._tickets = tickets
         self._link = link
         self._spool = spool
@@ -79,6 +84,8 @@ class ReviewApp:
         self._now = now
         self._opening: Counter[str] = Counter()
         self._waiting: Counter[str] = Counter()
+        self._tools = ToolReviews()
+        self._one_by_one: dict[str, asyncio.Lock] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one call that Envoy brings."""
@@ -143,18 +150,56 @@ class ReviewApp:
                 f"a call that waits for a person may have {MAX_REVIEWED_BODY} bytes, this one has more",
                 "split the change into smaller ones",
             )
+        tool = tool_asked(verdict, body)
+        if tool is None:
+            return await self._opened(verdict, held, headers, body)
+        async with self._one_by_one.setdefault(verdict.workspace_id, asyncio.Lock()):
+            return await self._tool(verdict, held, headers, body, tool)
+
+    async def _tool(
+        self, verdict: Verdict, held: Held, headers: list[tuple[str, str]], body: bytes, tool: ToolAsked
+    ) -> Answer:
+        """Answer a call of an MCP tool: it is the same call as before where tool and arguments are."""
+        workspace = verdict.workspace_id
+        known = self._tools.find(workspace, tool)
+        if known is not None:
+            try:
+                view = await self._link.view(known.review, workspace, 0)
+            except UnknownReview:
+                self._tools.forget(workspace, tool)
+            else:
+                if view.state not in FINAL:
+                    return tool_waits(view, tool)
+                self._tools.forget(workspace, tool)
+                return tool_ended(view, known, tool)
+        view = await self._ask(verdict, held, headers, body)
+        self._tools.keep(workspace, tool, view.id)
+        return tool_waits(view, tool)
+
+    async def _opened(self, verdict: Verdict, held: Held, headers: list[tuple[str, str]], body: bytes) -> Answer:
+        view, call = await self._ask(verdict, held, headers, body), verdict.call
+        if git_service(call.method, call.target.partition("?")[0]) == RECEIVE_PACK:
+            told = git_waits(view, body, call.headers.get("content-encoding", ""), verdict.policy_digest)
+            if told is not None:
+                return told
+        return waits(view, verdict.policy_digest)
+
+    async def _ask(self, verdict: Verdict, held: Held, headers: list[tuple[str, str]], body: bytes) -> ReviewView:
+        """Open a review of this call at the broker, or get the one that is open for these bytes."""
         call = verdict.call
+        made = ReviewedCall(
+            method=call.method,
+            scheme="https" if call.scheme == "https" else "http",
+            host=verdict.host,
+            port=verdict.port,
+            path=call.target,
+            headers=kept_headers(headers, self._credential_headers()),
+            body=body,
+        )
+        question = state_question(made.scheme, made.host, made.port, made.path) if has_state(made) else None
         asked = OpenReview(
             workspace_id=verdict.workspace_id,
-            call=ReviewedCall(
-                method=call.method,
-                scheme="https" if call.scheme == "https" else "http",
-                host=verdict.host,
-                port=verdict.port,
-                path=call.target,
-                headers=kept_headers(headers, self._credential_headers()),
-                body=body,
-            ),
+            call=made,
             policy_digest=verdict.policy_digest,
             group=held.group,
             quorum=held.quorum,
@@ -163,16 +208,13 @@ class ReviewApp:
             delegation=held.delegation,
             binary=call.binary,
             request_id=call.request_id[:64],
+            readable=question is not None and self._may_read(verdict, question),
         )
         view = await self._link.open(asked)
         detail = {"state": view.state, "request_digest": view.request_digest, "group": held.group, "rule": held.rule}
         event = review_event(verdict, self._factory, self._now(), "open", view.id, detail=detail)
         await self._spool.record(event)
-        if git_service(call.method, call.target.partition("?")[0]) == RECEIVE_PACK:
-            told = git_waits(view, body, call.headers.get("content-encoding", ""), verdict.policy_digest)
-            if told is not None:
-                return told
-        return waits(view, verdict.policy_digest)
+        return view
 
     async def _poll(self, workspace: str, poll: Poll, policy_digest: str) -> Answer:
         wait = poll.wait

@@ -16,6 +16,7 @@ from pathlib import Path
 import uvicorn
 
 from saw.audit.events import EventFactory
+from saw.budget.ledger import Ledger
 from saw.errors import ConfigError
 from saw.gateway.app import AuthorizationApp
 from saw.gateway.clock import Clock
@@ -24,9 +25,12 @@ from saw.gateway.contact import Contact
 from saw.gateway.credentials import CredentialStore
 from saw.gateway.judge import Judge, Verdict
 from saw.gateway.link import BrokerLink
+from saw.gateway.mcp_relay import McpRelay
+from saw.gateway.metering import Meter
 from saw.gateway.notify import notify
 from saw.gateway.peer import PeerReader
 from saw.gateway.ports import conflicts
+from saw.gateway.readable import may_read
 from saw.gateway.releases import TrustRoot
 from saw.gateway.resolve import Resolver
 from saw.gateway.review_link import ReviewLink
@@ -34,6 +38,7 @@ from saw.gateway.review_send import Sender
 from saw.gateway.reviews import ReviewApp
 from saw.gateway.spool import Spool
 from saw.gateway.state import StateFile
+from saw.gateway.streams import standing_streams
 from saw.gateway.tickets import Tickets
 from saw.gateway.view import View, ViewKeeper
 from saw.gateway.xds import XdsWriter
@@ -108,9 +113,13 @@ class Gatekeeper:
         )
         self._xds = XdsWriter(config)
         self._keeper.changed = self._publish
-        self._published: tuple[tuple[int, ...], frozenset[str]] | None = None
+        self._published: tuple[tuple[int, ...], frozenset[str], tuple[tuple[int, str], ...]] | None = None
+        self._clock = clock
         self._spool = Spool(config.state_dir, config.name, config.spool_limit)
         self._link = BrokerLink(config, self._keeper, self._spool)
+        factory = EventFactory("saw-gatekeeper", host=config.name, new_uid=lambda: str(uuid.uuid4()))
+        self._ledger = Ledger(config.state_dir / "budget.db", life_s=config.reservation_s)
+        self._meter = Meter(self._ledger, self._spool, factory, now=clock.now, new_id=lambda: str(uuid.uuid4()))
         judge = Judge(
             view=lambda: self._keeper.view,
             doubt=self._keeper.doubt,
@@ -121,16 +130,24 @@ class Gatekeeper:
             credentials=CredentialStore(config.credentials_dir),
             release_grace_s=config.release_grace_s,
             reviews=config.review_socket is not None,
+            meter=self._meter,
         )
-        factory = EventFactory("saw-gatekeeper", host=config.name, new_uid=lambda: str(uuid.uuid4()))
+        relayed, sending = Tickets[Verdict](time.monotonic), Tickets[Verdict](time.monotonic)
+        self._relay = McpRelay(
+            judge.rules, relayed, sending, self._spool, factory, socket=config.ring2.send_socket, now=clock.now
+        )
         self._reviews: ReviewApp | None = None
         self._sender: Sender | None = None
         self._review_link = ReviewLink(config)
         if config.review_socket is None:
-            self._app = AuthorizationApp(judge, self._spool, factory)
+            self._app = AuthorizationApp(
+                judge, self._spool, factory, sending=sending, relayed=relayed, meter=self._meter
+            )
             return
-        waiting, sending = Tickets[Verdict](time.monotonic), Tickets[Verdict](time.monotonic)
-        self._app = AuthorizationApp(judge, self._spool, factory, waiting=waiting, sending=sending)
+        waiting = Tickets[Verdict](time.monotonic)
+        self._app = AuthorizationApp(
+            judge, self._spool, factory, waiting=waiting, sending=sending, relayed=relayed, meter=self._meter
+        )
         self._reviews = ReviewApp(
             waiting,
             self._review_link,
@@ -138,6 +155,9 @@ class Gatekeeper:
             factory,
             credential_headers=self._keeper.credential_headers,
             now=clock.now,
+            may_read=lambda verdict, question: may_read(
+                self._keeper.view, clock.now(), config.release_grace_s, verdict, question
+            ),
         )
         self._sender = Sender(
             judge,
@@ -152,7 +172,8 @@ class Gatekeeper:
         )
 
     def _publish(self, view: View) -> None:
-        wanted = (view.open_numbers(), view.credential_headers())
+        streams = self._streams(view)
+        wanted = (view.open_numbers(), view.credential_headers(), tuple(sorted(streams.items())))
         if wanted == self._published:
             return
         if self._published is not None:
@@ -164,13 +185,29 @@ class Gatekeeper:
                     holder,
                 )
         try:
-            written = self._xds.write(*wanted)
+            written = self._xds.write(wanted[0], wanted[1], streams)
         except OSError as error:
             LOG.critical("Envoy's files in %s cannot be written: %s", self._config.ring2.xds_dir, error)
             return
         self._published = wanted
         if written:
             LOG.info("wrote %s for %d workspaces", ", ".join(written), len(wanted[0]))
+
+    def _streams(self, view: View) -> dict[int, str]:
+        return standing_streams(
+            view,
+            self._clock.now(),
+            doubt=self._keeper.doubt,
+            offline=self._keeper.offline_s,
+            release_grace_s=self._config.release_grace_s,
+        )
+
+    async def _watch_streams(self) -> None:
+        """Have what lapses with time alone (leases, delegations, the broker's silence) end WebSockets, within a second."""
+        while True:
+            await asyncio.sleep(1.0)
+            if self._published is not None:
+                self._publish(self._keeper.view)
 
     @contextlib.asynccontextmanager
     async def _linked(self) -> AsyncIterator[None]:
@@ -180,6 +217,8 @@ class Gatekeeper:
             tasks = [
                 group.create_task(self._link.poll_forever(), name="poll"),
                 group.create_task(self._link.ship_forever(), name="ship"),
+                group.create_task(self._watch_streams(), name="streams"),
+                group.create_task(self._meter.run_forever(), name="charges"),
             ]
             if self._sender is not None:
                 tasks.append(group.create_task(self._sender.run_forever(), name="send"))
@@ -196,33 +235,40 @@ class Gatekeeper:
         server = _Server(_served(self._app))
         listener = listen(self._config.authz_socket, self._config.authz_group)
         try:
-            async with self._linked(), self._reviewing():
+            async with self._linked(), self._serving():
                 await server.serve(sockets=[listener])
         finally:
             listener.close()
             self._config.authz_socket.unlink(missing_ok=True)
             self._spool.close()
+            self._ledger.close()
 
     @contextlib.asynccontextmanager
-    async def _reviewing(self) -> AsyncIterator[None]:
-        """Serve the review socket, where there is one, for as long as the authorisation socket is served."""
-        path = self._config.review_socket
-        if path is None or self._reviews is None:
+    async def _serving(self) -> AsyncIterator[None]:
+        """Serve the sockets of the other services for as long as the authorisation socket is served."""
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(self._beside(self._relay, self._config.mcp_socket, "authz_socket"))
+            if self._config.review_socket is not None and self._reviews is not None:
+                await stack.enter_async_context(
+                    self._beside(self._reviews, self._config.review_socket, "review_socket")
+                )
             yield
-            return
-        listener = listen(path, self._config.authz_group, "review_socket")
-        server = _Quiet(_served(self._reviews))
-        serving = asyncio.create_task(server.serve(sockets=[listener]), name="reviews")
+
+    @contextlib.asynccontextmanager
+    async def _beside(self, app: ReviewApp | McpRelay, path: Path, setting: str) -> AsyncIterator[None]:
+        listener = listen(path, self._config.authz_group, setting)
+        server = _Quiet(_served(app))
+        serving = asyncio.create_task(server.serve(sockets=[listener]), name=path.stem)
         try:
             yield
         finally:
             server.should_exit = True
             await serving
             listener.close()
-            path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)  # noqa: ASYNC240 - nothing is served any more
 
 
-def _served(app: AuthorizationApp | ReviewApp) -> uvicorn.Config:
+def _served(app: AuthorizationApp | ReviewApp | McpRelay) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http="httptools",

@@ -29,7 +29,8 @@ MAX_STATE = 64 * 1024 * 1024
 class WorkspaceEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One workspace as the broker states it; times are RFC 3339, digests lower-case hex.
 
-    ``delegations``: signed statements of what its agent was handed, with those that they were made from.
+    ``delegations``: signed statements of what its agent was handed, with those that they were made from. ``agent_retired``: the
+    agent has ended and no other has taken its place.
     """
 
     id: str
@@ -44,6 +45,7 @@ class WorkspaceEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     released_at: datetime | None = None
     svid_sha256: str | None = None
     agent: str | None = None
+    agent_retired: bool = False
     delegation_required: bool = False
     delegations: tuple[str, ...] = ()
 

@@ -14,6 +14,7 @@ from saw.gateway.contact import Contact
 from saw.gateway.delegations import Engagement, Handed, engagements, verify_statements
 from saw.gateway.releases import Release, TrustRoot, verify_releases
 from saw.gateway.state import OPEN_STATES, Cache, Grace, PerimeterState, StateFile, WorkspaceEntry, next_graces
+from saw.policy.delegation import MAX_DEPTH
 
 LOG = logging.getLogger("saw.gateway")
 
@@ -180,6 +181,18 @@ def offline_granted(view: View, workspace_id: str, svid_digest: str) -> int:
         return 0
     release = view.releases.get(svid_digest)
     return 0 if release is None else release.governance.lease.offline_ttl_s
+
+
+def root_of(view: View, delegation: str) -> str:
+    """Return the id of the delegation that the line of ``delegation`` began with: the engagement; empty stays empty."""
+    records = {handed.record.id: handed.record for handed in view.handed.values()}
+    found = delegation
+    for _ in range(MAX_DEPTH):
+        record = records.get(found)
+        if record is None or not record.parent:
+            break
+        found = record.parent
+    return found
 
 
 def release_for(view: View, entry: WorkspaceEntry, svid_digest: str, now: datetime, grace_s: float) -> Release | str:

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from saw.files import write_atomic
@@ -28,8 +28,13 @@ class XdsWriter:
         self._config = config
         self._directory = config.ring2.xds_dir
 
-    def render(self, numbers: Iterable[int], credential_headers: Iterable[str]) -> dict[str, str]:
-        """Return the content of the two ``sds-*.json``, of ``cds.json`` and ``lds.json`` for these workspace numbers."""
+    def render(
+        self, numbers: Iterable[int], credential_headers: Iterable[str], streams: Mapping[int, str] | None = None
+    ) -> dict[str, str]:
+        """Return the content of the two ``sds-*.json``, of ``cds.json`` and ``lds.json`` for these workspace numbers.
+
+        ``streams``: which of them may open WebSockets (:func:`saw.gateway.envoy_listeners.listeners`).
+        """
         ring2, seats, names = self._config.ring2, sorted(set(numbers)), sorted(set(credential_headers))
         broker = split_address(ring2.broker_address, "ring2.broker_address")
         return {
@@ -39,6 +44,7 @@ class XdsWriter:
                 lambda version: envoy_config.clusters(
                     version,
                     authz_socket=self._config.authz_socket,
+                    mcp_socket=self._config.mcp_socket,
                     review_socket=self._config.review_socket,
                     broker=broker,
                     upstream_ca=ring2.upstream_ca_file,
@@ -52,17 +58,21 @@ class XdsWriter:
                     credential_headers=names,
                     xds_dir=ring2.xds_dir,
                     ingress_address=ring2.ingress_address,
-                    send_socket=None if self._config.review_socket is None else ring2.send_socket,
+                    send_socket=ring2.send_socket,
+                    reviews=self._config.review_socket is not None,
+                    streams=streams,
                 )
             ),
         }
 
-    def write(self, numbers: Iterable[int], credential_headers: Iterable[str]) -> list[str]:
+    def write(
+        self, numbers: Iterable[int], credential_headers: Iterable[str], streams: Mapping[int, str] | None = None
+    ) -> list[str]:
         """Write what changed and return the names of the files written; raises ``OSError``.
 
         Listeners that go away go first: cutting a workspace off never waits for another file.
         """
-        wanted = self.render(numbers, credential_headers)
+        wanted = self.render(numbers, credential_headers, streams)
         order = list(wanted)
         if len(wanted["lds.json"]) < self._size("lds.json"):
             order.reverse()

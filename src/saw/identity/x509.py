@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import msgspec
 from cryptography import x509
@@ -188,17 +188,23 @@ class Authority:
         )
 
     def issue_perimeter(
-        self, csr_pem: bytes | str, name: str, now: datetime, ttl: timedelta | int = SERVER_TTL
+        self,
+        csr_pem: bytes | str,
+        name: str,
+        now: datetime,
+        ttl: timedelta | int = SERVER_TTL,
+        *,
+        kind: Literal["perimeter", "bastion", "machine"] = "perimeter",
     ) -> bytes:
-        """Return a client certificate (PEM) ``spiffe://<trust domain>/perimeter/<name>`` for a gatekeeper."""
-        holder = parse_spiffe_id(f"spiffe://{self.trust_domain}/perimeter/{name}")
+        """Return a client certificate (PEM) ``spiffe://<trust domain>/<kind>/<name>`` of a gatekeeper, a bastion or a machine."""
+        holder = parse_spiffe_id(f"spiffe://{self.trust_domain}/{kind}/{name}")
         return self._issue(
             load_csr(csr_pem),
             names=[x509.UniformResourceIdentifier(holder.uri)],
             common_name=holder.name,
             usage=[ExtendedKeyUsageOID.CLIENT_AUTH],
             now=now,
-            ttl=lifetime(ttl, SERVER_TTL, "perimeter certificate"),
+            ttl=lifetime(ttl, SERVER_TTL, f"{kind} certificate"),
         )
 
     def issue_signer(self, csr_pem: bytes | str, name: str, now: datetime, ttl: timedelta | int = SERVER_TTL) -> bytes:

@@ -11,8 +11,9 @@ from saw.errors import SawError
 from saw.policy.keys import key_id
 from saw.policy.signers import Signer
 from saw.review.digest import request_digest
+from saw.review.gate import GateRequest, check_gate, gate_digest, render_gate
 from saw.review.messages import ReviewedCall
-from saw.review.render import render
+from saw.review.render import context_kind, render
 from saw.review.statement import (
     Decision,
     ReviewStatement,
@@ -20,6 +21,8 @@ from saw.review.statement import (
     render_digest,
     sign_review,
 )
+
+_LOOKS = 3
 
 
 class Client(Protocol):
@@ -43,11 +46,17 @@ class NoReviewer(SawError):
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """A review as the broker tells it, its call, and the text that this machine makes of the call."""
+    """A review as the broker tells it, what it is about, and the digest and the text that this machine makes of that."""
 
     told: dict[str, Any]
-    call: ReviewedCall
+    content: ReviewedCall | GateRequest
+    digest: str
     rendering: str
+
+    @property
+    def body(self) -> bytes:
+        """The exact body of the call, or the statement of a gate in canonical form."""
+        return self.content.body if isinstance(self.content, ReviewedCall) else check_gate(self.content.statement)
 
 
 def review_path(identifier: str) -> str:
@@ -57,15 +66,34 @@ def review_path(identifier: str) -> str:
 
 def look(client: Client, identifier: str) -> Seen:
     """Return a review whose bytes are kept; raise :class:`ShownOtherwise` when this machine makes something else of them."""
-    told = client.request("GET", review_path(identifier))
-    call = msgspec.convert(client.request("GET", f"{review_path(identifier)}/call")["call"], ReviewedCall)
-    rendering = render(told["workspace_id"], call)
-    if (request_digest(told["workspace_id"], call), rendering) != (told["request_digest"], told["rendering"]):
+    for _ in range(_LOOKS - 1):
+        seen = _look(client, identifier)
+        # What the far end told meanwhile may have come between the two answers.
+        if (seen.digest, seen.rendering) == (seen.told["request_digest"], seen.told["rendering"]):
+            return seen
+    seen = _look(client, identifier)
+    if (seen.digest, seen.rendering) != (seen.told["request_digest"], seen.told["rendering"]):
         raise ShownOtherwise(
             f"this machine and the broker show {identifier[:64]} differently",
             cure="use the version of saw that the broker has",
         )
-    return Seen(told, call, rendering)
+    return seen
+
+
+def _look(client: Client, identifier: str) -> Seen:
+    told = client.request("GET", review_path(identifier))
+    raw = client.request("GET", f"{review_path(identifier)}/call")
+    content: ReviewedCall | GateRequest
+    if told["kind"] == "gate":
+        content = msgspec.convert(raw["gate"], GateRequest)
+        digest, rendering = gate_digest(told["perimeter"], content.statement), render_gate(told["perimeter"], content)
+    else:
+        content = msgspec.convert(raw["call"], ReviewedCall)
+        kind = context_kind(content)
+        context = None if kind is None or raw["context"] is None else msgspec.convert(raw["context"], kind)
+        digest = request_digest(told["workspace_id"], content)
+        rendering = render(told["workspace_id"], content, context)
+    return Seen(told, content, digest, rendering)
 
 
 def reviewer_of(client: Client, signer: Signer) -> str:
@@ -82,7 +110,7 @@ def decide(client: Client, seen: Seen, signer: Signer, decision: Decision, comme
     path, name = review_path(seen.told["id"]), reviewer_of(client, signer)
     statement = ReviewStatement(
         review=seen.told["id"],
-        request_digest=request_digest(seen.told["workspace_id"], seen.call),
+        request_digest=seen.digest,
         render_digest=render_digest(seen.rendering),
         policy_digest=seen.told["policy_digest"],
         decision=decision,

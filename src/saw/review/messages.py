@@ -14,6 +14,8 @@ MAX_REVIEWED_BODY = 8 * 1024 * 1024
 """Largest body of a call that can wait for a review (bytes)."""
 MAX_REVIEWED_ANSWER = 1024 * 1024
 """How much of a far end's answer is kept (bytes); what is longer is cut and marked so."""
+MAX_CONTEXT = 8 * 1024 * 1024
+"""How much of the state before a push is read at a time (bytes); a longer answer counts as none."""
 
 ReviewState = Literal["pending", "approved", "executing", "done", "failed", "unknown", "denied", "expired", "cancelled"]
 """``pending`` waits for decisions; ``approved`` for its one claim; ``executing`` is claimed and has not ended; ``done``: the
@@ -28,6 +30,7 @@ Name = Annotated[str, msgspec.Meta(max_length=255)]
 Header = tuple[Name, Annotated[str, msgspec.Meta(max_length=8192)]]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 ReviewId = Annotated[str, msgspec.Meta(pattern=r"^rv-[0-9a-f]{32}\Z")]
+ObjectName = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})\Z")]
 Secret = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{43}\Z")]
 
 
@@ -53,6 +56,7 @@ class OpenReview(Message, frozen=True):
 
     The same call of the same workspace under the same policy opens no second review while the first is not final: the
     answer is the first one's. ``rule`` is the policy rule that asks, ``delegation`` the id of the delegation that does.
+    ``readable``: policy lets the workspace ``GET`` the same URL, so that what is there now can be shown beside a write.
     """
 
     workspace_id: Annotated[str, msgspec.Meta(max_length=64)]
@@ -65,6 +69,7 @@ class OpenReview(Message, frozen=True):
     delegation: Annotated[str, msgspec.Meta(max_length=64)] = ""
     binary: Annotated[str, msgspec.Meta(max_length=4096)] = ""
     request_id: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    readable: bool = False
 
 
 class ReviewedAnswer(Message, frozen=True):
@@ -119,10 +124,99 @@ class Claimed(Message, frozen=True):
     binary: Annotated[str, msgspec.Meta(max_length=4096)] = ""
 
 
+class PushContext(Message, frozen=True):
+    """What the far end of a push was asked about the state that it would change.
+
+    ``packs`` are Git packfiles; ``read`` with a ``detail`` was read in part. ``asked``: a perimeter is reading.
+    """
+
+    state: Literal["asked", "read", "unreadable"]
+    detail: Annotated[str, msgspec.Meta(max_length=1024)] = ""
+    packs: Annotated[tuple[bytes, ...], msgspec.Meta(max_length=8)] = ()
+
+
+class StateContext(Message, frozen=True):
+    """What the far end of a write was asked about the state that it would change: a ``GET`` of the same URL.
+
+    ``status`` is the answer's: 404 and 410 mean that nothing is there. ``body`` is JSON, ``etag`` its entity tag if it has one.
+    """
+
+    state: Literal["asked", "read", "unreadable"]
+    detail: Annotated[str, msgspec.Meta(max_length=1024)] = ""
+    status: Annotated[int, msgspec.Meta(ge=0, le=599)] = 0
+    etag: Annotated[str, msgspec.Meta(max_length=1024)] = ""
+    body: Annotated[bytes, msgspec.Meta(max_length=MAX_REVIEWED_ANSWER)] = b""
+
+
+Context = PushContext | StateContext
+"""What people see beside a call: a push has the one, a write of JSON the other (:func:`saw.review.render.context_kind`)."""
+
+
+class ReadBack(Message, frozen=True):
+    """A call that may have been sent, and whose end is not known: the perimeter looks at the far end what became of it."""
+
+    id: ReviewId
+    workspace_id: str
+    policy_digest: Digest
+    call: ReviewedCall
+    binary: Annotated[str, msgspec.Meta(max_length=4096)] = ""
+
+
+class FarEnd(Message, frozen=True, kw_only=True):
+    """What a question of the perimeter's own to a far end is about: a review, and where its call goes."""
+
+    id: ReviewId
+    workspace_id: str
+    policy_digest: Digest
+    scheme: Literal["https", "http"]
+    host: Name
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    binary: Annotated[str, msgspec.Meta(max_length=4096)] = ""
+
+
+class ReadContext(FarEnd, frozen=True, kw_only=True):
+    """What the perimeter shall read of a far end for people who look at a push: the objects ``wants`` of ``repository``.
+
+    ``step`` 1 asks for commits with what they hold, 2 for contents and whatever else was missing.
+    """
+
+    repository: Annotated[str, msgspec.Meta(pattern=r"^(/|\Z)", max_length=8192)]
+    wants: Annotated[tuple[ObjectName, ...], msgspec.Meta(min_length=1, max_length=512)]
+    step: Literal[1, 2]
+
+
+class ReadState(FarEnd, frozen=True, kw_only=True):
+    """What the perimeter shall ask a far end by ``GET`` for people who look at a write: the state that it would change."""
+
+    path: Annotated[str, msgspec.Meta(pattern=r"^/", max_length=8192)]
+
+
 class ClaimAnswer(Message, frozen=True):
-    """``claimed`` is None when nothing is approved at the moment."""
+    """``claimed`` is None when nothing is approved at the moment; ``read_back`` is something to be looked for then, and
+    ``read_context`` or ``read_state`` something to be read."""
 
     claimed: Claimed | None = None
+    read_back: ReadBack | None = None
+    read_context: ReadContext | None = None
+    read_state: ReadState | None = None
+
+
+class ContextResult(Message, frozen=True):
+    """``POST /v1/perimeter/reviews/{id}/context``: a Git packfile or, of a :class:`ReadState`, the far end's answer, or why there
+    is none; ``unreached`` is asked again later."""
+
+    step: Literal[1, 2]
+    outcome: Literal["read", "unreadable", "unreached"]
+    detail: Annotated[str, msgspec.Meta(max_length=1024)] = ""
+    pack: Annotated[bytes, msgspec.Meta(max_length=MAX_CONTEXT)] = b""
+    answer: ReviewedAnswer | None = None
+
+
+class ReadBackResult(Message, frozen=True):
+    """``POST /v1/perimeter/reviews/{id}/read-back``: what was found; ``unreached`` is asked again later."""
+
+    outcome: Literal["arrived", "not_arrived", "undecided", "unreached"]
+    detail: Annotated[str, msgspec.Meta(max_length=1024)] = ""
 
 
 class ReviewResult(Message, frozen=True):

@@ -18,6 +18,7 @@ from saw.identity.statement import MAX_STATEMENT, Statement, verify_statement
 from saw.policy.errors import KeyFileError
 from saw.policy.keys import parse_public_key, raw_public
 from saw.review.messages import Digest, ReviewId
+from saw.review.passkey import Assertion, verify_by_passkey
 from saw.review.statement import ReviewStatement, StatementRefused, Time, verify_review
 
 RECEIPT_TYPE = "saw-review-receipt+jws"
@@ -27,13 +28,14 @@ SENT = frozenset({"done", "failed", "unknown"})
 Text = Annotated[str, msgspec.Meta(max_length=1024)]
 
 
-class SignedDecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A decision as its reviewer signed it, with the key that was registered then."""
+class SignedDecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """A decision as its reviewer signed it, with the key that was registered then: ``signature`` by a key, or ``passkey``."""
 
     statement: Annotated[str, msgspec.Meta(max_length=8192)]
-    signature: Annotated[str, msgspec.Meta(max_length=512)]
+    signature: Annotated[str, msgspec.Meta(max_length=512)] = ""
     public_key: Annotated[str, msgspec.Meta(max_length=4096)]
     decided_at: Time
+    passkey: Assertion | None = None
 
 
 class Receipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -64,11 +66,15 @@ class Receipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Decided(msgspec.Struct, frozen=True):
-    """A verified decision, and the SHA-256 of the reviewer's key to compare with a list of one's own."""
+    """A verified decision, and the SHA-256 of the reviewer's key to compare with a list of one's own.
+
+    ``origin`` is the page on which a passkey was used; empty for a registered key.
+    """
 
     said: ReviewStatement
     key_sha256: str
     decided_at: str
+    origin: str = ""
 
 
 class Verified(msgspec.Struct, frozen=True):
@@ -111,14 +117,19 @@ def _decision(receipt: Receipt, item: SignedDecision) -> Decided:
         key = parse_public_key(item.public_key.encode(), "of a reviewer")
     except KeyFileError as error:
         raise _refused(receipt, "the key of a reviewer cannot be read") from error
-    said = verify_review(item.statement.encode(), item.signature, key)
+    if item.passkey is None:
+        said = verify_review(item.statement.encode(), item.signature, key)
+    else:
+        said, _ = verify_by_passkey(item.statement.encode(), item.passkey, key)
     if (said.review, said.request_digest, said.policy_digest) != (
         receipt.id,
         receipt.request_digest,
         receipt.policy_digest,
     ):
         raise _refused(receipt, f"the decision of {said.approver} is about something else")
-    return Decided(said, hashlib.sha256(raw_public(key)).hexdigest(), item.decided_at)
+    return Decided(
+        said, hashlib.sha256(raw_public(key)).hexdigest(), item.decided_at, item.passkey.origin if item.passkey else ""
+    )
 
 
 def _refused(receipt: Receipt, reason: str) -> StatementRefused:

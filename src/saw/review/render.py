@@ -7,85 +7,93 @@ text can be signed with the decision.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from urllib.parse import unquote_plus
 
-from saw.policy.gitproto import PushUnreadable, inflate, push_updates
-from saw.review.messages import ReviewedCall
+from saw.policy.gitproto import PushUnreadable
+from saw.review.escapes import escape, plain
+from saw.review.git_push import show_push
+from saw.review.git_text import Part, parts
+from saw.review.json_text import Unreadable, parse_json, tree
+from saw.review.messages import Context, PushContext, ReviewedCall, StateContext
+from saw.review.mime_text import mail_in, show_form, show_mail
+from saw.review.read_back import PUSH
+from saw.review.state_diff import has_state, is_json, show_state
 
 MAX_SHOWN = 256 * 1024
 """Bytes of a body that are shown as text; a longer body is cut and says so."""
 MAX_HEX = 16 * 1024
 """Bytes of a body that are shown as a hex dump."""
-_MAX_DEPTH = 64
+GIT_PUSH = "Git push"
+"""What a push is shown as."""
+STATE = "a change of what is there"
+"""What a write is shown as whose far end was asked for the state that it would change."""
 
 
-class _Unreadable(ValueError):
-    """The body is not of this kind."""
+def render(workspace_id: str, call: ReviewedCall, context: Context | None = None) -> str:
+    """Return the text that a reviewer of ``call`` sees; it ends with a newline and has no character that steers a terminal.
 
-
-class _Number(str):
-    """A JSON number as it was written."""
-
-    __slots__ = ()
-
-
-class _Pairs(list[tuple[str, object]]):
-    """The members of a JSON object in their order, also when a name appears twice."""
-
-
-def render(workspace_id: str, call: ReviewedCall) -> str:
-    """Return the text that a reviewer of ``call`` sees; it ends with a newline and has no character that steers a terminal."""
+    ``context`` is what the far end was asked about the state that the call would change.
+    """
     default = {"https": 443, "http": 80}[call.scheme]
     port = "" if call.port == default else f":{call.port}"
     lines = [
-        f"workspace  {_plain(workspace_id)}",
-        f"request    {call.method} {call.scheme}://{_plain(call.host)}{port}{_plain(call.path)}",
-        *(f"header     {_plain(name)}: {_plain(value)}" for name, value in call.headers),
+        f"workspace  {plain(workspace_id)}",
+        f"request    {call.method} {call.scheme}://{plain(call.host)}{port}{plain(call.path)}",
+        *(f"header     {plain(name)}: {plain(value)}" for name, value in call.headers),
         f"body       {len(call.body)} bytes, sha256 {hashlib.sha256(call.body).hexdigest()}",
     ]
-    if call.body:
-        kind, shown = _body(call)
-        lines += [f"shown as   {kind}", "", *shown]
+    if call.body or isinstance(context, StateContext):
+        kind, shown = _body(call, context)
+        told = [f"shown as   {kind}", "", *shown]
+        # Of a change the headers are what matters least.
+        first = kind in {GIT_PUSH, STATE}
+        lines = [*lines[:2], *told, "", "# headers and body", *lines[2:]] if first else [*lines, *told]
     return "\n".join(lines) + "\n"
 
 
-def escape(text: str) -> str:
-    """Return ``text`` with every character that is not printable, and the backslash, written as an escape."""
-    return "".join(
-        "\\\\" if character == "\\" else character if character.isprintable() else _code(character)
-        for character in text
-    )
+def push_parts(rendering: str) -> list[Part]:
+    """Return what :func:`render` made of a push by its headings; empty for what was not shown as one."""
+    return parts(rendering) if rendering.split("\n", 3)[2:3] == [f"shown as   {GIT_PUSH}"] else []
 
 
-def _plain(text: str) -> str:
-    """Like :func:`escape`, and everything beyond ASCII too: names must not pass for other names."""
-    return "".join(character if character.isascii() else _code(character) for character in escape(text))
+def is_push(call: ReviewedCall) -> bool:
+    """Tell whether ``call`` goes where Git pushes go."""
+    return call.path.partition("?")[0].endswith(PUSH)
 
 
-def _code(character: str) -> str:
-    return f"\\u{{{ord(character):x}}}"
+def context_kind(call: ReviewedCall) -> type[PushContext | StateContext] | None:
+    """Return what can be told beside ``call``: the state that it would change, of the kind that it has."""
+    if is_push(call):
+        return PushContext
+    return StateContext if has_state(call) else None
 
 
-def _body(call: ReviewedCall) -> tuple[str, list[str]]:
+def _body(call: ReviewedCall, context: Context | None) -> tuple[str, list[str]]:
     headers = dict(call.headers)
     media = headers.get("content-type", "").partition(";")[0].strip().lower()
     coding = headers.get("content-encoding", "").strip().lower()
     readers: list[tuple[str, Callable[[], list[str]]]] = []
-    if call.path.partition("?")[0].endswith("/git-receive-pack"):
-        readers.append(("Git push", lambda: _push(call.body, coding)))
+    if is_push(call):
+        push = context if isinstance(context, PushContext) else None
+        readers.append((GIT_PUSH, lambda: _push(call.body, coding, push)))
+    if isinstance(context, StateContext):
+        readers.append((STATE, lambda: _state(call, context)))
     if coding in {"", "identity"}:
-        if media == "application/json" or media.endswith("+json"):
+        if is_json(media):
+            readers.append(("a mail in JSON", lambda: _mail_in_json(call.body)))
             readers.append(("JSON", lambda: _json(call.body)))
+        if media == "message/rfc822":
+            readers.append(("a mail", lambda: show_mail(call.body)))
+        if media == "multipart/form-data":
+            readers.append(("form fields and files", lambda: show_form(call.body, headers["content-type"])))
         if media == "application/x-www-form-urlencoded":
             readers.append(("form fields", lambda: _form(call.body)))
         readers.append(("text", lambda: _text(call.body)))
     for kind, reader in readers:
         try:
             return kind, reader()
-        except _Unreadable:
+        except Unreadable:
             continue
     return "hex dump", list(_hex(call.body))
 
@@ -94,7 +102,7 @@ def _decoded(body: bytes) -> str:
     try:
         return body.decode()
     except UnicodeDecodeError as error:
-        raise _Unreadable from error
+        raise Unreadable from error
 
 
 def _left_out(size: int, shown: int) -> list[str]:
@@ -104,7 +112,7 @@ def _left_out(size: int, shown: int) -> list[str]:
 def _text(body: bytes) -> list[str]:
     text = _decoded(body)
     if any(character < " " and character not in "\t\r\n" for character in text):
-        raise _Unreadable
+        raise Unreadable
     cut = body[:MAX_SHOWN].decode(errors="ignore")
     return [f"| {escape(line)}" for line in cut.split("\n")] + _left_out(len(body), len(cut.encode()))
 
@@ -112,98 +120,41 @@ def _text(body: bytes) -> list[str]:
 def _form(body: bytes) -> list[str]:
     text = _decoded(body)
     if len(body) > MAX_SHOWN or not text.isascii():
-        raise _Unreadable
+        raise Unreadable
     lines = []
     for field in text.split("&"):
         name, equals, value = field.partition("=")
         try:
             pair = [unquote_plus(part, errors="strict") for part in (name, value)]
         except UnicodeDecodeError as error:
-            raise _Unreadable from error
+            raise Unreadable from error
         lines.append(f"{escape(pair[0])} {equals or '(no value)'} {escape(pair[1])}".rstrip())
     return lines
 
 
 def _json(body: bytes) -> list[str]:
     if len(body) > MAX_SHOWN:
-        raise _Unreadable
+        raise Unreadable
+    return list(tree(parse_json(body)))
+
+
+def _mail_in_json(body: bytes) -> list[str]:
+    found = mail_in(parse_json(body))
+    if found is None:
+        raise Unreadable
+    return [*show_mail(found[0]), "", "# what carries it", *tree(found[1])]
+
+
+def _state(call: ReviewedCall, context: StateContext) -> list[str]:
+    told = show_state(call, context)
+    return [*told, "# what would be sent", *_json(call.body)] if call.body else told
+
+
+def _push(body: bytes, coding: str, context: PushContext | None) -> list[str]:
     try:
-        value = json.loads(
-            _decoded(body), object_pairs_hook=_Pairs, parse_int=_Number, parse_float=_Number, parse_constant=_Number
-        )
-        return list(_tree(value, 0))
-    except (ValueError, RecursionError) as error:
-        raise _Unreadable from error
-
-
-def _tree(value: object, depth: int) -> Iterator[str]:
-    """Yield ``value`` as indented lines: one member or element each, numbers as they were written."""
-    if depth > _MAX_DEPTH:
-        raise _Unreadable
-    pad = "  " * depth
-    if isinstance(value, _Pairs) and value:
-        count = Counter(name for name, _ in value)
-        for name, item in value:
-            twice = "  (this name appears more than once)" if count[name] > 1 else ""
-            yield from _member(f"{pad}{_string(name)}:", item, depth, twice)
-    elif isinstance(value, list) and value:
-        for item in value:
-            yield from _member(f"{pad}-", item, depth, "")
-    else:
-        yield f"{pad}{_scalar(value)}"
-
-
-def _member(label: str, item: object, depth: int, remark: str) -> Iterator[str]:
-    if isinstance(item, list) and item:
-        yield label + remark
-        yield from _tree(item, depth + 1)
-    else:
-        yield f"{label} {_scalar(item)}{remark}"
-
-
-def _scalar(value: object) -> str:
-    if isinstance(value, _Number):
-        return str(value)
-    if isinstance(value, str):
-        return _string(value)
-    if isinstance(value, _Pairs):
-        return "{}"
-    if isinstance(value, list):
-        return "[]"
-    return json.dumps(value)  # true, false, null
-
-
-def _string(text: str) -> str:
-    return '"' + escape(text).replace('"', '\\"') + '"'
-
-
-def _push(body: bytes, coding: str) -> list[str]:
-    """Return the commands of a push as ``old → new ref``, and what follows them by size and digest."""
-    try:
-        push_updates(body, complete=True, encoding=coding)
-        data = inflate(body, coding)
+        return list(show_push(body, coding, context).lines)
     except PushUnreadable as error:
-        raise _Unreadable from error
-    lines, at = [], 0
-    while length := int(data[at : at + 4], 16):
-        line, _, asked = data[at + 4 : at + length].removesuffix(b"\n").partition(b"\x00")
-        old, _, rest = line.decode("ascii", "backslashreplace").partition(" ")
-        new, _, ref = rest.partition(" ")
-        if ref:
-            what = "create" if not old.strip("0") else "delete" if not new.strip("0") else "update"
-            lines.append(f"{what}  {old} → {new}  {_plain(ref)}")
-        else:
-            lines.append(_plain(line.decode("ascii", "backslashreplace")))
-        if asked:
-            lines.append(f"asks for   {_plain(asked.decode('utf-8', 'backslashreplace').strip())}")
-        at += length
-    pack = data[at + 4 :]
-    if coding:
-        lines.append(f"the body is compressed ({coding}); its objects are NOT shown")
-    elif pack:
-        lines.append(f"{len(pack)} bytes of options and objects follow, sha256 {hashlib.sha256(pack).hexdigest()}")
-        lines.append("what the objects hold is NOT shown: look at the new commits at their origin")
-    return lines
+        raise Unreadable from error
 
 
 def _hex(body: bytes) -> Iterator[str]:

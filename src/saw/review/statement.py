@@ -82,7 +82,7 @@ def parse_statement(raw: bytes) -> ReviewStatement:
 
 def sign_review(statement: ReviewStatement, signer: Signer) -> str:
     """Return the signature (hex) of ``signer`` over ``statement``, verified before it is returned."""
-    return signature_of(signer, _signed_bytes(encode_statement(statement))).hex()
+    return signature_of(signer, signed_bytes(encode_statement(statement))).hex()
 
 
 def verify_review(raw: bytes, signature: str, key: PublicKey) -> ReviewStatement:
@@ -90,13 +90,14 @@ def verify_review(raw: bytes, signature: str, key: PublicKey) -> ReviewStatement
     statement = parse_statement(raw)
     if not _SIGNATURE.match(signature) or len(signature) % 2:
         raise StatementRefused("the signature is not hexadecimal", cure="sign again")
-    if not signature_holds(key, bytes.fromhex(signature), _signed_bytes(raw)):
+    if not signature_holds(key, bytes.fromhex(signature), signed_bytes(raw)):
         raise StatementRefused(
             f"the signature is not by the key of {statement.approver}", cure="sign with the key that is registered"
         )
     return statement
 
 
-def _signed_bytes(raw: bytes) -> bytes:
+def signed_bytes(raw: bytes) -> bytes:
+    """Return what is signed of a statement in canonical form: it, together with its type."""
     encoded: bytes = Envelope(raw, STATEMENT_TYPE, {}).pae()
     return encoded

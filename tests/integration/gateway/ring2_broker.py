@@ -156,6 +156,10 @@ class Broker:
         return {"accepted": max((event.seq for event in self.events), default=0)}
 
 
+MOST_KEPT = 64 * 1024
+"""How much of a request's body a far end keeps (bytes)."""
+
+
 class FarEnd:
     """An upstream service: it remembers every request that arrived and answers with a text, or as ``respond`` does."""
 
@@ -165,13 +169,14 @@ class FarEnd:
 
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
         """Record one request."""
-        size, more, start, digest = 0, True, b"", hashlib.sha256()
+        size, more, start, digest, body = 0, True, b"", hashlib.sha256(), b""
         while more:
             message = await receive()
             chunk = message.get("body", b"")
             start = start or chunk[:200]
             size += len(chunk)
             digest.update(chunk)
+            body = (body + chunk)[:MOST_KEPT]
             more = message.get("more_body", False)
         self.arrived.append(
             {
@@ -182,6 +187,7 @@ class FarEnd:
                 "headers": [(name.decode(), value.decode()) for name, value in scope["headers"]],
                 "size": size,
                 "start": start,
+                "body": body,
                 "sha256": digest.hexdigest(),
                 "at": scope["server"][0],
             }

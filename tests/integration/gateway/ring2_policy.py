@@ -24,9 +24,18 @@ network_policies:
           - allow: {method: GET, path: "/v1/**"}
           - allow: {method: POST, path: /v1/notes}
           - allow: {method: POST, path: "/v1/items/**"}
+          - allow: {method: PUT, path: "/v1/items/**"}
+          - allow: {method: DELETE, path: "/v1/items/**"}
+          - allow: {method: PUT, path: "/v1/admin/**"}
           - allow: {method: POST, path: /v1/orders}
         deny_rules:
           - {method: GET, path: "/v1/admin/**"}
+      - {host: api.example.com, port: 443, path: /graphql, protocol: graphql, access: read-write,
+         deny_rules: [{operation_type: "*", fields: [secret]}]}
+      - {host: api.example.com, port: 443, path: /rpc, protocol: json-rpc, rules: [{allow: {method: reports.list}}]}
+      - {host: api.example.com, port: 443, path: /mcp, protocol: mcp, mcp: {max_body_bytes: 2048},
+         rules: [{allow: {method: tools/call, tool: "search_*"}}, {allow: {method: tools/list}}]}
+      - {host: api.example.com, port: 443, path: /tools, protocol: mcp, mcp: {allow_all_known_mcp_methods: true}}
       - host: api.example.com
         port: 8080
         protocol: rest
@@ -45,8 +54,20 @@ network_policies:
         rules:
           - allow: {method: GET, path: "/team/**/info/refs"}
           - allow: {method: POST, path: "/team/**/git-receive-pack"}
+          - allow: {method: POST, path: "/team/**/git-upload-pack"}
     binaries: [{path: /usr/bin/git}]
 """
+STREAMS = (
+    POLICY
+    + """
+  streams:
+    endpoints:
+      - {host: api.example.com, port: 9443, protocol: websocket, rules: [
+          {allow: {method: GET, path: "/**"}}, {allow: {method: WEBSOCKET_TEXT, path: "/rooms/**"}}]}
+    binaries: [{path: /usr/bin/curl}]
+"""
+)
+"""The policy with a service that takes WebSockets."""
 GOVERNANCE = """
 schema: 1
 blueprint: {name: coding, version: 1.0.0, owner: team-x}
@@ -59,15 +80,41 @@ credentials:
   - {id: model-key, ref: "local:model-key", inject: {header: Authorization, format: "Bearer {secret}"}}
 inference:
   routes: [{alias: inference.local, models: ["demo-*"], upstream: "https://models.example.com/api/v1", credential: model-key}]
+mcp:
+  servers:
+    web: {transport: http, url: "https://api.example.com/mcp", tools: {
+      search_web: {class: auto, args: {q: {max_length: 9}},
+        definition: "sha256:f9dfd0710002e75c25ba6d0dfff12b13e0fd9e2eb9ba958c22a02fe89cdafa79"}}}
+    docs:
+      transport: http
+      url: https://api.example.com/tools
+      tools:
+        read: {class: auto, args: {path: {under: /srv/docs, required: true}}}
+        publish: {class: review, args: {path: {under: /srv/docs, required: true}, tags: {type: array, items: {regex: "[a-z]+"}}}}
 actions:
+  - {match: {host: git.example.com, method: [POST], path: "/team/asked.git/git-upload-pack"}, class: review,
+     reviewers: {group: maintainers}}
   - {match: {host: git.example.com, git: {service: receive-pack, ref: "refs/heads/agent/**"}}, class: staged}
   - {match: {host: git.example.com, git: {service: receive-pack, ref: "refs/heads/docs"}}, class: review, expires: 2h,
      reviewers: {group: writers}}
   - {match: {host: git.example.com, git: {service: receive-pack}}, class: review, reviewers: {group: maintainers}}
   - {match: {host: api.example.com, method: [POST], path: /v1/notes}, class: auto}
+  - {match: {host: api.example.com, json_rpc: {}}, class: auto}
+  - {match: {host: api.example.com, mcp: {}}, class: auto}
+  - {match: {host: api.example.com, graphql: {operation_type: [mutation], fields: [note]}}, class: auto}
   - {match: {host: api.example.com, method: [POST], path: /v1/orders}, class: review, expires: 2h,
      reviewers: {group: buyers, quorum: 2}}
 """
+STREAMS_GOVERNANCE = GOVERNANCE.replace(
+    "inference:",
+    """  - {id: room-token, ref: "local:room-token", hosts: ["api.example.com:9443"], paths: ["/rooms/**"],
+     inject: {header: X-Api-Key, format: "{secret}"}}
+inference:""",
+).replace(
+    "actions:",
+    """actions:
+  - {match: {host: api.example.com, port: 9443, method: [WEBSOCKET_TEXT]}, class: auto}""",
+)
 
 
 class Signer:
@@ -90,10 +137,17 @@ class Signer:
         self.root_file.write_bytes(metadata.to_bytes())
 
     def release(
-        self, revision: int, *, signers: int = 2, policy: str = POLICY, days: int = 30, lease: str = ""
+        self,
+        revision: int,
+        *,
+        signers: int = 2,
+        policy: str = POLICY,
+        days: int = 30,
+        lease: str = "",
+        governance: str = GOVERNANCE,
     ) -> tuple[str, bytes]:
         """Return digest and bundle of a revision of ``policy``; ``lease`` is that field of its governance."""
-        governance = GOVERNANCE + (f"lease: {lease}\n" if lease else "")
+        governance += f"lease: {lease}\n" if lease else ""
         bundle = load_members({"policy.yaml": policy.encode(), "governance.yaml": governance.encode()})
         start = self._now - timedelta(days=60)
         manifest = build_manifest(bundle, revision, start, self._now + timedelta(days=days))

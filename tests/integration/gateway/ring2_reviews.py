@@ -19,7 +19,12 @@ from saw.review.messages import (
     FINAL,
     ClaimAnswer,
     Claimed,
+    ContextResult,
     OpenReview,
+    ReadBack,
+    ReadBackResult,
+    ReadContext,
+    ReadState,
     ReviewedAnswer,
     ReviewResult,
     ReviewView,
@@ -50,6 +55,10 @@ class Reviews:
         self.claim_s = 30.0
         self.answering = True
         self.refusal = ""
+        self.to_read_back: list[ReadBack] = []
+        self.read_back: list[tuple[str, ReadBackResult]] = []
+        self.to_read: list[ReadContext | ReadState] = []
+        self.contexts: list[tuple[str, ContextResult]] = []
         self._changed = threading.Condition()
         self._closed = False
 
@@ -64,6 +73,10 @@ class Reviews:
             self.all.clear()
             self.spoil = lambda claimed: claimed
             self.claim_s, self.answering, self.refusal = 30.0, True, ""
+            self.to_read_back.clear()
+            self.read_back.clear()
+            self.to_read.clear()
+            self.contexts.clear()
 
     @property
     def one(self) -> Review:
@@ -91,6 +104,12 @@ class Reviews:
         review, _, verb = path.removeprefix(f"{ROOT}/").partition("/")
         if (method, verb) == ("POST", "result"):
             return self._result(review, msgspec.json.decode(body, type=ReviewResult))
+        if (method, verb) == ("POST", "read-back"):
+            self.read_back.append((review, msgspec.json.decode(body, type=ReadBackResult)))
+            return 200, {"recorded": True}
+        if (method, verb) == ("POST", "context"):
+            self.contexts.append((review, msgspec.json.decode(body, type=ContextResult)))
+            return 200, {"recorded": True}
         asked: Mapping[str, list[str]] = parse_qs(query, strict_parsing=True)
         return self._look(review, asked["workspace_id"][0], int(asked["wait"][0]))
 
@@ -119,16 +138,43 @@ class Reviews:
             self._changed.wait_for(lambda: found.view.state in FINAL or self._closed, timeout=wait)
             return 200, found.view
 
+    def ask(self, review: str) -> None:
+        """Have a perimeter read back what became of a review."""
+        with self._changed:
+            found = self.all[review]
+            self.to_read_back.append(
+                ReadBack(
+                    id=review, workspace_id=found.view.workspace_id, policy_digest=found.opened.policy_digest,
+                    call=found.opened.call, binary=found.opened.binary,
+                )
+            )  # fmt: skip
+            self._changed.notify_all()
+
+    def ask_context(self, asked: ReadContext | ReadState) -> None:
+        """Have a perimeter read what a push or a write would change."""
+        with self._changed:
+            self.to_read.append(asked)
+            self._changed.notify_all()
+
     def wait_for_approval(self, wait: float) -> bool:
         """Wait that many seconds at most until there is something to claim, or nobody answers any more."""
         with self._changed:
-            return bool(self._changed.wait_for(lambda: self._approved() or self._closed, timeout=wait))
+            return bool(
+                self._changed.wait_for(
+                    lambda: self._approved() or self.to_read_back or self.to_read or self._closed, timeout=wait
+                )
+            )
 
     def _claim(self) -> Reply:
         with self._changed:
             review = self._approved()
             if review is None:
-                return 200, ClaimAnswer()
+                asked = self.to_read.pop(0) if self.to_read else None
+                return 200, ClaimAnswer(
+                    read_back=self.to_read_back.pop(0) if self.to_read_back else None,
+                    read_context=asked if isinstance(asked, ReadContext) else None,
+                    read_state=asked if isinstance(asked, ReadState) else None,
+                )
             review.claim, review.claims = secrets.token_urlsafe(32), review.claims + 1
             review.view = msgspec.structs.replace(review.view, state="executing")
             claimed = Claimed(

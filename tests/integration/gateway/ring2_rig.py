@@ -32,7 +32,7 @@ SECRET = {"api-token": "s3cret-api-value", "git-token": "s3cret-git-value", "mod
 ENVOY = Path(sys.executable).with_name("envoy")
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
     """Wait until ``condition`` holds; fail with ``what`` after ``seconds``."""
     end = time.monotonic() + seconds
     while not condition():

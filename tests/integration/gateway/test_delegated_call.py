@@ -5,31 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import msgspec
 import pytest
 from ring2_rig import Rig, wait_for
+from ring2_sponsor import Sponsor
 
-from saw.identity.statement import sign_statement
-from saw.identity.x509 import new_key_and_csr
-from saw.policy.delegation import STATEMENT_TYPE, Delegation, Resource
-
-
-class Sponsor:
-    """Signs delegations as the broker does."""
-
-    def __init__(self, rig: Rig) -> None:
-        self.key, csr = new_key_and_csr("broker statements")
-        self.certificate = rig.authority.issue_signer(csr, "broker", datetime.now(UTC), timedelta(days=20))
-
-    def hand(self, identifier: str = "dlg-1", parent: str = "", **fields: Any) -> str:
-        now = datetime.now(UTC)
-        record = Delegation(
-            format="saw-delegation/1", id=identifier, parent=parent, sponsor="mia@example.com", workspace="ws-1",
-            agent="agent-1", task="notes", not_before=now - timedelta(minutes=1), expires=now + timedelta(hours=1),
-            resources=(Resource(host="api.example.com", paths=("/v1/things", "/v1/other/**")),),
-        )  # fmt: skip
-        payload = msgspec.json.encode(msgspec.structs.replace(record, **fields))
-        return sign_statement(payload, STATEMENT_TYPE, self.key, self.certificate)
+from saw.policy.delegation import Resource
 
 
 @pytest.fixture
@@ -77,6 +57,30 @@ def test_a_revoked_delegation_refuses_the_next_request_on_an_open_connection_too
     assert rig.call().status == 200
     rig.settle(delegations=[])
     assert rig.call().outcome == (403, "outside_delegation")
+
+
+@pytest.mark.control("DEL-01")
+@pytest.mark.control("ID-04")
+def test_nothing_leaves_in_the_name_of_a_retired_agent_and_its_successor_calls_with_its_own(
+    rig: Rig, sponsor: Sponsor
+) -> None:
+    rig.settle(agent_retired=True)
+    try:
+        refused = rig.call()
+        assert refused.outcome == (403, "agent_retired")
+        assert refused.json["next_steps"] == [
+            "nothing more is done in the name of this agent; its sponsor has it succeeded by another one"
+        ]
+        assert rig.far.arrived == []
+    finally:
+        rig.settle(agent_retired=False)
+    rig.settle(agent="agent-9", delegations=[sponsor.hand()], delegation_required=True)
+    try:
+        assert rig.call().outcome == (403, "outside_delegation")
+        rig.settle(delegations=[sponsor.hand(agent="agent-9")])
+        assert rig.call().status == 200
+    finally:
+        rig.settle(agent="agent-1")
 
 
 @pytest.mark.control("DEL-02")

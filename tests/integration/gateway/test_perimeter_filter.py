@@ -106,7 +106,7 @@ def dial(namespace: Namespace, address: str, port: int, source: str | None = Non
 def perimeter() -> Iterator[Perimeter]:
     with ExitStack() as stack:
         rig = Perimeter(stack)
-        for port in (22, 8443, 8444, 9000, 22001):
+        for port in (22, 2222, 8443, 8444, 9000, 22001):
             rig.serve(rig.edge, port)
         rig.serve(rig.vm[1], 22)
         rig.serve(rig.vm[2], 22)
@@ -205,6 +205,19 @@ def test_only_operators_reach_ssh_and_the_ingress_ports(perimeter: Perimeter) ->
         outcome = counted(perimeter, "host_refused", lambda: dial(perimeter.stranger, "172.30.2.1", port))  # noqa: B023
         assert outcome == ("dropped", True)
     assert dial(perimeter.operator, "172.30.1.1", 9000) == "dropped"
+
+
+@pytest.mark.control("NET-02")
+def test_a_bastion_is_reached_by_operators_where_there_is_one(perimeter: Perimeter) -> None:
+    operators = [f"{OPERATOR}/32"]
+    assert dial(perimeter.operator, "172.30.1.1", 2222) == "dropped"
+    perimeter.edge.sh("nft", "-f", "-", stdin=render_nft(operators, bastion_port=2222))
+    try:
+        assert dial(perimeter.operator, "172.30.1.1", 2222) == "hello"
+        assert dial(perimeter.stranger, "172.30.2.1", 2222) == "dropped"
+        assert dial(perimeter.vm[1], "10.210.1.1", 2222) == "dropped"
+    finally:
+        perimeter.edge.sh("nft", "-f", "-", stdin=render_nft(operators))
 
 
 @pytest.mark.control("NET-02")

@@ -30,12 +30,12 @@ def test_without_the_gatekeeper_nothing_is_allowed(rig: Rig) -> None:
 @pytest.mark.control("POL-05")
 def test_a_restart_without_broker_keeps_kills_and_ends_leases(rig: Rig) -> None:
     rig.broker.put("ws-2", state="quarantined")
-    rig.settle(lease_expires_at=4)
+    rig.settle(lease_expires_at=10)
     rig.stop_gatekeeper()
     rig.broker.answering = False
     try:
         rig.start_gatekeeper()
-        wait_for(lambda: rig.call().status == 200, "a call on the lease that was saved", 4)
+        wait_for(lambda: rig.call().status == 200, "a call on the lease that was saved", 10)
         assert not rig.listens("10.210.2.1", 8443)
         wait_for(lambda: rig.call().outcome == (403, "lease_expired"), "the end of the lease", 10)
     finally:

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from saw.cli.gateway import initialise, main
@@ -82,6 +83,21 @@ def test_a_credential_header_about_the_connection_is_never_copied(path: Path) ->
     names = {pattern["exact"] for pattern in answer["allowed_upstream_headers"]["patterns"]}
     assert {"authorization", "x-api-key", "x-saw-upstream"} <= names
     assert "content-length" not in names
+
+
+@pytest.mark.control("RUN-05")
+@pytest.mark.parametrize("reviews", [False, True])
+def test_answers_of_mcp_servers_are_looked_at_whether_or_not_there_are_reviews(path: Path, reviews: bool) -> None:
+    config = load_config(path)
+    if reviews:
+        config = msgspec.structs.replace(config, review_socket=path.parent / "review.sock")
+    files = XdsWriter(config).render((1,), ())
+    listeners = {item["name"]: json.dumps(item) for item in json.loads(files["lds.json"])["resources"]}
+    clusters = {item["name"]: json.dumps(item) for item in json.loads(files["cds.json"])["resources"]}
+    assert str(config.mcp_socket) in clusters["mcp"]
+    routed = '{"exact": "mcp"}' in listeners["ring2-1"], '{"exact": "mcp"}' in listeners["ring2-approved"]
+    assert routed == (True, False), "what comes from the gatekeeper never comes back to it"
+    assert ("review" in clusters) == reviews
 
 
 def test_render_and_nft_print_what_they_are_asked_for(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 
 import pytest
@@ -30,27 +31,37 @@ def test_the_formats_of_the_policy_page() -> None:
 
 @pytest.mark.control("CRED-01")
 def test_a_private_file_gives_the_header(tmp_path: Path) -> None:
-    assert store(tmp_path, b"abc\n").header(credential()) == ("authorization", "Bearer abc")
+    found = store(tmp_path, b"abc\n").injection(credential())
+    assert (found.name, found.value, found.reflections) == ("authorization", "Bearer abc", ())
+
+
+@pytest.mark.control("CRED-01")
+def test_every_form_in_which_the_value_could_come_back_is_named_the_longest_first(tmp_path: Path) -> None:
+    form = "Basic {b64:agent:{secret}}"
+    found = store(tmp_path, b'k/y+"12345').injection(credential(form=form)).reflections
+    encoded = base64.b64encode(b'agent:k/y+"12345').decode()
+    assert set(found) == {'k/y+"12345', 'k/y+\\"12345', 'k\\/y+"12345', "k%2Fy%2B%2212345", encoded}
+    assert [len(one) for one in found] == sorted((len(one) for one in found), reverse=True)
 
 
 @pytest.mark.control("CRED-01")
 @pytest.mark.parametrize("value", [b"", b"\n", b"a\r\nx-evil: 1", b"a\x00b", b"a\xc3\xa9", b"a" * 9000])
 def test_a_value_that_could_break_a_header_is_refused_without_being_shown(tmp_path: Path, value: bytes) -> None:
     with pytest.raises(CredentialUnavailable) as caught:
-        store(tmp_path, value).header(credential())
+        store(tmp_path, value).injection(credential())
     assert "x-evil" not in str(caught.value)
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
 def test_a_file_open_to_others_is_refused(tmp_path: Path, mode: int) -> None:
     with pytest.raises(CredentialUnavailable, match="open to group or others"):
-        store(tmp_path, b"abc", mode).header(credential())
+        store(tmp_path, b"abc", mode).injection(credential())
 
 
 @pytest.mark.parametrize("identifier", ["../token", "", ".token", "a/b", "missing"])
 def test_an_id_that_is_no_file_of_the_store_is_refused(tmp_path: Path, identifier: str) -> None:
     with pytest.raises(CredentialUnavailable):
-        store(tmp_path, b"abc").header(credential(identifier))
+        store(tmp_path, b"abc").injection(credential(identifier))
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
@@ -59,10 +70,10 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     target.chmod(0o600)
     (tmp_path / "token").symlink_to(target)
     with pytest.raises(CredentialUnavailable):
-        CredentialStore(tmp_path).header(credential())
+        CredentialStore(tmp_path).injection(credential())
 
 
 @pytest.mark.parametrize("header", ["Host", "Content-Length", "Connection", "x-saw-upstream", "X-Envoy-Foo", "a b", ""])
 def test_headers_that_steer_the_proxy_are_never_set(tmp_path: Path, header: str) -> None:
     with pytest.raises(CredentialUnavailable, match="may not set"):
-        store(tmp_path, b"abc").header(credential(header=header))
+        store(tmp_path, b"abc").injection(credential(header=header))

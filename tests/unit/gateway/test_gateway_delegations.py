@@ -14,7 +14,7 @@ from saw.gateway.state import WorkspaceEntry
 from saw.identity.statement import sign_statement
 from saw.identity.x509 import Authority, new_key_and_csr
 from saw.policy.delegation import STATEMENT_TYPE, Delegation, Resource
-from saw.policy.model import Decision, Request
+from saw.policy.model import Decision, Operation, Request
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -165,3 +165,23 @@ def test_a_fetch_is_a_read_only_where_the_host_speaks_git(broker: Broker) -> Non
     assert outcome(held, "POST", "/team/a.git/git-upload-pack", host="git.example.com") == "dlg-1"
     assert outcome(held, "POST", "/team/a.git/git-receive-pack", host="git.example.com") == "outside_delegation"
     assert outcome(held, "POST", "/team/a.git/git-upload-pack") == "outside_delegation"
+
+
+@pytest.mark.control("DEL-01")
+def test_what_a_body_asks_for_is_a_read_or_a_write_by_its_protocol(broker: Broker) -> None:
+    held = broker.engagement(record(approval="read-only"))
+    request = Request("https", "api.example.com", 443, "POST", "/v1/x")
+
+    def of(protocol: str, *operations: Operation) -> str:
+        decision = Decision(verdict="allow", canonical_path="/v1/x", protocol=protocol, operations=operations)
+        try:
+            return cover(held, request, decision, git_host=False, now=NOW)
+        except OutsideDelegation as error:
+            return error.code
+
+    assert of("graphql", Operation("query", "", ("a",))) == "dlg-1"
+    assert of("graphql", Operation("query", "", ("a",)), Operation("mutation", "", ("b",))) == "outside_delegation"
+    assert of("mcp", Operation("tools/list")) == "dlg-1"
+    assert of("mcp", Operation("tools/call", "a")) == "outside_delegation"
+    assert of("json-rpc", Operation("list")) == "outside_delegation"
+    assert of("mcp") == "dlg-1", "the stream of a session asks for nothing"

@@ -105,6 +105,16 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
+@pytest.mark.control("ID-04")
+@pytest.mark.control("DEL-01")
+def test_a_retired_agent_calls_nothing_whether_or_not_delegations_are_wanted(bench: Bench) -> None:
+    assert bench.outcome() == "allow"
+    bench.view = view(entry(agent="agent-1", agent_retired=True), {DIGEST: release()})
+    assert bench.outcome() == "agent_retired"
+    bench.view = view(entry(agent="agent-2"), {DIGEST: release()})
+    assert bench.outcome() == "allow"
+
+
 @pytest.mark.control("POL-04")
 def test_the_certificate_is_checked_on_every_call_and_not_only_at_the_handshake(bench: Bench) -> None:
     assert bench.outcome() == "allow"

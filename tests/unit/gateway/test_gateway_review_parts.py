@@ -14,6 +14,7 @@ import pytest
 from saw.audit.events import EventFactory
 from saw.gateway import reviews
 from saw.gateway.app import AuthorizationApp
+from saw.gateway.credentials import Injection
 from saw.gateway.envoy_parts import SEND_SEAT
 from saw.gateway.held import Held, held_by
 from saw.gateway.judge import Call, Dial, Verdict
@@ -273,7 +274,8 @@ def test_a_body_that_does_not_arrive_in_time_is_refused(monkeypatch: pytest.Monk
     async def served() -> None:
         tickets: Tickets[Verdict] = Tickets(Time())
         app = ReviewApp(
-            tickets, None, None, None, credential_headers=frozenset, now=lambda: NOW,  # type: ignore[arg-type]
+            tickets, None, None, None, credential_headers=frozenset, now=lambda: NOW,
+            may_read=lambda *_: False,  # type: ignore[arg-type]
         )  # fmt: skip
         ticket = tickets.issue(("POST", "api.example.com", "/v1/x"), waiting)
         scope = {
@@ -299,7 +301,14 @@ def test_the_socket_for_approved_calls_lets_through_what_its_ticket_says_and_not
     call = Call(
         SEND_SEAT, "", "https", "api.example.com", "443", "POST", "/v1/x", "", (), "r", {}, b"", body_complete=True
     )
-    dial = Dial("192.0.2.1:443", "api.example.com", "tls", "/v1/x", ("authorization", "Bearer t"), ())
+    dial = Dial(
+        "192.0.2.1:443",
+        "api.example.com",
+        "tls",
+        "/v1/x",
+        Injection("authorization", "Bearer t", ("a-token-that-is-long",)),
+        (),
+    )
     allowed = Verdict(call=call, time=NOW, allowed=True, host="api.example.com", port=443, dial=dial)
     spool = Spool(tmp_path, "edge", 100)
     factory = EventFactory("saw-gatekeeper", host="edge", new_uid=lambda: "u")

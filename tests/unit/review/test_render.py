@@ -42,6 +42,21 @@ def test_json_is_shown_as_a_tree_with_numbers_as_they_were_written() -> None:
     assert "request    POST https://api.example.com/v1/notes\n" in text
 
 
+@pytest.mark.control("RUN-05")
+def test_arguments_of_a_tool_are_shown_one_by_one_and_nothing_hides_in_them() -> None:
+    body = b'{"jsonrpc": "2.0", "id": 3, "method": "tools/call", "params": {"name": "publish", "arguments": '
+    body += b'{"path": "/srv/docs/a\\u202e.md", "tags": ["x", 1.0], "more": null}}}'
+    text = shown(body, "application/json", path="/mcp")
+    tree = [
+        '"params":',
+        '  "name": "publish"',
+        '  "arguments":',
+        '    "path": "/srv/docs/a\\u{202e}.md"',
+        '    "tags":',
+    ]
+    assert "\n".join([*tree, '      - "x"', "      - 1.0", '    "more": null']) in text
+
+
 def test_a_name_that_appears_twice_is_shown_twice_and_marked() -> None:
     assert shown(b'{"to": "a", "to": "b"}', "application/json").count("(this name appears more than once)") == 2
 

@@ -1,0 +1,315 @@
+"""The ledger: what calls may cost is reserved against a limit before they are made, and settled after.
+
+One SQLite file (WAL, synchronous FULL); every change is one immediate transaction, so any number of threads and processes may
+share it. An amount is a whole number of millionths of a currency. A reservation counts in full until it is settled or
+released. One that nobody settles expires after its time and then counts as spent in full; should its true cost be told later,
+that takes the place. Time never goes back: the ledger remembers the latest that it saw and counts in the period of that.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from saw.budget.errors import Exhausted, LedgerError
+from saw.budget.windows import Period, window
+
+LIFE_S = 3600
+"""How long a reservation stays open without news, unless told otherwise (seconds)."""
+KEEP_S = 7 * 86400
+"""How long an ended charge that was told is kept, so that it cannot be settled twice (seconds)."""
+MOST = 2**62
+"""Amounts are below this, so that no sum of two leaves SQLite's integers."""
+
+State = Literal["open", "settled", "released", "expired"]
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS account (key TEXT PRIMARY KEY, held INTEGER NOT NULL CHECK (held >= 0),
+  spent INTEGER NOT NULL CHECK (spent >= 0)) STRICT;
+CREATE TABLE IF NOT EXISTS charge (id TEXT PRIMARY KEY, account TEXT NOT NULL, reserved INTEGER NOT NULL, actual INTEGER,
+  state TEXT NOT NULL, reserved_at INTEGER NOT NULL, expires_at INTEGER NOT NULL, ended_at INTEGER, told INTEGER NOT NULL,
+  detail TEXT NOT NULL, outcome TEXT NOT NULL) STRICT;
+CREATE INDEX IF NOT EXISTS charge_open ON charge (expires_at) WHERE state = 'open';
+CREATE INDEX IF NOT EXISTS charge_untold ON charge (id) WHERE told = 0;
+CREATE TABLE IF NOT EXISTS clock (one INTEGER PRIMARY KEY CHECK (one = 1), latest INTEGER NOT NULL) STRICT;
+INSERT OR IGNORE INTO clock VALUES (1, 0);
+"""
+
+
+class Limit(msgspec.Struct, frozen=True):
+    """What one subject may spend of a budget in one period.
+
+    ``most`` is in millionths of ``currency``. A limit that is not ``hard`` is only counted. ``budget`` names the budget and
+    ``subject`` who shares it; both together, with currency and period, are what a count belongs to.
+    """
+
+    budget: str
+    subject: str
+    currency: str
+    period: Period
+    most: int
+    hard: bool = True
+
+    def account(self, start: datetime) -> str:
+        """Return the name under which the period that begins at ``start`` is counted."""
+        return f"{self.budget}|{self.subject}|{self.currency}|{self.period}|{start:%Y-%m-%d}"
+
+
+class Reservation(msgspec.Struct, frozen=True):
+    """An amount that is set aside: until when its period lasts, and what is left of the limit after it."""
+
+    id: str
+    amount: int
+    start: datetime
+    end: datetime
+    left: int
+
+
+class Charge(msgspec.Struct, frozen=True):
+    """What the ledger knows of one call. ``amount`` is what counts now; ``detail`` and ``outcome`` are the caller's own texts."""
+
+    id: str
+    account: str
+    reserved: int
+    amount: int
+    state: State
+    detail: str
+    outcome: str
+
+
+class Balance(msgspec.Struct, frozen=True):
+    """What counts against a limit: ``held`` by open reservations and ``spent``."""
+
+    held: int = 0
+    spent: int = 0
+
+
+class Ledger:
+    """The ledger in the file ``path``; ``life_s`` is how long a reservation stays open without news."""
+
+    def __init__(self, path: Path, *, life_s: int = LIFE_S) -> None:
+        self._path = path
+        self._life_s = life_s
+        self._lock = threading.Lock()
+        try:
+            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=60.0)
+            path.chmod(0o600)
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute("PRAGMA synchronous=FULL")
+            with self._change():
+                for statement in _SCHEMA.split(";\n"):
+                    self._database.execute(statement)
+        except (sqlite3.Error, OSError) as error:
+            raise LedgerError(f"the ledger {path} cannot be opened: {error}", cure="see docs/budgets.md") from error
+
+    @contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        """Hold the only transaction that may write; whatever is raised inside undoes it."""
+        with self._lock:
+            try:
+                self._database.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._database
+                except BaseException:
+                    self._database.execute("ROLLBACK")
+                    raise
+                self._database.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise LedgerError(
+                    f"the ledger {self._path} cannot be written: {error}", cure="free disk space"
+                ) from error
+
+    def _time(self, now: datetime) -> datetime:
+        """Return ``now``, or the latest time seen when that is later; inside a transaction."""
+        latest = int(self._database.execute("SELECT latest FROM clock").fetchone()[0])
+        seconds = int(now.timestamp())
+        if seconds <= latest:
+            return datetime.fromtimestamp(latest, UTC)
+        self._database.execute("UPDATE clock SET latest = ?", (seconds,))
+        return now
+
+    def reserve(self, limit: Limit, amount: int, identifier: str, now: datetime, detail: str = "") -> Reservation:
+        """Set ``amount`` aside under ``identifier``, which the caller makes up anew for every call.
+
+        The same identifier again is the same reservation. Raises :class:`Exhausted` when a hard limit would be passed, and
+        :class:`LedgerError`.
+        """
+        if not 0 <= amount < MOST or not 0 <= limit.most < MOST:
+            raise LedgerError(f"the amount {amount} cannot be counted", cure="lower it")
+        exhausted: Exhausted | None = None
+        with self._change() as database:
+            time = self._time(now)
+            start, end = window(limit.period, time)
+            account = limit.account(start)
+            known = database.execute("SELECT account, reserved FROM charge WHERE id = ?", (identifier,)).fetchone()
+            if known is not None and known != (account, amount):
+                raise LedgerError(
+                    f"the reservation {identifier} is there with another amount", cure="make up a new one"
+                )
+            if known is None:
+                database.execute("INSERT OR IGNORE INTO account VALUES (?, 0, 0)", (account,))
+                bound = limit.most if limit.hard else MOST
+                taken = database.execute(
+                    "UPDATE account SET held = held + ?1 WHERE key = ?2 AND held + spent + ?1 <= ?3",
+                    (amount, account, bound),
+                ).rowcount
+                if taken:
+                    seconds = int(time.timestamp())
+                    database.execute(
+                        "INSERT INTO charge VALUES (?, ?, ?, NULL, 'open', ?, ?, NULL, 1, ?, '')",
+                        (identifier, account, amount, seconds, seconds + self._life_s, detail),
+                    )
+            held, spent = database.execute("SELECT held, spent FROM account WHERE key = ?", (account,)).fetchone()
+            left = max(0, limit.most - held - spent)
+            if known is None and not taken:
+                exhausted = _exhausted(limit, amount, left, end)
+        if exhausted is not None:
+            raise exhausted
+        return Reservation(identifier, amount, start, end, left)
+
+    def settle(self, identifier: str, actual: int, now: datetime, outcome: str = "") -> bool:
+        """Put ``actual`` in the place of what was reserved; return whether that changed anything.
+
+        The first settlement counts. ``actual`` may be more than was reserved, and is recorded as it is. An expired reservation
+        takes its true cost.
+        """
+        if not 0 <= actual < MOST:
+            raise LedgerError(f"the amount {actual} cannot be counted", cure="see what the service reported")
+        return self._end(identifier, "settled", ("open", "expired"), lambda _reserved: actual, now=now, outcome=outcome)
+
+    def keep(self, identifier: str, now: datetime, outcome: str = "") -> bool:
+        """Count an open reservation as spent in full, because nobody can say what the call cost."""
+        return self._end(identifier, "settled", ("open",), lambda reserved: reserved, now=now, outcome=outcome)
+
+    def release(self, identifier: str, now: datetime, outcome: str = "") -> bool:
+        """Give an open reservation back, because the call certainly cost nothing."""
+        return self._end(identifier, "released", ("open",), lambda _reserved: 0, now=now, outcome=outcome)
+
+    def _end(
+        self,
+        identifier: str,
+        state: State,
+        before: tuple[State, ...],
+        cost: Callable[[int], int],
+        *,
+        now: datetime,
+        outcome: str,
+    ) -> bool:
+        with self._change() as database:
+            row = database.execute(
+                "SELECT account, reserved, actual, state FROM charge WHERE id = ?", (identifier,)
+            ).fetchone()
+            if row is None or row[3] not in before:
+                return False
+            account, reserved, counted, was = row
+            actual = cost(reserved)
+            held, spent = (reserved, actual) if was == "open" else (0, actual - counted)
+            _book(database, account, held, spent)
+            database.execute(
+                "UPDATE charge SET state = ?, actual = ?, ended_at = ?, told = 0, outcome = ? WHERE id = ?",
+                (state, actual, int(self._time(now).timestamp()), outcome, identifier),
+            )
+            return True
+
+    def expire(self, now: datetime, outcome: str = "") -> int:
+        """Count every reservation whose time is up as spent in full; return how many. Forgets what ended long ago."""
+        with self._change() as database:
+            seconds = int(self._time(now).timestamp())
+            due = database.execute(
+                "SELECT id, account, reserved FROM charge WHERE state = 'open' AND expires_at <= ?", (seconds,)
+            ).fetchall()
+            for identifier, account, reserved in due:
+                _book(database, account, reserved, reserved)
+                database.execute(
+                    "UPDATE charge SET state = 'expired', actual = reserved, ended_at = ?, told = 0, outcome = ? WHERE id = ?",
+                    (seconds, outcome, identifier),
+                )
+            database.execute(
+                "DELETE FROM charge WHERE state != 'open' AND told = 1 AND ended_at < ?", (seconds - KEEP_S,)
+            )
+            return len(due)
+
+    def untold(self, most: int = 256) -> list[Charge]:
+        """Return ended charges that :meth:`told` was not called for since they ended."""
+        with self._lock:
+            try:
+                rows = self._database.execute(
+                    "SELECT id, account, reserved, coalesce(actual, reserved), state, detail, outcome FROM charge"
+                    " WHERE told = 0 LIMIT ?",
+                    (most,),
+                ).fetchall()
+            except sqlite3.Error as error:
+                raise LedgerError(f"the ledger {self._path} cannot be read: {error}") from error
+        return [Charge(*row) for row in rows]
+
+    def told(self, charges: Iterable[Charge]) -> None:
+        """Note that these ends are in the audit trail; one that changed meanwhile stays untold."""
+        with self._change() as database:
+            database.executemany(
+                "UPDATE charge SET told = 1 WHERE id = ? AND state = ?", [(item.id, item.state) for item in charges]
+            )
+
+    def detail(self, identifier: str) -> str | None:
+        """Return the text that was kept with a charge, or None where there is none."""
+        with self._lock:
+            row = self._database.execute("SELECT detail FROM charge WHERE id = ?", (identifier,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def period(self, limit: Limit, now: datetime) -> tuple[datetime, datetime]:
+        """Return the period that is counted in now: that of ``now``, or of the latest time seen when that is later."""
+        with self._lock:
+            latest = int(self._database.execute("SELECT latest FROM clock").fetchone()[0])
+        return window(limit.period, max(now, datetime.fromtimestamp(latest, UTC)))
+
+    def balance(self, limit: Limit, now: datetime) -> Balance:
+        """Return what counts in the period of ``now``, or of the latest time seen when that is later."""
+        with self._lock:
+            latest = int(self._database.execute("SELECT latest FROM clock").fetchone()[0])
+            start, _ = window(limit.period, max(now, datetime.fromtimestamp(latest, UTC)))
+            row = self._database.execute(
+                "SELECT held, spent FROM account WHERE key = ?", (limit.account(start),)
+            ).fetchone()
+        return Balance(*row) if row else Balance()
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._database.close()
+
+
+def _book(database: sqlite3.Connection, account: str, held: int, spent: int) -> None:
+    """Take ``held`` from what is held and add ``spent`` to what is spent."""
+    database.execute(
+        "UPDATE account SET held = held - ?, spent = min(spent + ?, ?) WHERE key = ?", (held, spent, MOST, account)
+    )
+
+
+def _exhausted(limit: Limit, amount: int, left: int, end: datetime) -> Exhausted:
+    asked, rest = money(amount, limit.currency), money(left, limit.currency)
+    return Exhausted(
+        f"the call may cost {asked}, and {rest} of {money(limit.most, limit.currency)} per {limit.period} is left of the"
+        f" budget {limit.budget}; it starts anew at {end:%Y-%m-%dT%H:%M:%SZ}",
+        cure="ask for a smaller answer, wait until then, or ask the policy's owner for a higher limit",
+        details={
+            "id": limit.budget,
+            "currency": limit.currency,
+            "limit": limit.most,
+            "asked": amount,
+            "left": left,
+            "resets_at": f"{end:%Y-%m-%dT%H:%M:%SZ}",
+        },
+    )
+
+
+def money(micros: int, currency: str) -> str:
+    """Return ``micros`` millionths of ``currency`` as text, such as ``1.25 USD``: at least two decimals, never rounded."""
+    whole, part = divmod(abs(micros), 1_000_000)
+    decimals = f"{part:06d}".rstrip("0").ljust(2, "0")
+    return f"{'-' if micros < 0 else ''}{whole}.{decimals} {currency}"
