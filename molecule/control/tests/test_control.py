@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 testinfra_hosts = ["control"]
 
 
@@ -47,3 +49,20 @@ def test_the_broker_runs_with_the_limits_of_rollouts_that_it_was_given(host):
         "soak_s": 600,
         "require_rollback": True,
     }
+
+
+@pytest.mark.control("P0-01")
+def test_the_schedule_of_drift_reports_is_on_and_a_look_that_cannot_be_done_is_told(host):
+    timer = host.service("saw-drift-report.timer")
+    assert timer.is_enabled
+    assert timer.is_running
+    try:
+        assert host.run("systemctl start saw-drift-report.service").rc != 0
+        report = json.loads(host.file("/var/lib/saw/drift/report.json").content_string)
+        assert (report["hosts"], report["drift"]) == ([], [])
+        assert "ansible-playbook is missing" in report["problems"][0]
+        trail = "http://broker/v1/audit/events?source=broker&limit=1000"
+        told = host.run(f"curl --silent --unix-socket /run/saw/broker/operator.sock '{trail}'").stdout
+        assert '"check_incomplete"' in told
+    finally:
+        host.run("systemctl reset-failed saw-drift-report.service")

@@ -9,7 +9,7 @@ head that was kept elsewhere.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -55,13 +55,17 @@ class ChainFinding(msgspec.Struct, frozen=True):
 
 
 class ChainReport(msgspec.Struct, frozen=True):
-    """The outcome of a verification; ``complete`` is true exactly when there is no finding."""
+    """The outcome of a verification; ``complete`` is true exactly when there is no finding.
+
+    ``removed``: how many of the ``count`` events have no content any more, rightly.
+    """
 
     source: str
     complete: bool
     findings: tuple[ChainFinding, ...]
     head: Head
     count: int
+    removed: int = 0
 
 
 def event_hash(source: str, seq: int, prev: str, event: Mapping[str, Any]) -> str:
@@ -95,22 +99,28 @@ class Chain:
 
 
 def verify_chain(
-    events: Iterable[ChainedEvent], expect_head: Head | None = None, *, start: Head | None = None
+    events: Iterable[ChainedEvent],
+    expect_head: Head | None = None,
+    *,
+    start: Head | None = None,
+    told: Callable[[str, int], bool] = lambda _source, _seq: False,
 ) -> ChainReport:
     """Check that ``events``, in the order given, are one whole chain.
 
     Finds a removed, changed, reordered, repeated or relinked event, one of another source, and, against ``expect_head``,
     a tail that was cut off; a chain that grew beyond the known head is fine if that head is still part of it. ``start``
-    is the head before the first event when only a part of a chain is checked.
+    is the head before the first event when only a part of a chain is checked. ``told`` says of source and number whether
+    retention removed the content of an event (:mod:`saw.audit.removal`); any other one without content counts as removed.
     """
     head = start or Head()
     source = ""
     findings: list[ChainFinding] = []
-    count = 0
+    count = removed = 0
     for item in events:
         count += 1
         source = source or item.source
-        problem = _problem(item, source, head)
+        problem = _problem(item, source, head, told)
+        removed += not item.event and problem is None
         if problem is not None:
             findings.append(ChainFinding(problem[0], source, item.seq, problem[1]))
         if item.source == source and item.seq > head.seq:
@@ -120,17 +130,19 @@ def verify_chain(
     if expect_head is not None and head.seq < expect_head.seq:
         detail = f"the chain ends at {head.seq}, its known head is {expect_head.seq}"
         findings.append(ChainFinding("truncated", source, head.seq + 1, detail))
-    return ChainReport(source, not findings, tuple(findings), head, count)
+    return ChainReport(source, not findings, tuple(findings), head, count, removed)
 
 
-def _problem(item: ChainedEvent, source: str, head: Head) -> tuple[str, str] | None:
+def _problem(item: ChainedEvent, source: str, head: Head, told: Callable[[str, int], bool]) -> tuple[str, str] | None:
     if item.source != source:
         return "foreign", f"the event belongs to {item.source}"
     if item.seq == head.seq:
         return "duplicate", f"sequence number {item.seq} appears twice"
     if item.seq < head.seq:
         return "reordered", f"{item.seq} comes after {head.seq}"
-    if event_hash(item.source, item.seq, item.prev, item.event) != item.hash:
+    if not item.event and not told(item.source, item.seq):
+        return "removed", "its content is gone, and no removal by retention names it"
+    if item.event and event_hash(item.source, item.seq, item.prev, item.event) != item.hash:
         return "changed", "the content does not match its hash"
     if item.seq > head.seq + 1:
         return "removed", f"{head.seq + 1} to {item.seq - 1} are missing"

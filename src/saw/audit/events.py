@@ -7,7 +7,7 @@ under our own names, in ``unmapped.saw``, so that one query finds them in every 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
@@ -207,11 +207,58 @@ class EventFactory:
         detail: Mapping[str, object] | None = None,
     ) -> dict[str, Any]:
         """Detection Finding (2004): something that ought not to be, such as a gap in a chain or a clock that went back."""
+        extra = self._finding(time, kind, title, description, severity)
+        return self._build(2004, 1, time, subject, None, title, "", extra, detail, severity=severity)
+
+    def compliance_finding(
+        self,
+        time: datetime,
+        subject: Subject,
+        *,
+        kind: str,
+        title: str,
+        control: str,
+        standards: Sequence[str],
+        severity: Severity = "medium",
+        uid: str = "",
+        resolved: bool = False,
+        detail: Mapping[str, object] | None = None,
+    ) -> dict[str, Any]:
+        """Compliance Finding (2003): not as a rule wants it. ``control`` is the rule, ``standards`` where it stands.
+
+        ``uid`` is the finding's own id where it is told again; ``resolved`` closes it: the rule holds now.
+        """
+        extra = self._finding(time, kind, title, "", severity)
+        extra["compliance"] = {"control": control, "standards": list(standards), "status_id": 3, "status": "Fail"}
+        if uid:
+            extra["finding_info"]["uid"] = uid
+        if resolved:
+            extra |= {"status_id": 4, "status": "Resolved"}
+            extra["compliance"] |= {"status_id": 1, "status": "Pass"}
+        step = 3 if resolved else 1
+        return self._build(2003, step, time, subject, None, title, "", extra, detail, severity=severity)
+
+    def vulnerability_finding(
+        self,
+        time: datetime,
+        subject: Subject,
+        *,
+        kind: str,
+        title: str,
+        vulnerabilities: Sequence[Mapping[str, Any]],
+        severity: Severity = "medium",
+        detail: Mapping[str, object] | None = None,
+    ) -> dict[str, Any]:
+        """Vulnerability Finding (2002): known vulnerabilities of what is installed; each is an OCSF ``vulnerability``."""
+        extra = self._finding(time, kind, title, "", severity)
+        extra["vulnerabilities"] = [dict(one) for one in vulnerabilities]
+        return self._build(2002, 1, time, subject, None, title, "", extra, detail, severity=severity)
+
+    def _finding(self, time: datetime, kind: str, title: str, description: str, severity: Severity) -> dict[str, Any]:
         info: dict[str, Any] = {"uid": self._new_uid(), "title": title, "types": [kind], "created_time": _ms(time)}
         if description:
             info["desc"] = description
-        extra = {"finding_info": info, "is_alert": severity in {"high", "critical"}, "status_id": 1, "status": "New"}
-        return self._build(2004, 1, time, subject, None, title, "", extra, detail, severity=severity)
+        return {"finding_info": info, "is_alert": severity in {"high", "critical"}, "status_id": 1, "status": "New"}
 
     def application_lifecycle(
         self,

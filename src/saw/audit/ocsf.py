@@ -164,6 +164,30 @@ OBJECTS: dict[str, ObjectType] = {
             "analytic": _one("analytic"),
         }
     ),
+    "compliance": ObjectType(
+        {
+            **_text("control", "status", "status_detail"),
+            "standards": Attribute("str", required=True, many=True),
+            "requirements": _one("str", many=True),
+            "status_id": Attribute("int", values=frozenset({0, 1, 2, 3, 99})),
+        }
+    ),
+    "cve": ObjectType(_text("uid", "title", "desc", required=("uid",))),
+    "affected_package": ObjectType(
+        {
+            **_text("name", "version", required=("name", "version")),
+            **_text("architecture", "package_manager", "fixed_in_version"),
+        }
+    ),
+    "vulnerability": ObjectType(
+        {
+            **_text("title", "desc", "severity", "vendor_name"),
+            "cve": _one("cve"),
+            "is_fix_available": _BOOL,
+            "affected_packages": _one("affected_package", many=True),
+        },
+        ("cve",),
+    ),
 }
 
 #: What every class may carry: the base event with the profiles ``host`` and ``security_control``.
@@ -179,7 +203,7 @@ BASE: dict[str, Attribute] = {
     **_text("status", "status_code", "status_detail", "action", "disposition"),
     "status_id": Attribute("int"),
     "duration": _INT,
-    "count": _INT,
+    **dict.fromkeys(("count", "start_time", "end_time"), _INT),
     "unmapped": _one("json"),
     "actor": _one("actor"),
     "device": _one("device"),
@@ -213,17 +237,31 @@ def _event_class(
 _IAM = (3, "Identity & Access Management")
 _APPLICATION = (6, "Application Activity")
 
+_FINDINGS = (2, "Findings")
+_FINDING_STEPS = {1: "Create", 2: "Update", 3: "Close"}
+_FINDING = {"finding_info": _one("finding_info", required=True), "resources": _one("resource", many=True)}
+_FINDING_STATUSES = frozenset({0, 1, 2, 3, 4, 5, 6, 99})
+
 CLASSES: dict[int, EventClass] = {
     item.uid: item
     for item in (
         _event_class(
-            2004,
-            "Detection Finding",
-            (2, "Findings"),
-            {1: "Create", 2: "Update", 3: "Close"},
-            {"finding_info": _one("finding_info", required=True), "resources": _one("resource", many=True)},
-            statuses=frozenset({0, 1, 2, 3, 4, 5, 6, 99}),
+            2002,
+            "Vulnerability Finding",
+            _FINDINGS,
+            _FINDING_STEPS,
+            {**_FINDING, "vulnerabilities": Attribute("vulnerability", required=True, many=True)},
+            statuses=_FINDING_STATUSES,
         ),
+        _event_class(
+            2003,
+            "Compliance Finding",
+            _FINDINGS,
+            _FINDING_STEPS,
+            {**_FINDING, "compliance": _one("compliance", required=True)},
+            statuses=_FINDING_STATUSES,
+        ),
+        _event_class(2004, "Detection Finding", _FINDINGS, _FINDING_STEPS, _FINDING, statuses=_FINDING_STATUSES),
         _event_class(
             3001,
             "Account Change",

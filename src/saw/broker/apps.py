@@ -17,11 +17,12 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from saw.attest.messages import MAX_EVIDENCE, ActivateRequest, EnrolRequest, Evidence, NonceRequest
-from saw.broker.certificates import Renewal, SshRequest, X509Request
+from saw.broker.audit_routes import audit_routes
+from saw.broker.certificates import Renewal
 from saw.broker.context import Caller
 from saw.broker.core import Broker
-from saw.broker.delegation_routes import operator_delegation_routes
 from saw.broker.errors import ForbiddenError, NotFoundError
+from saw.broker.gate_routes import gate_routes
 from saw.broker.http import (
     DEFAULT_LIMIT,
     LONGEST_WAIT_S,
@@ -32,106 +33,37 @@ from saw.broker.http import (
     with_body,
     without_body,
 )
-from saw.broker.images import Move
+from saw.broker.job_routes import job_routes, worker_routes
 from saw.broker.limits import RateLimit
+from saw.broker.operator_routes import operator_routes
 from saw.broker.peer import SCOPE_KEY, Peer
 from saw.broker.perimeter import Report, Shipment
-from saw.broker.registry import CreateWorkspace, Kill, RecordEk, Reprovision, Step
-from saw.broker.releases import Publication, TrustRoot
-from saw.broker.review_routes import operator_review_routes, perimeter_review_routes
-from saw.broker.rollout_routes import operator_rollout_routes
+from saw.broker.review_routes import perimeter_review_routes
+from saw.broker.session_routes import bastion_session_routes
 from saw.broker.wake import PERIMETER
 from saw.errors import SawError
 from saw.identity.x509 import SpiffeId, verify_peer
-from saw.policy.envelope import MAX_ENVELOPE, SignedEnvelope
 
 MAX_SHIPMENT = 8 * 1024 * 1024
-MAX_PUBLICATION = 32 * 1024 * 1024
 
 
 def operator_app(broker: Broker) -> Starlette:
     """Return the operator API. Only root and members of the operator group may use it, by peer credentials."""
 
     def identify(request: Request) -> Caller:
-        peer: Peer = request.scope.get(SCOPE_KEY, Peer())
-        group = operator_gid(broker.config.operator_group)
-        if peer.uid is None or not (peer.uid == 0 or (group is not None and group in peer.gids)):
-            raise ForbiddenError(
-                "this user may not operate the broker",
-                cure="become root or a member of the operator group",
-                code="not_an_operator",
-            )
-        return Caller(f"operator:{peer.user}", peer.address, request.state.request_id)
+        return socket_caller(request, broker.config.operator_group, "operator", "operate the broker", "not_an_operator")
 
     def route(path: str, method: str, handler: Any) -> Route:
         return Route(path, guarded(identify, handler), methods=[method])
 
-    registry, releases, certificates = broker.registry, broker.releases, broker.certificates
     return Starlette(
-        routes=[
-            Route("/healthz", _health(broker), methods=["GET"]),
-            route("/v1/workspaces", "GET", without_body(lambda _c, _r: registry.list())),
-            route("/v1/workspaces", "POST", with_body(CreateWorkspace, lambda c, b, _r: registry.create(c, b))),
-            route("/v1/workspaces/{id}", "GET", without_body(lambda _c, r: registry.show(r.path_params["id"]))),
-            route(
-                "/v1/workspaces/{id}/image",
-                "PUT",
-                with_body(Reprovision, lambda c, b, r: registry.reprovision(c, r.path_params["id"], b)),
-            ),
-            route(
-                "/v1/workspaces/{id}/ek",
-                "PUT",
-                with_body(RecordEk, lambda c, b, r: registry.record_ek(c, r.path_params["id"], b)),
-            ),
-            route(
-                "/v1/workspaces/{id}/transition",
-                "POST",
-                with_body(Step, lambda c, b, r: registry.transition(c, r.path_params["id"], b)),
-            ),
-            route(
-                "/v1/workspaces/{id}/kill",
-                "POST",
-                with_body(Kill, lambda c, b, r: registry.kill(c, r.path_params["id"], b.reason)),
-            ),
-            route(
-                "/v1/policy/root",
-                "PUT",
-                with_body(TrustRoot, lambda c, b, _r: releases.install_root(c, b), limit=MAX_EVIDENCE),
-            ),
-            route(
-                "/v1/policy/publish",
-                "POST",
-                with_body(Publication, lambda c, b, _r: releases.publish(c, b), limit=MAX_PUBLICATION),
-            ),
-            route("/v1/policy/state", "GET", without_body(lambda _c, _r: releases.state())),
-            route("/v1/policy/repository", "GET", without_body(lambda _c, _r: releases.archive())),
-            route("/v1/policy/rings", "GET", without_body(lambda _c, _r: releases.rings())),
-            *operator_rollout_routes(broker, route),
-            *operator_delegation_routes(broker, route),
-            *operator_review_routes(broker, route),
-            route(
-                "/v1/images",
-                "PUT",
-                with_body(SignedEnvelope, lambda c, b, _r: broker.images.register(c, b), limit=MAX_ENVELOPE),
-            ),
-            route(
-                "/v1/images/{name}/state",
-                "POST",
-                with_body(Move, lambda c, b, r: broker.images.move(c, r.path_params["name"], b)),
-            ),
-            route("/v1/images", "GET", without_body(lambda _c, _r: broker.images.list())),
-            route("/v1/certificates/ssh", "POST", with_body(SshRequest, lambda c, b, _r: certificates.ssh(c, b))),
-            route("/v1/certificates/x509", "POST", with_body(X509Request, lambda c, b, _r: certificates.x509(c, b))),
-            route("/v1/trust", "GET", without_body(lambda _c, _r: broker.trust())),
-            route("/v1/audit/events", "GET", without_body(lambda _c, r: _audit_page(broker, r))),
-            route("/v1/audit/verify", "GET", without_body(lambda _c, _r: broker.trail.verify())),
-        ],
+        routes=[Route("/healthz", _health(broker), methods=["GET"]), *operator_routes(broker, route)],
         exception_handlers={404: _not_found, 405: _not_found},
     )
 
 
 def public_app(broker: Broker) -> Starlette:
-    """Return the TLS side: attestation, workspaces, perimeters, the TUF repository."""
+    """Return the TLS side: attestation, workspaces, perimeters, bastions, machines, the TUF repository."""
     attestation, views = broker.attestation, broker.views
     # Anyone who reaches the port may ask; each workspace id has its share, so none can fill the trail or starve another.
     asked = RateLimit(40, 4.0, time.monotonic)
@@ -144,6 +76,20 @@ def public_app(broker: Broker) -> Starlette:
         if not caller.principal.startswith("perimeter:"):
             raise ForbiddenError("this call needs a perimeter certificate", cure="present one", code="not_a_perimeter")
         return caller
+
+    def bastion(request: Request) -> Caller:
+        caller = tls_caller(broker, request)
+        if not caller.principal.startswith("bastion:"):
+            raise ForbiddenError("this call needs a bastion's certificate", cure="present one", code="not_a_bastion")
+        return caller
+
+    def machine_route(path: str, method: str, handler: Any) -> Route:
+        async def admitted(request: Request, caller: Caller) -> Any:
+            # The provider may have to be asked for its keys, so not in the event loop.
+            token = request.headers.get("authorization", "")
+            return await handler(request, await run_in_threadpool(broker.machines.admit, caller, token))
+
+        return route(path, method, admitted)
 
     def limited(kind: type[Any], call: Any, *, limit: int = DEFAULT_LIMIT) -> Any:
         def run(caller: Caller, body: Any, _request: Request) -> Any:
@@ -216,6 +162,10 @@ def public_app(broker: Broker) -> Starlette:
                 perimeter,
             ),
             *perimeter_review_routes(broker, lambda path, method, handler: route(path, method, handler, perimeter)),
+            *bastion_session_routes(broker, lambda path, method, handler: route(path, method, handler, bastion)),
+            *gate_routes(broker, machine_route),
+            *job_routes(broker, machine_route),
+            *worker_routes(broker, machine_route),
             Mount("/tuf/metadata", StaticFiles(directory=tuf / "metadata", check_dir=False)),
             Mount("/tuf/targets", StaticFiles(directory=tuf / "targets", check_dir=False)),
         ],
@@ -250,9 +200,47 @@ def _wait(request: Request) -> float:
     return float(whole_number(request, "wait", 0, LONGEST_WAIT_S))
 
 
-def _audit_page(broker: Broker, request: Request) -> dict[str, Any]:
-    after, limit = whole_number(request, "after", 0, 2**53), whole_number(request, "limit", 100, 1000)
-    return broker.trail.page(request.query_params.get("source", "broker"), after, limit)
+def audit_app(broker: Broker) -> Starlette:
+    """Return what the audit socket serves: the trail, for reading. Only root and members of the audit group may use it."""
+
+    def identify(request: Request) -> Caller:
+        return socket_caller(request, broker.config.audit_group, "auditor", "read the trail", "not_an_auditor")
+
+    def route(path: str, method: str, handler: Any) -> Route:
+        return Route(path, guarded(identify, handler), methods=[method])
+
+    return Starlette(
+        routes=[Route("/healthz", _health(broker), methods=["GET"]), *audit_routes(broker, route)],
+        exception_handlers={404: _not_found, 405: _not_found},
+    )
+
+
+def worker_app(broker: Broker) -> Starlette:
+    """Return what the workers' socket serves: claiming jobs and telling how they go. Root and the workers' group may use it."""
+    settings = broker.config.jobs
+    group = None if settings is None else settings.worker_group
+
+    def identify(request: Request) -> Caller:
+        return socket_caller(request, group, "worker", "work on jobs", "not_a_worker")
+
+    def route(path: str, method: str, handler: Any) -> Route:
+        return Route(path, guarded(identify, handler), methods=[method])
+
+    return Starlette(
+        routes=[Route("/healthz", _health(broker), methods=["GET"]), *worker_routes(broker, route)],
+        exception_handlers={404: _not_found, 405: _not_found},
+    )
+
+
+def socket_caller(request: Request, group: str | None, kind: str, purpose: str, code: str) -> Caller:
+    """Return who calls over a Unix socket: root or a member of ``group`` by peer credentials, else a refusal."""
+    peer: Peer = request.scope.get(SCOPE_KEY, Peer())
+    gid = operator_gid(group)
+    if peer.uid is None or not (peer.uid == 0 or (gid is not None and gid in peer.gids)):
+        raise ForbiddenError(
+            f"this user may not {purpose}", cure=f"become root or a member of the {kind} group", code=code
+        )
+    return Caller(f"{kind}:{peer.user}", peer.address, request.state.request_id)
 
 
 def _health(broker: Broker) -> Any:

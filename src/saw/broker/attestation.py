@@ -248,7 +248,7 @@ class Attestation:
                 )
             )
             if first:
-                self._registry.activate(tx, row)
+                self._registry.activate(tx, caller, row)
                 tx.record(
                     self._s.events.entity_management(
                         now,

@@ -21,7 +21,7 @@ from saw.identity.ssh import SshAuthority
 from saw.identity.x509 import Authority
 
 PERIMETER_TTL = timedelta(days=30)
-Kind = Literal["perimeter", "ring2"]
+Kind = Literal["perimeter", "ring2", "bastion", "machine"]
 
 
 class SshRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,7 +34,7 @@ class SshRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class X509Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A perimeter (client) or ring 2 (server and client) certificate for the key of ``csr_pem``."""
+    """A perimeter, bastion or machine (client) or ring 2 (server and client) certificate for the key of ``csr_pem``."""
 
     csr_pem: Annotated[str, msgspec.Meta(max_length=8192)]
     kind: Kind
@@ -64,7 +64,8 @@ class Certificates:
         expires = now + timedelta(seconds=body.ttl_s)
         with self._s.store.write() as tx:
             row = get_row(tx.connection, body.workspace_id)
-            admitted = row.state == State.ACTIVE
+            direct = not self._s.config.sessions.recorded_only
+            admitted = direct and row.state == State.ACTIVE
             subject = caller.subject(row.id, agent=row.agent_id, policy_digest=row.policy_digest or "")
             fingerprint = hashlib.sha256(" ".join(body.public_key.split()[:2]).encode()).hexdigest()
             certificate = ""
@@ -92,9 +93,15 @@ class Certificates:
                     protocol="ssh-certificate",
                     session_uid=session,
                     expires=expires,
-                    status_detail="" if admitted else "workspace_not_admitted",
+                    status_detail="" if admitted else "workspace_not_admitted" if direct else "bastion_required",
                     detail={"key_sha256": fingerprint, "source_address": body.source_address or ""},
                 )
+            )
+        if not direct:
+            raise ForbiddenError(
+                "workspaces are reached through the bastion alone",
+                cure="name it in the context file (bastion)",
+                code="bastion_required",
             )
         require_state(row, frozenset({State.ACTIVE}))
         return {
@@ -106,10 +113,16 @@ class Certificates:
         }
 
     def x509(self, caller: Caller, body: X509Request) -> dict[str, Any]:
-        """Issue a certificate for a perimeter service."""
+        """Issue a certificate for a service of a perimeter, a bastion, or a machine that the configuration names."""
         now = self._s.clock()
-        if body.kind == "perimeter":
-            pem = self._authority.issue_perimeter(body.csr_pem, body.name, now, PERIMETER_TTL)
+        if body.kind == "machine" and body.name not in self._s.config.machines:
+            raise ForbiddenError(
+                f"the machine {body.name} is not configured",
+                cure="name it and its scopes first (role variable broker_machines)",
+                code="unknown_machine",
+            )
+        if body.kind != "ring2":
+            pem = self._authority.issue_perimeter(body.csr_pem, body.name, now, PERIMETER_TTL, kind=body.kind)
         else:
             pem = self._authority.issue_server(
                 body.csr_pem, [self._ring2_name], now, PERIMETER_TTL, spiffe_path=f"ring2/{body.name}"

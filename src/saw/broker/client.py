@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import ssl
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
+from urllib.parse import urlencode
 
 import httpx
 import msgspec
 
+from saw.broker.lifecycle import State, check_step
+from saw.broker.signed_in import signed_in_client
 from saw.errors import SawError, UnavailableError
 from saw.files import load_json
 
@@ -38,10 +42,14 @@ class SshJump(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BrokerContext(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The operator socket's path on the control host, and how to get there (None: it is on this machine)."""
+    """The operator socket's path on the control host, and how to get there (None: it is on this machine).
+
+    ``sign_in``: not by the socket, but as whoever ``saw login`` signed in, as far as the roles go.
+    """
 
     socket: str = DEFAULT_SOCKET
     ssh: SshJump | None = None
+    sign_in: bool = False
 
 
 class Ingress(msgspec.Struct, frozen=True):
@@ -52,11 +60,50 @@ class Ingress(msgspec.Struct, frozen=True):
     user: str = "agent"
 
 
+class Bastion(msgspec.Struct, frozen=True):
+    """The SSH server through which sessions go, each recorded. ``sign_in``: sessions are opened by whoever ``saw login`` signed
+    in, not by the operator. ``source_address``: from where the bastion sees this machine, when that is known; the certificate
+    then counts from there alone."""
+
+    host: str
+    port: int = 2222
+    user: str = "saw-session"
+    sign_in: bool = False
+    source_address: str | None = None
+
+
+class TokenSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where a machine gets tokens: the provider's token endpoint, its client there, and a file with the client's secret.
+
+    ``parameters`` are sent besides, such as ``scope``, ``audience`` or ``resource``, as the provider wants them.
+    """
+
+    url: str
+    client_id: str
+    client_secret_file: str
+    ca_file: str | None = None
+    parameters: dict[str, str] = {}
+
+
+class MachineAccess(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a machine reaches the broker's TLS port: with a certificate and its key, or with tokens. ``server_name`` is the name
+    in the broker's certificate, when the one in ``url`` is another."""
+
+    url: str
+    ca_file: str
+    server_name: str | None = None
+    certificate_file: str | None = None
+    key_file: str | None = None
+    token: TokenSource | None = None
+
+
 class Context(msgspec.Struct, frozen=True):
     """The context file. Unknown fields are left to later commands."""
 
     broker: BrokerContext = BrokerContext()
     ingress: Ingress = Ingress()
+    bastion: Bastion | None = None
+    machine: MachineAccess | None = None
 
 
 class BrokerRefusal(SawError):
@@ -100,33 +147,94 @@ class OperatorClient:
         content = None if json is None else msgspec.json.encode(json)
         headers = {"content-type": "application/json"} if content is not None else {}
         try:
-            response = self._http.request(method, f"http://broker{path}", content=content, headers=headers)
+            response = self._http.request(method, path, content=content, headers=headers)
         except httpx.HTTPError as error:
-            raise UnavailableError(
-                f"the broker does not answer: {error or type(error).__name__}",
-                cure="check that saw-broker runs and the context",
-            ) from error
+            raise silent(error) from error
+        return answer_of(response)
+
+    def download(self, path: str, file: BinaryIO) -> None:
+        """Write what the broker keeps under ``path`` into ``file``; raises as :meth:`request`."""
+        if self._http is None:
+            with self.session():
+                self.download(path, file)
+            return
         try:
-            body = msgspec.json.decode(response.content)
-        except msgspec.DecodeError as error:
-            raise UnavailableError(
-                f"the broker answered {response.status_code} without JSON", cure="see its log"
-            ) from error
-        if response.is_error or not isinstance(body, dict):
-            raise BrokerRefusal(response.status_code, body if isinstance(body, dict) else {})
-        return body
+            with self._http.stream("GET", path) as response:
+                if response.is_error:
+                    response.read()
+                    answer_of(response)
+                file.writelines(response.iter_bytes())
+        except httpx.HTTPError as error:
+            raise silent(error) from error
 
     @contextmanager
     def session(self) -> Iterator[Self]:
         """Keep one way to the broker open for several calls."""
+        if self.context.broker.sign_in:
+            with signed_in_client(self._timeout) as http:
+                yield from self._through(http)
+            return
         with _socket_path(self.context.broker) as path:
-            transport = httpx.HTTPTransport(uds=path)
-            with httpx.Client(transport=transport, timeout=self._timeout, trust_env=False) as http:
-                self._http = http
-                try:
-                    yield self
-                finally:
-                    self._http = None
+            # No TLS on a Unix socket; without a context of ours httpx reads all root certificates, which takes 0.15 s.
+            transport = httpx.HTTPTransport(uds=path, verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+            with httpx.Client(
+                transport=transport, base_url="http://broker", timeout=self._timeout, trust_env=False
+            ) as http:
+                yield from self._through(http)
+
+    def _through(self, http: httpx.Client) -> Iterator[Self]:
+        self._http = http
+        try:
+            yield self
+        finally:
+            self._http = None
+
+
+def answer_of(response: httpx.Response) -> dict[str, Any]:
+    """Return the broker's answer; raise :class:`BrokerRefusal` when it is one, :class:`UnavailableError` when it is none."""
+    try:
+        body = msgspec.json.decode(response.content)
+    except msgspec.DecodeError as error:
+        raise UnavailableError(
+            f"the broker answered {response.status_code} without JSON", cure="see its log"
+        ) from error
+    if response.is_error or not isinstance(body, dict):
+        raise BrokerRefusal(response.status_code, body if isinstance(body, dict) else {})
+    return body
+
+
+def silent(error: httpx.HTTPError, cure: str = "check that saw-broker runs and the context") -> UnavailableError:
+    """Return what is said of a broker that cannot be reached."""
+    return UnavailableError(f"the broker does not answer: {error or type(error).__name__}", cure=cure)
+
+
+def listed_workspaces(client: OperatorClient, page: int = 10_000, **filters: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the workspaces that meet ``filters`` (name → values, as ``GET /v1/workspaces`` takes them) in the order of ids.
+
+    They are read in pages of ``page``; put :meth:`OperatorClient.session` around the call to share one way to the broker.
+    """
+    return _listed(client, "workspaces", page, filters)
+
+
+def listed_agents(client: OperatorClient, page: int = 10_000, **filters: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the agents that meet ``filters``, as :func:`listed_workspaces` does, in the order in which they were registered."""
+    return sorted(_listed(client, "agents", page, filters), key=lambda one: (len(one["id"]), one["id"]))
+
+
+def _listed(client: OperatorClient, what: str, page: int, filters: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    query = [(name, value) for name, values in filters.items() for value in values] + [("limit", str(page))]
+    after: str | None = ""
+    while after is not None:
+        answer = client.request("GET", f"/v1/{what}?{urlencode([*query, ('after', after)])}")
+        found += answer[what]
+        after = answer["next"]
+    return found
+
+
+def forecast_step(workspace: Mapping[str, Any], to: str) -> None:
+    """Raise what the broker would answer when ``workspace`` were to be taken to the state ``to`` now, without asking it."""
+    check_step(str(workspace["id"]), State(workspace["state"]), State(to))
 
 
 @contextmanager

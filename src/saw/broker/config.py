@@ -7,6 +7,13 @@ from pathlib import Path
 
 import msgspec
 
+from saw.attest.image_record import Evidence
+from saw.broker.database_settings import parse_database
+from saw.broker.gate_settings import GateSettings, MachineSettings, problems_of_gates
+from saw.broker.job_settings import JobSettings, problems_of_jobs
+from saw.broker.retention_settings import AuditSettings, problems_of_audit
+from saw.broker.sso_settings import SsoSettings, problems_of
+from saw.broker.terminal.settings import TerminalSettings, problems_of_terminal
 from saw.errors import ConfigError
 from saw.files import load_json
 
@@ -52,16 +59,42 @@ class DelegationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     max_duration_s: int = 7 * 86_400
 
 
+class SessionRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How people get into workspaces (docs/sessions.md).
+
+    ``recorded_only``: certificates that lead to a workspace past the bastion are refused. ``max_duration_s``: how long a
+    session may last, seconds. ``lease_s``: how long one goes on without the broker, seconds. ``leg_source``: addresses from
+    which bastions reach workspaces, when that is not the perimeter's side of each link. ``max_recording_bytes``: the
+    largest recording that is taken from a bastion. ``keep_recordings_days``: recordings and their keys are removed that
+    long after the session; 0 keeps them for ever.
+    """
+
+    recorded_only: bool = False
+    max_duration_s: int = 8 * 3600
+    lease_s: int = 30
+    leg_source: str | None = None
+    max_recording_bytes: int = 2 * 1024**3
+    keep_recordings_days: int = 0
+
+
 class ImageSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``candidate_rings``: whose workspaces may be made on an image that is not promoted yet."""
+    """``candidate_rings``: whose workspaces may be made on an image not promoted yet; ``require``: what a record carries."""
 
     candidate_rings: tuple[str, ...] = ("canary",)
+    require: tuple[Evidence, ...] = ()
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that the broker is told. Directories and sockets are absolute paths.
 
-    ``operator_group``: members may use the operator socket besides root; absent or unknown means root alone.
+    ``operator_group``: members may use the operator socket besides root; absent or unknown means root alone. ``sso``: how
+    people sign in; absent means that there is no sign-in and no page. ``audit_socket``: a second socket that serves nothing
+    but reading the trail, to root and members of ``audit_group``; absent means that there is none. ``gates`` and ``machines``:
+    where changes to the fleet wait for people, and which programs may ask; ``machine_audience``: what tokens of machines are for.
+    ``terminal``: sessions and recordings in a browser; absent means that there are none.
+    ``jobs``: lifecycle calls run playbooks; absent means that they do not.
+    ``audit``: how long the trail is kept; absent means for ever.
+    ``postgresql`` (in the file: ``database``): the database of several brokers; absent means a SQLite file of this one.
     """
 
     trust_domain: str
@@ -74,6 +107,17 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rollout: RolloutSettings = RolloutSettings()
     delegation: DelegationSettings = DelegationSettings()
     image: ImageSettings = ImageSettings()
+    sessions: SessionRules = SessionRules()
+    sso: SsoSettings | None = None
+    audit_socket: str | None = None
+    audit_group: str | None = None
+    gates: dict[str, GateSettings] = {}
+    machines: dict[str, MachineSettings] = {}
+    machine_audience: str | None = None
+    terminal: TerminalSettings | None = None
+    jobs: JobSettings | None = None
+    audit: AuditSettings | None = None
+    postgresql: str | None = msgspec.field(name="database", default=None)
 
     @property
     def state(self) -> Path:
@@ -106,8 +150,8 @@ def load_config(path: Path | str) -> BrokerConfig:
         problems.append("server_names must list lower-case DNS names")
     problems.extend(
         f"{name} must be an absolute path"
-        for name in ("state_dir", "operator_socket")
-        if not Path(getattr(config, name)).is_absolute()
+        for name in ("state_dir", "operator_socket", "audit_socket")
+        if not Path(getattr(config, name) or "/").is_absolute() or getattr(config, name) == ""
     )
     if not 0 <= config.listen.port <= 65535:
         problems.append("listen.port must be 0 to 65535")
@@ -115,6 +159,16 @@ def load_config(path: Path | str) -> BrokerConfig:
         problems.append("tuf.timestamp_ttl_s must be 60 to 604800")
     if not 60 <= config.delegation.max_duration_s <= 7 * 86_400:
         problems.append("delegation.max_duration_s must be 60 to 604800")
+    problems.extend(
+        f"sessions.{name} must be {low} to {high}"
+        for name, low, high in (
+            ("max_duration_s", 10, 7 * 86_400),
+            ("lease_s", 6, 300),
+            ("max_recording_bytes", 1024**2, 1024**4),
+            ("keep_recordings_days", 0, 36_500),
+        )
+        if not low <= getattr(config.sessions, name) <= high
+    )
     problems.extend(
         f"rollout.{name} must be {low} to {high}"
         for name, low, high in (
@@ -127,6 +181,24 @@ def load_config(path: Path | str) -> BrokerConfig:
         )
         if not low <= getattr(config.rollout, name) <= high
     )
+    if config.sso is not None:
+        problems.extend(problems_of(config.sso))
+    if config.terminal is not None:
+        problems.extend(problems_of_terminal(config.terminal))
+        if config.sso is None:
+            problems.append("terminal needs sso: whoever opens one signs in first")
+    if config.postgresql is not None:
+        parse_database(config.postgresql)
+    client = config.sso.provider.client_id if config.sso is not None else None
+    problems.extend(problems_of_gates(config.gates, config.machines, audience=config.machine_audience, client=client))
+    if config.jobs is not None:
+        problems.extend(problems_of_jobs(config.jobs))
+    if config.audit is not None:
+        problems.extend(problems_of_audit(config.audit, ships=config.audit_socket is not None))
     if problems:
-        raise ConfigError(f"{path} is not valid: {'; '.join(problems)}", cure="correct the named fields")
+        raise ConfigError(
+            f"{path} is not valid: {'; '.join(problems)}",
+            cure="correct the named fields",
+            details={"problems": problems},
+        )
     return config

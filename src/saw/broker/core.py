@@ -10,26 +10,42 @@ from dataclasses import dataclass
 from typing import Self
 
 from saw.audit import EventFactory
+from saw.broker.agents import Agents
 from saw.broker.attestation import Attestation
+from saw.broker.bastion_sessions import BastionSessions
 from saw.broker.certificates import Certificates
+from saw.broker.charges import Charges
 from saw.broker.clock import Clock
 from saw.broker.config import BrokerConfig
 from saw.broker.context import Services
 from saw.broker.delegations import Delegations
+from saw.broker.gates import Gates
+from saw.broker.holds import Holds
 from saw.broker.images import Images
+from saw.broker.job_work import JobWork
+from saw.broker.jobs import Jobs
+from saw.broker.machines import Machines
+from saw.broker.overview import Overview
+from saw.broker.people import map_again
 from saw.broker.perimeter import Views
+from saw.broker.recordings import Recordings
+from saw.broker.register_place import require_register
 from saw.broker.registry import Registry
 from saw.broker.releases import Releases
+from saw.broker.replicas import Upkeep, join
 from saw.broker.repository import OnlineKey, Repository
+from saw.broker.retention import Retention
 from saw.broker.review_decisions import Decisions
 from saw.broker.review_vault import Vault
 from saw.broker.reviewers import Reviewers
 from saw.broker.reviews import Reviews
 from saw.broker.rollout_control import Rollouts
 from saw.broker.rollout_views import RolloutViews
+from saw.broker.sso.service import SingleSignOn
 from saw.broker.store import Store
 from saw.broker.trail import Trail
 from saw.broker.wake import Waker
+from saw.identity.sealed import SealKey
 from saw.identity.ssh import SshAuthority
 from saw.identity.x509 import Authority
 
@@ -55,21 +71,40 @@ class Broker:
     rollouts: Rollouts
     rollout_views: RolloutViews
     certificates: Certificates
+    sessions: BastionSessions
+    recordings: Recordings
+    charges: Charges
+    overview: Overview
     delegations: Delegations
+    agents: Agents
     reviewers: Reviewers
     reviews: Reviews
     decisions: Decisions
+    gates: Gates
+    jobs: Jobs
+    job_work: JobWork
+    machines: Machines
     views: Views
     trail: Trail
+    holds: Holds
+    retention: Retention
+    sso: SingleSignOn | None
+    upkeep: Upkeep
 
     @classmethod
     def open(cls, config: BrokerConfig, clock: Clock, random: Callable[[int], bytes]) -> Self:
         """Open an initialised state directory (see :mod:`saw.broker.setup`) and bring registry and repository in line."""
+        require_register(config)
         authority = Authority.load(config.keys / "x509")
         ssh = SshAuthority.load(config.keys / "ssh")
         online = OnlineKey.load(config.keys / "tuf-online.key")
         waker = Waker()
-        store = Store.open_sqlite(config.database, waker)
+        store = Store.open(config, waker)
+        try:
+            upkeep = join(config, store, waker)
+        except BaseException:
+            store.close()
+            raise
         events = EventFactory("saw-broker", host=socket.gethostname(), new_uid=lambda: str(uuid.uuid4()))
         services = Services(config, store, clock, random, events)
         repository = Repository(config.tuf_dir, online, config.tuf.timestamp_ttl_s)
@@ -77,6 +112,10 @@ class Broker:
         vault = Vault.load(config, random)
         releases = Releases(services, repository)
         rollouts = Rollouts(services, repository, releases)
+        sso = SingleSignOn.open(services)
+        charges = Charges(services)
+        jobs = Jobs(services, registry)
+        delegations = Delegations(services)
         broker = cls(
             config=config,
             services=services,
@@ -91,13 +130,37 @@ class Broker:
             rollouts=rollouts,
             rollout_views=RolloutViews(services),
             certificates=Certificates(services, authority, ssh, RING2_NAME),
-            delegations=Delegations(services),
+            sessions=BastionSessions(
+                services,
+                SshAuthority.load(config.keys / "ssh-sessions"),
+                ssh,
+                SealKey.load(
+                    config.keys / "sessions.key",
+                    random,
+                    missing="run saw broker init; after a restore, put back the key of the backup",
+                    malformed="put back the key of the backup",
+                ),
+            ),
+            recordings=Recordings(services),
+            charges=charges,
+            overview=Overview(services, charges),
+            delegations=delegations,
+            agents=Agents(services, delegations),
             reviewers=Reviewers(services),
             reviews=Reviews(services, vault),
             decisions=Decisions(services, vault),
+            gates=Gates(services, vault),
+            jobs=jobs,
+            job_work=JobWork(services, jobs),
+            machines=Machines(services, None if sso is None else sso.provider),
             views=Views(services, releases, rollouts),
             trail=Trail(services),
+            holds=Holds(services),
+            retention=Retention(services),
+            sso=sso,
+            upkeep=upkeep,
         )
+        map_again(store, config.sso)
         for release in releases.synchronise():
             logger.info("release recorded at start: %s", release)
         rollouts.act()
@@ -116,4 +179,7 @@ class Broker:
     def close(self) -> None:
         """Wake every poll and close the database."""
         self.waker.close()
+        if self.sso is not None:
+            self.sso.provider.close()
+        self.upkeep.close()
         self.services.store.close()

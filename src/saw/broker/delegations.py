@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Annotated, Any
 
@@ -10,8 +10,10 @@ import msgspec
 from sqlalchemy import Connection, Row, select
 
 from saw.audit import Subject
+from saw.broker.agent_states import require_living
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
+from saw.broker.delegation_ends import DelegationEnds, record_of
 from saw.broker.errors import ConflictError, ForbiddenError, MalformedError, NotFoundError
 from saw.broker.lifecycle import State
 from saw.broker.registry import get_row
@@ -28,7 +30,6 @@ from saw.policy.delegation import (
     DelegationInvalid,
     Resource,
     check_delegation,
-    parse_delegation,
     wider,
 )
 
@@ -59,6 +60,7 @@ class Delegations:
 
     def __init__(self, services: Services) -> None:
         self._s = services
+        self._ends = DelegationEnds(services)
 
     def issue(self, caller: Caller, wanted: Issue) -> dict[str, Any]:
         """Sign and record a delegation; one that is made from another lies within it, or it is refused."""
@@ -69,8 +71,8 @@ class Delegations:
         problems: tuple[str, ...] = ()
         with self._s.store.write() as tx:
             row = get_row(tx.connection, wanted.workspace_id)
-            if State(row.state) in _ENDED:
-                raise ConflictError(f"{row.id} is {row.state}", cure="release it first", code="workspace_ended")
+            _require_open(row)
+            require_living(tx.connection, row)
             record = Delegation(
                 format=FORMAT,
                 id=self._s.new_id("dlg"),
@@ -125,33 +127,49 @@ class Delegations:
 
     def revoke(self, caller: Caller, identifier: str, body: Revoke) -> dict[str, Any]:
         """End a delegation and all that was made from it; perimeters are woken when this returns."""
-        now = self._s.clock()
         with self._s.store.write() as tx:
-            ended = [row for row in self._below(tx.connection, _get(tx.connection, identifier)) if not row.revoked_at]
-            for row in ended:
-                values = {"revoked_by": caller.principal, "revoked_at": iso(now), "revoked_reason": body.reason}
-                tx.connection.execute(delegations.update().where(delegations.c.id == row.id).values(**values))
-                record = _record(row)
-                tx.record(
-                    self._s.events.entity_management(
-                        now,
-                        caller.subject(row.workspace_id, agent=record.agent),
-                        ("delegation", row.id),
-                        activity="deactivate",
-                        comment=body.reason,
-                        detail={"delegation": row.id, "parent": record.parent},
-                    )
+            revoked = self._ends.end(tx, caller, [_get(tx.connection, identifier)], body.reason)
+        return {**self.show(identifier), "changed": bool(revoked), "revoked": revoked}
+
+    def reissue(self, tx: Transaction, caller: Caller, rows: Sequence[Row[Any]], agent: str) -> list[str]:
+        """Issue what is in ``rows`` anew, to ``agent`` on the same workspace: the same content, until the same time.
+
+        Called inside the transaction that ended them; returns the new ids in the order of issue. One that was made from
+        another of ``rows`` is made from its new one. Raises :class:`ConflictError` when one it was made from does not count, or
+        the workspace was cut off.
+        """
+        now = self._s.clock().replace(microsecond=0)
+        made: dict[str, str] = {}
+        waiting = {row.id: record_of(row) for row in rows}
+        for workspace in {row.workspace_id for row in rows}:
+            _require_open(get_row(tx.connection, workspace))
+        while waiting:
+            old = next(record for record in waiting.values() if record.parent not in waiting)
+            del waiting[old.id]
+            record = msgspec.structs.replace(
+                old, id=self._s.new_id("dlg"), parent=made.get(old.parent, old.parent), agent=agent, not_before=now
+            )
+            _check(record)
+            if record.parent and wider(record, self._line(tx.connection, record.parent, now)[0]):
+                raise ConflictError(
+                    f"{old.id} does not lie within {record.parent} any more",
+                    cure="issue it by itself",
+                    code="delegation_wider",
                 )
-            if ended:
-                tx.touch(*{row.workspace_id for row in ended})
-        return {**self.show(identifier), "changed": bool(ended), "revoked": [row.id for row in ended]}
+            made[old.id] = record.id
+            subject = caller.subject(record.workspace, agent=agent)
+            self._insert(tx, caller, now, record)
+            self._recorded(tx, now, subject, record)
+        if made:
+            tx.touch(*{row.workspace_id for row in rows})
+        return list(made.values())
 
     def _line(self, connection: Connection, identifier: str, now: datetime) -> list[Delegation]:
         """Return the record ``identifier`` and those it was made from, nearest first; all of them must count now."""
         line: list[Delegation] = []
         while identifier:
             row = _get(connection, identifier)
-            record = _record(row)
+            record = record_of(row)
             if row.revoked_at or not record.live(now):
                 raise ConflictError(
                     f"delegation {row.id} has {'been revoked' if row.revoked_at else 'ended'}",
@@ -161,16 +179,6 @@ class Delegations:
             line.append(record)
             identifier = record.parent
         return line
-
-    @staticmethod
-    def _below(connection: Connection, row: Row[Any]) -> list[Row[Any]]:
-        """Return ``row`` and everything that was made from it."""
-        found, pending = [row], [row.id]
-        while pending:
-            children = connection.execute(select(delegations).where(delegations.c.parent.in_(pending))).all()
-            found += children
-            pending = [child.id for child in children]
-        return found
 
     def _insert(self, tx: Transaction, caller: Caller, now: datetime, record: Delegation) -> None:
         payload = msgspec.json.encode(record)
@@ -235,15 +243,16 @@ def told(connection: Connection, now: datetime) -> tuple[dict[str, list[str]], f
     return {workspace: list(statements) for workspace, statements in found.items()}, frozenset(engaged)
 
 
+def _require_open(workspace: Row[Any]) -> None:
+    if State(workspace.state) in _ENDED:
+        raise ConflictError(f"{workspace.id} is {workspace.state}", cure="release it first", code="workspace_ended")
+
+
 def _check(record: Delegation) -> None:
     try:
         check_delegation(record)
     except DelegationInvalid as error:
         raise MalformedError(error.message, cure=error.cure, code=error.code, details=error.details) from error
-
-
-def _record(row: Row[Any]) -> Delegation:
-    return parse_delegation(row.record.encode())
 
 
 def _detail(record: Delegation) -> dict[str, object]:
@@ -264,16 +273,19 @@ def _detail(record: Delegation) -> dict[str, object]:
 def _get(connection: Connection, identifier: str) -> Row[Any]:
     row = connection.execute(select(delegations).where(delegations.c.id == identifier)).one_or_none()
     if row is None:
-        raise NotFoundError(
-            f"there is no delegation {identifier[:64]!r}",
-            cure="saw delegation list shows them",
-            code="unknown_delegation",
-        )
+        raise unknown_delegation(identifier)
     return row
 
 
+def unknown_delegation(identifier: str) -> NotFoundError:
+    """Return the refusal of a delegation that does not exist, or not for the caller."""
+    return NotFoundError(
+        f"there is no delegation {identifier[:64]!r}", cure="saw delegation list shows them", code="unknown_delegation"
+    )
+
+
 def _view(row: Row[Any], now: datetime) -> dict[str, Any]:
-    record = _record(row)
+    record = record_of(row)
     state = "revoked" if row.revoked_at else "active" if record.live(now) else "ended"
     return {
         **msgspec.to_builtins(record),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Container
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -59,6 +60,23 @@ def decode(raw: bytes, kind: type[T]) -> T:
         raise MalformedError(f"the body is not valid: {error}", cure="correct the named field") from error
 
 
+def filters_of(query: QueryParams, kind: type[T], repeated: Container[str], cure: str) -> T:
+    """Return the filters in a query as ``kind``, in which those named in ``repeated`` are lists and all else has one value.
+
+    Raises :class:`MalformedError` for an unknown name, a second value of one that takes one, or a value that does not fit.
+    """
+    given: dict[str, object] = {}
+    for name in query:
+        values = query.getlist(name)
+        if name not in repeated and len(values) > 1:
+            raise MalformedError(f"{name} is given twice", cure="give it once")
+        given[name] = values if name in repeated else values[0]
+    try:
+        return msgspec.convert(given, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise MalformedError(f"the filter is not valid: {error}", cure=cure) from error
+
+
 def whole_number(request: Request, name: str, default: int, largest: int) -> int:
     """Return query parameter ``name``, capped at ``largest``; raise :class:`MalformedError` unless it is a whole number."""
     text = request.query_params.get(name, str(default))
@@ -74,7 +92,8 @@ def guarded(identify: Identify, handle: Callable[[Request, Caller], Awaitable[An
         request_id = new_request_id()
         request.state.request_id = request_id
         try:
-            response = answer(await handle(request, identify(request)))
+            found = await handle(request, identify(request))
+            response = found if isinstance(found, Response) else answer(found)
         except SawError as error:
             response = refusal(error, request_id)
         except ClientDisconnect:
@@ -89,16 +108,25 @@ def guarded(identify: Identify, handle: Callable[[Request, Caller], Awaitable[An
     return endpoint
 
 
+class BodyHandler(Generic[T]):
+    """A handler that parses the body as ``body``, a type, and runs the blocking ``call`` in a thread."""
+
+    def __init__(self, body: type[T], call: Callable[[Caller, T, Request], Any], limit: int) -> None:
+        self.body = body
+        self._call = call
+        self._limit = limit
+
+    async def __call__(self, request: Request, caller: Caller) -> Any:
+        """Answer one request."""
+        body = decode(await read_body(request, self._limit), self.body)
+        return await run_in_threadpool(self._call, caller, body, request)
+
+
 def with_body(
     kind: type[T], call: Callable[[Caller, T, Request], Any], *, limit: int = DEFAULT_LIMIT
-) -> Callable[[Request, Caller], Awaitable[Any]]:
+) -> BodyHandler[T]:
     """Return a handler that parses the body as ``kind`` and runs the blocking ``call`` in a thread."""
-
-    async def handle(request: Request, caller: Caller) -> Any:
-        body = decode(await read_body(request, limit), kind)
-        return await run_in_threadpool(call, caller, body, request)
-
-    return handle
+    return BodyHandler(kind, call, limit)
 
 
 def without_body(call: Callable[[Caller, Request], Any]) -> Callable[[Request, Caller], Awaitable[Any]]:

@@ -72,6 +72,13 @@ class Images:
                 cure="sign a record with a later end",
                 code="record_expired",
             )
+        lacking = record.missing(self._s.config.image.require)
+        if lacking:
+            raise ForbiddenError(
+                f"the release record of {record.name} lacks {', '.join(lacking)}",
+                cure="build the image again, search it for vulnerabilities where asked (saw image scan), then sign its record",
+                code="record_incomplete",
+            )
         raw = payload.decode()
         where = (images.c.name == record.name) & (images.c.image_sha256 == record.image_sha256)
         with self._s.store.write() as tx:

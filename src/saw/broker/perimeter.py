@@ -10,6 +10,9 @@ from sqlalchemy import select
 
 from saw.audit import ChainedEvent, Head, event_hash
 from saw.audit.chain import ChainError
+from saw.audit.workspace_decisions import Decisions, events_of
+from saw.broker.agent_states import retired_agents
+from saw.broker.charges import ChargeTally
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.delegations import told
@@ -40,13 +43,14 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a workspace says about its policy, or something it found."""
 
     workspace_id: Annotated[str, msgspec.Meta(max_length=64)]
-    kind: Literal["policy_state", "finding", "calls"]
+    kind: Literal["policy_state", "finding", "calls", "decisions"]
     state: Literal["offered", "verified", "loaded", "refused", ""] = ""
     revision: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
     reason: Text = ""
     policy_digest: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")] | None = ""
     detail: Any = None
     calls: CallsSaid | None = None
+    decisions: Decisions | None = None
 
 
 class Shipment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,6 +76,7 @@ class Views:
             rows = connection.execute(select(workspaces).order_by(workspaces.c.number)).all()
             given = {row.id: assignments.of(row) for row in rows}
             statements, engaged = told(connection, self._s.clock())
+            retired = retired_agents(connection)
             bundles = live_bundles(connection)
             bundles |= bundles_of(
                 connection, {found.policy_digest for found in given.values() if found} - bundles.keys()
@@ -95,6 +100,7 @@ class Views:
                     "released_at": None if release is None else release.released_at,
                     "svid_sha256": row.svid_sha256,
                     "agent": row.agent_id,
+                    "agent_retired": row.id in retired,
                     "delegation_required": row.id in engaged or self._s.config.delegation.required,
                     "delegations": statements.get(row.id, []),
                 }
@@ -131,6 +137,8 @@ class Views:
         """
         if report.kind == "calls":
             return self._hear_calls(caller, report, verified=verified)
+        if report.kind == "decisions":
+            return self._hear_decisions(caller, report, verified=verified)
         now = self._s.clock()
         detail = {"verified": verified, "revision": report.revision, "report": _bounded(report.detail)}
         digest = report.policy_digest or ""
@@ -208,6 +216,17 @@ class Views:
         self._rollouts.act()
         return {"recorded": bool(counted), "verified": verified}
 
+    def _hear_decisions(self, caller: Caller, report: Report, *, verified: bool) -> dict[str, Any]:
+        """Write down what was decided in a workspace that proves who it is; without proof nothing is kept."""
+        if not verified or report.decisions is None:
+            return {"recorded": False, "verified": verified}
+        with self._s.store.write() as tx:
+            row = get_row(tx.connection, report.workspace_id)
+            require_state(row, MAY_REPORT)
+            subject = caller.subject(row.id, agent=row.agent_id, policy_digest=row.policy_digest or "")
+            tx.record(*events_of(self._s.events, self._s.clock(), subject, report.decisions))
+        return {"recorded": True, "verified": verified}
+
     def accept_events(self, caller: Caller, shipment: Shipment) -> dict[str, Any]:
         """Store a gatekeeper's events: at-least-once, keyed by (source, seq).
 
@@ -222,16 +241,17 @@ class Views:
             )
         _check_hashes(shipment)
         conflict = 0
-        tally = Tally()
+        tally, charged = Tally(), ChargeTally()
         with self._s.store.write() as tx:
             head = read_head(tx.connection, shipment.source)
             for item in shipment.events:
-                outcome = self._store_event(tx, caller, item, head, tally)
+                outcome = self._store_event(tx, caller, item, head, (tally, charged))
                 if outcome is None:
                     conflict = item.seq
                     break
                 head = outcome
             self._rollouts.counted(tx, tally.write(tx))
+            charged.write(tx)
         self._rollouts.act()
         if conflict:
             raise ConflictError(
@@ -243,15 +263,16 @@ class Views:
         return {"accepted": head.seq}
 
     def _store_event(
-        self, tx: Transaction, caller: Caller, item: ChainedEvent, head: Head, tally: Tally
+        self, tx: Transaction, caller: Caller, item: ChainedEvent, head: Head, tallies: tuple[Tally, ChargeTally]
     ) -> Head | None:
         """Store one event; return the new head, or None when it contradicts the chain (a finding is recorded)."""
         if item.seq <= head.seq:
             where = (audit_events.c.source == item.source) & (audit_events.c.seq == item.seq)
             stored = tx.connection.execute(select(audit_events.c.hash).where(where)).scalar_one_or_none()
             if stored is None:
-                insert_chained(tx.connection, item)
-                tally.add(item)
+                insert_chained(tx.connection, item, self._now_ms())
+                for tally in tallies:
+                    tally.add(item)
             elif stored != item.hash:
                 self._finding(tx, caller, item, "chain_conflict", "was shipped again with another content")
                 return None
@@ -261,9 +282,13 @@ class Views:
             return None
         if item.seq > head.seq + 1:
             self._finding(tx, caller, item, "chain_gap", f"came while {head.seq + 1} to {item.seq - 1} are missing")
-        append_chained(tx.connection, item)
-        tally.add(item)
+        append_chained(tx.connection, item, self._now_ms())
+        for tally in tallies:
+            tally.add(item)
         return Head(item.seq, item.hash)
+
+    def _now_ms(self) -> int:
+        return int(self._s.clock().timestamp() * 1000)
 
     def _finding(self, tx: Transaction, caller: Caller, item: ChainedEvent, kind: str, text: str) -> None:
         tx.record(
@@ -281,7 +306,7 @@ def _check_hashes(shipment: Shipment) -> None:
     """Refuse a shipment whose events do not carry their own hash, or belong to another source."""
     for item in shipment.events:
         try:
-            good = item.seq >= 1 and item.source == shipment.source
+            good = item.seq >= 1 and item.source == shipment.source and bool(item.event)
             good = good and item.hash == event_hash(item.source, item.seq, item.prev, item.event)
         except ChainError:
             good = False

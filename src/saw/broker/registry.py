@@ -7,16 +7,19 @@ from typing import Annotated, Any
 
 import msgspec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from sqlalchemy import Connection, Row, func, select
+from sqlalchemy import Connection, Row, select
 
 from saw.attest.verifier import load_ek
+from saw.broker.agent_states import AgentMoves, get_agent
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.errors import ConflictError, ForbiddenError, MalformedError, NotFoundError
 from saw.broker.images import admit, find_image
+from saw.broker.job_states import JobMoves
 from saw.broker.lifecycle import State, check_step, parse_state
 from saw.broker.review_states import Moves
-from saw.broker.schema import agents, workspaces
+from saw.broker.schema import workspaces
+from saw.broker.session_ends import SessionEnds
 from saw.broker.store import Transaction
 from saw.errors import SawError
 
@@ -32,13 +35,15 @@ NO_GRANTS: dict[str, None] = {"lease_expires_at": None, "svid_sha256": None}
 
 
 class CreateWorkspace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The profile of a workspace, fixed at creation."""
+    """The profile of a workspace, fixed at creation. ``agent``: id of a registered agent that is bound to no workspace yet;
+    without one, an agent is registered along with the workspace."""
 
     id: Text
     sponsor: Text
     blueprint: Name
     ring: Name
     image: Text
+    agent: Annotated[str, msgspec.Meta(max_length=64)] = ""
 
 
 class RecordEk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,6 +77,9 @@ class Registry:
     def __init__(self, services: Services) -> None:
         self._s = services
         self._reviews = Moves(services)
+        self._sessions = SessionEnds(services)
+        self._jobs = JobMoves(services)
+        self._agents = AgentMoves(services)
         self._candidate_rings = frozenset(services.config.image.candidate_rings)
 
     def create(self, caller: Caller, wanted: CreateWorkspace) -> dict[str, Any]:
@@ -97,14 +105,16 @@ class Registry:
             image = find_image(tx.connection, wanted.image)
             admit(image, wanted.ring, self._candidate_rings, now)
             number = self._free_number(tx.connection)
-            agent = f"agent-{(tx.connection.execute(select(func.count()).select_from(agents)).scalar_one()) + 1}"
+            profile = msgspec.structs.asdict(wanted)
+            named = profile.pop("agent")
+            agent = get_agent(tx.connection, named) if named else self._agents.add(tx, caller, wanted.sponsor)
             stamp = iso(now)
             tx.connection.execute(
                 workspaces.insert().values(
-                    **msgspec.structs.asdict(wanted),
+                    **profile,
                     number=number,
                     image_sha256=image.image_sha256,
-                    agent_id=agent,
+                    agent_id=agent.id,
                     state=State.REQUESTED,
                     state_reason="created",
                     state_since=stamp,
@@ -112,36 +122,23 @@ class Registry:
                     watch_seq=0,
                 )
             )
-            tx.connection.execute(
-                agents.insert().values(
-                    id=agent,
-                    workspace_id=wanted.id,
-                    sponsor=wanted.sponsor,
-                    blueprint=wanted.blueprint,
-                    state="registered",
-                    created_at=stamp,
+            detail = {"profile": {**profile, "number": number, "image_sha256": image.image_sha256}}
+            tx.record(
+                self._s.events.entity_management(
+                    now,
+                    caller.subject(wanted.id, agent=agent.id),
+                    ("workspace", wanted.id),
+                    activity="create",
+                    detail=detail,
                 )
             )
-            subject = caller.subject(wanted.id, agent=agent)
-            profile = {**msgspec.structs.asdict(wanted), "number": number, "image_sha256": image.image_sha256}
-            make = self._s.events.entity_management
-            tx.record(
-                make(now, subject, ("workspace", wanted.id), activity="create", detail={"profile": profile}),
-                make(now, subject, ("agent", agent), activity="create", detail={"sponsor": wanted.sponsor}),
-            )
-            tx.touch(wanted.id)
+            self._agents.bind(tx, caller, agent, get_row(tx.connection, wanted.id))
             return public_view(get_row(tx.connection, wanted.id))
 
     def show(self, workspace_id: str) -> dict[str, Any]:
         """Return one workspace as the operator sees it."""
         with self._s.store.read() as connection:
             return public_view(get_row(connection, workspace_id))
-
-    def list(self) -> dict[str, Any]:
-        """Return all workspaces by id."""
-        with self._s.store.read() as connection:
-            rows = connection.execute(select(workspaces).order_by(workspaces.c.id)).all()
-        return {"workspaces": [public_view(row) for row in rows]}
 
     def record_ek(self, caller: Caller, workspace_id: str, body: RecordEk) -> dict[str, Any]:
         """Record the endorsement key, once. The same key again changes nothing; another one is refused and audited."""
@@ -248,15 +245,13 @@ class Registry:
             )
         return {**self.show(workspace_id), "changed": changed}
 
-    def activate(self, tx: Transaction, row: Row[Any]) -> None:
+    def activate(self, tx: Transaction, caller: Caller, row: Row[Any]) -> None:
         """Mark the agent active when its workspace becomes so (called inside the attestation's transaction)."""
-        tx.connection.execute(agents.update().where(agents.c.id == row.agent_id).values(state="active"))
+        self._agents.follow(tx, caller, row.id, State.ACTIVE, "the workspace has attested")
 
     def _move(self, tx: Transaction, caller: Caller, row: Row[Any], to: State, reason: str) -> None:
         now = self._s.clock()
         self._set(tx.connection, row.id, state=to, state_reason=reason, state_since=iso(now), **NO_GRANTS)
-        agent_state = "retired" if to is State.DECOMMISSIONED else "suspended"
-        tx.connection.execute(agents.update().where(agents.c.id == row.agent_id).values(state=agent_state))
         subject = caller.subject(row.id, agent=row.agent_id, policy_digest=row.policy_digest or "")
         activity = {State.QUARANTINED: "suspend", State.DECOMMISSIONED: "delete", State.STOPPED: "deactivate"}.get(
             to, "update"
@@ -272,6 +267,10 @@ class Registry:
             )
         )
         self._reviews.cancel_all(tx, caller, row.id, reason)
+        self._agents.follow(tx, caller, row.id, to, reason)
+        self._sessions.end_workspace(tx, caller, row.id, str(to), reason)
+        if to is State.QUARANTINED:
+            self._jobs.workspace_killed(tx, caller, row.id, reason)
         tx.touch(row.id)
 
     @staticmethod
@@ -297,12 +296,17 @@ def get_row(connection: Connection, workspace_id: str) -> Row[Any]:
     """Return the row of a workspace or raise :class:`NotFoundError`."""
     row = connection.execute(select(workspaces).where(workspaces.c.id == workspace_id)).one_or_none()
     if row is None:
-        raise NotFoundError(
-            f"there is no workspace {workspace_id[:64]!r}",
-            cure="saw workspace list shows them",
-            code="unknown_workspace",
-        )
+        raise unknown_workspace(workspace_id)
     return row
+
+
+def unknown_workspace(workspace_id: str) -> NotFoundError:
+    """Return the refusal of a workspace that does not exist, or not for the caller."""
+    return NotFoundError(
+        f"there is no workspace {workspace_id[:64]!r}",
+        cure="saw workspace list shows them",
+        code="unknown_workspace",
+    )
 
 
 def require_state(row: Row[Any], allowed: frozenset[State]) -> None:
@@ -322,10 +326,10 @@ def normal_ek(pem: str) -> str:
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
-_HIDDEN = frozenset({"ak_pub", "ek_pub_pem"})
+HIDDEN = frozenset({"ak_pub", "ek_pub_pem"})
 
 
 def public_view(row: Row[Any]) -> dict[str, Any]:
     """Return what operators see of a workspace."""
-    view = {key: value for key, value in zip(row._fields, row, strict=True) if key not in _HIDDEN}
+    view = {key: value for key, value in zip(row._fields, row, strict=True) if key not in HIDDEN}
     return {**view, "ek_recorded": row.ek_pub_pem is not None}

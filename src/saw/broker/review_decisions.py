@@ -15,31 +15,34 @@ from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.errors import BrokerError, ConflictError, ForbiddenError, MalformedError, NotFoundError
 from saw.broker.registry import get_row
-from saw.broker.review_states import COLUMNS, OPEN, Moves, due_at, get_review, stored, why_void
+from saw.broker.review_context import Texts, context_of
+from saw.broker.review_evidence import (
+    Decide,
+    DecideByPasskey,
+    Proof,
+    counting,
+    in_group,
+    prove,
+    signed_decision,
+    use_passkey,
+)
+from saw.broker.review_states import COLUMNS, GATE, OPEN, Moves, due_at, get_review, stored, why_void
 from saw.broker.review_vault import BytesChanged, Vault
-from saw.broker.reviewers import counting, get_reviewer, is_self_approval, may_decide
-from saw.broker.schema import review_decisions, review_nonces, reviewers, reviews
+from saw.broker.reviewers import get_reviewer, is_self_approval
+from saw.broker.schema import review_decisions, review_nonces, reviews
 from saw.broker.setup import signer_file
 from saw.broker.store import Transaction
 from saw.identity.statement import sign_statement
-from saw.policy.keys import parse_public_key
+from saw.review.gate import GateRequest, render_gate
 from saw.review.messages import FINAL, ReviewedCall
-from saw.review.receipt import RECEIPT_TYPE, Receipt, SignedDecision
-from saw.review.render import render
-from saw.review.statement import (
-    MAX_STATEMENT,
-    ReviewStatement,
-    StatementRefused,
-    parse_statement,
-    render_digest,
-    verify_review,
-)
+from saw.review.receipt import RECEIPT_TYPE, Receipt
+from saw.review.statement import ReviewStatement, StatementRefused, parse_statement, render_digest
 
 NONCE_FOR = timedelta(minutes=10)
 """How long a reviewer has from taking a nonce to handing in the signed decision."""
 MAX_DECISIONS = 18
 """Most decisions that are kept of one review; so many fit into a receipt."""
-_HIDDEN = frozenset({"claim_sha256", "held_bytes"})
+_HIDDEN = frozenset({"claim_sha256", "held_bytes", "context_step", "render_digest"})
 
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
@@ -50,13 +53,6 @@ class AskNonce(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     approver: Text
 
 
-class Decide(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A statement in canonical form (:mod:`saw.review.statement`) and the signature over it, hexadecimal."""
-
-    statement: Annotated[str, msgspec.Meta(max_length=MAX_STATEMENT)]
-    signature: Annotated[str, msgspec.Meta(max_length=512)]
-
-
 class Cancel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Why a call is not waited for any longer."""
 
@@ -64,12 +60,13 @@ class Cancel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Decisions:
-    """Reviews as people use them, through an operator's socket; what counts is the signature (control REV-02)."""
+    """Reviews as people use them, through an operator's socket or the pages; what counts is the signature (control REV-02)."""
 
     def __init__(self, services: Services, vault: Vault) -> None:
         self._s = services
         self._vault = vault
         self._moves = Moves(services)
+        self._texts = Texts()
 
     def listed(self, state: str | None, workspace_id: str | None) -> dict[str, Any]:
         """Return reviews, newest first, at most 1000."""
@@ -96,39 +93,54 @@ class Decisions:
                 "decisions": decisions,
             }
 
+    def brief(self, identifier: str) -> dict[str, Any]:
+        """Return what a list says of one review."""
+        with self._s.store.read() as connection:
+            return self._summary(connection, get_review(connection, identifier))
+
     def call(self, identifier: str) -> dict[str, Any]:
-        """Return the exact call, so that a reviewer's own machine can show and digest it."""
+        """Return the exact call, or the statement of a gate, so that a reviewer's own machine can show and digest it."""
         with self._s.store.read() as connection:
             row = get_review(connection, identifier)
             call = self._call(connection, row)
+            sealed = stored(connection, row.id, "context")
+        if isinstance(call, GateRequest):
+            return {"id": row.id, "workspace_id": row.workspace_id, "gate": call}
         if call is None:
             raise NotFoundError(
                 f"the bytes of {identifier} are no longer kept", cure="its digest is", code="bytes_removed"
             )
-        return {"id": row.id, "workspace_id": row.workspace_id, "call": call}
+        context = context_of(self._vault, row, call, sealed)
+        return {"id": row.id, "workspace_id": row.workspace_id, "call": call, "context": context}
 
     def nonce(self, identifier: str, body: AskNonce) -> dict[str, Any]:
-        """Give ``approver`` a nonce for one decision about this review; it replaces the one of before."""
+        """Give a registered reviewer a nonce for one decision about this review; it replaces the one of before."""
+        with self._s.store.read() as connection:
+            name = get_reviewer(connection, body.approver).name
+        return self.nonce_for(identifier, name, passkey=False)
+
+    def nonce_for(self, identifier: str, name: str, *, passkey: bool) -> dict[str, Any]:
+        """Like :meth:`nonce`; with ``passkey`` for somebody who is signed in."""
         now = self._s.clock()
         nonce = base64.urlsafe_b64encode(self._s.random(32)).rstrip(b"=").decode()
         with self._s.store.write() as tx:
             row = self._moves.settle(tx, get_review(tx.connection, identifier))
-            person = get_reviewer(tx.connection, body.approver)
-            where = (review_nonces.c.review_id == row.id) & (review_nonces.c.approver == person.name)
+            member = in_group(tx.connection, name, row.group_name, now, passkey=passkey)
+            where = (review_nonces.c.review_id == row.id) & (review_nonces.c.approver == name)
             tx.connection.execute(review_nonces.delete().where(where))
-            if row.state in OPEN and may_decide(person, row.group_name):
+            if row.state in OPEN and member:
                 tx.connection.execute(
                     review_nonces.insert().values(
-                        review_id=row.id, approver=person.name, nonce=nonce, expires_at=iso(now + NONCE_FOR)
+                        review_id=row.id, approver=name, nonce=nonce, expires_at=iso(now + NONCE_FOR)
                     )
                 )
         if row.state not in OPEN:
             raise _not_open(row)
-        if not may_decide(person, row.group_name):
-            raise _not_in_group(person.name, row)
-        return {"review": row.id, "approver": person.name, "nonce": nonce, "expires_at": iso(now + NONCE_FOR)}
+        if not member:
+            raise _not_in_group(name, row)
+        return {"review": row.id, "approver": name, "nonce": nonce, "expires_at": iso(now + NONCE_FOR)}
 
-    def decide(self, caller: Caller, identifier: str, body: Decide) -> dict[str, Any]:
+    def decide(self, caller: Caller, identifier: str, body: Decide | DecideByPasskey) -> dict[str, Any]:
         """Take a signed decision: a denial ends the review, the last approval that is needed approves it.
 
         The nonce is gone after this, whatever else is found. Raises a refusal that says what does not fit.
@@ -139,11 +151,12 @@ class Decisions:
             raise MalformedError(error.message, cure=error.cure, code=error.code) from error
         with self._s.store.write() as tx:
             row = self._moves.settle(tx, get_review(tx.connection, identifier))
-            refused = self._judge(tx, caller, row, said, body)
-            if refused is None:
-                self._take(tx, caller, row, said, body)
+            proof = self._judge(tx, caller, row, said, body)
+            refused = proof if isinstance(proof, BrokerError) else None
+            if not isinstance(proof, BrokerError):
+                self._take(tx, caller, row, said, body.statement, proof)
             else:
-                told: dict[str, object] = {"reviewer": said.approver, "decision": said.decision, "reason": refused.code}
+                told: dict[str, object] = {"reviewer": said.approver, "decision": said.decision, "reason": proof.code}
                 self._moves.record(tx, caller, row, "a decision was refused", refused=True, said=told)
         if refused is not None:
             raise refused
@@ -188,15 +201,7 @@ class Decisions:
             detail=row.detail,
             answer_status=row.answer_status,
             answer_sha256=row.answer_sha256,
-            decisions=tuple(
-                SignedDecision(
-                    statement=one.statement,
-                    signature=one.signature,
-                    public_key=one.public_key,
-                    decided_at=one.decided_at,
-                )
-                for one in decisions
-            ),
+            decisions=tuple(signed_decision(one) for one in decisions),
             issued_at=iso(self._s.clock()),
         )
         signer = signer_file(self._s.config).read_bytes()
@@ -207,10 +212,17 @@ class Decisions:
         }
 
     def _judge(
-        self, tx: Transaction, caller: Caller, row: Row[Any], said: ReviewStatement, body: Decide
-    ) -> BrokerError | None:
-        """Use up the nonce and return why the decision cannot be taken, or None."""
+        self, tx: Transaction, caller: Caller, row: Row[Any], said: ReviewStatement, body: Decide | DecideByPasskey
+    ) -> BrokerError | Proof:
+        """Use up the nonce and return why the decision cannot be taken, or what proves it."""
         now = self._s.clock()
+        by_passkey = isinstance(body, DecideByPasskey)
+        if isinstance(body, DecideByPasskey) and said.approver != body.person:
+            return ForbiddenError(
+                f"the decision is in the name of {said.approver[:64]}",
+                cure="decide in your own name",
+                code="another_persons_name",
+            )
         where = (review_nonces.c.review_id == row.id) & (review_nonces.c.approver == said.approver)
         held = tx.connection.execute(select(review_nonces).where(where)).one_or_none()
         tx.connection.execute(review_nonces.delete().where(where))
@@ -220,22 +232,19 @@ class Decisions:
         if why:
             self._moves.move(tx, caller, row, "cancelled", why)
             return ConflictError(f"{row.id} is void: {why}", cure="the agent may ask again", code=why)
-        person = tx.connection.execute(select(reviewers).where(reviewers.c.name == said.approver)).one_or_none()
-        if person is None or not may_decide(person, row.group_name):
+        if not in_group(tx.connection, said.approver, row.group_name, now, passkey=by_passkey):
             return _not_in_group(said.approver, row)
         try:
-            verify_review(
-                body.statement.encode(), body.signature, parse_public_key(person.public_key.encode(), person.name)
-            )
-        except StatementRefused as error:
-            return ForbiddenError(error.message, cure=error.cure, code="signature_refused")
+            proof = prove(tx.connection, said, body)
+        except BrokerError as error:
+            return error
         if held is None or held.expires_at <= iso(now) or not hmac.compare_digest(held.nonce, said.nonce):
             return ForbiddenError(
                 "the nonce is not the one that was given for this review and approver, or it was used",
                 cure="take another nonce and sign again",
                 code="nonce_refused",
             )
-        return self._judge_content(tx.connection, row, said, now)
+        return self._judge_content(tx.connection, row, said, now) or proof
 
     def _judge_content(
         self, connection: Connection, row: Row[Any], said: ReviewStatement, now: datetime
@@ -266,8 +275,8 @@ class Decisions:
             )
         if said.decision == "approve" and is_self_approval(row, said.approver):
             return ForbiddenError(
-                f"{said.approver} is the sponsor of {row.workspace_id}",
-                cure="somebody else approves what one's own agent asks for",
+                f"{said.approver} {'asked for this' if row.kind == GATE else f'is the sponsor of {row.workspace_id}'}",
+                cure="somebody else approves what one asks for, or one's own agent does",
                 code="self_approval",
             )
         if said.decision == "approve" and said.approver in counting(connection, row, now):
@@ -281,18 +290,21 @@ class Decisions:
             )
         return None
 
-    def _take(self, tx: Transaction, caller: Caller, row: Row[Any], said: ReviewStatement, body: Decide) -> None:
+    def _take(  # noqa: PLR0917 - the one place that stores a decision
+        self, tx: Transaction, caller: Caller, row: Row[Any], said: ReviewStatement, raw: str, proof: Proof
+    ) -> None:
         now = self._s.clock()
-        person = get_reviewer(tx.connection, said.approver)
+        use_passkey(tx.connection, proof, now)
         tx.connection.execute(
             review_decisions.insert().values(
                 review_id=row.id,
                 approver=said.approver,
                 decision=said.decision,
-                statement=body.statement,
-                signature=body.signature,
-                public_key=person.public_key,
-                key_sha256=person.key_sha256,
+                kind=proof.kind,
+                statement=raw,
+                signature=proof.signature,
+                public_key=proof.public_key,
+                key_sha256=proof.key_sha256,
                 not_after=said.not_after,
                 decided_by=caller.principal,
                 decided_at=iso(now),
@@ -301,7 +313,8 @@ class Decisions:
         told: dict[str, object] = {
             "reviewer": said.approver,
             "decision": said.decision,
-            "key_sha256": person.key_sha256,
+            "key_sha256": proof.key_sha256,
+            "signed_with": proof.kind,
             "render_digest": said.render_digest,
         }
         comment = said.comment or said.decision
@@ -321,13 +334,22 @@ class Decisions:
             with self._s.store.write() as tx:
                 self._moves.settle(tx, get_review(tx.connection, identifier))
 
-    def _call(self, connection: Connection, row: Row[Any]) -> ReviewedCall | None:
+    def _call(self, connection: Connection, row: Row[Any]) -> ReviewedCall | GateRequest | None:
         raw = stored(connection, row.id, "call")
-        return None if raw is None else self._vault.open(row.id, "call", raw, ReviewedCall)
+        if raw is None:
+            return None
+        if row.kind == GATE:
+            return self._vault.open(row.id, "call", raw, GateRequest)
+        return self._vault.open(row.id, "call", raw, ReviewedCall)
 
     def _rendering(self, connection: Connection, row: Row[Any]) -> str | None:
         call = self._call(connection, row)
-        return None if call is None else render(row.workspace_id, call)
+        if isinstance(call, GateRequest):
+            return render_gate(row.perimeter, call)
+        if call is None:
+            return None
+        raw = stored(connection, row.id, "context")
+        return self._texts.of(row.workspace_id, call, context_of(self._vault, row, call, raw))
 
     def _summary(self, connection: Connection, row: Row[Any]) -> dict[str, Any]:
         """Return what a list says of a review; for one that waits, who has approved it and still counts."""
@@ -349,6 +371,7 @@ def _decision_view(row: Row[Any]) -> dict[str, Any]:
         "comment": said.comment,
         "not_after": row.not_after,
         "decided_at": row.decided_at,
+        "signed_with": row.kind,
         "key_sha256": row.key_sha256,
         "statement": row.statement,
         "signature": row.signature,

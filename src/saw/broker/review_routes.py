@@ -13,7 +13,9 @@ from starlette.routing import Route
 from saw.broker.context import Caller
 from saw.broker.core import Broker
 from saw.broker.http import DEFAULT_LIMIT, decode, read_body, whole_number, with_body, without_body
-from saw.broker.review_decisions import AskNonce, Cancel, Decide
+from saw.broker.review_decisions import AskNonce, Cancel
+from saw.broker.review_evidence import Decide
+from saw.broker.review_read_back import ReadAgain
 from saw.broker.review_states import claims_key, review_key
 from saw.broker.reviewers import Retire, Reviewer
 from saw.review.messages import (
@@ -22,7 +24,9 @@ from saw.review.messages import (
     MAX_REVIEWED_BODY,
     ClaimAnswer,
     ClaimReview,
+    ContextResult,
     OpenReview,
+    ReadBackResult,
     ReviewResult,
     ReviewView,
 )
@@ -67,7 +71,7 @@ def perimeter_review_routes(broker: Broker, route: MakeRoute) -> list[Route]:
             return await run_in_threadpool(kept.claim, caller)
 
         def over(found: ClaimAnswer | None) -> bool:
-            return found is None or found.claimed is not None
+            return found is None or found != ClaimAnswer()
 
         return await waker.poll(claims_key(caller.principal), read, over, wanted.wait) or ClaimAnswer()
 
@@ -83,6 +87,16 @@ def perimeter_review_routes(broker: Broker, route: MakeRoute) -> list[Route]:
             "/v1/perimeter/reviews/{id}/result",
             "POST",
             with_body(ReviewResult, lambda c, b, r: kept.result(c, r.path_params["id"], b), limit=MAX_RESULT),
+        ),
+        route(
+            "/v1/perimeter/reviews/{id}/read-back",
+            "POST",
+            with_body(ReadBackResult, lambda c, b, r: kept.read_backs.told(c, r.path_params["id"], b)),
+        ),
+        route(
+            "/v1/perimeter/reviews/{id}/context",
+            "POST",
+            with_body(ContextResult, lambda c, b, r: kept.contexts.told(c, r.path_params["id"], b), limit=MAX_OPENING),
         ),
     ]
 
@@ -111,4 +125,9 @@ def operator_review_routes(broker: Broker, route: MakeRoute) -> list[Route]:
         route(f"{one}/nonce", "POST", with_body(AskNonce, lambda _c, b, r: decisions.nonce(r.path_params["id"], b))),
         route(f"{one}/decide", "POST", with_body(Decide, lambda c, b, r: decisions.decide(c, r.path_params["id"], b))),
         route(f"{one}/cancel", "POST", with_body(Cancel, lambda c, b, r: decisions.cancel(c, r.path_params["id"], b))),
+        route(
+            f"{one}/read-back",
+            "POST",
+            with_body(ReadAgain, lambda c, b, r: broker.reviews.read_backs.again(c, r.path_params["id"], b)),
+        ),
     ]

@@ -16,14 +16,16 @@ from saw.broker.clock import iso
 from saw.broker.context import BROKER, Caller, Services
 from saw.broker.errors import NotFoundError
 from saw.broker.lifecycle import State
-from saw.broker.schema import delegations, reviews, workspaces
+from saw.broker.schema import agents, delegations, reviews, workspaces
 from saw.broker.store import Transaction
 from saw.review.messages import FINAL, ReviewState
 
+GATE = "gate"
+"""The kind of a review that is a change to the fleet; a call has ``call``."""
 OPEN = frozenset({"pending", "approved"})
 """States from which a review can still be decided, cancelled, or expire."""
 UNENDED = OPEN | {"executing"}
-COLUMNS = tuple(column for column in reviews.c if column.name not in {"call", "answer"})
+COLUMNS = tuple(column for column in reviews.c if column.name not in {"call", "answer", "context"})
 """What a row of a review has; the bytes, which may be many, are read by :func:`stored` alone."""
 
 _ACTIVITY: dict[str, Literal["activate", "enable", "deactivate", "suspend", "update"]] = {
@@ -54,8 +56,8 @@ def get_review(connection: Connection, identifier: str) -> Row[Any]:
     return row
 
 
-def stored(connection: Connection, identifier: str, what: Literal["call", "answer"]) -> bytes | None:
-    """Return the encrypted call or answer of a review; None when there is none, or no longer."""
+def stored(connection: Connection, identifier: str, what: Literal["call", "answer", "context"]) -> bytes | None:
+    """Return the encrypted call, answer or context of a review; None when there is none, or no longer."""
     found: bytes | None = connection.execute(select(reviews.c[what]).where(reviews.c.id == identifier)).scalar_one()
     return found
 
@@ -128,6 +130,7 @@ class Moves:
                     "delegation": row.delegation,
                     "group": row.group_name,
                     "quorum": row.quorum,
+                    **({"gate": row.rule, "requested_by": row.sponsor} if row.kind == GATE else {}),
                     **(said or {}),
                 },
             )
@@ -142,7 +145,8 @@ class Moves:
                 tx, BROKER, row, "expired", "nobody decided in time" if row.state == "pending" else "unused"
             )
         elif row.state == "executing" and row.claim_ends_at <= now:
-            found = self.move(tx, BROKER, row, "unknown", "the perimeter did not tell in time how the call ended")
+            who, what = ("the run", "wave") if row.kind == GATE else ("the perimeter", "call")
+            found = self.move(tx, BROKER, row, "unknown", f"{who} did not tell in time how the {what} ended")
         return found or row
 
     def cancel_all(self, tx: Transaction, caller: Caller, workspace_id: str, why: str) -> None:
@@ -150,6 +154,12 @@ class Moves:
         query = select(*COLUMNS).where(reviews.c.workspace_id == workspace_id, reviews.c.state.in_(OPEN))
         for row in tx.connection.execute(query).all():
             self.move(tx, caller, row, "cancelled", f"workspace_not_active: {why}"[:512])
+
+    def cancel_of_agent(self, tx: Transaction, caller: Caller, agent: str, why: str) -> None:
+        """Cancel what waits for an agent that is retired."""
+        query = select(*COLUMNS).where(reviews.c.agent_id == agent, reviews.c.state.in_(OPEN))
+        for row in tx.connection.execute(query).all():
+            self.move(tx, caller, row, "cancelled", f"agent_retired: {why}"[:512])
 
 
 def due_at(row: Row[Any]) -> str:
@@ -162,12 +172,17 @@ def due_at(row: Row[Any]) -> str:
 def why_void(connection: Connection, row: Row[Any], now: datetime) -> str:
     """Return why ``row`` may not be executed any more whatever people say, else an empty text.
 
-    ``workspace_not_active``, ``policy_changed`` (another policy is in force than the one it was opened under) or
-    ``delegation_ended``.
+    ``workspace_not_active``, ``agent_retired``, ``policy_changed`` (another policy is in force than the one it was opened under)
+    or ``delegation_ended``. A change to the fleet hangs on no workspace.
     """
+    if row.kind == GATE:
+        return ""
     workspace = connection.execute(select(workspaces).where(workspaces.c.id == row.workspace_id)).one_or_none()
-    if workspace is None or workspace.state != State.ACTIVE or workspace.agent_id != row.agent_id:
+    if workspace is None or workspace.state != State.ACTIVE:
         return "workspace_not_active"
+    agent = connection.execute(select(agents.c.state).where(agents.c.id == row.agent_id)).scalar_one_or_none()
+    if workspace.agent_id != row.agent_id or agent == "retired":
+        return "agent_retired"
     if workspace.policy_digest != row.policy_digest:
         return "policy_changed"
     if row.delegation:

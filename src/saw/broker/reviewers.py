@@ -1,9 +1,8 @@
-"""Who may decide on reviews: names, groups, and one key each; and which of their approvals count now."""
+"""Who may decide on reviews under a registered key: names, groups, and one key each."""
 
 from __future__ import annotations
 
 import hashlib
-from datetime import datetime
 from typing import Annotated, Any
 
 import msgspec
@@ -12,13 +11,13 @@ from sqlalchemy import Connection, Row, select
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.errors import ConflictError, MalformedError, NotFoundError
-from saw.broker.schema import review_decisions, reviewers
+from saw.broker.review_states import GATE
+from saw.broker.reviewer_names import ReviewerName
+from saw.broker.schema import reviewers
 from saw.policy.errors import KeyFileError
 from saw.policy.keys import key_id, parse_public_key, public_pem, raw_public
 from saw.review.messages import SPONSORS
-from saw.review.statement import StatementRefused, verify_review
 
-ReviewerName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9._@+-]{0,253}[a-z0-9])?\Z")]
 Group = Annotated[str, msgspec.Meta(pattern=r"^[!-~][ -~]{0,254}\Z")]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
@@ -150,36 +149,14 @@ def may_decide(reviewer: Row[Any], group: str) -> bool:
 
 
 def is_self_approval(review: Row[Any], name: str) -> bool:
-    """Tell whether ``name`` is the sponsor of the review's workspace and its group does not ask for the sponsor."""
-    return review.group_name != SPONSORS and name.strip().casefold() == str(review.sponsor).strip().casefold()
+    """Tell whether ``name`` asked for what is reviewed: the workspace's sponsor, unless the group asks for sponsors.
 
-
-def counting(connection: Connection, review: Row[Any], now: datetime) -> dict[str, Row[Any]]:
-    """Return the approvals of ``review`` that count at ``now``, by approver; everything about them is looked at again.
-
-    An approval counts while its signature holds under the key that its approver has now, it is about this very request and
-    policy, it has not ended, and its approver is active, in the group, and not the sponsor.
+    Of a change to the fleet, it is the person who is said to ask, and whoever the client is.
     """
-    query = select(review_decisions).where(
-        review_decisions.c.review_id == review.id, review_decisions.c.decision == "approve"
-    )
-    people = {row.name: row for row in connection.execute(select(reviewers)).all()}
-    found: dict[str, Row[Any]] = {}
-    for row in connection.execute(query.order_by(review_decisions.c.id)).all():
-        person = people.get(row.approver)
-        if person is None or not may_decide(person, review.group_name) or is_self_approval(review, row.approver):
-            continue
-        try:
-            key = parse_public_key(person.public_key.encode(), f"of {person.name}")
-            said = verify_review(row.statement.encode(), row.signature, key)
-        except (StatementRefused, KeyFileError):
-            continue
-        wanted = (review.id, review.request_digest, review.policy_digest, "approve", person.name)
-        if (said.review, said.request_digest, said.policy_digest, said.decision, said.approver) != wanted:
-            continue
-        if said.not_after > iso(now):
-            found[person.name] = row
-    return found
+    name = name.strip().casefold()
+    if review.kind == GATE and name == str(review.perimeter).partition(":")[2].casefold():
+        return True
+    return review.group_name != SPONSORS and name == str(review.sponsor).strip().casefold()
 
 
 def _groups(row: Row[Any]) -> list[str]:

@@ -10,16 +10,23 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, select
 
+from saw.broker.agent_states import require_living
 from saw.broker.clock import iso, parse_iso
 from saw.broker.context import BROKER, Caller, Services
 from saw.broker.errors import BrokerError, BusyError, ConflictError, ForbiddenError, MalformedError
+from saw.broker.holds import holds_in_force
 from saw.broker.lifecycle import State
 from saw.broker.registry import get_row, require_state
+from saw.broker.review_context import Contexts
+from saw.broker.review_evidence import counting
+from saw.broker.review_read_back import ReadBacks, read_back_words
 from saw.broker.review_states import (
     COLUMNS,
+    GATE,
     OPEN,
     UNENDED,
     Moves,
+    claims_key,
     due_at,
     get_review,
     stored,
@@ -27,7 +34,6 @@ from saw.broker.review_states import (
     why_void,
 )
 from saw.broker.review_vault import BytesChanged, Vault
-from saw.broker.reviewers import counting
 from saw.broker.schema import review_nonces, reviews, workspaces
 from saw.broker.store import Transaction
 from saw.review.digest import request_digest
@@ -36,11 +42,15 @@ from saw.review.messages import (
     ClaimAnswer,
     Claimed,
     OpenReview,
+    ReadContext,
+    ReadState,
     ReviewedAnswer,
     ReviewedCall,
     ReviewResult,
     ReviewView,
 )
+from saw.review.render import is_push
+from saw.review.state_diff import has_state
 
 CLAIM_FOR = timedelta(seconds=120)
 """How long a perimeter has for the one attempt, from the claim to telling its result."""
@@ -59,6 +69,8 @@ class Reviews:
         self._s = services
         self._vault = vault
         self._moves = Moves(services)
+        self.read_backs = ReadBacks(services, vault)
+        self.contexts = Contexts(services, vault)
 
     def open(self, caller: Caller, wanted: OpenReview) -> ReviewView:
         """Keep a call until people have decided; the same call that waits already is answered with its review.
@@ -73,6 +85,7 @@ class Reviews:
         with self._s.store.write() as tx:
             workspace = get_row(tx.connection, wanted.workspace_id)
             require_state(workspace, frozenset({State.ACTIVE}))
+            require_living(tx.connection, workspace)
             if workspace.policy_digest != wanted.policy_digest:
                 raise ConflictError(
                     f"{workspace.id} is under another policy than the call was judged by",
@@ -108,9 +121,15 @@ class Reviews:
                         detail="",
                         opened_at=iso(now),
                         expires_at=iso(now + timedelta(seconds=wanted.expires_in_s)),
+                        **(
+                            {"context_state": "asked", "context_at": iso(now), "context_step": 1}
+                            if is_push(wanted.call) or (wanted.readable and has_state(wanted.call))
+                            else {}
+                        ),
                     )
                 )
                 first = get_review(tx.connection, identifier)
+                tx.wake(claims_key(caller.principal))
                 self._moves.record(tx, caller, first, "a call waits for review", "create")
             return self._view(tx.connection, first)
 
@@ -140,7 +159,7 @@ class Reviews:
         with self._s.store.read() as connection:
             waiting = connection.execute(select(reviews.c.id).where(mine)).first() is not None
         if not waiting:
-            return ClaimAnswer()
+            return self._question(caller)
         token = base64.urlsafe_b64encode(self._s.random(32)).rstrip(b"=").decode()
         with self._s.store.write() as tx:
             query = select(reviews.c.id).where(mine).order_by(reviews.c.approved_at, reviews.c.id)
@@ -148,7 +167,17 @@ class Reviews:
                 claimed = self._claim(tx, caller, get_review(tx.connection, identifier), token)
                 if claimed is not None:
                     return ClaimAnswer(claimed=claimed)
-        return ClaimAnswer()
+        return self._question(caller)
+
+    def _question(self, caller: Caller) -> ClaimAnswer:
+        """Return what the caller shall read at a far end, where there is nothing to send."""
+        found = self.read_backs.give(caller)
+        asked = None if found else self.contexts.give(caller)
+        return ClaimAnswer(
+            read_back=found,
+            read_context=asked if isinstance(asked, ReadContext) else None,
+            read_state=asked if isinstance(asked, ReadState) else None,
+        )
 
     def result(self, caller: Caller, identifier: str, told: ReviewResult) -> ReviewView:
         """Record how the one attempt ended; the same again changes nothing.
@@ -195,16 +224,25 @@ class Reviews:
                 for row in rows
                 if due_at(row) <= iso(now) or (row.state in OPEN and why_void(connection, row, now))
             ]
-            old = (reviews.c.ended_at <= iso(now - KEEP)) & (reviews.c.held_bytes > 0)
-            stale = connection.execute(select(reviews.c.id).where(old).limit(256)).scalars().all()
+            # A statement of a gate stays: the next one is compared with it, and it holds no body.
+            old = (reviews.c.ended_at <= iso(now - KEEP)) & (reviews.c.held_bytes > 0) & (reviews.c.kind != GATE)
+            held = holds_in_force(connection)
+            ended = select(reviews.c.id, reviews.c.workspace_id, reviews.c.opened_at, reviews.c.ended_at).where(old)
+            rows = connection.execute(ended).all()
+            stale = [row.id for row in rows if not held.takes(row.workspace_id, row.opened_at, row.ended_at)][:256]
         if due or stale:
             with self._s.store.write() as tx:
+                held = holds_in_force(tx.connection)
                 for identifier in due:
                     self._void(tx, BROKER, self._moves.settle(tx, get_review(tx.connection, identifier)))
                 for identifier in stale:
                     there = reviews.c.id == identifier
                     row = get_review(tx.connection, identifier)
-                    tx.connection.execute(reviews.update().where(there).values(call=None, answer=None, held_bytes=0))
+                    if held.takes(row.workspace_id, row.opened_at, row.ended_at):
+                        continue  # it is held since we looked
+                    tx.connection.execute(
+                        reviews.update().where(there).values(call=None, answer=None, context=None, held_bytes=0)
+                    )
                     self._moves.record(tx, BROKER, row, "the bytes of the call were removed")
                 tx.connection.execute(review_nonces.delete().where(review_nonces.c.expires_at <= iso(now)))
 
@@ -313,7 +351,7 @@ class Reviews:
             expires_at=row.expires_at,
             approvals=0 if row.state in FINAL else len(counting(connection, row, self._s.clock())),
             quorum=row.quorum,
-            detail=row.detail,
+            detail="; ".join(filter(None, (row.detail, read_back_words(row)))),
             answer=None if raw is None else self._vault.open(row.id, "answer", raw, ReviewedAnswer),
         )
 

@@ -16,16 +16,22 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    UniqueConstraint,
     text,
 )
 
 metadata = MetaData()
 
+#: A counter; SQLite's own whole numbers have 64 bits already.
+_COUNTER = BigInteger().with_variant(Integer(), "sqlite")
+
 registry = Table(
     "registry",
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False),
-    Column("seq", Integer, nullable=False),
+    Column("seq", _COUNTER, nullable=False),
+    # The authority (SHA-256 of its certificate) whose brokers share a database of PostgreSQL.
+    Column("installation", String(64)),
 )
 
 workspaces = Table(
@@ -43,13 +49,13 @@ workspaces = Table(
     Column("state_reason", Text, nullable=False),
     Column("state_since", String(32), nullable=False),
     Column("created_at", String(32), nullable=False),
-    Column("watch_seq", Integer, nullable=False),
+    Column("watch_seq", _COUNTER, nullable=False),
     Column("ek_pub_pem", Text),
     Column("ak_id", String(64)),
     Column("ak_pub", LargeBinary),
     Column("tpm_clock", BigInteger),
-    Column("tpm_reset_count", Integer),
-    Column("tpm_restart_count", Integer),
+    Column("tpm_reset_count", _COUNTER),
+    Column("tpm_restart_count", _COUNTER),
     Column("policy_digest", String(64)),
     Column("lease_expires_at", String(32)),
     Column("svid_sha256", String(64)),
@@ -68,15 +74,50 @@ workspaces = Table(
     ),
 )
 
+#: Agents (:mod:`saw.broker.agents`): those of all workspaces, past ones too. A row never goes, so no id comes back.
 agents = Table(
     "agents",
     metadata,
     Column("id", String(64), primary_key=True),
+    # Both empty while it is bound to no workspace; kept when it is retired.
     Column("workspace_id", String(64), nullable=False, index=True),
     Column("sponsor", String(256), nullable=False),
     Column("blueprint", String(64), nullable=False),
     Column("state", String(32), nullable=False),
     Column("created_at", String(32), nullable=False),
+    Column("name", String(64), nullable=False, server_default=""),
+    Column("owner", String(256), nullable=False, server_default=""),
+    Column("purpose", Text, nullable=False, server_default=""),
+    # What somebody said that it is; nothing proves it.
+    Column("harness", String(128), nullable=False, server_default=""),
+    Column("model", String(128), nullable=False, server_default=""),
+    Column("version", Integer, nullable=False, server_default="1"),
+    # The registry's sequence number of its last change.
+    Column("seq", _COUNTER, nullable=False, server_default="0"),
+    Column("predecessor", String(64)),
+    Column("successor", String(64)),
+    Column("retired_at", String(32)),
+    Column("retired_by", String(256)),
+    Column("retired_reason", Text),
+    Column("registered_by", String(256)),
+    Column("idempotency_key", String(128)),
+    Column("request_sha256", String(64)),
+    Index("agents_seq", "seq"),
+    Index("agents_request", "registered_by", "idempotency_key", unique=True),
+    Index(
+        "agents_name_in_use",
+        "name",
+        unique=True,
+        sqlite_where=text("state != 'retired'"),
+        postgresql_where=text("state != 'retired'"),
+    ),
+    Index(
+        "agents_one_of_workspace",
+        "workspace_id",
+        unique=True,
+        sqlite_where=text("state != 'retired' AND workspace_id != ''"),
+        postgresql_where=text("state != 'retired' AND workspace_id != ''"),
+    ),
 )
 
 images = Table(
@@ -131,6 +172,30 @@ sessions = Table(
     Column("source_address", String(256)),
     Column("issued_at", String(32), nullable=False),
     Column("expires_at", String(32), nullable=False),
+    Column("kind", String(16), nullable=False, server_default="direct"),
+    Column("person", String(256), nullable=False, server_default=""),
+    Column("sso_session", String(64), nullable=False, server_default=""),
+    Column("command", Text),
+    Column("terminal", Boolean),
+    Column("client_address", String(64)),
+    Column("bastion", String(256)),
+    Column("redeemed_at", String(32)),
+    Column("ends_at", String(32)),
+    Column("seen_at", String(32)),
+    Column("end_reason", String(256)),
+    Column("ended_at", String(32)),
+    Column("closed_at", String(32)),
+    Column("exit_code", Integer),
+    Column("bytes_in", BigInteger),
+    Column("bytes_out", BigInteger),
+    Column("recording_key", LargeBinary),
+    Column("recording_chunks", BigInteger),
+    Column("recording_digest", String(64)),
+    Column("recording_stored_at", String(32)),
+    Column("recording_removed_at", String(32)),
+    Column("recording_held_at", String(32)),
+    Column("recording_held_by", String(256)),
+    Column("recording_held_reason", String(256)),
 )
 
 certificates = Table(
@@ -147,18 +212,52 @@ audit_events = Table(
     "audit_events",
     metadata,
     Column("source", String(64), primary_key=True),
-    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("seq", _COUNTER, primary_key=True, autoincrement=False),
     Column("prev", String(64), nullable=False),
     Column("hash", String(64), nullable=False),
     Column("event", Text, nullable=False),
+    # Place in the order of arrival over all chains, dense from 1.
+    Column("position", BigInteger, nullable=False, server_default="0"),
+    # When it reached the broker, milliseconds since 1970 UTC; None once its content (then an empty text) was removed.
+    Column("at", BigInteger),
+    Index("audit_events_position", "position", unique=True),
+    Index("audit_events_at", "at", "position"),
 )
 
 audit_heads = Table(
     "audit_heads",
     metadata,
     Column("source", String(64), primary_key=True),
-    Column("seq", Integer, nullable=False),
+    Column("seq", _COUNTER, nullable=False),
     Column("hash", String(64), nullable=False),
+)
+
+#: How much of the trail was found to be what a signed checkpoint says (:mod:`saw.broker.covered`); one row at most.
+#: ``edge``: hashes of the whole subtrees over the first ``size`` leaves. ``signed_…``: the last tree that was found right.
+audit_covered = Table(
+    "audit_covered",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("size", BigInteger, nullable=False),
+    Column("edge", Text, nullable=False),
+    Column("signed_size", BigInteger, nullable=False),
+    Column("signed_root", String(64), nullable=False),
+)
+
+#: Legal holds (:mod:`saw.broker.holds`): of a workspace, of a time, or of both together. Released ones stay.
+audit_holds = Table(
+    "audit_holds",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("workspace_id", String(64)),
+    Column("since", String(32)),
+    Column("until", String(32)),
+    Column("reason", String(256), nullable=False),
+    Column("added_by", String(256), nullable=False),
+    Column("added_at", String(32), nullable=False),
+    Column("released_by", String(256)),
+    Column("released_at", String(32)),
+    Column("released_reason", String(256)),
 )
 
 #: How a release goes through its ring (:mod:`saw.broker.rollout`); one row for each release.
@@ -201,7 +300,7 @@ rollout_members = Table(
 policy_states = Table(
     "policy_states",
     metadata,
-    Column("id", Integer, primary_key=True),
+    Column("id", _COUNTER, primary_key=True),
     Column("workspace_id", String(64), nullable=False, index=True),
     Column("policy_digest", String(64), nullable=False),
     Column("revision", Integer, nullable=False),
@@ -217,8 +316,37 @@ policy_calls = Table(
     metadata,
     Column("workspace_id", String(64), primary_key=True),
     Column("policy_digest", String(64), primary_key=True),
-    Column("allowed", Integer, nullable=False),
-    Column("denied", Integer, nullable=False),
+    Column("allowed", _COUNTER, nullable=False),
+    Column("denied", _COUNTER, nullable=False),
+)
+
+#: What calls of model services cost, one row for each charge of a gatekeeper's ledger. Amounts are millionths of the currency.
+charges = Table(
+    "charges",
+    metadata,
+    Column("source", String(64), primary_key=True),
+    Column("id", String(64), primary_key=True),
+    Column("workspace_id", String(64), nullable=False),
+    Column("engagement", String(256), nullable=False),
+    Column("blueprint", String(256), nullable=False),
+    Column("budget", String(256), nullable=False),
+    Column("scope", String(16), nullable=False),
+    Column("subject", String(256), nullable=False),
+    Column("period", String(16), nullable=False),
+    Column("start", String(10), nullable=False),
+    Column("end", String(10), nullable=False, index=True),
+    Column("currency", String(3), nullable=False),
+    Column("limit", BigInteger, nullable=False),
+    Column("model", String(256), nullable=False),
+    Column("service", String(256), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("reserved", BigInteger, nullable=False),
+    Column("spent", BigInteger, nullable=False),
+    Column("metered", Boolean, nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("at", String(40), nullable=False),
+    Column("day", String(10), nullable=False, index=True),
 )
 
 #: Rollbacks in escrow: publications that officers signed beforehand, for the release ``revision``.
@@ -271,7 +399,8 @@ reviewers = Table(
     Column("retired_reason", Text),
 )
 
-#: Calls that wait for people, or did (:mod:`saw.broker.reviews`). ``call`` and ``answer`` are encrypted; the path has no query.
+#: Calls that wait for people, or did (:mod:`saw.broker.reviews`), and changes to the fleet (:mod:`saw.broker.gates`).
+#: ``call`` and ``answer`` are encrypted; the path has no query. Of a gate ``call`` is the statement, ``perimeter`` who asked.
 reviews = Table(
     "reviews",
     metadata,
@@ -307,13 +436,24 @@ reviews = Table(
     Column("answer", LargeBinary),
     Column("answer_status", Integer),
     Column("answer_sha256", String(64)),
+    Column("kind", String(16), nullable=False, server_default="call"),
+    Column("read_back", String(16)),
+    Column("read_back_detail", Text),
+    Column("read_back_at", String(32)),
+    Column("read_back_since", String(32)),
+    Column("context", LargeBinary),
+    Column("context_state", String(16)),
+    Column("context_detail", Text),
+    Column("context_at", String(32)),
+    Column("context_step", Integer),
+    Column("render_digest", String(64)),
 )
 
 #: What reviewers signed, in order; ``public_key`` is the key that counted then.
 review_decisions = Table(
     "review_decisions",
     metadata,
-    Column("id", Integer, primary_key=True),
+    Column("id", _COUNTER, primary_key=True),
     Column("review_id", String(64), nullable=False, index=True),
     Column("approver", String(256), nullable=False),
     Column("decision", String(32), nullable=False),
@@ -324,6 +464,7 @@ review_decisions = Table(
     Column("not_after", String(32), nullable=False),
     Column("decided_by", String(256), nullable=False),
     Column("decided_at", String(32), nullable=False),
+    Column("kind", String(16), nullable=False, server_default="key"),
 )
 
 #: The one nonce that an approver holds for a review; it is deleted when it is used.
@@ -334,4 +475,125 @@ review_nonces = Table(
     Column("approver", String(256), primary_key=True),
     Column("nonce", String(64), nullable=False),
     Column("expires_at", String(32), nullable=False),
+)
+
+#: People who signed in by single sign-on (:mod:`saw.broker.people`): a name belongs to one subject of one provider for good.
+people = Table(
+    "people",
+    metadata,
+    Column("name", String(256), primary_key=True),
+    Column("issuer", String(512), nullable=False),
+    Column("subject", String(256), nullable=False),
+    Column("groups", Text, nullable=False),
+    Column("roles", Text, nullable=False),
+    Column("first_seen_at", String(32), nullable=False),
+    Column("checked_at", String(32), nullable=False),
+    Column("entitled_until", String(32), nullable=False),
+    UniqueConstraint("issuer", "subject"),
+)
+
+#: Passkeys of people. A removed one stays, so that what it signed can be explained; a key is never another person's.
+passkeys = Table(
+    "passkeys",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("person", String(256), nullable=False, index=True),
+    Column("credential_id", String(1400), nullable=False, unique=True),
+    Column("label", String(64), nullable=False),
+    Column("public_key", Text, nullable=False),
+    Column("key_sha256", String(64), nullable=False, unique=True),
+    Column("sign_count", _COUNTER, nullable=False),
+    Column("added_at", String(32), nullable=False),
+    Column("used_at", String(32)),
+    Column("removed_at", String(32)),
+)
+
+#: Live sessions of people, each under the SHA-256 of its secret. ``refresh`` is the provider's refresh token, encrypted.
+sso_sessions = Table(
+    "sso_sessions",
+    metadata,
+    Column("secret_sha256", String(64), primary_key=True),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("person", String(256), nullable=False, index=True),
+    Column("kind", String(16), nullable=False),
+    Column("provider_sid", String(256), nullable=False, index=True),
+    Column("auth_time", String(32), nullable=False),
+    Column("created_at", String(32), nullable=False),
+    Column("seen_at", String(32), nullable=False),
+    Column("checked_at", String(32), nullable=False),
+    Column("expires_at", String(32), nullable=False),
+    Column("refresh", LargeBinary),
+    Column("challenge", String(64)),
+    Column("challenge_until", String(32)),
+)
+
+#: Sign-ins that have begun: one row for each state (browser) or handle (command line); it is deleted when it is used.
+sso_logins = Table(
+    "sso_logins",
+    metadata,
+    Column("secret_sha256", String(64), primary_key=True),
+    Column("kind", String(16), nullable=False),
+    Column("browser_sha256", String(64), nullable=False),
+    Column("sealed", LargeBinary, nullable=False),
+    Column("poll_at", String(32), nullable=False),
+    Column("expires_at", String(32), nullable=False, index=True),
+)
+
+#: Logout tokens of the provider that were used, until they end by themselves.
+sso_logout_tokens = Table(
+    "sso_logout_tokens",
+    metadata,
+    Column("jti_sha256", String(64), primary_key=True),
+    Column("expires_at", String(32), nullable=False),
+)
+
+#: Lifecycle jobs (:mod:`saw.broker.jobs`). A workspace has one live job at a time, besides one that kills it.
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("kind", String(16), nullable=False),
+    Column("lane", String(8), nullable=False),
+    Column("workspace_id", String(64), nullable=False, index=True),
+    Column("asked_by", String(256), nullable=False),
+    Column("idempotency_key", String(128), nullable=False),
+    Column("request_sha256", String(64), nullable=False),
+    Column("parameters", Text, nullable=False),
+    Column("image_sha256", String(64)),
+    Column("state", String(16), nullable=False, index=True),
+    Column("attempt", Integer, nullable=False),
+    Column("asked_at", String(32), nullable=False),
+    Column("queued_at", String(32), nullable=False),
+    Column("started_at", String(32)),
+    Column("ended_at", String(32)),
+    Column("executor", String(64)),
+    Column("external_id", String(256)),
+    Column("worker", String(256)),
+    Column("claim_sha256", String(64)),
+    Column("lease_ends_at", String(32)),
+    Column("cancel_asked_at", String(32)),
+    Column("cancel_reason", String(256)),
+    Column("progress", Text, nullable=False),
+    Column("error", Text),
+    Column("seq", Integer, nullable=False),
+    UniqueConstraint("asked_by", "idempotency_key"),
+    Index(
+        "jobs_one_live",
+        "workspace_id",
+        "lane",
+        unique=True,
+        sqlite_where=text("state IN ('queued', 'running')"),
+        postgresql_where=text("state IN ('queued', 'running')"),
+    ),
+)
+
+#: What happened in the runs of a job, in order; the newest of each job are kept.
+job_events = Table(
+    "job_events",
+    metadata,
+    Column("job_id", String(64), primary_key=True),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("attempt", Integer, nullable=False),
+    Column("at", String(32), nullable=False),
+    Column("event", Text, nullable=False),
 )

@@ -18,14 +18,15 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
-from saw.broker.apps import operator_app, operator_gid, public_app
+from saw.broker.apps import audit_app, operator_app, operator_gid, public_app, worker_app
 from saw.broker.clock import Clock, utc_now
 from saw.broker.config import BrokerConfig
 from saw.broker.core import Broker
 from saw.broker.notify import notify
 from saw.broker.peer import PeerProtocol
 from saw.broker.setup import renew_server_certificate, renew_signer, server_files
-from saw.errors import UnavailableError
+from saw.broker.sso.pages import pages_app
+from saw.errors import ConfigError, UnavailableError
 from saw.ports import listen_tcp, require_own_socket
 
 logger = logging.getLogger("saw.broker")
@@ -33,6 +34,8 @@ logger = logging.getLogger("saw.broker")
 #: How often certificates and the TUF timestamp are looked at.
 UPKEEP = timedelta(minutes=1)
 GRACE_S = 3
+MAX_MESSAGE = 64 * 1024
+"""Most bytes of one message of a WebSocket; more ends it."""
 
 
 class _Server(uvicorn.Server):
@@ -60,7 +63,23 @@ async def _serve(broker: Broker, clock: Clock, ready: Callable[[int], None] | No
     operator_socket = listen_unix(Path(config.operator_socket), operator_gid(config.operator_group))
     public = _Server(_uvicorn_config(public_app(broker), context))
     operator = _Server(_uvicorn_config(operator_app(broker), None))
-    servers = (public, operator)
+    serving = [(public, tls_socket), (operator, operator_socket)]
+    if config.audit_socket is not None:
+        audit_socket = listen_unix(Path(config.audit_socket), operator_gid(config.audit_group), "audit_socket")
+        serving.append((_Server(_uvicorn_config(audit_app(broker), None)), audit_socket))
+    if config.jobs is not None and config.jobs.worker_socket is not None:
+        worker_socket = listen_unix(
+            Path(config.jobs.worker_socket), operator_gid(config.jobs.worker_group), "jobs.worker_socket"
+        )
+        serving.append((_Server(_uvicorn_config(worker_app(broker), None)), worker_socket))
+    pages = pages_context(broker)
+    if broker.sso is not None and pages is not None:
+        listen = broker.sso.settings.listen
+        place = listen_tcp("the broker's pages", listen.host, listen.port, backlog=512, setting="broker_sso.listen")
+        app = pages_app(broker.sso, broker)
+        sockets = config.terminal is not None and config.terminal.bastion is not None
+        serving.append((_Server(_uvicorn_config(app, pages, sockets=sockets)), place))
+    servers = [server for server, _ in serving]
 
     def stop() -> None:
         broker.waker.close()
@@ -70,11 +89,8 @@ async def _serve(broker: Broker, clock: Clock, ready: Callable[[int], None] | No
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    upkeep = asyncio.create_task(_upkeep(broker, context, clock))
-    tasks = [
-        asyncio.create_task(public.serve(sockets=[tls_socket])),
-        asyncio.create_task(operator.serve(sockets=[operator_socket])),
-    ]
+    upkeep = asyncio.create_task(_upkeep(broker, context, pages, clock))
+    tasks = [asyncio.create_task(server.serve(sockets=[place])) for server, place in serving]
     try:
         while not all(server.started for server in servers):
             if any(task.done() for task in tasks):
@@ -91,7 +107,9 @@ async def _serve(broker: Broker, clock: Clock, ready: Callable[[int], None] | No
         await asyncio.gather(*tasks)
     finally:
         upkeep.cancel()
-        _remove(Path(config.operator_socket))
+        worker_path = None if config.jobs is None else config.jobs.worker_socket
+        for path in filter(None, (config.operator_socket, config.audit_socket, worker_path)):
+            _remove(Path(path))
 
 
 def _remove(path: Path) -> None:
@@ -111,9 +129,36 @@ def tls_context(broker: Broker, clock: Clock) -> ssl.SSLContext:
     return context
 
 
-def listen_unix(path: Path, group: int | None) -> socket.socket:
+def pages_context(broker: Broker) -> ssl.SSLContext | None:
+    """Return the TLS context of the pages, None without single sign-on. Browsers are asked for no client certificate."""
+    if broker.sso is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    load_pages_certificate(broker, context)
+    return context
+
+
+def load_pages_certificate(broker: Broker, context: ssl.SSLContext) -> None:
+    """Load the certificate of the pages as its files are now; raise :class:`ConfigError` when they cannot be used.
+
+    They are tried on a context of their own first, so that files that do not fit leave the old certificate in use.
+    """
+    settings = broker.config.sso
+    certificate, key = (None, None) if settings is None else (settings.certificate_file, settings.key_file)
+    try:
+        for one in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), context):
+            one.load_cert_chain(certificate or server_files(broker.config)[0], key)
+    except OSError as error:
+        raise ConfigError(
+            f"the certificate of the pages cannot be used: {error.strerror or error}",
+            cure="check sso.certificate_file and sso.key_file",
+        ) from error
+
+
+def listen_unix(path: Path, group: int | None, setting: str = "operator_socket") -> socket.socket:
     """Return a listening Unix socket at ``path``, mode 0660; a socket left by a dead process is replaced, a live one refused."""
-    require_own_socket("the broker", path, "operator_socket in /etc/saw/broker.json")
+    require_own_socket("the broker", path, f"{setting} in /etc/saw/broker.json")
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise UnavailableError(f"{path} exists and is no socket", cure="remove it")
@@ -136,11 +181,16 @@ def listen_unix(path: Path, group: int | None) -> socket.socket:
     return listener
 
 
-def _uvicorn_config(app: object, context: ssl.SSLContext | None) -> uvicorn.Config:
+def _uvicorn_config(app: object, context: ssl.SSLContext | None, *, sockets: bool = False) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
         http=PeerProtocol,
-        ws="none",
+        ws="wsproto" if sockets else "none",
+        ws_max_size=MAX_MESSAGE,
+        # What is small when it comes must not be large when it is read.
+        ws_per_message_deflate=False,
+        ws_ping_interval=20,
+        ws_ping_timeout=20,
         lifespan="off",
         access_log=False,
         log_config=None,
@@ -153,23 +203,38 @@ def _uvicorn_config(app: object, context: ssl.SSLContext | None) -> uvicorn.Conf
     )
 
 
-async def _upkeep(broker: Broker, context: ssl.SSLContext, clock: Clock) -> None:
+async def _upkeep(broker: Broker, context: ssl.SSLContext, pages: ssl.SSLContext | None, clock: Clock) -> None:
     """Keep the server certificate and the TUF timestamp fresh; a failure is logged and tried again."""
     while True:
         try:
-            await asyncio.to_thread(upkeep_once, broker, context, clock)
+            await asyncio.to_thread(upkeep_once, broker, context, clock, pages)
         except Exception:
             logger.exception("upkeep failed; trying again in %s", UPKEEP)
         await asyncio.sleep(UPKEEP.total_seconds())
 
 
-def upkeep_once(broker: Broker, context: ssl.SSLContext, clock: Clock) -> None:
-    """Renew what ends soon (new handshakes use a new certificate at once), judge rollouts and reviews by the time that passed."""
-    if renew_server_certificate(broker.config, broker.authority, clock()):
-        context.load_cert_chain(server_files(broker.config)[0])
-        logger.info("server certificate renewed")
-    if renew_signer(broker.config, broker.authority, clock()):
-        logger.info("signer of statements renewed")
-    broker.repository.refresh(clock())
-    broker.rollouts.tick()
-    broker.reviews.tick()
+def upkeep_once(broker: Broker, context: ssl.SSLContext, clock: Clock, pages: ssl.SSLContext | None = None) -> None:
+    """Renew what ends soon (new handshakes use a new certificate at once), judge rollouts and reviews by the time that passed.
+
+    Of several replicas one does so; the others take the certificate that it renewed.
+    """
+    certificate, _ = server_files(broker.config)
+    if not broker.upkeep.mine:
+        context.load_cert_chain(certificate)
+    else:
+        if renew_server_certificate(broker.config, broker.authority, clock()):
+            context.load_cert_chain(certificate)
+            logger.info("server certificate renewed")
+        if renew_signer(broker.config, broker.authority, clock()):
+            logger.info("signer of statements renewed")
+        broker.repository.refresh(clock())
+        broker.rollouts.tick()
+        broker.reviews.tick()
+        broker.jobs.tick()
+        broker.sessions.tick()
+        broker.recordings.tick()
+        broker.retention.catch_up()
+        if broker.sso is not None:
+            broker.sso.sessions.tick()
+    if pages is not None:
+        load_pages_certificate(broker, pages)

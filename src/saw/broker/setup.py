@@ -8,11 +8,15 @@ from pathlib import Path
 from cryptography import x509
 
 from saw.broker.config import BrokerConfig
+from saw.broker.register_place import remember_kind, require_register
+from saw.broker.replicas import bind_installation
 from saw.broker.review_vault import make_vault_key
+from saw.broker.sso.sealed import make_seal_key
 from saw.broker.store import Store
 from saw.broker.wake import Waker
 from saw.errors import ConfigError
-from saw.files import write_private
+from saw.files import locked, write_private
+from saw.identity.sealed import make_key_file
 from saw.identity.ssh import SshAuthority
 from saw.identity.x509 import Authority, new_key_and_csr
 from saw.policy.keys import create_key
@@ -29,10 +33,19 @@ def initialise(config: BrokerConfig, now: datetime) -> list[str]:
     Needs no officer key: the TUF root is installed later by ``PUT /v1/policy/root`` or by the first publication.
     """
     made: list[str] = []
-    for directory, mode in ((config.state, 0o700), (config.keys, 0o700)):
-        if not directory.is_dir():
-            directory.mkdir(mode=mode, parents=True)
-            made.append(directory.name)
+    if not config.state.is_dir():
+        config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        made.append(config.state.name)
+    with locked(config.state):
+        return made + _make_missing(config, now)
+
+
+def _make_missing(config: BrokerConfig, now: datetime) -> list[str]:
+    made: list[str] = []
+    require_register(config)
+    if not config.keys.is_dir():
+        config.keys.mkdir(mode=0o700)
+        made.append(config.keys.name)
     for directory in (config.tuf_dir / "metadata", config.tuf_dir / "targets"):
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
     if not (config.keys / "x509" / "ca.pem").exists():
@@ -50,15 +63,28 @@ def initialise(config: BrokerConfig, now: datetime) -> list[str]:
     if not (config.keys / "tuf-online.key").exists():
         create_key(config.keys, "tuf-online")
         made.append("tuf online key")
-    if not config.database.exists():
+    if config.postgresql is None and not config.database.exists():
         made.append("database")
-    Store.open_sqlite(config.database, Waker()).close()
+    store = Store.open(config, Waker())
+    try:
+        if config.postgresql is not None and bind_installation(store, config):
+            made.append("database")
+        remember_kind(config)
+    finally:
+        store.close()
     if renew_server_certificate(config, authority, now):
         made.append("server certificate")
     if renew_signer(config, authority, now):
         made.append("signer of statements")
     if make_vault_key(config):
         made.append("key of reviewed calls")
+    if not (config.keys / "ssh-sessions" / "ssh-user-ca").exists():
+        SshAuthority.create(config.keys / "ssh-sessions")
+        made.append("ssh authority of sessions")
+    if make_key_file(config.keys / "sessions.key"):
+        made.append("key of recordings")
+    if make_seal_key(config):
+        made.append("key of sign-ins")
     return made
 
 
@@ -108,9 +134,12 @@ def _still_good(pem: bytes, names: tuple[str, ...], now: datetime) -> bool:
 
 
 def require_free_port(config: BrokerConfig) -> None:
-    """Raise :class:`saw.ports.TakenError` when the TLS port is held by anybody but the account that the state belongs to."""
+    """Raise :class:`saw.ports.TakenError` when a TLS port is held by anybody but the account that the state belongs to."""
     owner = config.state.stat().st_uid if config.state.is_dir() else -1
-    host, port = config.listen.host, config.listen.port
-    holders = [holder for holder in listening_on(host, port) if holder.uid != owner or not holder.pid]
-    if holders:
-        raise taken("the broker", holders, f"{host}:{port}", "broker_listen_port")
+    places = [("the broker", config.listen.host, config.listen.port, "broker_listen_port")]
+    if config.sso is not None:
+        places.append(("the broker's pages", config.sso.listen.host, config.sso.listen.port, "broker_sso.listen"))
+    for what, host, port, setting in places:
+        holders = [holder for holder in listening_on(host, port) if holder.uid != owner or not holder.pid]
+        if holders:
+            raise taken(what, holders, f"{host}:{port}", setting)

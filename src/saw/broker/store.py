@@ -1,25 +1,31 @@
 """The broker's database: one transaction holds a state change, its audit row and the registry's new sequence number.
 
 SQLite runs in WAL mode with ``synchronous=FULL``, so an answered call survives a crash. Writers are serialised; readers
-see a snapshot.
+see a snapshot. PostgreSQL (:mod:`saw.broker.postgres`) gives the same to several brokers at once.
 """
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event, select, update
+from sqlalchemy import Connection, Engine, create_engine, event, func, select, update
 
 from saw.audit import Chain, ChainedEvent, Head
-from saw.broker import schema
-from saw.broker.wake import PERIMETER, Waker
+from saw.broker import postgres, schema
+from saw.broker.config import BrokerConfig
+from saw.broker.database_settings import PostgresPlace, parse_database
+from saw.broker.replica_wake import tell
+from saw.broker.wake import PERIMETER, TRAIL, Waker
+from saw.errors import SawError
 
 #: The chain of the broker's own events.
 SOURCE = "broker"
@@ -64,6 +70,17 @@ class Store:
         self._engine = engine
         self._waker = waker
         self._writing = threading.Lock()
+        self._shared = engine.dialect.name == "postgresql"
+        #: Who this is among those that share the database; what it tells the others carries it.
+        self.replica = secrets.randbits(31)
+        self._shut: SawError | None = None
+
+    @classmethod
+    def open(cls, config: BrokerConfig, waker: Waker) -> Store:
+        """Open the database that the configuration names and bring its tables up to date."""
+        if config.postgresql is None:
+            return cls.open_sqlite(config.database, waker)
+        return cls.open_postgresql(parse_database(config.postgresql), waker)
 
     @classmethod
     def open_sqlite(cls, path: Path, waker: Waker) -> Store:
@@ -76,12 +93,20 @@ class Store:
         store.migrate()
         return store
 
+    @classmethod
+    def open_postgresql(cls, place: PostgresPlace, waker: Waker) -> Store:
+        """Open a database of PostgreSQL and bring its tables up to date."""
+        store = cls(postgres.open_engine(place), waker)
+        store.migrate()
+        return store
+
     def migrate(self) -> None:
-        """Apply the steps that the database lacks."""
+        """Apply the steps that the database lacks; of several replicas the first one does, the others wait."""
         config = Config()
         config.set_main_option("script_location", "saw.broker:migrations")
         config.set_main_option("path_separator", "os")
-        with self._engine.connect().execution_options(saw_write=True) as connection, connection.begin():
+        options = {"saw_write": True, "saw_steps": True}
+        with self._refusing(), self._engine.connect().execution_options(**options) as connection, connection.begin():
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
@@ -89,20 +114,59 @@ class Store:
         """Close every connection."""
         self._engine.dispose()
 
+    def shut(self, reason: SawError) -> None:
+        """Refuse every further call with ``reason``."""
+        self._shut = reason
+
+    def tell(self, *keys: str) -> None:
+        """Tell other replicas that ``keys`` changed, without a change."""
+        with self.read() as connection:
+            tell(connection, self.replica, keys)
+
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A consistent snapshot."""
-        with self._engine.connect() as connection, connection.begin():
+        with self._refusing(), self._engine.connect() as connection, connection.begin():
             yield connection
 
     @contextmanager
     def write(self) -> Iterator[Transaction]:
         """One transaction: all of it is durable when the block ends, or none of it after an exception."""
-        with self._writing, self._engine.connect().execution_options(saw_write=True) as connection, connection.begin():
+        ending = False
+        with (
+            self._refusing(lambda: ending),
+            self._writing,
+            self._engine.connect().execution_options(saw_write=True) as connection,
+            connection.begin(),
+        ):
             transaction = Transaction(connection)
             yield transaction
-        if transaction.woken:
-            self._waker.wake(transaction.woken)
+            keys = {TRAIL, *transaction.woken}
+            if self._shared:
+                tell(connection, self.replica, keys)
+            ending = True
+        self._waker.wake(keys)
+
+    @contextmanager
+    def exclusively(self, what: str) -> Iterator[None]:
+        """Let one replica at a time do ``what``; within one process this excludes nobody from a SQLite file."""
+        if not self._shared:
+            yield
+            return
+        number = int.from_bytes(hashlib.sha256(what.encode()).digest()[:4], "big", signed=True)
+        lock = f"({postgres.EXCLUSIVE}, {number})"
+        with self._refusing(), self._engine.connect() as connection:
+            session = connection.execution_options(isolation_level="AUTOCOMMIT")
+            session.exec_driver_sql(f"SELECT pg_advisory_lock{lock}")
+            try:
+                yield
+            finally:
+                session.exec_driver_sql(f"SELECT pg_advisory_unlock{lock}")
+
+    def _refusing(self, ending: Callable[[], bool] = lambda: False) -> AbstractContextManager[None]:
+        if self._shut is not None:
+            raise self._shut
+        return postgres.translated(ending) if self._shared else nullcontext()
 
 
 def read_head(connection: Connection, source: str) -> Head:
@@ -112,17 +176,21 @@ def read_head(connection: Connection, source: str) -> Head:
     return Head() if row is None else Head(row.seq, row.hash)
 
 
-def append_chained(connection: Connection, item: ChainedEvent) -> None:
-    """Store one chained event and move the stored head of its chain forward."""
-    insert_chained(connection, item)
+def append_chained(connection: Connection, item: ChainedEvent, at: int | None = None) -> None:
+    """Store one chained event, as :func:`insert_chained` does, and move the stored head of its chain forward."""
+    insert_chained(connection, item, at)
     heads = schema.audit_heads
     moved = connection.execute(heads.update().where(heads.c.source == item.source).values(seq=item.seq, hash=item.hash))
     if moved.rowcount == 0:
         connection.execute(heads.insert().values(source=item.source, seq=item.seq, hash=item.hash))
 
 
-def insert_chained(connection: Connection, item: ChainedEvent) -> None:
-    """Store one chained event without moving the head (a late event that fills a gap)."""
+def insert_chained(connection: Connection, item: ChainedEvent, at: int | None = None) -> None:
+    """Store one chained event, behind all that came before, without moving the head (a late event that fills a gap).
+
+    ``at``: when it arrived, milliseconds since 1970 UTC; None for one of our own, which says so itself.
+    """
+    last = select(func.coalesce(func.max(schema.audit_events.c.position), 0)).scalar_subquery()
     connection.execute(
         schema.audit_events.insert().values(
             source=item.source,
@@ -130,14 +198,21 @@ def insert_chained(connection: Connection, item: ChainedEvent) -> None:
             prev=item.prev,
             hash=item.hash,
             event=msgspec.json.encode(item.event).decode(),
+            position=last + 1,
+            at=item.event["time"] if at is None else at,
         )
     )
 
 
 def chained_rows(rows: Iterable[Any]) -> Iterator[ChainedEvent]:
-    """Turn rows of ``audit_events`` back into chained events."""
+    """Turn rows of ``audit_events`` back into chained events; one whose content was removed has none (an empty object)."""
     for row in rows:
-        yield ChainedEvent(row.source, row.seq, row.prev, msgspec.json.decode(row.event), row.hash)
+        yield ChainedEvent(row.source, row.seq, row.prev, content_of(row), row.hash)
+
+
+def content_of(row: Any) -> dict[str, Any]:
+    """Return the event in a row of ``audit_events``, an empty object when it was removed."""
+    return dict(msgspec.json.decode(row.event)) if row.event else {}
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

@@ -11,6 +11,8 @@ T = TypeVar("T")
 
 #: The key of everything that perimeters see; a workspace's watchers use its id.
 PERIMETER = "*perimeter*"
+#: The key of the audit trail: whoever reads it behind a position.
+TRAIL = "*trail*"
 
 
 class Waker:
@@ -28,12 +30,17 @@ class Waker:
         for waiter in found:
             waiter.get_loop().call_soon_threadsafe(_finish, waiter)
 
+    def wake_all(self) -> None:
+        """Wake everyone, after something that cannot be told: each looks for itself."""
+        with self._lock:
+            keys = list(self._waiters)
+        self.wake(keys)
+
     def close(self) -> None:
         """Wake everyone for good: the broker is stopping and a poll returns what it has."""
         with self._lock:
             self._closed = True
-            keys = list(self._waiters)
-        self.wake(keys)
+        self.wake_all()
 
     @property
     def closed(self) -> bool:

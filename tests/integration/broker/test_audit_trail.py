@@ -145,7 +145,7 @@ def test_every_step_is_an_event_and_an_edited_database_is_found(own_broker) -> N
     lab.operator.request("POST", "/v1/workspaces/steps/kill", {"reason": "drill"})
     events = [item["event"] for item in lab.events()]
     mine = [event for event in events if event["unmapped"]["saw"].get("workspace") == "steps"]
-    assert [event["activity_name"] for event in mine] == ["Create", "Create", "Update", "Update", "Suspend", "Update"]
+    assert [event["activity_name"] for event in mine] == ["Create", "Enroll", "Update", "Update", "Suspend", "Update"]
     for event in mine:
         assert event["unmapped"]["saw"]["principal"] == "operator:root"
         assert event["unmapped"]["saw"]["agent"] == "agent-1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -12,11 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 from broker_rig import Lab
 
 from saw.broker.config import Listen
+from saw.broker.sso_settings import Listen as PagesListen
+from saw.broker.sso_settings import ProviderSettings, SsoSettings
 
 
 @pytest.fixture
@@ -73,12 +77,12 @@ def test_a_second_broker_leaves_the_first_ones_operator_socket_alone(lab: Lab) -
     assert refused.returncode == 1
     assert f"the broker cannot listen on {lab.config.operator_socket}: " in refused.stderr
     assert f"(process {lab.process.pid}) listens there" in refused.stderr
-    assert lab.operator.request("GET", "/v1/workspaces") == {"workspaces": []}
+    assert lab.operator.request("GET", "/v1/workspaces") == {"workspaces": [], "next": None}
     lab.process.kill()
     lab.process.wait(15)
     assert Path(lab.config.operator_socket).is_socket(), "the dead one's socket"
     lab.start()
-    assert lab.operator.request("GET", "/v1/workspaces") == {"workspaces": []}
+    assert lab.operator.request("GET", "/v1/workspaces") == {"workspaces": [], "next": None}
 
 
 def test_the_preflight_tells_a_stranger_from_the_broker_itself(lab: Lab) -> None:
@@ -91,3 +95,30 @@ def test_the_preflight_tells_a_stranger_from_the_broker_itself(lab: Lab) -> None
     assert stranger.returncode == 1
     assert lab.process is not None
     assert f"(process {lab.process.pid}) listens there" in stranger.stderr
+
+
+def test_the_port_of_the_pages_is_looked_at_too_and_they_are_served_without_their_provider() -> None:
+    with tempfile.TemporaryDirectory(prefix="saw-broker-") as name, socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        sso = SsoSettings(
+            origin=f"https://localhost:{port}", listen=PagesListen("127.0.0.1", port), roles={"user": ("staff",)},
+            provider=ProviderSettings(issuer="https://localhost:1", client_id="saw"),
+        )  # fmt: skip
+        lab = Lab(Path(name), sso=sso)
+        os.chown(lab.config.state, 65534, -1)
+        ports = broker(lab, "ports")
+        os.chown(lab.config.state, 0, -1)
+        for refused in (ports, broker(lab, "serve")):
+            assert refused.returncode == 1
+            assert f"the broker's pages cannot listen on 127.0.0.1:{port}" in refused.stderr
+            assert "broker_sso.listen" in refused.stderr
+        holder.close()
+        lab.start()
+        try:
+            context = ssl.create_default_context(cafile=str(lab.ca_file))
+            with httpx.Client(verify=context, base_url=sso.origin, trust_env=False, timeout=30) as client:
+                assert client.get("/sign-in").status_code == 200
+                away = client.get("/login")
+                assert (away.status_code, "provider_unavailable" in away.text) == (503, True)
+        finally:
+            lab.stop()

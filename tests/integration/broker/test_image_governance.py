@@ -7,11 +7,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from broker_rig import Lab, cli, image_record, signed_record
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from saw.broker.client import BrokerRefusal
+from saw.broker.config import ImageSettings
 
 
 def refusal(call: Any, *arguments: Any, **fields: Any) -> BrokerRefusal:
@@ -61,6 +63,35 @@ def test_an_ended_record_is_refused(broker: Lab) -> None:
     for wrong in ({"not_after": "2026-01-01T00:00:00"}, {"not_after": "2020-01-01T00:00:00Z"}, {"unheard": 1}):
         record = {**image_record("gov-ended", "c" * 64), **wrong}
         assert refusal(put, broker, record, broker.officers.keys[:2]).code == "record_malformed"
+
+
+@pytest.mark.control("IMG-01")
+def test_a_record_without_what_the_broker_asks_for_is_refused(own_broker: Lab) -> None:
+    bills = (
+        "sbom/debian.cdx.json",
+        "sbom/debian.spdx.json",
+        "sbom/python.cdx.json",
+        "sbom/npm.cdx.json",
+        "sbom/npm.spdx.json",
+    )
+    scan = {"database_sha256": "4" * 64, "scanned_at": "2026-11-29T00:00:00Z", "fail_on": "high", "open": 0}
+    bare = image_record("gov-bare", "c" * 64)
+    own_broker.register_image(image_record("gov-first", "d" * 64))  # brings the officers' keys
+    assert put(own_broker, bare, own_broker.officers.keys[:2])["state"] == "candidate"
+    own_broker.stop()
+    asked = msgspec.structs.replace(own_broker.config, image=ImageSettings(require=("sbom", "provenance", "scan")))
+    own_broker.config_file.write_bytes(msgspec.json.encode(asked))
+    own_broker.start()
+    whole = {**bare, "evidence": dict.fromkeys([*bills, "provenance.json"], "3" * 64), "scan": scan}
+    for lacking, words in (
+        (bare, "lacks sbom/debian.cdx.json"),
+        ({**whole, "evidence": {"provenance.json": "3" * 64}}, "lacks sbom/debian.cdx.json"),
+        ({**whole, "evidence": dict.fromkeys(bills, "3" * 64)}, "lacks provenance.json"),
+        ({name: value for name, value in whole.items() if name != "scan"}, "lacks scan"),
+    ):
+        found = refusal(put, own_broker, lacking, own_broker.officers.keys[:2])
+        assert (found.code, words in found.message) == ("record_incomplete", True), found.message
+    assert put(own_broker, whole, own_broker.officers.keys[:2])["changed"]
 
 
 @pytest.mark.control("P0-04")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from broker_rig import Lab
+from broker_rig import running_broker
 from cryptography.hazmat.primitives import serialization
 from test_rollout_commands import POLICY, Ring
 
@@ -57,18 +55,12 @@ class Desk(Ring):
 @pytest.fixture
 def desk() -> Iterator[Desk]:
     """A broker that wants a way back; workspace ``a`` runs revision 1."""
-    directory = Path(tempfile.mkdtemp(prefix="saw-broker-"))
-    lab = Lab(directory, rollout=RolloutSettings(require_rollback=True))
-    try:
-        lab.start()
+    with running_broker(rollout=RolloutSettings(require_rollback=True)) as lab:
         made = Desk(lab)
         made.hand_over(made.staged(1))
         lab.workspace("a")
         made.load("a", 1)
         yield made
-    finally:
-        lab.stop()
-        shutil.rmtree(directory)
 
 
 @pytest.mark.control("LIF-03")

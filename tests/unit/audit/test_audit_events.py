@@ -19,6 +19,15 @@ COUNTER = itertools.count()
 MAKE = EventFactory("saw-broker", host="control", new_uid=lambda: f"uid-{next(COUNTER)}")
 
 BUILD: dict[int, Callable[[Subject], dict[str, Any]]] = {
+    2002: lambda who: MAKE.vulnerability_finding(
+        NOW, who, kind="vulnerable", title="A package is vulnerable", vulnerabilities=[{
+            "cve": {"uid": "CVE-2026-1"}, "is_fix_available": True,
+            "affected_packages": [{"name": "openssl", "version": "1", "fixed_in_version": "2"}],
+        }],
+    ),
+    2003: lambda who: MAKE.compliance_finding(
+        NOW, who, kind="hold_expired", title="A hold ran out", control="a held package", standards=["P0-02"]
+    ),
     2004: lambda who: MAKE.detection_finding(NOW, who, kind="chain_gap", title="A gap", description="2 to 3 are missing"),
     3001: lambda who: MAKE.account_change(NOW, who, "sponsor@example.com", activity="disable"),
     3002: lambda who: MAKE.authentication(

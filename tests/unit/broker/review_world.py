@@ -14,7 +14,8 @@ from saw.broker.clock import iso
 from saw.broker.config import BrokerConfig
 from saw.broker.context import Caller
 from saw.broker.core import Broker
-from saw.broker.review_decisions import AskNonce, Decide
+from saw.broker.review_decisions import AskNonce
+from saw.broker.review_evidence import Decide
 from saw.broker.reviewers import Reviewer
 from saw.broker.schema import agents, workspaces
 from saw.broker.setup import initialise
@@ -45,10 +46,10 @@ def call(body: bytes = SECRET, **changes: Any) -> ReviewedCall:
 class World:
     """``ada`` sponsors the workspaces; ``ben``, ``cleo`` and ``ada`` are maintainers."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, **settings: Any) -> None:
         self.now = START
         self.config = BrokerConfig(
-            "saw.example", str(directory / "state"), str(directory / "o.sock"), ("b.saw.internal",)
+            "saw.example", str(directory / "state"), str(directory / "o.sock"), ("b.saw.internal",), **settings
         )
         initialise(self.config, self.now)
         self.keys = {name: Ed25519PrivateKey.generate() for name in ("ada", "ben", "cleo")}
@@ -86,6 +87,7 @@ class World:
             tx.connection.execute(
                 agents.insert().values(
                     id=f"agent-{number}",
+                    name=f"agent-{number}",
                     workspace_id=name,
                     sponsor="Ada",
                     blueprint="coding",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
@@ -15,12 +17,14 @@ from sqlalchemy import create_engine
 
 from saw.broker import schema
 from saw.broker.config import BrokerConfig, load_config
+from saw.broker.core import Broker
 from saw.broker.errors import BusyError, ConflictError
 from saw.broker.lifecycle import MAY_ATTEST, STEPS, State, check_step
 from saw.broker.limits import RateLimit
 from saw.broker.setup import RENEW_BEFORE, initialise, renew_server_certificate
 from saw.broker.store import Store
 from saw.broker.wake import Waker
+from saw.cli.broker import main
 from saw.errors import ConfigError
 from saw.identity.x509 import Authority
 
@@ -82,6 +86,39 @@ def test_init_is_idempotent_and_keeps_every_key(tmp_path) -> None:
     assert all(path.stat().st_mode & 0o077 == 0 for path in before if path.suffix in {".key", ""} or "key" in path.name)
     with pytest.raises(ConfigError, match="trust_domain"):
         initialise(BrokerConfig("other.example", config.state_dir, config.operator_socket, config.server_names), NOW)
+
+
+def test_an_empty_register_never_takes_the_place_of_one_that_was_there(tmp_path) -> None:
+    config = BrokerConfig("saw.example", str(tmp_path / "state"), str(tmp_path / "o.sock"), ("b.saw.internal",))
+    file = tmp_path / "broker.json"
+    file.write_bytes(msgspec.json.encode(config))
+    initialise(config, NOW)
+    place = config.state / "register.json"
+    assert (json.loads(place.read_bytes()), place.stat().st_mode & 0o777) == ({"register": "sqlite"}, 0o600)
+    place.unlink()
+    assert initialise(config, NOW) == [], "an installation of before this file goes on"
+    assert place.exists()
+    assert main(["check", "--config", str(file)]) == 0
+
+    kept = config.database.rename(tmp_path / "kept.db")
+    for begin in (initialise, lambda *_: main(["check", "--config", str(file)])):
+        with pytest.raises(ConfigError, match=r"broker\.db is gone.*backup"):
+            begin(config, NOW)
+    with pytest.raises(ConfigError, match="is gone"):
+        Broker.open(config, lambda: NOW, os.urandom)
+    assert not config.database.exists(), "a refusal makes nothing"
+    kept.rename(config.database)
+    assert initialise(config, NOW) == []
+
+    place.write_text('{"register": "postgresql"}')
+    with pytest.raises(ConfigError, match=r"names no database.*broker_database"):
+        initialise(config, NOW)
+    place.write_text('{"register": "elsewhere"}')
+    with pytest.raises(ConfigError, match="not valid"):
+        initialise(config, NOW)
+    place.unlink()
+    config.database.unlink()
+    assert initialise(config, NOW) == ["database"], "on purpose it may"
 
 
 def test_the_server_certificate_is_renewed_before_it_ends(tmp_path) -> None:

@@ -1,0 +1,92 @@
+"""What is said of a session: its state, its rows for operators, and the names under which its keys are known."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, select
+
+from saw.broker.clock import iso, parse_iso
+from saw.broker.context import Caller
+from saw.broker.errors import ForbiddenError, NotFoundError
+from saw.broker.schema import sessions
+from saw.broker.session_ends import holder
+
+
+def key_digest(public_key: str) -> str:
+    """Return the digest under which a public key line is known: SHA-256 of type and key, without the comment."""
+    return hashlib.sha256(" ".join(public_key.split()[:2]).encode()).hexdigest()
+
+
+def bound_to(identifier: str) -> bytes:
+    """Return what the stored key of a recording is bound to."""
+    return f"saw-session-key/1:{identifier}".encode()
+
+
+def unknown_session(identifier: str) -> NotFoundError:
+    """Return the refusal of a session that does not exist, or not for the caller."""
+    return NotFoundError(
+        f"there is no session {identifier[:64]!r}", cure="saw sessions lists them", code="unknown_session"
+    )
+
+
+def get_session(connection: Connection, identifier: str) -> Row[Any]:
+    """Return the row of a session through a bastion."""
+    wanted = (sessions.c.id == identifier) & (sessions.c.kind == "bastion")
+    row = connection.execute(select(sessions).where(wanted)).one_or_none()
+    if row is None:
+        raise unknown_session(identifier)
+    return row
+
+
+def own_session(connection: Connection, caller: Caller, identifier: str) -> Row[Any]:
+    """Return the row of a session that the bastion ``caller`` opened."""
+    row = get_session(connection, identifier)
+    if row.bastion != caller.principal:
+        raise ForbiddenError(
+            f"{identifier[:64]} was not opened by {caller.principal}", cure="ask its bastion", code="foreign_session"
+        )
+    return row
+
+
+def _state(row: Row[Any], now: datetime) -> str:
+    if row.closed_at is not None:
+        return "closed"
+    if row.redeemed_at is not None:
+        return "open" if row.ended_at is None else "ending"
+    return "requested" if parse_iso(row.expires_at) > now else "expired"
+
+
+def not_over(now: datetime) -> ColumnElement[bool]:
+    """Return the condition for sessions that are open or ending, or may still be opened."""
+    may_open = sessions.c.redeemed_at.is_not(None) | (sessions.c.expires_at > iso(now))
+    return sessions.c.closed_at.is_(None) & may_open
+
+
+def session_view(row: Row[Any], now: datetime) -> dict[str, Any]:
+    """Return what operators see of a session."""
+    return {
+        "id": row.id,
+        "state": _state(row, now),
+        "who": holder(row),
+        "workspace": row.workspace_id,
+        "from": row.client_address,
+        "command": row.command,
+        "terminal": row.terminal,
+        "requested_at": row.issued_at,
+        "started_at": row.redeemed_at,
+        "closed_at": row.closed_at,
+        "reason": row.end_reason,
+        "exit_code": row.exit_code,
+        "bytes_in": row.bytes_in,
+        "bytes_out": row.bytes_out,
+        "recording": row.recording_digest,
+        "recording_stored_at": row.recording_stored_at,
+        "recording_removed_at": row.recording_removed_at,
+        "recording_held": None
+        if row.recording_held_at is None
+        else {"at": row.recording_held_at, "by": row.recording_held_by, "reason": row.recording_held_reason},
+        "bastion": row.bastion,
+    }

@@ -1,0 +1,100 @@
+"""Reports of ended sessions, and their recordings: left on the disk by the recorder, so that it can go at once, and sent by a
+process of their own. A recording that the broker has is not kept here."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from saw.errors import SawError
+from saw.files import write_private
+from saw.sessions.config import BastionConfig
+from saw.sessions.link import BrokerLink, Refused
+from saw.sessions.messages import Closing
+
+SUFFIX = ".closing"
+_TRIES = 20
+_PAUSE_S = 3.0
+_FOR_NOW = frozenset({"no_room", "internal", "rate_limited"})
+"""Refusals that pass."""
+
+
+def leave_report(config: BastionConfig, session: str, said: Closing) -> None:
+    """Keep what the broker has to hear and start the process that tells it. A full disk leaves it unsaid: the lease ends it."""
+    path = config.recordings / f"{session}{SUFFIX}"
+    with contextlib.suppress(OSError):
+        write_private(path, msgspec.json.encode(said))
+    line = [sys.executable, "-m", "saw.sessions.report", config.broker_url, config.broker_name]
+    line += [config.ca_file, config.cert_file, config.key_file, config.recordings_dir]
+    if not path.exists():
+        line += [session, msgspec.json.encode(said).decode()]
+    with contextlib.suppress(OSError):
+        subprocess.Popen(
+            line,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd="/",
+        )
+
+
+def send_reports(config: BastionConfig, pause: Callable[[float], None] = time.sleep) -> int:
+    """Send every report that waits and return how many could not be sent; the broker takes each once."""
+    for attempt in range(_TRIES):
+        left = 0
+        for path in sorted(config.recordings.glob(f"*{SUFFIX}")):
+            left += not _send(config, path)
+        if not left:
+            return 0
+        if attempt + 1 < _TRIES:
+            pause(_PAUSE_S)
+    return left
+
+
+def _send(config: BastionConfig, path: Path) -> bool:
+    """Send the report in ``path``; return whether nothing of it is left to be sent."""
+    try:
+        said = msgspec.json.decode(path.read_bytes(), type=Closing)
+        _tell(config, path.name.removesuffix(SUFFIX), said)
+    except FileNotFoundError:
+        pass  # another process has sent it
+    except Refused as error:
+        # What the broker does not know, or does not want as it is, it never will; the recording stays here.
+        if error.code in _FOR_NOW:
+            return False
+    except (SawError, OSError, msgspec.DecodeError):
+        return False
+    path.unlink(missing_ok=True)
+    return True
+
+
+def _tell(config: BastionConfig, session: str, said: Closing) -> None:
+    """Tell the broker of one end and hand in the recording, which then goes from here."""
+    recording = config.recordings / f"{session}.sawrec"
+    with BrokerLink(config) as link:
+        link.close(session, said)
+        if said.digest is not None:
+            link.hand_in(session, recording)
+            recording.unlink(missing_ok=True)
+
+
+def _main(argv: list[str]) -> int:
+    url, name, ca, certificate, key, recordings, *unsaid = argv
+    config = BastionConfig(
+        broker_url=url, broker_name=name, ca_file=ca, cert_file=certificate, key_file=key, recordings_dir=recordings
+    )
+    if unsaid:
+        with contextlib.suppress(SawError, OSError):
+            _tell(config, unsaid[0], msgspec.json.decode(unsaid[1], type=Closing))
+    return 1 if send_reports(config) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))
