@@ -103,4 +103,4 @@ class LookupModule(LookupBase):
         except SawError as error:
             raise AnsibleLookupError(f"policy_rule: {error}") from error
         except ValueError as error:
-            raise AnsibleLookupError(f"policy_rule: {error} (give absolute http or https URLs)") from error
+            raise AnsibleLookupError(f"policy_rule: {error} (give absolute URLs)") from error

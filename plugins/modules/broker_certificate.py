@@ -19,12 +19,14 @@ extends_documentation_fragment:
   - secure_agent.workspace.broker.attributes
 options:
   kind:
-    description: V(perimeter) for the gatekeeper's client certificate, V(ring2) for ring 2's server certificate.
+    description:
+      - V(perimeter) for the gatekeeper's client certificate, V(ring2) for ring 2's server certificate, V(bastion) for the
+        client certificate of a bastion, V(machine) for that of a program that the broker's configuration names.
     type: str
     required: true
-    choices: [perimeter, ring2]
+    choices: [perimeter, ring2, bastion, machine]
   name:
-    description: Name of the perimeter host.
+    description: Name of the perimeter host, or of the machine.
     type: str
     required: true
   csr:
@@ -103,7 +105,7 @@ def main() -> None:
     """Entry point."""
     module = AnsibleModule(
         argument_spec=broker_options(
-            kind={"type": "str", "required": True, "choices": ["perimeter", "ring2"]},
+            kind={"type": "str", "required": True, "choices": ["perimeter", "ring2", "bastion", "machine"]},
             name={"type": "str", "required": True},
             csr={"type": "str", "required": True},
             certificate={"type": "str", "default": ""},

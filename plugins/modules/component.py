@@ -163,31 +163,24 @@ failure:
   sample: {code: unit_failed, details: {unit: saw-broker.service}, cure: read its journal}
 """
 
-import grp
 import hashlib
 import os
-import pwd
 import tempfile
-from datetime import datetime, timezone
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.secure_agent.workspace.plugins.module_utils.managed_file import (
+    ComponentError,
+    ManagedFile,
+)
+from ansible_collections.secure_agent.workspace.plugins.module_utils.systemd_time import started_at
 
-HIDDEN = "(content not shown)\n"
 STATE = "/var/lib/saw/component"
 BOOTED = "/run/systemd/system"
 ROOT = "/"
 #: systemctl's words (is-enabled) for a unit that starts at every boot, and for one that no `enable` can change.
 ENABLED = {"enabled", "alias"}
 FIXED = {"static", "indirect", "generated", "transient"}
-
-
-class ComponentError(Exception):
-    """Something that stops the step; carries the machine-readable form."""
-
-    def __init__(self, message: str, code: str, cure: str, **details: Any) -> None:
-        super().__init__(message)
-        self.failure = {"code": code, "details": details, "cure": cure}
 
 
 class Notes:
@@ -221,116 +214,6 @@ class Notes:
             os.unlink(self.place(kind, path))
             if not os.listdir(STATE):
                 os.rmdir(STATE)
-
-
-class ManagedFile:
-    """One wanted file beside what lies on the host."""
-
-    def __init__(self, wanted: dict[str, Any], notes: Notes) -> None:
-        self.dest = wanted["dest"]
-        self.secret = wanted["secret"] is not None
-        self.content = (wanted["secret"] if self.secret else wanted["content"] or "").encode()
-        self.mode = int(wanted["mode"], 8)
-        self.owner = wanted["owner"]
-        self.group = wanted["group"]
-        self.validate = wanted["validate"]
-        self.apply = wanted["apply"]
-        self.owed = bool(self.apply) and notes.owed("apply", self.dest)
-        self.before: bytes | None = None
-        self.before_meta: tuple[int, str, str] | None = None
-        self.read()
-
-    def read(self) -> None:
-        """Look at what is there now."""
-        try:
-            status = os.stat(self.dest)
-            with open(self.dest, "rb") as stream:
-                self.before = stream.read()
-        except FileNotFoundError:
-            return
-        self.before_meta = (
-            status.st_mode & 0o7777,
-            name_of(pwd.getpwuid, status.st_uid),
-            name_of(grp.getgrgid, status.st_gid),
-        )
-
-    @property
-    def meta(self) -> tuple[int, str, str]:
-        """Wanted mode, owner and group."""
-        return (self.mode, self.owner, self.group)
-
-    @property
-    def content_changes(self) -> bool:
-        """Whether the content differs."""
-        return self.before != self.content
-
-    @property
-    def differs(self) -> bool:
-        """Whether the file is not what is wanted."""
-        return self.content_changes or self.before_meta != self.meta
-
-    @property
-    def changes(self) -> bool:
-        """Whether anything has to be done for it."""
-        return self.differs or self.owed
-
-    def diff(self) -> dict[str, str]:
-        """The difference in the form of Ansible's diff mode."""
-
-        def header(meta: tuple[int, str, str] | None) -> str:
-            return self.dest if meta is None else f"{self.dest} ({meta[0]:04o} {meta[1]}:{meta[2]})"
-
-        if self.secret:
-            before, after = ("" if self.before is None else HIDDEN), HIDDEN
-        else:
-            before, after = (self.before or b"").decode(errors="replace"), self.content.decode()
-        return {
-            "before_header": header(self.before_meta),
-            "after_header": header(self.meta),
-            "before": before,
-            "after": after,
-        }
-
-    def write(self, content: bytes, meta: tuple[int, str, str]) -> None:
-        """Replace the file atomically."""
-        folder = os.path.dirname(self.dest)
-        os.makedirs(folder, mode=0o755, exist_ok=True)
-        try:
-            owner, group = pwd.getpwnam(meta[1]).pw_uid, grp.getgrnam(meta[2]).gr_gid
-        except KeyError as error:
-            raise ComponentError(
-                f"{self.dest}: there is no account or group {error.args[0]!r} on this host",
-                "account_missing",
-                "list the file that declares it earlier, or install the role that does",
-                dest=self.dest,
-            ) from error
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(self.dest)}.", dir=folder)
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(content)
-                os.fchown(stream.fileno(), owner, group)
-                os.fchmod(stream.fileno(), meta[0])
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, self.dest)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-
-    def restore(self) -> None:
-        """Put the old content back, or take the new file away."""
-        if self.before is None or self.before_meta is None:
-            os.unlink(self.dest)
-        elif self.differs:
-            self.write(self.before, self.before_meta)
-
-
-def name_of(lookup: Any, number: int) -> str:
-    """Name of a uid or gid, or its number where it has none."""
-    try:
-        return str(lookup(number)[0])
-    except KeyError:
-        return str(number)
 
 
 class Units:
@@ -465,14 +348,6 @@ class Units:
         )
 
 
-def started_at(timestamp: str) -> float:
-    """Turn systemd's ``Sun 2026-11-22 10:00:00.123456 UTC`` into Unix time; now when there is none."""
-    try:
-        return datetime.strptime(timestamp, "%a %Y-%m-%d %H:%M:%S.%f UTC").replace(tzinfo=timezone.utc).timestamp()
-    except ValueError:
-        return datetime.now(tz=timezone.utc).timestamp()
-
-
 def validate(module: AnsibleModule, files: list[ManagedFile]) -> list[str]:
     """Run every file's check on its new content before anything is replaced; return the paths that could not be checked.
 
@@ -486,7 +361,7 @@ def validate(module: AnsibleModule, files: list[ManagedFile]) -> list[str]:
         raise ComponentError(
             f"{', '.join(missing)} missing on this host; {checked[0].dest} cannot be checked without",
             "needs_missing",
-            "apply the role that installs it first (saw_runtime for /opt/saw)",
+            "put it there, or apply the role that installs it first (saw_runtime for /opt/saw)",
             missing=missing,
         )
     if not checked:
@@ -591,6 +466,7 @@ def ensure(module: AnsibleModule) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point."""
+    os.umask(0o022)  # services read what is made here, whatever the umask of the play's own session
     file_options = {
         "dest": {"type": "path", "required": True},
         "content": {"type": "str"},

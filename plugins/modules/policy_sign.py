@@ -131,7 +131,7 @@ from ansible_collections.secure_agent.workspace.plugins.module_utils.policy impo
 
 try:
     from saw.errors import ConfigError
-    from saw.policy.bundle import add_signatures, build_manifest, describe, sign
+    from saw.policy.bundle import add_signatures, build_manifest, describe, sign, window
     from saw.policy.governance import duration
     from saw.policy.keys import key_id
     from saw.policy.matcher import Matcher
@@ -168,8 +168,8 @@ def ensure(module: AnsibleModule) -> dict[str, Any]:
     written = held
     if missing and not module.check_mode:
         if held is None:
-            start = present()
-            held = sign(build_manifest(bundle, revision, start, start + validity, reach=stated), bundle.members, [])
+            times = window(present(), validity)
+            held = sign(build_manifest(bundle, revision, *times, reach=stated), bundle.members, [])
         written = add_signatures(held, missing)
     if changed and not module.check_mode:
         write_file(dest, written)

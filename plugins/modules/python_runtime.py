@@ -214,6 +214,7 @@ def replace(module: AnsibleModule) -> str:
 
 def main() -> None:
     """Entry point."""
+    os.umask(0o022)  # services read what is made here, whatever the umask of the play's own session
     module = AnsibleModule(
         argument_spec={
             "wheelhouse": {"type": "path", "required": True},

@@ -12,7 +12,7 @@ short_description: Read reviews and reviewers from the broker
 version_added: 0.1.0
 author: Secure Agent Workspace maintainers (!UNKNOWN)
 description:
-  - Reads calls that wait for people, or did, and who may decide on them.
+  - Reads calls that wait for people, or did, and who may decide on them. Changes to the fleet are of the kind C(gate).
 extends_documentation_fragment:
   - secure_agent.workspace.broker
   - secure_agent.workspace.broker.attributes

@@ -101,6 +101,7 @@ def replace(archive: str, dest: str, digest: str) -> None:
 
 def main() -> None:
     """Entry point."""
+    os.umask(0o022)  # services read what is made here, whatever the umask of the play's own session
     module = AnsibleModule(
         argument_spec={
             "src": {"type": "path", "required": True},

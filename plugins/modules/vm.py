@@ -58,6 +58,16 @@ options:
     type: str
     choices: [auto, kvm, tcg]
     default: auto
+  devices:
+    description:
+      - PCI addresses on the hypervisor, bound to vfio-pci there, that the VM gets for itself, such as a GPU. Needs O(wipe).
+    type: list
+    elements: str
+    default: []
+  wipe:
+    description: Nothing of the VM is released before the signed record of a wipe lies beside it (C(saw gpu wipe)).
+    type: bool
+    default: false
 attributes:
   check_mode:
     description: Reports what would change without changing it.
@@ -163,6 +173,8 @@ def specification(params):
         "data_disk_mib": params["data_disk_mib"],
         "credentials": credentials,
         "accel": params["accel"],
+        "devices": params["devices"],
+        "wipe": params["wipe"],
     }
 
 
@@ -177,7 +189,8 @@ def stored_specification(vm_id):
 
 def differs(stored, wanted):
     """Tell whether the stored specification is not the wanted one."""
-    return stored is None or any(stored.get(key) != value for key, value in wanted.items())
+    unsaid = {"devices": [], "wipe": False}  # specifications of older versions
+    return stored is None or any(stored.get(key, unsaid.get(key)) != value for key, value in wanted.items())
 
 
 def main():
@@ -198,6 +211,8 @@ def main():
             "data_disk_mib": {"type": "int", "default": 2048},
             "credentials": {"type": "dict", "default": {}},
             "accel": {"type": "str", "choices": ["auto", "kvm", "tcg"], "default": "auto"},
+            "devices": {"type": "list", "elements": "str", "default": []},
+            "wipe": {"type": "bool", "default": False},
         },
         required_if=[("state", "created", ("number", "image", "image_sha256"))],
         required_together=[("number", "image", "image_sha256")],

@@ -35,6 +35,11 @@ options:
   image:
     description: Name of a registered image. Needed when the workspace is new.
     type: str
+  agent:
+    description:
+      - Name of a registered agent without a workspace (M(secure_agent.workspace.agent)). It counts when the workspace is new.
+      - Without it, an agent is registered along with the workspace.
+    type: str
   ek_pub_pem:
     description: Public endorsement key of its TPM, PEM. Recorded once, never replaced.
     type: str
@@ -82,6 +87,7 @@ failure:
 """
 
 from typing import Any
+from urllib.parse import quote
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.secure_agent.workspace.plugins.module_utils.broker import broker_options, found, operator
@@ -100,9 +106,26 @@ def create(module: AnsibleModule, client: Any) -> dict[str, Any]:
             failure={"code": "profile_missing", "details": {"missing": missing}, "cure": "give the whole profile"},
         )
     profile = {name: module.params[name] for name in ("id", *PROFILE)}
+    agent = unbound_agent(module, client)
     if module.check_mode:
         return {**profile, "state": "requested", "ek_recorded": False}
-    return client.request("POST", "/v1/workspaces", profile)
+    return client.request("POST", "/v1/workspaces", {**profile, **({"agent": agent} if agent else {})})
+
+
+def unbound_agent(module: AnsibleModule, client: Any) -> str:
+    """Return the id of the living agent that is named, empty when none is; the broker says whether it can be bound."""
+    name = module.params["agent"]
+    if not name:
+        return ""
+    rows = client.request("GET", f"/v1/agents?name={quote(name, safe='')}")["agents"]
+    ids = [row["id"] for row in rows if row["state"] != "retired"]
+    # A check run comes before the task that would register it has run.
+    if not ids and not module.check_mode:
+        module.fail_json(
+            msg=f"there is no living agent {name}",
+            failure={"code": "unknown_agent", "details": {"name": name}, "cure": "register it with the module agent"},
+        )
+    return ids[0] if ids else ""
 
 
 def refuse_other_profile(module: AnsibleModule, present: dict[str, Any]) -> None:
@@ -160,6 +183,7 @@ def main() -> None:
             blueprint={"type": "str"},
             ring={"type": "str"},
             image={"type": "str"},
+            agent={"type": "str"},
             ek_pub_pem={"type": "str"},
             state={
                 "type": "str",

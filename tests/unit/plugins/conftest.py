@@ -64,6 +64,7 @@ def run_module() -> Callable[..., Outcome]:
             "msg",
             "failure",
             "needs_archive",
+            "warnings",
             *yaml.safe_load(module.RETURN),
         }
         assert set(outcome) <= documented, f"undocumented: {set(outcome) - documented}"

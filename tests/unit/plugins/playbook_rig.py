@@ -9,13 +9,14 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,11 +27,13 @@ from broker_rig import NAME, Lab
 from cryptography.hazmat.primitives import serialization
 from policy_parts import write_bundle
 
+from saw.broker.config import RolloutSettings
 from saw.cli.main import main as saw
 from saw.files import write_private
 from saw.identity.x509 import Authority, new_key_and_csr
 from saw.policy.loader import load_bundle_folder
 from saw.policy.reach_diff import diff_bundles
+from saw.policy.tuf_repository import current_releases, target_name
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = ("ada", "ben", "cleo")
@@ -42,7 +45,7 @@ process: {run_as_user: nobody, run_as_group: nogroup}
 """
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
+def until(condition: Callable[[], Any], what: str, seconds: float = 180.0) -> Any:
     """Return the first true result of ``condition``; fail after ``seconds``."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -101,6 +104,7 @@ class Office:
             "SAW_CONTEXT": str(self.context),
             "ANSIBLE_NOCOLOR": "1",
             "ANSIBLE_PIPELINING": "1",
+            "ANSIBLE_SHOW_CUSTOM_STATS": "1",
         }
 
     def key(self, name: str) -> str:
@@ -117,6 +121,24 @@ class Office:
         """Bring the officers' copy up: another copy may have published, or the broker itself rolled back, meanwhile."""
         if self.lab.operator.request("GET", "/v1/policy/state")["releases"]:
             self.saw("repository-update", "--repository", str(self.copy), "--context", str(self.context))
+
+
+@contextlib.contextmanager
+def open_office(base: Path, **limits: object) -> Iterator[Office]:
+    """The officers of a broker with these limits for rollouts."""
+    directory = Path(tempfile.mkdtemp(prefix="saw-playbooks-"))
+    lab = Lab(directory, rollout=RolloutSettings(**limits))
+    try:
+        lab.start()
+        yield Office(lab, base)
+    finally:
+        lab.stop()
+        shutil.rmtree(directory)
+
+
+def blueprint_of(test: str) -> str:
+    """The name of a test's own blueprint."""
+    return re.sub(r"[^a-z0-9]+", "-", test.removeprefix("test_"))[:40].strip("-")
 
 
 class Desk:
@@ -183,7 +205,7 @@ class Desk:
             start_new_session=True,
         )
         try:
-            until(lambda: when() or process.poll() is not None, what)
+            until(lambda: when() or process.poll() is not None, what, 300)
             assert process.poll() is None, f"the play ended before: {what}"
         finally:
             for pid in with_descendants(process.pid):
@@ -214,6 +236,12 @@ class Desk:
         """The revision that the broker releases to the ring, 0 for none."""
         found = self.lab.operator.request("GET", "/v1/policy/state")["releases"]
         return next((one["revision"] for one in found if one["ring"] == (ring or self.ring)), 0)
+
+    def adopted(self) -> int:
+        """The revision that the officers' copy has as released to the ring, 0 for none."""
+        held = current_releases(self.office.copy)
+        path = target_name(self.ring, self.name)
+        return next((one.revision for one in held if one.path == path), 0)
 
     def rollouts(self) -> list[dict[str, Any]]:
         """The rollouts of the ring, newest first."""
@@ -299,8 +327,10 @@ class RunningWorkspace(policyd_lab.Lab):
         self.known = desk.workspace(name)
         self.directory = Path(tempfile.mkdtemp(prefix="saw-pw-"))
         self.run, self.state = self.directory / "run", self.directory / "state"
+        self.journal = self.directory / "journal"
         for part in ("attest", "decide", "svid", "policy"):
             (self.run / part).mkdir(parents=True)
+        self.journal.mkdir()
         authority = desk.lab.ca_file.read_text()
         (self.run / "ca.pem").write_text(authority)
         told = {
@@ -348,4 +378,5 @@ class RunningWorkspace(policyd_lab.Lab):
         self.attestd.stop()
         self._decide.should_exit = self._decide.force_exit = True
         self._decide_thread.join(10)
+        self.decisions.close()
         policyd_lab.shutil.rmtree(self.directory, ignore_errors=True)

@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar, trust_as_template
 
+from saw.audit.ship import load_settings
 from saw.broker.config import BrokerConfig, RolloutSettings, load_config
+from saw.broker.terminal.settings import TerminalBastion
 from saw.errors import ConfigError
+from saw.jobs.config import load_config as load_worker
 
 ROLE = Path(__file__).resolve().parents[3] / "roles/broker"
 
 
-def rendered(base: Path, **values: object) -> BrokerConfig:
-    """The configuration that Ansible's own templating makes of the role's defaults and ``values``, as the broker reads it."""
+def template_of(name: str, place: Path, **values: object) -> None:
+    """Write what Ansible's own templating makes of a template with the role's defaults and ``values``."""
     defaults = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
-    template, place = ROLE / "templates/broker.json.j2", base / "broker.json"
+    template = ROLE / "templates" / name
     command = [Path(sys.executable).parent / "ansible", "localhost", "-i", "localhost,", "-c", "local"]
     command += ["-m", "ansible.builtin.template", "-a", f"src={template} dest={place}"]
     told = {"ansible_python_interpreter": sys.executable, "broker_trust_domain": "saw.example", **defaults, **values}
     done = subprocess.run([*command, "-e", json.dumps(told)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def rendered(base: Path, **values: object) -> BrokerConfig:
+    """The configuration that the role makes of ``values``, as the broker reads it."""
+    place = base / "broker.json"
+    template_of("broker.json.j2", place, **values)
     return load_config(place)
 
 
 def test_the_defaults_of_the_role_are_those_of_the_broker(tmp_path: Path) -> None:
-    assert rendered(tmp_path).rollout == RolloutSettings()
+    found = rendered(tmp_path)
+    assert found.rollout == RolloutSettings()
+    assert found.postgresql is None
+    assert (found.audit_socket, found.audit_group, found.terminal) == (None, None, None)
+    assert "audit_" not in (tmp_path / "broker.json").read_text()
+    assert "jobs" not in json.loads((tmp_path / "broker.json").read_text())
 
 
 def test_every_limit_of_a_rollout_can_be_set(tmp_path: Path) -> None:
@@ -66,3 +86,355 @@ def test_a_limit_out_of_range_is_refused_before_the_file_is_taken(tmp_path: Path
     assert (refused.returncode, f"rollout.{name} must be" in refused.stderr) == (1, True), (
         "the host runs the same check"
     )
+
+
+SSO = {
+    "origin": "https://saw.example.com:8445",
+    "provider": {"issuer": "https://idp.example.com", "client_id": "saw", "client_secret_file": "/etc/saw/oidc.secret"},
+    "roles": {"approver": ["approvers"]},
+}
+TERMINAL = {"bastion": {"host": "edge.example.com"}}
+
+
+def test_single_sign_on_is_off_until_it_is_configured(tmp_path: Path) -> None:
+    assert rendered(tmp_path).sso is None
+    assert "sso" not in json.loads((tmp_path / "broker.json").read_text())
+    found = rendered(tmp_path, broker_sso=SSO).sso
+    assert found is not None
+    assert (found.origin, found.provider.issuer) == (SSO["origin"], "https://idp.example.com")
+    # The secret itself is in neither file: systemd hands it over.
+    assert found.provider.client_secret_file == "/run/credentials/saw-broker.service/oidc-client-secret"
+    public = rendered(
+        tmp_path, broker_sso={**SSO, "provider": {"issuer": "https://idp.example.com", "client_id": "saw"}}
+    )
+    assert public.sso is not None
+    assert public.sso.provider.client_secret_file is None
+
+
+def test_the_unit_is_handed_the_secret_and_is_as_before_without(tmp_path: Path) -> None:
+    unit, place = "saw-broker.service.j2", tmp_path / "saw-broker.service"
+    template_of(unit, place)
+    plain = place.read_text().splitlines()
+    assert "RestartSec=1" in plain
+    template_of(unit, place, broker_sso=SSO, broker_terminal=TERMINAL)
+    given = place.read_text().splitlines()
+    # nothing else of the unit's confinement is given up for terminals
+    assert [line for line in given if line not in plain] == [
+        "LoadCredential=oidc-client-secret:/etc/saw/oidc.secret",
+        "# ssh of a terminal is confined before it starts",
+        "SystemCallFilter=landlock_create_ruleset landlock_add_rule landlock_restrict_self",
+    ]
+    assert [line for line in plain if line not in given] == []
+    assert not any("LoadCredential" in line for line in plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"origin": "http://saw.example.com"}, "sso.origin"),
+        ({"origin": "https://saw.example.com/"}, "sso.origin"),
+        ({"rp_id": "other.example"}, "sso.rp_id"),
+        ({"provider": {"issuer": "http://idp.example.com", "client_id": "saw"}}, "sso.provider.issuer"),
+        ({"provider": {**SSO["provider"], "algorithms": ["HS256"]}}, "sso.provider.algorithms"),
+        ({"provider": {**SSO["provider"], "algorithms": ["none"]}}, "sso.provider.algorithms"),
+        ({"provider": {**SSO["provider"], "skew_s": 3600}}, "sso.provider.skew_s"),
+        ({"provider": {**SSO["provider"], "client_secret": "x"}}, "client_secret"),
+        ({"roles": {}}, "sso.roles"),
+        ({"roles": {"root": ["x"]}}, "sso.roles"),
+        ({"session": {"recheck_s": 1}}, "sso.session.recheck_s"),
+        ({"key_file": "/etc/saw/pages.key"}, "sso.certificate_file"),
+    ],
+    ids=str,
+)
+def test_a_wrong_field_of_single_sign_on_is_named(tmp_path: Path, change: dict[str, object], field: str) -> None:
+    path = tmp_path / "broker.json"
+    base = {
+        "trust_domain": "saw.example",
+        "state_dir": "/s",
+        "operator_socket": "/o",
+        "server_names": ["b.saw.internal"],
+    }
+    path.write_text(json.dumps({**base, "sso": SSO}))
+    assert load_config(path).sso is not None
+    path.write_text(json.dumps({**base, "sso": {**SSO, **change}}))
+    with pytest.raises(ConfigError, match=field.rpartition(".")[2]):
+        load_config(path)
+
+
+PAGE = (ROLE.parents[1] / "docs/audit.md").read_text(encoding="utf-8")
+#: As the page on the audit trail shows it.
+SHIP = yaml.safe_load(PAGE.partition("```yaml\n")[2].partition("```")[0])["broker_audit_ship"]
+
+
+#: How long it is kept, as the same page shows it.
+KEPT = yaml.safe_load(
+    next(part for part in PAGE.split("```yaml\n") if part.startswith("broker_audit_retention")).partition("```")[0]
+)["broker_audit_retention"]
+
+
+def written(folder: Path, names: list[str], **values: object) -> dict[str, str]:
+    """What one run of Ansible makes of several templates with the role's defaults and ``values``."""
+    defaults = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
+    tasks = [
+        {"ansible.builtin.template": {"src": str(ROLE / "templates" / f"{name}.j2"), "dest": str(folder / name)}}
+        for name in names
+    ]
+    told = {"ansible_python_interpreter": sys.executable, "broker_trust_domain": "saw.example", **defaults, **values}
+    play = [{"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": told, "tasks": tasks}]
+    (folder / "play.yml").write_text(yaml.safe_dump(play))
+    command = [Path(sys.executable).parent / "ansible-playbook", "-i", "localhost,", str(folder / "play.yml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {name: (folder / name).read_text() for name in names}
+
+
+def test_the_trail_is_shipped_where_it_was_asked_for(tmp_path: Path) -> None:
+    names = ["broker.json", "audit.json", "saw-audit-ship.service", "sysusers.conf"]
+    jobs = {"retention": "30d"}
+    files = written(tmp_path, names, broker_audit_ship=SHIP, broker_audit_retention=KEPT, broker_jobs=jobs)
+    found, settings = load_config(tmp_path / "broker.json"), load_settings(tmp_path / "audit.json")
+    assert (found.audit_socket, found.audit_group) == ("/run/saw/broker/audit.sock", "saw-audit")
+    assert settings.socket == found.audit_socket
+    assert settings.receiver.key_file == "/run/credentials/saw-audit-ship.service/client-key"
+    assert "LoadCredential=client-key:/etc/saw/siem-client.key" in files["saw-audit-ship.service"]
+    assert "m saw-broker saw-audit" in files["sysusers.conf"]
+    # What goes has been acknowledged by the receiver: the forwarder's cursor is where the broker looks.
+    assert found.audit is not None
+    assert (found.audit.days, found.audit.shipped) == (400, f"{settings.state_dir}/cursor.json")
+    assert found.jobs is not None
+    assert found.jobs.retention == "30d"
+
+
+def test_an_otlp_receiver_is_that_of_the_page_and_its_token_is_handed_over(tmp_path: Path) -> None:
+    page = next(part for part in PAGE.split("```yaml\n") if "protocol: otlp" in part.partition("```")[0])
+    shown = yaml.safe_load(page.partition("```")[0])["broker_audit_ship"]
+    files = written(tmp_path, ["audit.json", "saw-audit-ship.service"], broker_audit_ship=shown)
+    receiver = load_settings(tmp_path / "audit.json").receiver
+    assert (receiver.protocol, receiver.token_file) == ("otlp", "/run/credentials/saw-audit-ship.service/token")
+    assert "LoadCredential=token:/etc/saw/otel-token" in files["saw-audit-ship.service"]
+    assert "client-key" not in files["audit.json"] + files["saw-audit-ship.service"]
+
+
+def test_without_a_client_key_none_is_handed_over_and_a_wrong_receiver_is_refused(tmp_path: Path) -> None:
+    plain = {name: SHIP["receiver"][name] for name in ("host", "port", "ca_file")}
+    files = written(tmp_path, ["audit.json", "saw-audit-ship.service"], broker_audit_ship={"receiver": plain})
+    assert load_settings(tmp_path / "audit.json").receiver.key_file is None
+    assert "LoadCredential" not in files["saw-audit-ship.service"]
+    task = yaml.safe_load((ROLE / "tasks/audit_ship.yml").read_text())[0]
+    entry = task["secure_agent.workspace.component"]["files"][0]
+    check = [sys.executable, "-m", "saw.cli.main", *entry["validate"][1:-1], str(tmp_path / "audit.json")]
+    assert subprocess.run(check, capture_output=True, check=False).returncode == 0
+    (tmp_path / "audit.json").write_text(files["audit.json"].replace(str(plain["port"]), "0"))
+    assert subprocess.run(check, capture_output=True, check=False).returncode == 1
+
+
+GATES = (ROLE.parents[1] / "docs/approval-gate.md").read_text(encoding="utf-8").split("```yaml\n")
+
+
+def test_gates_and_machines_are_those_of_the_page(tmp_path: Path) -> None:
+    values = {}
+    for part in GATES[1:]:
+        found = yaml.safe_load(part.partition("```")[0])
+        values |= (
+            {name: value for name, value in found.items() if name.startswith("broker_")}
+            if isinstance(found, dict)
+            else {}
+        )
+    assert set(values) == {"broker_gates", "broker_machines", "broker_machine_audience"}
+    config = rendered(tmp_path, broker_sso=SSO, **values)
+    assert config.gates["rolling-update"].quorum == 2
+    assert (config.machines["awx"].scopes, config.machines["awx"].oauth_client) == (
+        ("gate:rolling-update",),
+        "awx-jobs",
+    )
+    assert config.machine_audience == "https://saw.example.com/broker"
+    assert rendered(tmp_path).gates == {}
+    with pytest.raises(ConfigError, match="oauth_client needs sso"):
+        rendered(tmp_path, **values)
+
+
+def test_terminals_are_what_the_variable_says(tmp_path: Path) -> None:
+    found = rendered(tmp_path, broker_sso=SSO, broker_terminal={**TERMINAL, "per_person": 2}).terminal
+    assert found is not None
+    assert (found.files_dir, found.bastion, found.per_person) == (
+        "/opt/saw/share/terminal", TerminalBastion("edge.example.com", 2222, "saw-session"), 2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"bastion": {"host": "edge example"}}, "terminal.bastion.host"),
+        ({"bastion": {"host": "-oProxyCommand=x"}}, "terminal.bastion.host"),
+        ({"bastion": {"host": "edge.example.com", "port": 0}}, "terminal.bastion.port"),
+        ({"bastion": {"host": "edge.example.com", "user": "-l"}}, "terminal.bastion.user"),
+        ({"source_address": "10.0.0.1,elsewhere"}, "terminal.source_address"),
+        ({"per_person": 65}, "terminal.per_person"),
+        ({"in_all": 1001}, "terminal.in_all"),
+        ({"runtime_dir": "run"}, "terminal.runtime_dir"),
+        ({"emulator": "x"}, "emulator"),
+    ],
+    ids=str,
+)
+def test_a_wrong_field_of_terminals_is_named(tmp_path: Path, change: dict[str, object], field: str) -> None:
+    path = tmp_path / "broker.json"
+    names = {
+        "trust_domain": "saw.example",
+        "state_dir": "/s",
+        "operator_socket": "/o",
+        "server_names": ["b.saw.internal"],
+    }
+    base = {**names, "sso": SSO}
+    good: dict[str, object] = {"files_dir": "/f", **TERMINAL, "source_address": "10.77.0.10,fd00::/64"}
+    path.write_text(json.dumps({**base, "terminal": good}))
+    assert load_config(path).terminal is not None
+    path.write_text(json.dumps({**base, "terminal": {**good, **change}}))
+    with pytest.raises(ConfigError, match=re.escape(field)):
+        load_config(path)
+    path.write_text(json.dumps({**names, "terminal": good}))
+    with pytest.raises(ConfigError, match="terminal needs sso"):
+        load_config(path)
+
+
+def test_the_terminal_emulator_is_the_pinned_one_or_the_run_ends_with_the_cure(tmp_path: Path) -> None:
+    modules, installed = tmp_path / "node_modules", tmp_path / "installed"
+    pinned = yaml.safe_load((ROLE / "vars/main.yml").read_text())
+    for one in pinned["broker_terminal_emulator"]:
+        (modules / one["file"]).parent.mkdir(parents=True)
+        shutil.copy(ROLE / "files/terminal/node_modules" / one["file"], modules / one["file"])
+    text = (ROLE / "tasks/terminal.yml").read_text().replace("/opt/saw/share/terminal", str(installed))
+    tasks = [task for task in yaml.safe_load(text) if "ansible.builtin.apt" not in task]
+    assert len(tasks) == 2
+    told = {
+        **pinned, "broker_terminal_files": str(modules), "role_path": str(ROLE), "ansible_python_interpreter": sys.executable,
+    }  # fmt: skip
+    play = [{"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": told, "tasks": tasks}]
+    (tmp_path / "play.yml").write_text(yaml.safe_dump(play))
+    link = tmp_path / "collections/ansible_collections/secure_agent/workspace"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(ROLE.parents[1])
+
+    def run() -> str:
+        command = [Path(sys.executable).parent / "ansible-playbook", "-i", "localhost,", str(tmp_path / "play.yml")]
+        environment = {**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(tmp_path / "collections")}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        return "" if done.returncode == 0 else " ".join(done.stdout.split())
+
+    assert run() == ""
+    assert {hashlib.sha256(path.read_bytes()).hexdigest() for path in installed.iterdir()} == {
+        one["sha256"] for one in pinned["broker_terminal_emulator"]
+    }
+    changed = modules / "@xterm/addon-fit/lib/addon-fit.js"
+    changed.write_text(changed.read_text() + " ")
+    (modules / "@xterm/xterm/lib/xterm.js").unlink()
+    refused = run()
+    assert f"{changed} is missing, or is another version" in refused
+    assert f"{modules}/@xterm/xterm/lib/xterm.js is missing, or is another version" in refused
+    assert f"npm ci --ignore-scripts --prefix {ROLE}/files/terminal" in refused
+
+
+def templated(name: str, **values: object) -> str:
+    """What Ansible's templating makes of a template, within this process."""
+    defaults = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
+    told = {"ansible_managed": "by Ansible", "broker_trust_domain": "saw.example", **defaults, **values}
+    text = trust_as_template((ROLE / "templates" / f"{name}.j2").read_text())
+    return str(Templar(loader=DataLoader(), variables=told).template(text))
+
+
+PAGE_OF_JOBS = (ROLE.parents[1] / "docs/jobs.md").read_text(encoding="utf-8").split("```yaml\n")
+#: As the page on jobs shows them: playbooks on the control host, and AWX.
+JOBS = [
+    found["broker_jobs"]
+    for part in PAGE_OF_JOBS[1:]
+    if "broker_jobs" in (found := yaml.safe_load(part.partition("```")[0]))
+]
+
+
+@pytest.mark.control("LIF-01")
+def test_lifecycle_jobs_are_run_as_the_page_says(tmp_path: Path) -> None:
+    names = ["broker.json", "worker.json", "saw-worker.service", "sysusers.conf"]
+    plain, ansible, awx = [tmp_path / name for name in ("plain", "ansible", "awx")]
+    for folder, jobs in ((plain, {}), (ansible, JOBS[0]), (awx, JOBS[1])):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text(templated(name, broker_jobs=jobs, broker_worker_saw="/s"))
+    assert load_config(plain / "broker.json").jobs is None
+    assert "saw-worker" not in (plain / "sysusers.conf").read_text() + (plain / "broker.json").read_text()
+    found = load_config(ansible / "broker.json").jobs
+    assert found is not None
+    assert (found.worker_socket, found.worker_group) == ("/run/saw/broker/worker.sock", "saw-worker")
+    assert "m saw-broker saw-worker" in (ansible / "sysusers.conf").read_text()
+    worker = load_worker(ansible / "worker.json")
+    assert worker.broker_socket == found.worker_socket
+    assert worker.ansible is not None
+    assert worker.ansible.key_file == "/run/credentials/saw-worker.service/ssh-key"
+    unit = (ansible / "saw-worker.service").read_text()
+    assert f"LoadCredential=ssh-key:{JOBS[0]['ansible']['key_file']}" in unit
+    assert "SupplementaryGroups=saw-operators" in unit
+    assert "awx-token" not in unit
+    worker, unit = load_worker(awx / "worker.json"), (awx / "saw-worker.service").read_text()
+    assert worker.awx is not None
+    assert worker.awx.token_file == "/run/credentials/saw-worker.service/awx-token"
+    assert f"LoadCredential=awx-token:{JOBS[1]['awx']['token_file']}" in unit
+    assert "saw-operators" not in unit  # AWX brings its own way to the broker
+
+
+@pytest.mark.control("LIF-01")
+def test_the_host_checks_the_workers_configuration_before_it_is_taken(tmp_path: Path) -> None:
+    tasks = yaml.safe_load((ROLE / "tasks/jobs.yml").read_text())
+    [part] = [task["secure_agent.workspace.component"] for task in tasks if task["name"] == "Run lifecycle jobs"]
+    [entry] = [one for one in part["files"] if one["dest"] == "/etc/saw/worker.json"]
+    assert entry["validate"][1:] == ["worker", "check", "--config", "%s"]
+    good = {"state_dir": "/s", "broker_socket": "/b", "ansible": {"inventory": str(tmp_path)}}
+    command = [sys.executable, "-m", "saw.cli.main", "worker", "check", "--config", str(tmp_path / "worker.json")]
+    for settings, code in ((good, 0), ({**good, "ansible": {"inventory": "/missing"}}, 1), ({**good, "more": 1}, 1)):
+        (tmp_path / "worker.json").write_text(json.dumps(settings))
+        assert subprocess.run(command, capture_output=True, check=False).returncode == code
+
+
+REPLICAS = (
+    (ROLE.parents[1] / "docs/replicas.md").read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0]
+)
+
+
+def test_a_database_of_postgresql_is_that_of_the_page_and_its_files_are_waited_for(tmp_path: Path) -> None:
+    database = yaml.safe_load(REPLICAS)["broker_database"]
+    needs = yaml.safe_load((ROLE / "tasks/service.yml").read_text())[0]["vars"]["broker_secret_files"]
+    parts = [(ROLE / "templates" / name).read_text() for name in ("broker.json.j2", "saw-broker.service.j2")]
+    together = tmp_path / "all.j2"
+    together.write_text("\n=====\n".join([*parts, f"{needs}"]))
+    template_of(str(together), tmp_path / "all", broker_database=database)
+    config, unit, files = (tmp_path / "all").read_text().split("\n=====\n")
+    (tmp_path / "broker.json").write_text(config)
+    assert load_config(tmp_path / "broker.json").postgresql == database
+    assert "RestartSec=8\n" in unit, "a database elsewhere may be away for longer than ten quick starts take"
+    assert sorted(yaml.safe_load(files)) == ["/etc/saw/broker.pgpass", "/etc/saw/database-ca.pem"]
+
+
+@pytest.mark.control("ID-01")
+def test_files_of_operators_are_waited_for_and_the_accounts_that_they_belong_to_come_first() -> None:
+    first = yaml.safe_load((ROLE / "tasks/main.yml").read_text())[0]
+    assert first["ansible.builtin.import_tasks"] == "accounts.yml"
+    service = yaml.safe_load((ROLE / "tasks/service.yml").read_text())[0]
+    assert "/etc/sysusers.d/saw-broker.conf" in service["secure_agent.workspace.component"]["watch"], (
+        "groups need a restart"
+    )
+    provider = {**SSO["provider"], "ca_file": "/etc/saw/idp.pem"}
+    pages = {"certificate_file": "/etc/saw/pages.pem", "key_file": "/etc/saw/pages.key"}
+    asked = {"broker_secret_files": service, "broker_page_files": service}
+    asked["broker_worker_files"] = next(
+        task for task in yaml.safe_load((ROLE / "tasks/jobs.yml").read_text()) if task["name"] == "Run lifecycle jobs"
+    )
+
+    def waited_for(**values: object) -> dict[str, list[str]]:
+        told = {**yaml.safe_load((ROLE / "defaults/main.yml").read_text()), **values}
+        templar = Templar(loader=DataLoader(), variables=told)
+        return {name: templar.template(trust_as_template(task["vars"][name])) for name, task in asked.items()}
+
+    assert waited_for(broker_sso={**SSO, **pages, "provider": provider}, broker_jobs=JOBS[0]) == {
+        "broker_secret_files": ["/etc/saw/oidc.secret", "/etc/saw/idp.pem"],
+        "broker_page_files": ["/etc/saw/pages.pem", "/etc/saw/pages.key"],
+        "broker_worker_files": ["/etc/saw/fleet/inventory", "/etc/saw/fleet/known_hosts", "/etc/saw/fleet/collections"],
+    }
+    assert waited_for(broker_jobs=JOBS[1])["broker_worker_files"] == ["/etc/saw/awx-ca.pem"]
+    assert waited_for() == {name: [] for name in asked}

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ansible_collections.secure_agent.workspace.plugins.module_utils import systemd_time
 from ansible_collections.secure_agent.workspace.plugins.modules import component
 
 ME = {"owner": pwd.getpwuid(os.getuid()).pw_name, "group": grp.getgrgid(os.getgid()).gr_name}
@@ -90,6 +91,15 @@ def test_files_are_applied_in_order(files, tmp_path, run_module):
     assert seen.read_text() == "b\na\n"
 
 
+def test_folders_can_be_entered_whatever_the_umask_of_the_session(files, tmp_path, run_module):
+    session = os.umask(0o027)  # what hardening gives people
+    try:
+        run_module(component, files=[files("etc/saw/one", "1\n")])
+    finally:
+        os.umask(session)
+    assert [(tmp_path / folder).stat().st_mode & 0o777 for folder in ("etc", "etc/saw")] == [0o755, 0o755]
+
+
 @pytest.mark.control("CRED-01")
 def test_a_secret_is_written_and_shown_nowhere(tmp_path, run_module, capsys):
     wanted = [{"dest": str(tmp_path / "token"), "secret": "hunter2-old", "mode": "0600", **ME}]
@@ -119,7 +129,7 @@ def test_a_missing_account_is_named(files, run_module):
 
 
 def test_what_systemd_prints_is_read_as_unix_time():
-    assert component.started_at("Sun 2026-11-22 10:00:00.250000 UTC") == pytest.approx(1795341600.25)
+    assert systemd_time.started_at("Sun 2026-11-22 10:00:00.250000 UTC") == pytest.approx(1795341600.25)
 
 
 @pytest.mark.parametrize(

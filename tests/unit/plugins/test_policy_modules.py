@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,8 @@ def test_a_bundle_is_forecast_signed_and_then_left_alone(signing, tmp_path, offi
     signed = signing()
     assert signed["changed"]
     assert signed["signers"] == officers.ids("ada", "ben")
+    counts_from = datetime.fromisoformat(describe(dest.read_bytes())[1].not_before)
+    assert counts_from < datetime.now(UTC) - timedelta(minutes=4), "a workspace's clock may be behind"
     before = dest.read_bytes()
     for check in (False, True):
         again = signing(check=check)

@@ -39,9 +39,12 @@ exec {saw} "$@"
 
 
 class Hypervisor:
-    """A VM called ``name`` on the image ``one``, registered with the broker; ``two`` is there as well."""
+    """A VM called ``name`` on the image ``one``, registered with the broker; ``two`` is there as well.
 
-    def __init__(self, base: Path, broker: Any, name: str) -> None:
+    ``fields`` are further ones of its specification.
+    """
+
+    def __init__(self, base: Path, broker: Any, name: str, **fields: Any) -> None:
         self.base, self.broker, self.name = base, broker, name
         (base / "state/images").mkdir(parents=True)
         (base / "bin").mkdir()
@@ -70,6 +73,7 @@ class Hypervisor:
             "image": self.path("one"),
             "image_sha256": self.digests["one"],
             "data_disk_mib": 64,
+            **fields,
         }
         (base / "spec.json").write_text(json.dumps(spec))
         self.inside("/opt/saw/bin/saw", "vm", "create", "--spec", str(base / "spec.json"))
@@ -97,19 +101,23 @@ class Hypervisor:
     def saw(self, *command: str) -> dict[str, Any]:
         return dict(json.loads(self.inside(str(SAW), *command, "--json").stdout))
 
-    def rebuild(self, image: str = "two", sha256: str = "") -> str:
-        """Run the playbook and return what it said."""
+    def play(self, name: str, values: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+        """Run the playbook ``name`` on this hypervisor."""
         inventory = self.base / "inventory"
         inventory.write_text(
             f"[hypervisors]\nlocalhost ansible_connection=local ansible_python_interpreter={sys.executable}\n"
         )
+        playbook, book = SAW.with_name("ansible-playbook"), ROOT / f"playbooks/{name}.yml"
+        options = ["-i", str(inventory), str(book), "-e", json.dumps({"workspace_id": self.name, **values})]
+        return self.inside(str(playbook), *options, check=False)
+
+    def rebuild(self, image: str = "two", sha256: str = "") -> str:
+        """Run the playbook and return what it said."""
         values = {
-            "workspace_id": self.name, "workspace_image": f"{self.name}-{image}", "workspace_image_path": self.path(image),
+            "workspace_image": f"{self.name}-{image}", "workspace_image_path": self.path(image),
             "workspace_image_sha256": sha256 or self.digests[image], "workspace_active_retries": 1,
         }  # fmt: skip
-        playbook = SAW.with_name("ansible-playbook")
-        book = ROOT / "playbooks/workspace_rebuild.yml"
-        return self.inside(str(playbook), "-i", str(inventory), str(book), "-e", json.dumps(values), check=False).stdout
+        return self.play("workspace_rebuild", values).stdout
 
     def found(self) -> tuple[str, str, str]:
         """Return the image that the broker expects, the one that the disk lies on, and the workspace's state."""

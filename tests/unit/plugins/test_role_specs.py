@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 
 ROOT = Path(__file__).resolve().parents[3]
 ROLES = sorted(path.parent.parent for path in ROOT.glob("roles/*/meta/argument_specs.yml"))
@@ -28,6 +29,21 @@ def test_defaults_are_what_the_specification_says(role):
     described = {name: option["default"] for name, option in options.items() if "default" in option}
     assert {name: described.get(name, value) for name, value in defaults.items()} == defaults
     assert all(name.startswith(f"{role.name}_") for name in options)
+
+
+@pytest.mark.parametrize("role", ROLES, ids=lambda path: path.name)
+def test_defaults_are_taken_by_the_specification(role):
+    """As Ansible itself looks at them before a role runs, parts of a dictionary included."""
+    options = yaml.safe_load((role / "meta/argument_specs.yml").read_text())["argument_specs"]["main"].get(
+        "options", {}
+    )
+    plain = {name: value for name, value in _defaults(role).items() if "{{" not in str(value)}
+    checked = ArgumentSpecValidator({name: options[name] for name in plain}).validate(plain)
+    assert checked.error_messages == []
+
+
+def _defaults(role):
+    return yaml.safe_load((role / "defaults/main.yml").read_text()) or {}
 
 
 def test_no_step_is_left_to_the_end_of_a_play():

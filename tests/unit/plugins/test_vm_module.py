@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,8 +56,9 @@ class Driver:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.program = home / "saw"
-        self.program.write_text(DRIVER.format(python=sys.executable, home=str(home)))
-        self.program.chmod(0o755)
+        # Written by another process: what a thread of this one forks meanwhile would keep it open, and it could not be run.
+        text = DRIVER.format(python=sys.executable, home=str(home))
+        subprocess.run(["install", "-m", "755", "/dev/stdin", str(self.program)], input=text, text=True, check=True)
 
     def calls(self) -> list[str]:
         """Return the verbs called since the last look."""

@@ -1,0 +1,155 @@
+"""The inventory plugin against a real broker, as ``ansible-inventory`` shows it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+KEYED = {"key": "saw_workspace.ring", "prefix": "ring"}
+
+
+class Shown:
+    """What ``ansible-inventory --list`` printed."""
+
+    def __init__(self, done: subprocess.CompletedProcess[str]) -> None:
+        self.failed, self.words = done.returncode != 0, " ".join((done.stdout + done.stderr).split())
+        # Ansible shows data that is no template as {"__ansible_unsafe": text}.
+        self.all: dict[str, Any] = {}
+        if not self.failed:
+            self.all = json.loads(done.stdout, object_hook=lambda found: found.get("__ansible_unsafe", found))
+
+    @property
+    def hosts(self) -> dict[str, Any]:
+        return dict(self.all["_meta"]["hostvars"])
+
+    def group(self, name: str) -> set[str]:
+        return set(self.all.get(name, {}).get("hosts", []))
+
+
+@pytest.fixture(scope="module")
+def shop(broker_context, tmp_path_factory):
+    """Workspaces in rings of this module's own, and a way to list them."""
+    base = tmp_path_factory.mktemp("inventory")
+    link = base / "ansible_collections/secure_agent/workspace"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(ROOT)
+    for name, ring in (("inv-a", "inv-one"), ("inv-b", "inv-two")):
+        broker_context.workspace(name, ring=ring)
+    broker_context.operator.request(
+        "POST",
+        "/v1/workspaces",
+        {"id": "inv-c", "sponsor": "{{ 6 * 7 }}", "blueprint": "coding", "ring": "inv-two", "image": "workspace"},
+    )
+    broker_context.step("inv-c", "decommissioned")
+
+    def show(*options: str, bastion: dict[str, Any] | None = None, **told: Any) -> Shown:
+        context = {"broker": {"socket": broker_context.config.operator_socket}, "bastion": bastion}
+        (base / "context.json").write_text(json.dumps(context))
+        file = base / "fleet.broker.yml"
+        file.write_text(
+            json.dumps(
+                {
+                    "plugin": "secure_agent.workspace.broker",
+                    "context": str(base / "context.json"),
+                    "rings": ["inv-one", "inv-two"],
+                    **told,
+                }
+            )
+        )
+        environment = {**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(base), "SAW_SSH_KEYS": str(base / "kept")}
+        environment |= {"ANSIBLE_INVENTORY_ANY_UNPARSED_IS_FAILED": "1", "ANSIBLE_NOCOLOR": "1"}
+        command = [str(Path(sys.executable).parent / "ansible-inventory"), "-i", str(file), "--list", *options]
+        return Shown(
+            subprocess.run(command, env=environment, cwd=base, capture_output=True, text=True, timeout=300, check=False)
+        )
+
+    show.base = base
+    return show
+
+
+def test_workspaces_are_hosts_with_what_the_register_says(shop) -> None:
+    every = ["requested", "decommissioned"]
+    shown = shop(
+        states=every,
+        strict=True,
+        bastion={"host": "edge.example.com", "port": 2200},
+        keyed_groups=[KEYED],
+        groups={"gone": "saw_workspace.state == 'decommissioned'"},
+        compose={
+            "owner": "saw_workspace.sponsor",
+            "agent_of": "saw_agent.sponsor",
+            "label": "saw_workspace.ring ~ '/' ~ saw_workspace.blueprint",
+        },
+    )
+    assert not shown.failed, shown.words
+    assert set(shown.hosts) == shown.group("saw_workspaces") == {"inv-a", "inv-b", "inv-c"}
+    assert (shown.group("ring_inv_one"), shown.group("ring_inv_two")) == ({"inv-a"}, {"inv-b", "inv-c"})
+    assert shown.group("gone") == {"inv-c"}
+    one = shown.hosts["inv-a"]
+    told = one["saw_workspace"]
+    assert (told["id"], told["state"], told["blueprint"], told["ring"]) == ("inv-a", "requested", "coding", "inv-one")
+    assert (told["image"], told["image_sha256"], told["ek_recorded"]) == ("workspace", "1" * 64, False)
+    assert (told["policy_digest"], told["attested_at"], told["lease_expires_at"]) == (None, None, None)
+    assert (one["owner"], one["label"]) == ("ada@example.com", "inv-one/coding")
+    agent = one["saw_agent"]
+    assert (agent["id"], agent["name"], agent["state"]) == (told["agent_id"], told["agent_id"], "registered")
+    assert agent["claims"] == {"harness": "", "model": ""}
+    assert set(agent) & {"owner", "purpose"} == set()
+    assert (shown.hosts["inv-c"]["saw_agent"]["state"], one["agent_of"]) == ("retired", "ada@example.com")
+    # A sponsor that looks like a template stays the text that it is.
+    assert shown.hosts["inv-c"]["owner"] == shown.hosts["inv-c"]["saw_workspace"]["sponsor"] == "{{ 6 * 7 }}"
+    assert (one["ansible_user"], one["ansible_port"]) == ("saw-session", 2200)
+    assert "ansible_host" not in one
+    config = Path(one["ansible_ssh_args"].removeprefix("-F "))
+    assert config.parent == shop.base / "kept"
+    assert config.stat().st_mode & 0o777 == 0o600
+    assert "HostName edge.example.com" in config.read_text()
+
+
+def test_filters_leave_out_and_the_ingress_has_a_port_for_each(shop) -> None:
+    shown = shop(states=["requested"], sponsors=["ada@example.com"], blueprints=["coding"])
+    assert set(shown.hosts) == {"inv-a", "inv-b"}, shown.words
+    for name, told in shown.hosts.items():
+        assert told["ansible_port"] == 22000 + told["saw_workspace"]["number"]
+        assert told["ansible_ssh_extra_args"] == f"-o HostKeyAlias={name}"
+        assert told["ansible_user"] == "agent"
+    bare = shop(rings=["inv-one"], connection=False)
+    assert set(bare.hosts) == {"inv-a"}
+    assert {name for name in bare.hosts["inv-a"] if name.startswith("ansible_")} == set()
+
+
+def test_the_cache_answers_until_it_is_flushed(shop, broker_context) -> None:
+    told = {"rings": ["inv-cache"], "cache": True, "cache_plugin": "ansible.builtin.jsonfile"}
+    told["cache_connection"] = str(shop.base / "cache")
+    assert set(shop(**told).hosts) == set()
+    broker_context.workspace("inv-late", ring="inv-cache")
+    assert set(shop(**told).hosts) == set()
+    assert set(shop("--flush-cache", **told).hosts) == {"inv-late"}
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"states": ["gone"]}, "gone"),
+        ({"strict": True, "compose": {"owner": "saw_workspace.owner"}}, "Could not set owner for host inv-"),
+        ({"context": "/nowhere/context.json"}, "broker: "),
+    ],
+)
+def test_what_cannot_be_is_refused(shop, told: dict[str, Any], words: str) -> None:
+    shown = shop(**told)
+    assert shown.failed
+    assert words in shown.words
+
+
+def test_an_id_that_ansible_takes_for_something_else_is_refused(shop, broker_context) -> None:
+    broker_context.workspace("localhost", ring="inv-taken")
+    shown = shop(rings=["inv-taken"])
+    assert shown.failed
+    assert "Ansible has another meaning for the workspace id 'localhost'" in shown.words
