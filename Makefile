@@ -2,11 +2,22 @@
 SHELL := /bin/sh
 SAW := .venv/bin/saw
 PYTEST := .venv/bin/pytest
+VARIANT ?= cpu
 SAW_BUILD ?= $(CURDIR)/build
 export SAW_CONTEXT ?= $(SAW_BUILD)/lab/context.json
+# What the golden image carries of endpoint detection (docs/edr.md): EDR=none|embedded|vendor_package, and files for it.
+ifdef EDR
+export SAW_IMAGE_EDR := $(EDR)
+endif
+ifdef EDR_VARIABLES
+export SAW_IMAGE_EDR_VARIABLES := $(abspath $(EDR_VARIABLES))
+endif
+ifdef EDR_SIGNATURES
+export SAW_IMAGE_EDR_SIGNATURES := $(abspath $(EDR_SIGNATURES))
+endif
 
 .DEFAULT_GOAL := help
-.PHONY: help workspace test test-unit test-roles test-e2e lint bench image clean start stop rebuild kill destroy tools tools-python
+.PHONY: help workspace test test-unit test-roles test-e2e lint bench image image-edr-check clean start stop rebuild kill destroy tools tools-python
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,9 +32,13 @@ tools-python:
 workspace: ## from an empty machine to a governed workspace; prints the control report (needs root)
 	@scripts/workspace.sh
 
-image: tools ## build the golden image, or reuse it when its inputs have not changed
-	@echo "==> golden image in $(SAW_BUILD)/images"
-	@.venv/bin/python -m saw.image.build image --build "$(SAW_BUILD)" --json
+image: tools ## build the golden image, or reuse it; VARIANT=gpu MODULE_KEY=… MODULE_CERTIFICATE=… adds a GPU's driver
+	@echo "==> golden image ($(VARIANT)) in $(SAW_BUILD)/images"
+	@.venv/bin/python -m saw.image.build image --build "$(SAW_BUILD)" --variant "$(VARIANT)" --json \
+	  $(if $(MODULE_KEY),--module-key "$(MODULE_KEY)") $(if $(MODULE_CERTIFICATE),--module-certificate "$(MODULE_CERTIFICATE)")
+
+image-edr-check: tools ## attack a workspace on an image with endpoint detection; some 20 minutes, no part of `make test`
+	@scripts/image_edr_check.sh
 
 start stop rebuild kill destroy: tools-python ## (each) do that to the demonstration workspace
 	@$(SAW) lab $@

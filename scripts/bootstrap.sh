@@ -1,6 +1,6 @@
 #!/bin/sh
 # Install what this repository needs on a Debian machine: packages by name, then a virtual environment locked by hashes.
-# Re-runnable; does nothing when everything is there. Usage: scripts/bootstrap.sh [all|python]
+# Re-runnable; does nothing when everything is there. Usage: scripts/bootstrap.sh [all|workspace|python]; only `all` installs what nothing but the tests needs.
 set -eu
 cd "$(dirname "$0")/.."
 what=${1:-all}
@@ -13,10 +13,13 @@ fail() { printf 'bootstrap: %s\n' "$*" >&2; exit 1; }
 packages="bubblewrap ca-certificates curl debian-archive-keyring dosfstools e2fsprogs eatmydata fdisk git iproute2 libtss2-tcti-swtpm0
  mmdebstrap mtools nftables nginx-light opensc openssh-client openssh-server openssl ovmf packer procps python3-venv
  qemu-system-x86 qemu-utils rsync shellcheck softhsm2 swtpm swtpm-tools systemd-container tpm2-tools tmux"
+tests="aide chromium clamav gpg gpg-agent lynis postgresql rsyslog rsyslog-relp sudo systemd-journal-remote unattended-upgrades"
 # These packages would start a service; the tests run the programs themselves, so a service that was not here stays off.
-services="nginx.service ssh.service"
+services="clamav-freshclam.service clamav-freshclam-once.service clamav-freshclam-once.timer lynis.timer nginx.service
+  postgresql.service rsyslog.service ssh.service systemd-journal-remote.socket unattended-upgrades.service"
 
-if [ "$what" = all ]; then
+[ "$what" = all ] && packages="$packages $tests"
+if [ "$what" != python ]; then
   command -v apt-get >/dev/null || fail "this needs Debian 12 or later (apt-get is missing)"
   missing=
   for package in $packages; do
@@ -36,6 +39,12 @@ if [ "$what" = all ]; then
       # shellcheck disable=SC2086  # a list of names
       if [ -n "$quiet" ]; then systemctl mask --runtime --quiet $quiet; fi
     fi
+    # Its package would switch updates of this machine on; the tests run the program on hosts of their own.
+    case "$missing " in *" unattended-upgrades "*)
+      if command -v debconf-set-selections >/dev/null; then
+        echo "unattended-upgrades unattended-upgrades/enable_auto_updates boolean false" | debconf-set-selections
+      fi ;;
+    esac
     failed=
     # shellcheck disable=SC2086  # RUNLEVEL=1: the same for services without a unit
     { apt-get update -q && RUNLEVEL=1 apt-get install -q -y --no-install-recommends $missing; } >"$log" 2>&1 || failed=yes
@@ -57,7 +66,7 @@ done
 [ -n "$python" ] || fail "Python 3.11 or later with venv is missing: apt-get install python3 python3-venv"
 
 stamp=.venv/.locked
-wanted=$(cat uv.lock pyproject.toml | sha256sum | cut -d' ' -f1)
+wanted="$(cat uv.lock pyproject.toml | sha256sum | cut -d' ' -f1) compiled"
 if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ] || [ ! -x .venv/bin/saw ]; then
   say "virtual environment from uv.lock ($("$python" --version))"
   uv=$(awk '/^name = "uv"$/ { getline; gsub(/[^0-9.]/, ""); print; exit }' uv.lock)
@@ -66,7 +75,27 @@ if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ] || [ ! -x .venv/bin/sa
     "$build/uv/bin/python" -m pip install --quiet --disable-pip-version-check "uv==$uv" ||
       fail "pip could not install uv; check this machine's package index and network, then run it again"
   fi
-  UV_PYTHON_DOWNLOADS=never "$build/uv/bin/uv" sync --quiet --frozen --python "$("$python" -c 'import sys; print(sys.executable)')" ||
+  # Compiled once here: a program that finds no byte code, and may write none, spends twice its own time on making it at every start.
+  UV_PYTHON_DOWNLOADS=never "$build/uv/bin/uv" sync --quiet --frozen --compile-bytecode --python "$("$python" -c 'import sys; print(sys.executable)')" ||
     fail "uv sync failed; check this machine's package index and network, then run it again"
   printf '%s\n' "$wanted" > "$stamp"
+fi
+.venv/bin/python -m compileall -q src
+
+npm_tree() {  # FOLDER WHAT: what its lock file says, once
+  stamp=$1/node_modules/.locked
+  wanted=$(sha256sum < "$1/package-lock.json" | cut -d' ' -f1)
+  [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted" ] && return
+  say "$2 from $1/package-lock.json"
+  npm ci --ignore-scripts --no-audit --no-fund --loglevel=error --prefix "$1" >"$build/bootstrap-npm.log" 2>&1 || {
+    tail -n 15 "$build/bootstrap-npm.log" >&2
+    fail "npm failed; see $build/bootstrap-npm.log. Check this machine's npm registry and network, then run it again"
+  }
+  printf '%s\n' "$wanted" > "$stamp"
+}
+
+if [ "$what" = all ]; then
+  npm_tree roles/broker/files/terminal "the portal's terminal"
+  npm_tree tests/oidc "the tests' OpenID provider"
+  case $(node --version) in v[0-9].* | v1[0-9].*) npm_tree tests/oidc/node "a newer Node.js for it" ;; esac
 fi

@@ -22,7 +22,7 @@ case ${1:-} in
       [ ! -e "$root/$part" ] || cp -a "$root/$part" "$collection/$part"
     done
     cp -a "$root/tests/config.yml" "$collection/tests/"
-    find "$collection" -name __pycache__ -prune -exec rm -rf {} +
+    find "$collection" \( -name __pycache__ -o -name node_modules \) -prune -exec rm -rf {} +
     ;;
   *)
     echo "usage: collection.sh link|copy [DEST]" >&2

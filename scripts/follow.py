@@ -29,6 +29,8 @@ STAGES = (
     re.compile(r"^(\[ ?\d+/\d+\] .+)$"),
     re.compile(r"^\s*(FAILED after .+)$"),
 )
+TEST_ENDED = re.compile(r"^\S+::(\S+) (?:PASSED|FAILED|ERROR|SKIPPED)\b")
+"""A line of ``pytest -v``: the test that runs now is the one after it."""
 POLL_S = 0.3
 QUIET_S = 60.0
 
@@ -117,6 +119,8 @@ def follow(command: list[str], log: Path, patterns: list[str], *, whole: bool) -
                 if whole:
                     print(raw.decode("utf-8", "replace"), end="", flush=True)
                     follower.shown = time.monotonic()
+                    if ended := TEST_ENDED.match(raw.decode("utf-8", "replace")):
+                        follower.last = f"what follows {ended[1]}"
                 else:
                     follower.line("", raw.decode("utf-8", "replace"))
 

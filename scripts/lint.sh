@@ -47,11 +47,11 @@ check_galaxy() { # what is released holds all that its playbooks name, and nothi
   tarball=$(find "$place" -name '*.tar.gz')
   ANSIBLE_HOME=$logs/ansible ansible-galaxy collection install --force --offline --no-deps -p "$place/installed" "$tarball" || return 1
   local installed=$place/installed/ansible_collections/secure_agent/workspace
-  missing=$(git ls-files --cached --others --exclude-standard -- plugins roles playbooks policies meta docs | sort |
+  missing=$(git ls-files --cached --others --exclude-standard -- plugins roles playbooks policies meta docs extensions | sort |
     while IFS= read -r file; do [ ! -e "$file" ] || [ -e "$installed/$file" ] || printf '%s\n' "$file"; done)
   [ -z "$missing" ] || { printf 'not in the collection, see build_ignore in galaxy.yml:\n%s\n' "$missing"; return 1; }
   stray=$(find "$installed" -mindepth 1 -maxdepth 1 -printf '%f\n' | grep -vxE \
-    'FILES.json|MANIFEST.json|README.md|LICENSE|LICENSES|changelogs|docs|meta|playbooks|plugins|policies|roles')
+    'FILES.json|MANIFEST.json|README.md|LICENSE|LICENSES|changelogs|docs|extensions|meta|playbooks|plugins|policies|roles')
   [ -z "$stray" ] || { printf 'does not belong in the collection, see build_ignore in galaxy.yml:\n%s\n' "$stray"; return 1; }
   for playbook in playbooks/*.yml; do
     (cd "$place/empty" && ANSIBLE_HOME=$logs/ansible ANSIBLE_COLLECTIONS_PATH=$place/installed ANSIBLE_LOCALHOST_WARNING=0 \
@@ -112,7 +112,7 @@ for name in "${wanted[@]}"; do
   case $name in
     ruff | format | yamllint | shellcheck | packer | mypy) run_check "$name" || failed=1 ;;
     galaxy)
-      run_remembered galaxy ansible-galaxy galaxy.yml README.md LICENSE LICENSES meta changelogs docs plugins roles playbooks policies &
+      run_remembered galaxy ansible-galaxy galaxy.yml README.md LICENSE LICENSES meta changelogs docs extensions plugins roles playbooks policies &
       background+=($!)
       ;;
     ansible-lint)

@@ -14,7 +14,7 @@ fi
 installed=$(dpkg-query -W -f '${db:Status-Status}\n' 2>/dev/null | grep -cx installed || true)
 
 echo "==> what this machine needs"
-scripts/bootstrap.sh all || exit 1
+scripts/bootstrap.sh workspace || exit 1
 echo "==> governed workspace on the embedded default"
 .venv/bin/saw lab up
 status=$?

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -120,3 +123,14 @@ def takes_no_more(place: Path, number: int = errno.ENOSPC) -> bool:
 def _existing(place: Path) -> Path:
     place = place.absolute()
     return next(folder for folder in (place, *place.parents) if folder.exists()).resolve()
+
+
+@contextmanager
+def locked(directory: Path | str) -> Iterator[None]:
+    """Let one process at a time into ``directory``, by a lock (flock(2)) that ends with whoever holds it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import secrets
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import run
-from vm_access import Workspace, wait_until
+from vm_access import Workspace, facts, wait_until
 
 from saw.lab.up import DELEGATION
 
@@ -241,6 +242,24 @@ def test_mcp_calls_are_judged_by_their_arguments(report: dict[str, Any]) -> None
     assert seen["MCP: tool that is not allowed"]["reason"] == "tool_not_allowed"
 
 
+@pytest.mark.control("AUD-01")
+@pytest.mark.control("P0-05")
+def test_what_was_decided_inside_the_vm_is_in_the_trail_outside(report: dict[str, Any], workspace: Workspace) -> None:
+    wanted = {("ring1", "deny_rule"), ("ring1", "host_not_allowed")}
+    wanted |= {("mcp", "argument_not_allowed"), ("mcp", "tool_not_allowed"), ("mcp", "")}
+    digest = report["attestation"]["policy_digest"]
+
+    def told() -> bool:
+        ours = [event["event"] for event in workspace.events() if facts(event).get("layer") in {"ring1", "mcp"}]
+        assert all((event["status"] == "Success") != bool(event.get("status_detail")) for event in ours)
+        about = [
+            event for event in ours if event["device"]["uid"] == workspace.id and digest in str(event.get("policy"))
+        ]
+        return wanted <= {(event["unmapped"]["saw"]["layer"], event.get("status_detail", "")) for event in about}
+
+    wait_until("what the demonstration tried, in the trail", told, patience=180)
+
+
 @pytest.mark.control("POL-03")
 def test_the_identity_came_from_a_quote_over_the_released_policy(report: dict[str, Any], workspace: Workspace) -> None:
     assert report["attestation"]["verdict"] == "attested"
@@ -261,18 +280,64 @@ def test_the_trail_is_complete_and_a_removed_event_shows(workspace: Workspace, t
 
 
 @pytest.mark.control("ID-02")
-def test_only_a_certificate_of_minutes_gets_in(workspace: Workspace, tmp_path: Path) -> None:
-    key = tmp_path / "key"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
-    plain = ["ssh", "-i", str(key), "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
-             "-o", "IdentitiesOnly=yes", "-p", str(22000 + workspace.number)]  # fmt: skip
-    for user in ("agent", "root"):
-        refused = subprocess.run(
-            [*plain, f"{user}@10.77.0.20", "id"], capture_output=True, text=True, check=False, timeout=60
-        )
-        assert refused.returncode == 255
-        assert "Permission denied" in refused.stderr
+def test_only_a_certificate_of_minutes_gets_in_and_only_by_the_bastion(workspace: Workspace, tmp_path: Path) -> None:
+    environment = {**workspace.environment, "SAW_SSH_KEYS": str(tmp_path)}
+    certify = [str(workspace.checkout / ".venv/bin/saw"), "ssh", "--certify", workspace.id]
+    subprocess.run(certify, env=environment, check=True, timeout=60)
+    certified = tmp_path / workspace.id / "key"
+    bare = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(bare)], check=True)
+    ways = {"workspace": (22000 + workspace.number, ("agent", "root")), "bastion": (2222, ("saw-session", "root"))}
+    for key, way in ((bare, "workspace"), (certified, "workspace"), (bare, "bastion")):
+        port, users = ways[way]
+        for user in users:
+            refused = subprocess.run(
+                ["ssh", "-i", str(key), "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no",
+                 "-o", "UserKnownHostsFile=/dev/null", "-o", "IdentitiesOnly=yes", "-p", str(port), f"{user}@10.77.0.20", "id"],
+                capture_output=True, text=True, check=False, timeout=60,
+            )  # fmt: skip
+            assert refused.returncode == 255
+            assert "Permission denied" in refused.stderr
+    # Without the bastion in the context the broker is asked for a certificate that leads past it.
+    context = json.loads((workspace.checkout / "build/lab/context.json").read_text(encoding="utf-8"))
+    del context["bastion"]
+    direct = tmp_path / "context.json"
+    direct.write_text(json.dumps(context), encoding="utf-8")
+    refused = workspace.saw("ssh", "--context", str(direct), workspace.id, "--", "id", check=False)
+    assert refused.returncode == 1
+    assert "reached through the bastion alone" in refused.stderr
     assert workspace.agent("id -un").stdout.strip() == "agent"
+
+
+@pytest.mark.control("ID-02")
+def test_a_session_can_be_played_back_and_its_recording_is_the_one_of_the_trail(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    words = [secrets.token_hex(8), secrets.token_hex(8)]
+    said = workspace.saw("ssh", workspace.id, "--", "printf", "'%s-%s'", *words).stdout
+    assert said == "-".join(words)
+
+    def stored() -> dict[str, Any] | None:
+        said_there = [row for row in workspace.sessions() if words[0] in (row["command"] or "")]
+        return next((row for row in said_there if row["recording_stored_at"]), None)
+
+    session = wait_until("the recording of the session", stored, patience=60)
+    assert (session["reason"], session["exit_code"], session["bytes_out"]) == ("closed", 0, len(said))
+    assert workspace.saw("replay", session["id"]).stdout == said
+    kept = f"/var/lib/saw/broker/recordings/{session['id']}.sawrec"
+    raw = bytearray(base64.b64decode(workspace.host("control", f"base64 {kept}")))
+    assert said.encode() not in raw
+    (ended,) = [
+        facts(event) for event in workspace.events()
+        if event["event"].get("activity_name") == "Logoff" and facts(event).get("session") == session["id"]
+    ]  # fmt: skip
+    assert ended["recording_sha256"] == session["recording"]
+    raw[-10] ^= 1
+    copy = tmp_path / "changed.sawrec"
+    copy.write_bytes(raw)
+    changed = workspace.saw("replay", session["id"], "--from", str(copy), check=False)
+    assert changed.returncode == 1
+    assert "of the recording was changed" in changed.stderr
 
 
 def test_the_report_says_what_ran_the_machine_and_that_the_terminal_kept_its_work(report: dict[str, Any]) -> None:

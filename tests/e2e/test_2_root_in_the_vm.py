@@ -33,6 +33,35 @@ def test_ring_2_decides_again_when_ring_1_is_bypassed(rooted: Workspace) -> None
     assert (body["layer"], body["reason"]) == ("ring2", "deny_rule")
 
 
+HARDENED = {
+    "kernel.kptr_restrict": "2",
+    "kernel.unprivileged_bpf_disabled": "1",
+    "kernel.unprivileged_userns_clone": "0",
+    "kernel.io_uring_disabled": "1",
+    "kernel.yama.ptrace_scope": "2",
+    "kernel.dmesg_restrict": "1",
+    "fs.suid_dumpable": "0",
+    "net.core.bpf_jit_harden": "2",
+    "dev.tty.legacy_tiocsti": "0",
+}
+"""Kernel parameters that a container cannot show: here they are in force from the boot on."""
+
+
+@pytest.mark.control("P0-07")
+def test_the_golden_image_is_hardened_and_the_agent_can_still_work(rooted: Workspace) -> None:
+    code, text = rooted.root(
+        f"sysctl {' '.join(HARDENED)}; for p in /tmp /var/tmp /dev/shm; do findmnt -no OPTIONS $p; done"
+    )
+    assert code == 0, text
+    lines = text.strip().splitlines()
+    assert dict(line.split(" = ") for line in lines[: len(HARDENED)]) == HARDENED
+    mounted = lines[len(HARDENED) :]
+    assert [{"nosuid", "nodev", "noexec"} <= set(options.split(",")) for options in mounted] == [True] * 3, mounted
+    program = "for d in /tmp /var/tmp ~; do cp /bin/true $d/program && $d/program && rm $d/program || exit 1; done; echo works"
+    done = rooted.agent(program)
+    assert done.stdout.strip() == "works", done.stderr
+
+
 PLANT = """
 import os, subprocess, sys, time
 sys.path.insert(0, "/run")

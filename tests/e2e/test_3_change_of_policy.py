@@ -35,7 +35,8 @@ class Walk:
         )  # fmt: skip
         self.log.write(f"\n$ {command}\n{done.stdout}{done.stderr}".encode())
         assert done.returncode in exit_codes(command), (
-            f"{command}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            f"{command}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}\n"
+            f"rollouts: {[(number, one['state'], one.get('reason')) for number, one in self.rollouts().items()]}"
         )
         return done.stdout
 

@@ -25,11 +25,11 @@ from vm_access import Workspace, facts, wait_until
 KILL_GOAL_S, KILL_BOUND_S = 2.0, 30.0
 STALE_AFTER_S, LONGEST_POLL_S = 90.0, 10.0
 """After how long without the broker the gatekeeper refuses everything, and how long its question to the broker may last."""
-CURL = "curl -s -m 5 -w '\\n%{http_code}:%{http_connect}'"
+CURL = "curl -s -m 15 -w '\\n%{http_code}:%{http_connect}'"
 """Without a lease, ring 1 already refuses the way in (CONNECT), and then there is no other status."""
 COMMANDS = {
     "api": f"{CURL} https://api.example.com/v1/items",
-    "git": "git -c http.lowSpeedLimit=1 -c http.lowSpeedTime=5 ls-remote -q https://git.example.com/team/project.git main "
+    "git": "git -c http.lowSpeedLimit=1 -c http.lowSpeedTime=15 ls-remote -q https://git.example.com/team/project.git main "
     ">/dev/null 2>/tmp/git.error && echo 200 || { grep -o 'error: [0-9]*' /tmp/git.error || echo 000; }",
     "models": f"{CURL} -H 'Content-Type: application/json' --data "
     '\'{"model": "demo-small", "messages": [{"role": "user", "content": "hello"}]}\' '
@@ -108,7 +108,11 @@ def callers(workspace: Workspace, seconds: int) -> Iterator[dict[str, Caller]]:
         for name, command in COMMANDS.items():
             made[name] = Caller(workspace, seconds, command)
         for name, caller in made.items():
-            wait_until(f"an allowed call to {name}", caller.allowed, patience=90)
+            # three sessions begin at once, in an emulated machine that may have half a core
+            try:
+                wait_until(f"an allowed call to {name}", caller.allowed, patience=240)
+            except AssertionError as error:
+                raise AssertionError(f"{error}; ended: {caller.ended()}, seen: {caller.seen[-5:]}") from None
         yield made
     finally:
         for caller in made.values():
@@ -206,6 +210,7 @@ def vm_processes(workspace: Workspace) -> list[str]:
 
 
 @pytest.mark.control("LIF-02")
+@pytest.mark.control("ID-03")
 def test_a_kill_by_the_operator_refuses_everything_in_seconds(
     rooted: Workspace, checkout: Path, log: Any, figures: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -215,7 +220,9 @@ def test_a_kill_by_the_operator_refuses_everything_in_seconds(
     thief = Thief(rooted, kept, tmp_path)
     assert {status for status, _ in thief.ask().values()} == {200}
     assert vm_processes(rooted)
-    with callers(rooted, 300) as made:
+    with callers(rooted, 900) as made:
+        live = {row["id"] for row in rooted.sessions("--live")}
+        assert len(live) >= len(made)
         begin = time.time()
         killing = subprocess.Popen(["make", "kill"], cwd=checkout, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
@@ -235,6 +242,8 @@ def test_a_kill_by_the_operator_refuses_everything_in_seconds(
         assert {name: len(caller.allowed(max(first.values()) + 2)) for name, caller in made.items()} == dict.fromkeys(
             made, 0
         )
+    why = {row["id"]: row["reason"] for row in rooted.sessions()}
+    assert {why[session] for session in live} == {"workspace_quarantined"}
     refused_after, ended_after = max(first.values()) - begin, returned - begin
     figures["make kill: operator's call to first refusal inside"] = {
         "value": round(refused_after, 2),
@@ -276,7 +285,7 @@ def test_a_killed_workspace_stays_refused_over_restarts_and_when_its_vm_is_run_a
         def tried() -> bool:
             return rooted.counters()["vm_allowed"] - before["vm_allowed"] > 20
 
-        wait_until("attempts to reach the two ports", tried, patience=300, interval=3)
+        wait_until("attempts to reach the two ports", tried, patience=600, interval=3)
         assert rooted.show()["state"] == "quarantined"
     finally:
         rooted.host("edge", f"systemctl stop saw-vm@{rooted.id}")
@@ -377,14 +386,14 @@ def test_a_tpm_that_tells_of_something_else_gets_no_identity_and_its_calls_end(r
     before = rooted.last_seq()
     extend = "tpm2_pcrextend -T device:/dev/tpmrm0 14:sha256=" + "ab" * 32
     assert rooted.root(extend)[0] == 0
-    wait_until("a refused attestation", lambda: refused_with(rooted, "policy_pcr", before), patience=180, interval=3)
+    wait_until("a refused attestation", lambda: refused_with(rooted, "policy_pcr", before), patience=300, interval=3)
 
     seen = rooted.last_seq("edge")
 
     def refused_calls() -> list[Any]:
         return [e for e in rooted.events("edge", seen) if facts(e).get("reason") == "lease_expired"]
 
-    wait_until("refused calls", lambda: len(refused_calls()) > 1, patience=240, interval=3)
+    wait_until("refused calls", lambda: len(refused_calls()) > 1, patience=400, interval=3)
     assert lease_end(rooted) < datetime.now(UTC).timestamp()
     rooted.saw("lab", "stop", timeout=300)
     statuses = statuses_in(rooted.home_file("agent/pcr.log"))
@@ -402,7 +411,7 @@ def test_a_vm_with_another_tpm_gets_no_identity_and_nothing_out_of_it_is_accepte
     rooted.saw("workspace", "start", rooted.id, "--reason", "exercise with another TPM")
     rooted.host("edge", f"systemctl start saw-vm@{rooted.id}")
     try:
-        wait_until("a refused enrolment", lambda: refused_with(rooted, "unknown_ek", before), patience=300, interval=3)
+        wait_until("a refused enrolment", lambda: refused_with(rooted, "unknown_ek", before), patience=600, interval=3)
         assert rooted.show()["state"] == "attesting"
         assert not any('"attested"' in json.dumps(e["event"]) for e in rooted.events(after=before))
     finally:

@@ -84,6 +84,10 @@ class Workspace:
         """What the broker holds."""
         return dict(json.loads(self.saw("workspace", "show", self.id, "--json").stdout))
 
+    def sessions(self, *options: str) -> list[dict[str, Any]]:
+        """The sessions with the workspace, the newest first."""
+        return list(json.loads(self.saw("sessions", "--workspace", self.id, *options, "--json").stdout)["sessions"])
+
     def events(self, source: str = "broker", after: int = 0) -> list[dict[str, Any]]:
         """The audit chain of ``source`` (``broker``, or ``edge`` for the perimeter) behind sequence number ``after``."""
         answer = self.saw("audit", "export", "--source", source, "--after", str(after)).stdout

@@ -86,13 +86,20 @@ def declared() -> dict[str, set[str]]:
     python = [*project["project"]["dependencies"]]
     python += [item for group in project["dependency-groups"].values() for item in group if isinstance(item, str)]
     script = (ROOT / "scripts/bootstrap.sh").read_text(encoding="utf-8")
-    names = re.search(r'^packages="([^"]+)"', script, re.MULTILINE)
-    assert names is not None
-    servers = yaml.safe_load((ROOT / "packer/mcp/package.json").read_text(encoding="utf-8"))
+    names = re.findall(r'^(?:packages|tests)="([^"$]+)"', script, re.MULTILINE)
+    npm = {
+        name: set(yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))["dependencies"])
+        for name in (
+            "packer/mcp/package.json",
+            "roles/broker/files/terminal/package.json",
+            "tests/oidc/package.json",
+            "tests/oidc/node/package.json",
+        )
+    }
     found = {
         "pyproject.toml": {re.split(r"[<>=~!;\[ ]", item, maxsplit=1)[0].lower() for item in python},
-        "scripts/bootstrap.sh": {*names[1].split(), *re.findall(r'missing="\$missing ([a-z0-9-]+)"', script)},
-        "packer/mcp/package.json": set(servers["dependencies"]),
+        "scripts/bootstrap.sh": {*" ".join(names).split(), *re.findall(r'missing="\$missing ([a-z0-9-]+)"', script)},
+        **npm,
     }
     for path in (ROOT / "packer/packages").glob("*.txt"):
         lines = path.read_text(encoding="utf-8").splitlines()

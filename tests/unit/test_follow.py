@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +66,19 @@ def test_a_stage_that_is_replayed_into_another_file_is_shown_once(tmp_path: Path
     assert shown.count("[ 2/10] image") == 1
     assert shown.count("[ 1/10] check") == 2
     assert "[ 9/10] of an earlier run" not in shown
+
+
+def test_a_test_that_ended_tells_where_a_quiet_run_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "go")
+    quick = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import follow; follow.QUIET_S = 0.2; exit(follow.main())"
+    line = "tests/e2e/test_1_bring_up.py::test_nothing_leaves PASSED [ 13%]"
+    command = ["--log", str(tmp_path / "log"), "--whole", "--", "sh", "-c", f"echo '{line}'; read -r _ <{tmp_path}/go"]
+    running = subprocess.Popen([sys.executable, "-c", quick, *command], stdout=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    try:
+        assert running.stdout.readline() == f"{line}\n"
+        assert running.stdout.readline().endswith("still at: what follows test_nothing_leaves\n")
+    finally:
+        (tmp_path / "go").write_text("on\n")
+        running.communicate(timeout=30)
+    assert running.returncode == 0

@@ -5,7 +5,8 @@ Officers sign it in a DSSE envelope; the broker takes the expected measurements 
 
 from __future__ import annotations
 
-from datetime import datetime
+from collections.abc import Iterable
+from datetime import date, datetime
 from typing import Annotated, Literal
 
 import msgspec
@@ -35,6 +36,31 @@ class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pcrs: Annotated[dict[str, Hex], msgspec.Meta(max_length=24)]
 
 
+class Scan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a passed search for known vulnerabilities rests on: the database, when, and what somebody answers for."""
+
+    database_sha256: Hex
+    scanned_at: datetime
+    fail_on: Annotated[str, msgspec.Meta(max_length=32)]
+    open: Annotated[int, msgspec.Meta(ge=0)]
+    waived: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=512)], ...], msgspec.Meta(max_length=1000)] = ()
+    waived_until: date | None = None
+
+
+Evidence = Literal["sbom", "provenance", "scan"]
+"""What a record may carry about how the image was made, beside what its boot measures."""
+_FILES: dict[str, tuple[str, ...]] = {
+    "sbom": (
+        "sbom/debian.cdx.json",
+        "sbom/debian.spdx.json",
+        "sbom/python.cdx.json",
+        "sbom/npm.cdx.json",
+        "sbom/npm.spdx.json",
+    ),
+    "provenance": ("provenance.json",),
+}
+
+
 class ReleaseRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``<image>.release.json``. ``created`` and ``not_after`` are RFC 3339 with zone; no image counts after the latter."""
 
@@ -45,6 +71,16 @@ class ReleaseRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     created: datetime
     not_after: datetime
     boot: Boot
+    evidence: Annotated[dict[Annotated[str, msgspec.Meta(max_length=128)], Hex], msgspec.Meta(max_length=64)] = {}
+    """Files beside the image (path → SHA-256): bills of materials and provenance."""
+    scan: Scan | None = None
+    variant: Literal["cpu", "gpu"] = "cpu"
+    """What the image is made for; ``gpu`` has NVIDIA's driver. Records of ``cpu`` do not state it."""
+
+    def missing(self, required: Iterable[Evidence]) -> list[str]:
+        """Return what of ``required`` the record does not carry, by file name or as ``scan``."""
+        lacking = [name for kind in required for name in _FILES.get(kind, ()) if name not in self.evidence]
+        return [*lacking, *(["scan"] if "scan" in required and self.scan is None else [])]
 
     def expected_pcrs(self) -> dict[int, str]:
         """Return the values that a boot must measure, by PCR number."""
@@ -64,6 +100,12 @@ def parse_record(payload: bytes) -> ReleaseRecord:
             "record_malformed",
             f"the release record of {record.name} has no window: created and not_after need a zone and an order",
             cure="write created before not_after, in UTC",
+        )
+    if record.scan is not None and record.scan.scanned_at.tzinfo is None:
+        raise RecordInvalid(
+            "record_malformed",
+            f"scan.scanned_at of {record.name} has no zone",
+            cure="write it in UTC, as saw image scan does",
         )
     missing = [str(pcr) for pcr in RELEASED_PCRS if str(pcr) not in record.boot.pcrs]
     if missing:

@@ -6,28 +6,50 @@ import argparse
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from saw.audit import ChainedEvent, ChainReport, Head, verify_chain
+from saw.audit.removal import Removals
 from saw.broker.client import OperatorClient
+from saw.cli.audit_copy import completed, incomplete, removed_text, span_of
+from saw.cli.audit_hold import add_hold, hold
+from saw.cli.audit_search import add_search, search, tail
+from saw.cli.audit_ship import add_ship, ship
+from saw.cli.audit_tree import add_tree, checkpoint, key, verify_tree, witness
 from saw.cli.operator_options import add_options, show, table
-from saw.errors import ConfigError, SawError
+from saw.errors import ConfigError
 
 PAGE = 500
 
 
-class IncompleteTrailError(SawError):
-    """A copy of the trail is not whole."""
-
-    code = "trail_incomplete"
+_ELSEWHERE = {
+    "ship": ship,
+    "search": search,
+    "tail": tail,
+    "key": key,
+    "checkpoint": checkpoint,
+    "witness": witness,
+    "hold": hold,
+}
 
 
 def main(argv: list[str]) -> int:
-    """Run ``saw audit events``, ``verify`` or ``export``."""
+    """Run one of the commands of ``saw audit``."""
     options = _parser().parse_args(argv)
+    if run := _ELSEWHERE.get(options.command):
+        return run(options)
+    if options.command == "verify" and options.archive and not options.file:
+        raise ConfigError("--archive gives back what a copy lacks", cure="give the copy with --file")
+    if options.command == "verify" and options.checkpoint:
+        return verify_tree(options)
+    if options.command == "verify" and any(
+        (options.key, options.tiles, options.since_checkpoint, options.witness, options.part)
+    ):
+        raise ConfigError(
+            "without --checkpoint there is nothing to hold the tree against", cure="give --checkpoint too"
+        )
     if options.command == "verify":
         return _verify_file(options) if options.file else _verify_broker(options)
     client = OperatorClient.from_context(options.context)
@@ -51,61 +73,44 @@ def _verify_broker(options: argparse.Namespace) -> int:
     answer = OperatorClient.from_context(options.context).request("GET", "/v1/audit/verify")
     text = table(
         [{**chain, "head": chain["head"]["hash"]} for chain in answer["chains"]],
-        ("source", "complete", "events", "head"),
+        ("source", "complete", "events", "removed", "head"),
     )
     if not answer["complete"]:
-        raise _incomplete(answer["findings"])
-    show(answer, text, as_json=options.json)
+        raise incomplete(answer["findings"])
+    show(answer, text + removed_text(answer["removed"]), as_json=options.json)
     return 0
 
 
 def _verify_file(options: argparse.Namespace) -> int:
     expected = _head(options.expect_head) if options.expect_head else None
     chains: dict[str, list[ChainedEvent]] = {}
-    for event in _read_file(Path(options.file)):
+    for event in completed(options):
         chains.setdefault(event.source, []).append(event)
+    told = Removals(event for events in chains.values() for event in events)
     if expected is not None and len(chains) > 1:
         raise ConfigError(
             "--expect-head is about one chain, the file holds several", cure="export one source to each file"
         )
-    reports: list[ChainReport] = [verify_chain(events, expected) for events in chains.values()]
+    reports: list[ChainReport] = [verify_chain(events, expected, told=told.tell) for events in chains.values()]
     if expected is not None and not reports:
         reports = [verify_chain((), expected)]
     findings = [msgspec.to_builtins(finding) for report in reports for finding in report.findings]
     if findings:
-        raise _incomplete(findings)
+        raise incomplete(findings)
     rows = [
-        {"source": item.source, "complete": True, "events": item.count, "head": f"{item.head.seq}:{item.head.hash}"}
+        {
+            "source": item.source,
+            "complete": True,
+            "events": item.count,
+            "removed": item.removed,
+            "head": f"{item.head.seq}:{item.head.hash}",
+        }
         for item in reports
     ]
-    show(
-        {"complete": True, "chains": rows}, table(rows, ("source", "complete", "events", "head")), as_json=options.json
-    )
+    removed = span_of(told, sum(item.removed for item in reports))
+    text = table(rows, ("source", "complete", "events", "removed", "head")) + removed_text(removed)
+    show({"complete": True, "removed": removed, "chains": rows}, text, as_json=options.json)
     return 0
-
-
-def _incomplete(findings: list[dict[str, Any]]) -> IncompleteTrailError:
-    first = findings[0]
-    where = f"{first['code']} at {first['source']} {first['seq']}: {first['detail']}"
-    return IncompleteTrailError(
-        f"the trail is not whole: {len(findings)} finding(s), first {where}",
-        cure="compare with another copy of the trail",
-        details={"findings": findings},
-    )
-
-
-def _read_file(path: Path) -> Iterator[ChainedEvent]:
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    yield msgspec.json.decode(line, type=ChainedEvent)
-                except msgspec.DecodeError as error:
-                    raise IncompleteTrailError(
-                        f"line {number} of {path} is no chained event: {error}", cure="export again"
-                    ) from error
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", cure="check the path") from error
 
 
 def _head(text: str) -> Head:
@@ -136,6 +141,8 @@ def _pages(client: OperatorClient, source: str, after: int, limit: int | None) -
 def _summary(chained: dict[str, Any]) -> dict[str, Any]:
     event = chained["event"]
     ours = event.get("unmapped", {}).get("saw", {})
+    if not event:
+        return {"seq": chained["seq"], "message": "removed by retention"}
     time = datetime.fromtimestamp(event["time"] / 1000, UTC).isoformat(timespec="milliseconds")
     title = event.get("message") or event.get("api", {}).get("operation") or event.get("comment")
     return {
@@ -165,5 +172,17 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="prove the broker's trail, or an exported copy, complete")
     add_options(verify)
     verify.add_argument("--file", help="an exported copy")
+    verify.add_argument("--syslog", action="store_true", help="the file holds messages as saw audit ship sent them")
+    verify.add_argument("--otlp", action="store_true", help="the file holds log records as saw audit ship sent them")
+    verify.add_argument(
+        "--archive",
+        metavar="FILE",
+        action="append",
+        help="an export from before a removal, whose events take the place of those that retention removed",
+    )
     verify.add_argument("--expect-head", help="SEQ:HASH that the copy must contain, kept from an earlier verification")
+    add_search(commands)
+    add_hold(commands)
+    add_tree(commands, verify)
+    add_ship(commands)
     return parser

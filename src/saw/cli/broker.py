@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 
 from saw.broker.clock import utc_now
@@ -12,23 +13,35 @@ from saw.broker.config import load_config
 
 
 def main(argv: list[str]) -> int:
-    """Run ``saw broker init`` or ``saw broker serve``."""
+    """Run ``saw broker init``, ``serve``, ``check``, ``ports`` or ``database copy``."""
     parser = argparse.ArgumentParser(
         prog="saw broker", description="Run the broker: registry, attestation, policy repository, audit."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("init", "make keys, database and certificate where they are missing"),
-        ("serve", "serve until stopped"),
-        ("ports", "tell whether somebody else has the broker's port (root)"),
+    database = commands.add_parser("database", help="move the broker's database").add_subparsers(
+        dest="step", required=True
+    )
+    for parsers, name, text in (
+        (commands, "init", "make keys, database and certificate where they are missing"),
+        (commands, "serve", "serve until stopped"),
+        (commands, "check", "read the configuration as serve does, and do nothing else"),
+        (commands, "ports", "tell whether somebody else has the broker's port (root)"),
+        (database, "copy", "copy the SQLite file of a stopped broker into the empty database of PostgreSQL"),
     ):
-        command = commands.add_parser(name, help=text)
+        command = parsers.add_parser(name, help=text)
         command.add_argument(
             "--config", default="/etc/saw/broker.json", help="configuration file (default: %(default)s)"
         )
         command.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     config = load_config(options.config)
+    if options.command in ("check", "ports") and os.access(config.state, os.X_OK):
+        from saw.broker.register_place import require_register
+
+        require_register(config)  # before the file takes the place of one that works
+    if options.command == "check":
+        print(json.dumps({"ok": True}) if options.json else f"{options.config} is valid")
+        return 0
     if options.command == "init":
         from saw.broker.setup import initialise
 
@@ -37,6 +50,15 @@ def main(argv: list[str]) -> int:
             print(json.dumps({"ok": True, "changed": bool(made), "made": made}))
         else:
             print(f"made: {', '.join(made)}" if made else "everything is there already")
+        return 0
+    if options.command == "database":
+        from saw.broker.database_copy import copy_database
+
+        copied = copy_database(config)
+        if options.json:
+            print(json.dumps({"ok": True, "rows": copied.rows, "chains": copied.chains}))
+        else:
+            print(f"copied {copied.rows} rows; every audit chain is complete; {config.database} is kept")
         return 0
     if options.command == "ports":
         from saw.broker.setup import require_free_port

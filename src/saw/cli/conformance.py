@@ -35,7 +35,8 @@ def _run(options: argparse.Namespace) -> int:
     folder = Path(options.output)
     about = Options(
         python=options.python, recorder=tuple(options.recorder), proxy=options.proxy, allowed_url=options.allowed_url,
-        second_url=options.second_url, ours=options.ours,
+        second_url=options.second_url, graphql_url=options.graphql_url, mcp_url=options.mcp_url,
+        redirect_url=options.redirect_url, ours=options.ours,
     )  # fmt: skip
     started = datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -114,6 +115,13 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--proxy", default="", metavar="ADDRESS:PORT", help="the sandbox's only way out")
     runs.add_argument("--allowed-url", default="", metavar="URL", help="an https address that its policy allows (GET)")
     runs.add_argument("--second-url", default="", metavar="URL", help="an allowed address at another host")
+    runs.add_argument("--graphql-url", default="", metavar="URL",
+                      help="an https address at which its policy allows the GraphQL query {__typename} and no other")  # fmt: skip
+    runs.add_argument("--mcp-url", default="", metavar="URL",
+                      help="an https address of an MCP server at which its policy allows the tool note with a text of at most 20 "
+                           "characters, and nothing else")  # fmt: skip
+    runs.add_argument("--redirect-url", default="", metavar="URL",
+                      help="an allowed https address that answers with a redirect to where its query url= says")  # fmt: skip
     runs.add_argument("--ours", action="store_true", help="hold reasons against those of this project's own services")
     runs.add_argument("--case", action="append", default=[], metavar="ID", help="only this case (may be repeated)")
     named = ", ".join(SUITES)

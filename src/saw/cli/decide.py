@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,9 +13,10 @@ import uvicorn
 
 from saw.files import load_json
 from saw.runtime.attribution import Attribution
-from saw.runtime.decide import DecideConfig, Decider, DecideService, journal
+from saw.runtime.decide import DecideConfig, Decider, DecideService
 from saw.runtime.decide_counts import Counts
 from saw.runtime.decide_state import Generations, Heartbeat, Lease
+from saw.runtime.decision_log import DecisionLog
 from saw.runtime.notify import notify
 
 
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> int:
     os.umask(0o077)
     server = _Server(
         uvicorn.Config(
-            DecideService(decider, journal),
+            DecideService(decider, DecisionLog(sys.stdout)),
             uds=config.socket,
             log_level="warning",
             access_log=False,

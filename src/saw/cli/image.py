@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from datetime import timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,6 +12,7 @@ import msgspec
 import rfc8785
 
 from saw.attest.image_record import PAYLOAD_TYPE, parse_record
+from saw.cli import image_scan
 from saw.cli.operator_options import add_options, fields, show, table
 from saw.cli.policy_signing import add_signing, present, signers_of
 from saw.errors import ConfigError
@@ -29,8 +30,8 @@ _STEPS = {
 def main(argv: list[str]) -> int:
     """Run one ``saw image`` command."""
     options = _parser().parse_args(argv)
-    if options.command == "sign":
-        return _sign(options)
+    if options.command in _HERE:
+        return _HERE[options.command](options)
     from saw.broker.client import OperatorClient
 
     client = OperatorClient.from_context(options.context)
@@ -82,11 +83,24 @@ def _payload(raw: bytes, options: argparse.Namespace) -> bytes:
         raise ConfigError(
             f"{options.record} cannot be signed: {error}", cure="pass the image's .release.json"
         ) from error
-    # A record that names no end gets one, so that no image counts for ever.
-    found.setdefault("not_after", (present() + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ"))
+    # A record that names no end gets one, so that no image counts for ever, and none longer than what somebody answers for.
+    if "not_after" not in found:
+        end = present() + timedelta(seconds=seconds)
+        waived = (found.get("scan") or {}).get("waived_until") if isinstance(found.get("scan"), dict) else None
+        if waived:
+            end = min(end, _after(str(waived)))
+        found["not_after"] = end.strftime("%Y-%m-%dT%H:%M:%SZ")
     payload = rfc8785.dumps(found)
     parse_record(payload)
     return payload
+
+
+def _after(day: str) -> datetime:
+    """Return the end of a day that counts to its end."""
+    try:
+        return datetime.combine(date.fromisoformat(day), time(), UTC) + timedelta(days=1)
+    except ValueError as error:
+        raise ConfigError(f"scan.waived_until {day!r} is no date", cure="search again: saw image scan") from error
 
 
 def _read(name: str) -> bytes:
@@ -94,6 +108,10 @@ def _read(name: str) -> bytes:
         return Path(name).read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {name}: {error.strerror}", cure="name a readable file") from error
+
+
+_HERE = {"sign": _sign, "scan": image_scan.scan, "evidence": image_scan.evidence}
+"""What needs no broker."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,4 +135,5 @@ def _parser() -> argparse.ArgumentParser:
         step.add_argument("--reason", required=True, help="why; it is audited")
         add_options(step)
     add_options(commands.add_parser("list", help="list registered images"))
+    image_scan.add_commands(commands)
     return parser

@@ -26,6 +26,11 @@ def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
     )
 
 
+def line(values: Iterable[Any]) -> str:
+    """Return ``values`` as one line, for output that grows and therefore has no column widths; absent values are ``-``."""
+    return "  ".join(_cell(value) for value in values)
+
+
 def show(value: Mapping[str, Any], text: str, *, as_json: bool) -> None:
     """Print ``value`` as one JSON line or ``text`` for people."""
     print(json.dumps({"ok": True, **value}) if as_json else text)

@@ -12,10 +12,12 @@ from typing import Any
 import msgspec
 
 from saw.cli import (
+    policy_definitions,
     policy_explain,
     policy_interop,
     policy_keys,
     policy_learn,
+    policy_openshell,
     policy_reach,
     policy_release,
     policy_rings,
@@ -154,8 +156,10 @@ def _parser() -> argparse.ArgumentParser:
         policy_watch,
         policy_learn,
         policy_interop,
+        policy_openshell,
         policy_reach,
         policy_explain,
+        policy_definitions,
     ):
         part.register(add)
     return parser

@@ -13,9 +13,10 @@ import msgspec
 from saw.cli.answers import Add, Answer, read_file
 from saw.errors import ConfigError
 from saw.policy.bundle import read_content
-from saw.policy.casefile import Call, Push, as_request
+from saw.policy.casefile import Call, Push, ToolCall, as_request, tool_request
 from saw.policy.explain import Explanation, explain_call, explain_tool
 from saw.policy.loader import Bundle, load_bundle_folder
+from saw.policy.matcher import Matcher
 from saw.policy.model import Request
 from saw.policy.strict_json import NotStrict, loads
 
@@ -36,6 +37,13 @@ def _push(text: str) -> Push:
         raise ConfigError(reason, cure="write refs/heads/x, or refs/heads/x:create (update, delete)") from error
 
 
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon or not name.strip():
+        raise ConfigError(f"{text!r} is not a header", cure="write for example 'Accept: text/event-stream'")
+    return name.strip().lower(), value.strip()
+
+
 def _request(options: argparse.Namespace) -> Request:
     method, url = options.method, options.url
     if method and url is None and "://" in method:
@@ -51,10 +59,24 @@ def _request(options: argparse.Namespace) -> Request:
     if pushed and not url.endswith(_RECEIVE_PACK):
         url = url.rstrip("/") + _RECEIVE_PACK
     method = method or ("POST" if pushed or body is not None else "GET")
+    headers = {"content-type": "application/json"} if body is not None else {}
+    headers |= dict(_header(text) for text in options.header)
     try:
-        return as_request(Call(url=url, method=method, binary=options.binary, body=body, push=pushed))
+        call = Call(
+            url=url,
+            method=method,
+            binary=options.binary,
+            headers=headers,
+            body=body,
+            push=pushed,
+            message=options.message,
+        )
+        request = as_request(call)
     except (ValueError, UnicodeEncodeError) as error:
-        raise ConfigError(f"the call cannot be built: {error}", cure="give an absolute http or https URL") from error
+        raise ConfigError(f"the call cannot be built: {error}", cure="give an absolute URL") from error
+    if request.message and not request.upgrade:
+        raise ConfigError("only a WebSocket carries messages", cure="give a URL that begins with wss: or ws:")
+    return request
 
 
 def _tool(options: argparse.Namespace, bundle: Bundle) -> Explanation:
@@ -71,16 +93,22 @@ def _tool(options: argparse.Namespace, bundle: Bundle) -> Explanation:
         raise ConfigError(f"--args is not JSON: {error}", cure="write one JSON object") from error
     if not isinstance(arguments, dict):
         raise ConfigError("--args is not a JSON object", cure='write for example \'{"path": "/workspace"}\'')
+    over_http = Matcher.compile(bundle.policy, bundle.governance).mcp_server_named(server)
+    if over_http is not None:
+        call = ToolCall(server=server, tool=tool, arguments=arguments, binary=options.binary)
+        return explain_call(bundle, tool_request(over_http, call))
     return explain_tool(bundle, server, tool, arguments)
 
 
 def _lines(found: Explanation, where: str) -> Iterator[str]:
     decision = found.decision
     yield f"{decision.verdict}: {decision.reason}" if decision.reason else decision.verdict
-    for name in ("detail", "policy", "rule", "action_class", "credential", "inference", "canonical_path"):
+    for name in ("detail", "policy", "rule", "action_class", "credential", "inference", "canonical_path", "frames"):
         value = getattr(decision, name)
         if value:
             yield f"{name}: {value}"
+    for asked in decision.operations:
+        yield f"asks for: {asked.text()}"
     for place in found.rules:
         yield f"decided at: {where}{place}"
     if not decision.allowed and not found.rules:
@@ -123,9 +151,18 @@ def register(add: Add) -> None:
     sub.add_argument("method", nargs="?", help="HTTP method; may be left out with --push and --model")
     sub.add_argument("url", nargs="?")
     sub.add_argument("--binary", help="resolved path of the calling program")
-    sub.add_argument("--body-file", help="file with the request body")
+    sub.add_argument(
+        "--body-file", help="file with the request body; sent as application/json unless --header says else"
+    )
+    sub.add_argument("--header", action="append", default=[], metavar="NAME:VALUE", help="a header; may be repeated")
     sub.add_argument(
         "--push", action="append", default=[], metavar="REF[:OPERATION]", help="a ref that is pushed; may be repeated"
+    )
+    sub.add_argument(
+        "--message",
+        choices=("text", "binary"),
+        default="",
+        help="ask whether such a message may be sent on a WebSocket",
     )
     sub.add_argument("--model", help="the model that an inference call names")
     sub.add_argument("--tool", help="a tool of an MCP server")

@@ -88,9 +88,8 @@ def _sign_folder(options: argparse.Namespace) -> tuple[ReachReport, bytes]:
         reason = f"revision {revision} does not follow revision {follows}, which is in force"
         raise ConfigError(reason, cure=f"sign it as revision {follows + 1}")
     report, reach = compare_for(options, base, bundle)
-    start = present()
     validity = timedelta(seconds=duration(options.valid_for))
-    manifest = bundles.build_manifest(bundle, revision, start, start + validity, reach=reach)
+    manifest = bundles.build_manifest(bundle, revision, *bundles.window(present(), validity), reach=reach)
     return report, bundles.sign(manifest, bundle.members, signers_of(options))
 
 

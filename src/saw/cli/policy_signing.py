@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import base64
+import secrets
+import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,10 +58,28 @@ def owed_text(owed: Sequence[Owed], done: str) -> str:
 
 
 def save_publication(directory: str, publication: Publication) -> None:
-    """Write a publication to a folder."""
+    """Write a publication to a folder. A new folder is there as a whole or not at all; in an old one files are replaced."""
     out = Path(directory)
-    for folder, files in (("metadata", publication.metadata), ("targets", publication.targets)):
-        for name, content in files.items():
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir() and any(out.iterdir()):
+        _write_publication(out, publication)
+        return
+    made = out.with_name(f".{out.name}.{secrets.token_hex(8)}")
+    made.mkdir()
+    try:
+        _write_publication(made, publication)
+        made.replace(out)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def _write_publication(out: Path, publication: Publication) -> None:
+    """Write bundles before what lists them, and last the file by which a publication is known."""
+    last = "targets.json"
+    metadata = sorted(publication.metadata.items(), key=lambda item: item[0] == last)
+    for folder, files in (("targets", publication.targets.items()), ("metadata", metadata)):
+        for name, content in files:
             path = out / folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, content)

@@ -1,4 +1,4 @@
-"""``saw review``: look at calls that wait for people, approve or deny them under one's own key, keep and verify receipts."""
+"""``saw review``: look at calls and changes that wait for people, approve or deny them, keep and verify receipts."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ _BRIEF = (
     "claimed_at",
     "ended_at",
     "answer_status",
+    "context_state",
+    "context_detail",
+    "read_back",
+    "read_back_detail",
+    "read_back_at",
 )
 
 
@@ -65,11 +70,14 @@ def _list(client: Any, options: argparse.Namespace) -> int:
 
 
 def _show(client: Any, options: argparse.Namespace) -> int:
-    answer = client.request("GET", _path(options.id))
-    if options.body:
-        from saw.review.decide import look
+    from saw.review.decide import look
 
-        write_atomic(options.body, look(client, options.id).call.body, mode=0o600)
+    answer = client.request("GET", _path(options.id))
+    if options.body or answer["rendering"] is not None:
+        seen = look(client, options.id)
+        answer = {**seen.told, "rendering": seen.rendering}
+        if options.body:
+            write_atomic(options.body, seen.body, mode=0o600)
     show(answer, _text(answer), as_json=options.json)
     return 0
 
@@ -93,9 +101,40 @@ def _decide(client: Any, options: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(client: Any, options: argparse.Namespace) -> int:
+    """Compare the files of a change with a folder of one's own, such as a checkout of the commit that was reviewed."""
+    from pathlib import Path
+
+    from saw.review.decide import look
+    from saw.review.gate import GateRequest, changed_files
+    from saw.review.tree import bound_files
+
+    content = look(client, options.id).content
+    if not isinstance(content, GateRequest):
+        raise SawError(f"{options.id} is a call of an agent", cure="saw review show ID --body FILE writes its body")
+    stated = tuple(item for item in content.statement.files if not item.path.startswith("/"))
+    mine = bound_files([(Path(options.folder), "")], content.statement.excluded)
+    differ = changed_files(mine, stated)
+    answer = {"id": options.id, "same": not differ, "files": len(stated), "differ": differ}
+    elsewhere = len(content.statement.files) - len(stated)
+    text = [*differ, f"{len(stated)} files, {'the same' if not differ else f'{len(differ)} differ'}"]
+    if elsewhere:
+        text.append(f"{elsewhere} more files lie elsewhere and are not compared")
+    show(answer | {"elsewhere": elsewhere}, "\n".join(text), as_json=options.json)
+    return 1 if differ else 0
+
+
 def _cancel(client: Any, options: argparse.Namespace) -> int:
     answer = client.request("POST", f"{_path(options.id)}/cancel", {"reason": options.reason})
     show(answer, fields({name: answer[name] for name in ("id", "state", "detail", "changed")}), as_json=options.json)
+    return 0
+
+
+def _read_back(client: Any, options: argparse.Namespace) -> int:
+    answer = client.request("POST", f"{_path(options.id)}/read-back", {"reason": options.reason})
+    show(
+        answer, f"{answer['id']} is read back; saw review show {answer['id']} says what was found", as_json=options.json
+    )
     return 0
 
 
@@ -144,6 +183,7 @@ def _verify(options: argparse.Namespace) -> int:
             "decision": one.said.decision,
             "decided_at": one.decided_at,
             "key_sha256": one.key_sha256,
+            "passkey_origin": one.origin or None,
             "comment": one.said.comment,
         }
         for one in found.decisions
@@ -154,7 +194,7 @@ def _verify(options: argparse.Namespace) -> int:
         [
             fields({name: value for name, value in answer.items() if name != "decisions"}),
             "",
-            table(decisions, ("approver", "decision", "decided_at", "key_sha256", "comment")),
+            table(decisions, ("approver", "decision", "decided_at", "key_sha256", "passkey_origin", "comment")),
         ]
     )
     show(answer, text, as_json=options.json)
@@ -201,7 +241,9 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--workspace", help="only those of this workspace")
     one = add(commands, "show", _show, "show one review: the call, the decisions, how it ended")
     one.add_argument("id", help="review id")
-    one.add_argument("--body", metavar="FILE", help="write the exact body of the call to this file")
+    one.add_argument(
+        "--body", metavar="FILE", help="write the exact body of the call, or the statement of a change, to this file"
+    )
     for name, text in (("approve", "let a call be sent, once"), ("deny", "end a call that waits")):
         decide = add(commands, name, _decide, text)
         decide.add_argument("id", help="review id")
@@ -209,9 +251,15 @@ def _parser() -> argparse.ArgumentParser:
         decide.add_argument("--passphrase-file", help="file with the passphrase of the key")
         decide.add_argument("--comment", default="", help="why, at most 256 characters; it is signed and kept")
         decide.add_argument("--yes", action="store_true", help="do not ask; you have looked at it")
+    compare = add(commands, "compare", _compare, "compare the files of a change to the fleet with a folder of your own")
+    compare.add_argument("id", help="review id")
+    compare.add_argument("folder", help="what you trust, such as a checkout of the commit that was reviewed")
     cancel = add(commands, "cancel", _cancel, "end a review without a decision")
     cancel.add_argument("id", help="review id")
     cancel.add_argument("--reason", required=True, help="why; it is audited")
+    read_back = add(commands, "read-back", _read_back, "look once more at the far end what became of an unknown push")
+    read_back.add_argument("id", help="review id")
+    read_back.add_argument("--reason", required=True, help="why; it is audited")
     receipt = add(commands, "receipt", _receipt, "print the broker's signed receipt of a review that has ended")
     receipt.add_argument("id", help="review id")
     receipt.add_argument("--out", metavar="FILE", help="write it to this file")

@@ -14,6 +14,8 @@ from saw.runtime import netns, netns_rules
 ATTACH = "/opt/saw/libexec/saw-attach"
 WORKSPACE = Path("/run/saw/workspace.json")
 EGRESS_USER = "saw-egress"
+REPORTER = "saw-edr"
+"""Reports to the broker where the image has endpoint detection; elsewhere there is no such user."""
 
 
 def main(argv: list[str]) -> int:
@@ -76,7 +78,8 @@ def vm_rules(net: netns.SandboxNet) -> netns_rules.Ruleset | None:
         uids.append(pwd.getpwnam(EGRESS_USER).pw_uid)
     except KeyError as error:
         raise netns.NetnsError(f"user {EGRESS_USER} does not exist", cure="install the role that creates it") from error
-    return net.vm_rules(number, tuple(uids))
+    reporters = tuple(one.pw_uid for one in pwd.getpwall() if one.pw_name == REPORTER)
+    return net.vm_rules(number, tuple(uids), reporters)
 
 
 def _net_up() -> bool:

@@ -1,16 +1,39 @@
-"""``saw ssh``: attach to a workspace with a key and a certificate that live for minutes."""
+"""``saw ssh``: attach to a workspace with a key and a certificate that live for minutes.
+
+With a bastion in the context file the session goes through it and is recorded; the certificate then logs in once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from saw.broker.client import Ingress, OperatorClient, load_context
-from saw.errors import UnavailableError
+import msgspec
+
+from saw.broker.client import Bastion, Context, OperatorClient, load_context
+from saw.broker.signed_in import call, load, session_file
+from saw.errors import ConfigError, UnavailableError
 from saw.files import write_private
+from saw.sessions.ssh_client import host_options, ssh_line
+
+KEYS_VARIABLE = "SAW_SSH_KEYS"
+DIRECT = "/v1/certificates/ssh"
+
+
+class Granted(msgspec.Struct, frozen=True):
+    """What a connection takes: where the server is, as whom to log in, and under which name it is certified."""
+
+    address: tuple[str, int]
+    user: str
+    alias: str
 
 
 def main(argv: list[str]) -> int:
@@ -26,25 +49,72 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--ttl", type=int, default=120, help="seconds within which to connect, 10 to 300 (default: %(default)s)"
     )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--config", action="store_true", help="print the part of ~/.ssh/config with which ssh, scp and rsync work"
+    )
+    instead.add_argument(
+        "--certify",
+        action="store_true",
+        help="only obtain key and certificate (that part runs this before each connection)",
+    )
     options = parser.parse_args(own)
     context = load_context(options.context)
+    if options.config:
+        print(snippet(context, options.workspace, options.context, options.ttl), end="")
+        return 0
+    if options.certify:
+        certify(context, options.workspace, kept_directory(options.workspace), options.ttl)
+        return 0
+    _leave_no_key()
     with tempfile.TemporaryDirectory(prefix="saw-ssh-") as name:
         directory = Path(name)  # 0700, removed with the key when ssh ends
-        public_key = make_key(directory)
-        granted = OperatorClient(context).request(
-            "POST",
-            "/v1/certificates/ssh",
-            {"workspace_id": options.workspace, "public_key": public_key, "ttl_s": options.ttl},
-        )
-        write_private(directory / "key-cert.pub", granted["certificate"] + "\n")
-        write_private(directory / "known_hosts", f"@cert-authority * {granted['host_ca']}\n")
+        to = certify(context, options.workspace, directory, options.ttl)
         terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        line = ssh_command(directory, options.workspace, granted["number"], context.ingress, command, terminal=terminal)
-        return subprocess.call(line)
+        return subprocess.call(ssh_line(directory, to.alias, to.user, to.address, command, terminal=terminal))
+
+
+def _leave_no_key() -> None:
+    """Let a hang-up or a request to end go the way of every end, on which folders are removed; what is ignored stays so."""
+
+    wanted = (signal.SIGHUP, signal.SIGTERM)
+
+    def end(number: int, _frame: object) -> None:
+        for one in wanted:
+            signal.signal(one, signal.SIG_IGN)  # a second one must not cut the removal off
+        raise SystemExit(128 + number)
+
+    for number in wanted:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)
+
+
+def certify(context: Context, workspace: str, directory: Path, ttl_s: int) -> Granted:
+    """Make a key in ``directory``, have it certified for one session with ``workspace``, and put beside it what ssh needs."""
+    public_key = make_key(directory)
+    wanted: dict[str, Any] = {"workspace_id": workspace, "public_key": public_key, "ttl_s": ttl_s}
+    bastion = context.bastion
+    if bastion is None:
+        given = OperatorClient(context).request("POST", DIRECT, wanted)
+        ingress = context.ingress
+        to = Granted((ingress.host, ingress.base_port + given["number"]), ingress.user, workspace)
+    else:
+        wanted["source_address"] = bastion.source_address
+        if bastion.sign_in:
+            session = load(session_file())
+            given = call(session.place, "POST", "/v1/sso/sessions", wanted, token=session.token)
+        else:
+            given = OperatorClient(context).request("POST", "/v1/sessions", wanted)
+        to = Granted((bastion.host, bastion.port), bastion.user, given["host_name"])
+    write_private(directory / "key-cert.pub", given["certificate"] + "\n")
+    write_private(directory / "known_hosts", f"@cert-authority * {given['host_ca']}\n")
+    return to
 
 
 def make_key(directory: Path) -> str:
     """Make an Ed25519 key in ``directory`` and return its public line; the private part never leaves it."""
+    for name in ("key", "key.pub", "key-cert.pub"):
+        (directory / name).unlink(missing_ok=True)
     line = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(directory / "key")]
     try:
         subprocess.run(line, check=True, stdin=subprocess.DEVNULL, capture_output=True)
@@ -53,33 +123,90 @@ def make_key(directory: Path) -> str:
     return (directory / "key.pub").read_text("ascii").strip()
 
 
-def ssh_command(
-    directory: Path, workspace: str, number: int, ingress: Ingress, command: list[str], *, terminal: bool
-) -> list[str]:
-    """Return the ssh command line: our key and certificate only, the host checked by its certificate, no forwarding."""
+def kept_directory(workspace: str, environ: Mapping[str, str] = os.environ) -> Path:
+    """Return (and make, 0700) where ``--certify`` leaves the key of the next session with ``workspace``."""
+    if not workspace.replace("-", "").isalnum() or not workspace.isascii():
+        raise ConfigError(f"{workspace!r} is not a workspace id", cure="saw workspace list shows them")
+    return _private(_kept_base(environ) / workspace)
+
+
+def _kept_base(environ: Mapping[str, str]) -> Path:
+    named = environ.get(KEYS_VARIABLE)
+    return Path(named) if named else session_file({**environ, "SAW_SESSION": ""}).parent / "ssh"
+
+
+def _private(directory: Path, forbidden: int = 0o077) -> Path:
+    """Return ``directory``, made if it was absent.
+
+    Raises :class:`ConfigError` when it is somebody else's, or its mode has one of the bits ``forbidden``.
+    """
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if directory.stat().st_uid != os.geteuid() or directory.stat().st_mode & forbidden:
+        raise ConfigError(f"{directory} is not a private folder of yours", cure="remove it")
+    return directory
+
+
+def snippet(context: Context, workspace: str, context_file: str | None, ttl_s: int) -> str:
+    """Return the part of ssh_config(5) with which plain ssh, scp, sftp, rsync and Ansible reach ``workspace``.
+
+    ssh runs ``saw ssh --certify`` for each connection before it reads the key. Raises :class:`ConfigError` without a bastion.
+    """
+    bastion: Bastion | None = context.bastion
+    if bastion is None:
+        raise ConfigError(
+            "the context names no bastion", cure="use saw ssh, or write the bastion into the context file"
+        )
+    directory = kept_directory(workspace)
+    words = [*_certify_words(context_file, ttl_s), workspace]
     options = {
-        "CertificateFile": str(directory / "key-cert.pub"),
-        "UserKnownHostsFile": str(directory / "known_hosts"),
-        "GlobalKnownHostsFile": "/dev/null",
-        "HostKeyAlias": workspace,
-        "StrictHostKeyChecking": "yes",
-        "IdentitiesOnly": "yes",
-        "IdentityAgent": "none",
-        "PreferredAuthentications": "publickey",
-        "BatchMode": "yes",
-        "ClearAllForwardings": "yes",
-        "ForwardAgent": "no",
-        "ControlPath": "none",
-        "UpdateHostKeys": "no",
-        "LogLevel": "ERROR",
-        "ConnectTimeout": "60",
-        "ServerAliveInterval": "15",
+        "HostName": bastion.host,
+        "Port": str(bastion.port),
+        "User": bastion.user,
+        **host_options(directory, "saw-bastion"),
     }
-    line = ["ssh", "-F", "/dev/null", "-i", str(directory / "key"), "-p", str(ingress.base_port + number)]
-    line.append("-tt" if terminal else "-T")
-    for name, value in options.items():
-        line += ["-o", f"{name}={value}"]
-    return [*line, "--", f"{ingress.user}@{ingress.host}", *command]
+    lines = [f'Match originalhost {workspace} exec "{" ".join(words)}"']
+    lines += [f"    {name} {value}" for name, value in options.items()]
+    return "\n".join(lines) + "\n"
+
+
+def fleet_file(context: Context, context_file: str | None, ttl_s: int, environ: Mapping[str, str] = os.environ) -> Path:
+    """Write an ssh_config(5) of its own with which ``ssh -F FILE ID`` reaches every workspace, and return its path.
+
+    As in :func:`snippet`, ssh obtains a certificate for each connection; where it gets none, it connects to nothing. Without a
+    bastion the caller adds what differs from workspace to workspace: the port and ``HostKeyAlias``, which is the id.
+    """
+    # The keys are in private folders below it; here it matters that nobody else can put a file in the place of ours.
+    base = _private(_kept_base(environ), 0o022)
+    words = _certify_words(context_file, ttl_s)
+    if set(str(base)) & _SPECIAL:
+        raise ConfigError(f"the path {base} has special characters", cure=f"name another folder in {KEYS_VARIABLE}")
+    options = host_options(base / "%n", "saw-bastion")
+    if context.bastion is not None:
+        where = {"HostName": context.bastion.host, "Port": str(context.bastion.port), "User": context.bastion.user}
+    else:
+        where = {"HostName": context.ingress.host, "User": context.ingress.user}
+        del options["HostKeyAlias"]
+    lines = [f'Match !exec "{" ".join([*words, "%n"])}"', "    HostName no-certificate.saw.invalid", "Host *"]
+    lines += [f"    {name} {value}" for name, value in {**where, **options}.items()]
+    text = "\n".join(lines) + "\n"
+    file = base / f"fleet-{hashlib.sha256(text.encode()).hexdigest()[:16]}.conf"
+    if not file.exists():
+        write_private(file, text)
+    return file
+
+
+#: What would end, or add to, the word of an ssh_config(5) or of a shell that it stands in.
+_SPECIAL = frozenset("\"'\\%$` ;&|<>()\n")
+
+
+def _certify_words(context_file: str | None, ttl_s: int) -> list[str]:
+    """Return the command that certifies the workspace whose id follows; raise :class:`ConfigError` for paths that need quotes."""
+    named = context_file or os.environ.get("SAW_CONTEXT")
+    words = [str(Path(sys.executable).parent / "saw"), "ssh", "--certify", "--ttl", str(ttl_s)]
+    words += ["--context", str(Path(named).resolve())] if named else []
+    if any(set(word) & _SPECIAL for word in words):
+        raise ConfigError("the path of saw or of the context file has special characters", cure="move it")
+    return words
 
 
 def _split(argv: list[str]) -> tuple[list[str], str, list[str]]:

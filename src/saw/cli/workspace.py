@@ -1,6 +1,7 @@
 """``saw workspace``: the register of workspaces for operators; ``bootstrap`` inside the VM.
 
-These commands change the register only. Machines are made, started and destroyed by the playbooks, which call the same API.
+These commands change the register only. Machines are made, started and destroyed by the playbooks, which call the same API;
+``saw job`` has them run.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import msgspec
 from saw.cli.operator_options import add_options, fields, show, table
 
 _COLUMNS = ("id", "number", "state", "sponsor", "blueprint", "ring", "policy_digest", "lease_expires_at")
+_FILTERS = ("state", "sponsor", "blueprint", "ring", "image", "text")
 #: Command → the state it asks for.
 _STEPS = {"start": "attesting", "stop": "stopped", "decommission": "decommissioned"}
 
@@ -25,13 +27,15 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     if options.command == "bootstrap":
         return _bootstrap(options)
-    from saw.broker.client import OperatorClient
+    from saw.broker.client import OperatorClient, listed_workspaces
 
     client = OperatorClient.from_context(options.context)
     path = f"/v1/workspaces/{quote(options.id, safe='')}" if "id" in options else "/v1/workspaces"
     if options.command == "list":
-        answer = client.request("GET", path)
-        show(answer, table(_shorten(answer["workspaces"]), _COLUMNS), as_json=options.json)
+        filters = {name: values for name in _FILTERS if (values := getattr(options, f"only_{name}"))}
+        with client.session():
+            rows = listed_workspaces(client, **filters)
+        show({"workspaces": rows}, table(_shorten(rows), _COLUMNS), as_json=options.json)
         return 0
     if options.command == "credential":
         from saw.broker.vm_credential import vm_credential
@@ -50,6 +54,7 @@ def _call(client: Any, path: str, options: argparse.Namespace) -> dict[str, Any]
         answer = client.request("GET", path)
     elif command == "create":
         profile = {name: getattr(options, name) for name in ("id", "sponsor", "blueprint", "ring", "image")}
+        profile |= {"agent": options.agent} if options.agent else {}
         answer = client.request("POST", "/v1/workspaces", profile)
     elif command == "record-ek":
         answer = client.request("PUT", f"{path}/ek", {"ek_pub_pem": Path(options.file).read_text("ascii")})
@@ -87,7 +92,12 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("id", help="workspace id")
         return command
 
-    add("list", "list all workspaces", identified=False)
+    listing = add("list", "list workspaces: all, or those that filters choose", identified=False)
+    for name in _FILTERS[:-1]:
+        listing.add_argument(
+            f"--{name}", dest=f"only_{name}", action="append", metavar="NAME", help=f"with this {name}; may be repeated"
+        )
+    listing.add_argument("--text", dest="only_text", nargs=1, metavar="TEXT", help="occurs in the id or the sponsor")
     add("show", "show one workspace")
     add("credential", "print what its VM is told at creation (public data)")
     create = add("create", "register a workspace; its profile is fixed from then on")
@@ -98,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
         ("image", "name of a registered image"),
     ):
         create.add_argument(f"--{name}", required=True, help=text)
+    create.add_argument(
+        "--agent", default="", metavar="ID", help="a registered agent without a workspace (default: a new one)"
+    )
     record = add("record-ek", "record the endorsement key of its TPM, once")
     record.add_argument("file", help="PEM file of the public key")
     reprovision = add("reprovision", "bind a stopped workspace to another registered image")

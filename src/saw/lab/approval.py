@@ -55,6 +55,7 @@ def approved_push(job: Bringup, workspace: str) -> dict[str, Any]:
         digest = str(review["policy_digest"])
         before = len(_arrived(job))
         key = reviewer_key(job)
+        _shown(job, str(review["id"]))
         job.saw("review", "approve", str(review["id"]), "--key", str(key), "--comment", "the demonstration", "--yes")
         state = _end_of(job, str(review["id"]))
         arrived = len(_arrived(job)) - before
@@ -68,6 +69,21 @@ def approved_push(job: Bringup, workspace: str) -> dict[str, Any]:
     name = "push to main, after a review"
     call = finding(name, "REV-02", verdict, expected="allow", detail=detail, digest=digest)
     return {**call, "reason": reason, "ms": round((time.monotonic() - begin) * 1000)}
+
+
+def _shown(job: Bringup, review: str) -> None:
+    """Wait until the far end has told what the push would change: a decision is about the text that is shown."""
+
+    def told() -> bool:
+        return str(job.client().request("GET", f"/v1/reviews/{review}")["context_state"]) != "asked"
+
+    wait_for(
+        f"the state before the push of review {review}",
+        told,
+        patience=150,
+        interval=0.5,
+        cure="saw review show tells it",
+    )
 
 
 def _end_of(job: Bringup, review: str) -> str:

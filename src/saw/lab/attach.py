@@ -125,6 +125,19 @@ def mark_kept(terminal: Terminal, mark: str, word: str, patience: float) -> bool
     return False
 
 
+def leave(terminal: Terminal, patience: float, again: float = 10.0) -> bool:
+    """Detach; tell whether the terminal ended by that within ``patience`` seconds.
+
+    Keys that follow typed text at once count as pasted, and then leave nothing: they are typed again each ``again`` seconds.
+    """
+    deadline = time.monotonic() + patience
+    while not terminal.over and (left := deadline - time.monotonic()) > 0:
+        terminal.type(DETACH)
+        if terminal.ended(min(again, left)):
+            return True
+    return terminal.over and terminal.gone(max(0.1, deadline - time.monotonic()))
+
+
 def attach_thrice(
     argv: Sequence[str], environment: Mapping[str, str], mark: str, *, patience: float = 120.0
 ) -> dict[str, bool]:
@@ -134,8 +147,7 @@ def attach_thrice(
     """
     with Terminal(argv, environment) as first:
         leave_mark(first, mark, patience)
-        first.type(DETACH)
-        detached = first.ended(patience)
+        detached = leave(first, patience)
     with Terminal(argv, environment) as second:
         kept = mark_kept(second, mark, "kept", patience)
     with Terminal(argv, environment) as third:

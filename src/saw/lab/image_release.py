@@ -23,7 +23,9 @@ def serves(signed: Path, record: dict[str, Any], now: datetime) -> bool:
         found = parse_record(payload_of(read_envelope(signed.read_bytes(), PAYLOAD_TYPE)))
     except (OSError, EnvelopeRefused, RecordInvalid):
         return False
-    same = (found.image_sha256, found.boot.pcrs) == (record["image_sha256"], record["boot"]["pcrs"])
+    same = (found.image_sha256, found.boot.pcrs, found.evidence) == (
+        record["image_sha256"], record["boot"]["pcrs"], record.get("evidence", {}),
+    )  # fmt: skip
     return same and found.not_after - now > RENEW_BEFORE
 
 

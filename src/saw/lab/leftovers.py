@@ -33,7 +33,7 @@ class Site:
 SITES = (
     Site("the embedded default", "lab", LabNetwork(), ("enterprise", "edge", "control")),
     Site("the image build", "image-tree", LabNetwork("sawimg", "10.78.0"), ("image",)),
-    Site("the role tests", "molecule", LabNetwork("sawmol", "10.79.0"), ("guest", "edge", "control")),
+    Site("the role tests", "molecule", LabNetwork("sawmol", "10.79.0"), ("bare", "guest", "edge", "control")),
 )
 ROLE_TESTS = SITES[2]
 

@@ -13,6 +13,7 @@ from saw.image.base import base_path
 from saw.image.base_os import base_os
 from saw.image.build import NEED_BYTES as NEED_IMAGE
 from saw.image.build import ImageBuild
+from saw.image.edr import chosen
 from saw.lab.process import run
 from saw.lab.topology import WORKSPACE, Lab
 
@@ -76,11 +77,12 @@ def still_needed(lab: Lab) -> dict[str, int]:
     """
     needed: dict[str, int] = {}
     cache, system = lab.build / "cache", base_os(lab.repository)
-    build = ImageBuild(lab.repository, lab.build)
-    newest = build.latest()
-    if newest is None or newest[1].digest != inputs.collect(lab.repository).digest:
+    edr, packages = chosen(), lab.repository / "packer"
+    newest = ImageBuild(lab.repository, lab.build, edr=edr).latest()
+    if newest is None or newest[1].digest != inputs.collect(lab.repository, edr=edr).digest:
         needed["golden image"] = NEED_MIB["image"]
-        if not base_path(lab.repository / "packer" / system.packages, cache, system).exists():
+        more = packages / edr.packages if edr.packages else None
+        if not base_path(packages / system.packages, cache, system, more=more).exists():
             needed["packages of the image"] = NEED_MIB["packages"]
         if not list(cache.glob("mcp-*")):
             needed["MCP servers"] = NEED_MIB["mcp"]

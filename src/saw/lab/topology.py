@@ -18,6 +18,7 @@ TRUST_DOMAIN = "saw.example"
 WORKSPACE = "ws-demo"
 ENTERPRISE_NAMES = ("git.example.com", "api.example.com", "models.example.com")
 CREDENTIALS = ("git-token", "api-token", "model-key")
+BASTION_PORT = 2222
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class Lab:
                 "children": {
                     "control_plane": {"hosts": {"control": {}}},
                     "perimeter": {"hosts": {"edge": {}}},
+                    "bastions": {"hosts": {"edge": {}}},
                     "hypervisors": {"hosts": {"edge": {}}},
                     "enterprise": {"hosts": {"enterprise": {}}},
                 },
@@ -121,6 +123,7 @@ class Lab:
                 },
             },
             "ingress": {"host": hosts["edge"].address},
+            "bastion": {"host": hosts["edge"].address, "port": BASTION_PORT},
         }  # fmt: skip
         write_atomic(self.context_file, msgspec.json.format(msgspec.json.encode(context)))
 

@@ -24,6 +24,7 @@ from saw.files import write_atomic
 from saw.image.base import base_tar
 from saw.image.base_os import base_os
 from saw.image.build import GoldenImage, ImageBuild
+from saw.image.edr import chosen
 from saw.image.wheelhouse import wheelhouse
 from saw.lab import demo_pki
 from saw.lab.image_release import release_image
@@ -32,7 +33,7 @@ from saw.lab.playbook import PlaybookRun, run_playbook
 from saw.lab.process import run
 from saw.lab.steps import Progress
 from saw.lab.strays import MARK, clear_scratch, end_marked, mark_children
-from saw.lab.topology import ENTERPRISE_NAMES, TRUST_DOMAIN, WORKSPACE, Lab
+from saw.lab.topology import BASTION_PORT, ENTERPRISE_NAMES, TRUST_DOMAIN, WORKSPACE, Lab
 
 DELEGATION = {
     "task": "the demonstration engagement",
@@ -117,7 +118,7 @@ class Bringup:
 
     def image(self, *, keep: bool = False) -> GoldenImage:
         """Build or reuse the golden image; ``keep`` takes the newest finished one as it is."""
-        build = ImageBuild(self.lab.repository, self.lab.build, self.progress.say)
+        build = ImageBuild(self.lab.repository, self.lab.build, self.progress.say, edr=chosen())
         newest = build.latest() if keep else None
         image, reason = (newest[0], "kept as asked") if newest else build.ensure()
         self.progress.say(f"golden image {image.name}: {reason}")
@@ -142,9 +143,13 @@ class Bringup:
             {
                 "saw_runtime_wheelhouse": str(wheels),
                 "broker_trust_domain": TRUST_DOMAIN,
+                "broker_sessions": {"recorded_only": True, "lease_s": 300},
+                "bastion_broker_address": f"{self.hosts['control'].address}:8443",
+                "bastion_port": BASTION_PORT,
                 "perimeter_broker_address": f"{self.hosts['control'].address}:8443",
                 "perimeter_operator_networks": [f"{self.lab.network.prefix}.0/24"],
                 "perimeter_ingress_address": self.hosts["edge"].address,
+                "perimeter_bastion_port": BASTION_PORT,
                 "perimeter_upstream_ca_file": "/etc/saw-enterprise-ca.pem",
                 "perimeter_hosts_file": "/etc/saw-enterprise-hosts",
                 "perimeter_credentials": credentials,
@@ -188,8 +193,9 @@ class Bringup:
             write_atomic(record_file.with_name("reference.json"), json.dumps({"seconds": answer["seconds"]}) + "\n")
             record = {
                 "format": "saw-image-release/2", "name": image.name, "image_sha256": image.image_sha256,
-                "inputs_digest": image.inputs_digest, "created": image.created,
+                "inputs_digest": image.inputs_digest, "created": image.created, "evidence": image.evidence,
                 "boot": {"pcrs": {number: value for number, value in answer["pcrs"].items() if int(number) <= 13}},
+                **({} if image.variant == "cpu" else {"variant": image.variant}),
             }  # fmt: skip
             write_atomic(record_file, json.dumps(record, indent=2) + "\n")
         release_image(self.lab, self.saw, record_file, datetime.now(UTC))

@@ -12,15 +12,17 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from broker_rig import Lab, image_record
 from cryptography.hazmat.primitives import serialization
-from page import run_page
+from page import ROOT, run_page
 
 from saw.broker.client import BrokerRefusal
 from saw.files import write_private
+from saw.image.disk import digest_of
 from saw.policy.keys import create_key
 
 POLICY = "a" * 64
@@ -74,6 +76,25 @@ def test_the_page_on_delegations(desk: tuple[Lab, Path]) -> None:
     assert states == ["revoked", "revoked"], "the part ended with the whole"
 
 
+@pytest.mark.control("ID-04")
+def test_the_page_on_agents(desk: tuple[Lab, Path]) -> None:
+    ids: list[str] = []
+
+    def noted(printed: str) -> Mapping[str, str]:
+        ids.extend(
+            found for found in re.findall(r"^(?:id: +)?(agent-[0-9]+)\b", printed, re.MULTILINE) if found not in ids
+        )
+        named = dict(zip(("AGENT", "OTHER", "NEXT"), ids, strict=False))
+        return {name: named[name] for name in ("AGENT", "NEXT") if name in named}
+
+    walk("docs/agents.md", desk, noted)
+    lab, _ = desk
+    states = [lab.operator.request("GET", f"/v1/agents/{one}")["state"] for one in (ids[0], ids[2], ids[3])]
+    # Its last commands leave the workspace with an agent, for the other pages.
+    assert states[:2] == ["retired", "retired"]
+    assert states[2] != "retired"
+
+
 def asked(edge: httpx.Client, path: str) -> str:
     """Let the perimeter bring a call of the agent that only a person may decide on; return the id of its review."""
     call = {"method": "POST", "scheme": "https", "host": "api.example.com", "port": 443, "path": path}
@@ -90,7 +111,10 @@ def test_the_page_on_reviews(desk: tuple[Lab, Path]) -> None:
     lab, folder = desk
     with lab.tls("perimeter", "edge") as edge:
         approved, denied = asked(edge, "/v1/pay"), asked(edge, "/v1/pay/again")
-        printed = walk("docs/review.md", desk, lambda _: {}, REVIEW=approved, OTHER=denied)
+        push = asked(edge, "/team/app.git/git-receive-pack")
+        with closing(sqlite3.connect(lab.config.database, timeout=10)) as store, store:
+            store.execute("UPDATE reviews SET state = 'unknown' WHERE id = ?", (push,))
+        printed = walk("docs/review.md", desk, lambda _: {}, REVIEW=approved, OTHER=denied, PUSH=push)
         claimed = edge.post("/v1/perimeter/reviews/claim", json={"wait": 0}).json()["claimed"]
     assert claimed["id"] == approved
     assert approved in printed[0] and denied in printed[0], "both wait in the list"
@@ -102,16 +126,49 @@ def test_the_page_on_reviews(desk: tuple[Lab, Path]) -> None:
         lab.operator.request("PUT", "/v1/reviewers/cleo@example.com", key)
 
 
+def make_evidence(folder: Path, record: dict[str, Any]) -> None:
+    """What the page's reader has beside the record: a bill of materials, the tracker's database, and the page's own waiver."""
+    packages = [("linux", "6.12.10-1"), ("openssl", "3.5.1-1")]
+    bill = {
+        "bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1,
+        "components": [
+            {
+                "type": "library", "bom-ref": f"pkg:deb/debian/{name}@{version}?arch=source", "group": "debian", "name": name,
+                "version": version, "purl": f"pkg:deb/debian/{name}@{version}?arch=source",
+            }
+            for name, version in packages
+        ],
+    }  # fmt: skip
+    (folder / "sbom").mkdir()
+    (folder / "sbom/debian.cdx.json").write_text(json.dumps(bill))
+    record["evidence"] = {"sbom/debian.cdx.json": digest_of(folder / "sbom/debian.cdx.json")}
+    settled = {"status": "resolved", "fixed_version": "6.1.1-1", "urgency": "low"}
+    opened = {"status": "open", "urgency": "high"}
+    (folder / "tracker.json").write_text(
+        json.dumps(
+            {
+                "linux": {"CVE-2025-1000": {"releases": {"trixie": settled}}},
+                "openssl": {"CVE-2026-12345": {"releases": {"trixie": opened}}},
+            }
+        )
+    )
+    page = (ROOT / "docs/images.md").read_text(encoding="utf-8")
+    (folder / "waivers.yml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+
+
 @pytest.mark.control("P0-04")
+@pytest.mark.control("IMG-01")
 def test_the_page_on_images(desk: tuple[Lab, Path]) -> None:
     lab, folder = desk
     record = image_record("workspace-4f1c", "4" * 64)
     del record["not_after"]
+    make_evidence(folder, record)
     (folder / "image.release.json").write_text(json.dumps(record))
     form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     for name, key in zip(("officer-a", "officer-b"), lab.officers.keys, strict=False):
         write_private(folder / f"{name}.key", key.private_bytes(*form))
     printed = walk("docs/images.md", desk, lambda _: {}, IMAGE="workspace-4f1c")
     assert re.search(r"workspace-4f1c +stable", printed[1])
+    assert "waived: CVE-2026-12345 in openssl" in printed[-1]
     [image] = [one for one in lab.operator.request("GET", "/v1/images")["images"] if one["name"] == "workspace-4f1c"]
     assert (image["state"], image["signed"]) == ("revoked", True)

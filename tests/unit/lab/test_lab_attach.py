@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from saw.errors import UnavailableError
-from saw.lab.attach import Terminal, attach_thrice
+from saw.lab.attach import Terminal, attach_thrice, leave
 from saw.lab.process import start_time
 
 TMUX = shutil.which("tmux") or ""
@@ -34,7 +34,7 @@ def session(tmp_path: Path, name: str = "kept") -> list[str]:
 def test_what_the_first_attachment_left_is_there_after_detaching_and_after_a_hang_up(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    seen = attach_thrice(session(tmp_path), environment, "m4711", patience=20)
+    seen = attach_thrice(session(tmp_path), environment, "m4711", patience=60)
     assert seen == {"detached": True, "kept": True, "kept_after_hangup": True}
 
 
@@ -44,6 +44,16 @@ def test_a_terminal_that_starts_anew_each_time_is_told_from_a_persistent_one(
     script = f"n=$(mktemp -u {tmp_path}/XXXXXX.sock); exec {TMUX} -f /dev/null -S $n new-session -A -s main"
     seen = attach_thrice(["/bin/sh", "-c", script], environment, "m4711", patience=4)
     assert seen == {"detached": True, "kept": False, "kept_after_hangup": False}
+
+
+def test_leaving_is_tried_again_until_it_is_heard(environment: dict[str, str]) -> None:
+    deaf = "stty raw -echo; echo ready; dd bs=1 count=6 of=/dev/null 2>/dev/null"
+    with Terminal(["/bin/sh", "-c", deaf], environment) as terminal:
+        assert terminal.expect(b"ready", 60)
+        assert leave(terminal, 60, again=0.1)
+    with Terminal(["/bin/sh", "-c", "stty raw -echo; echo ready; exec sleep 60"], environment) as terminal:
+        assert terminal.expect(b"ready", 60)
+        assert not leave(terminal, 0.5, again=0.1)
 
 
 def test_a_login_that_is_refused_says_what_was_shown(environment: dict[str, str]) -> None:

@@ -64,7 +64,7 @@ def test_every_program_of_a_killed_run_is_ended(name: str, build: Path, tmp_path
     mark_children(build)
     pid = start(named(name, tmp_path), "60")
     os.environ.pop(MARK)
-    wait_for("its start", lambda: Path(f"/proc/{pid}/cmdline").read_bytes().endswith(b"60\0"), patience=5)
+    wait_for("its start", lambda: Path(f"/proc/{pid}/cmdline").read_bytes().endswith(b"60\0"), patience=60)
     assert end_marked(build) == 1
     assert start_time(pid) is None
 
@@ -109,7 +109,7 @@ def test_another_build_directory_and_a_reader_of_ours_are_left_alone(build: Path
     reader = start("tail", "-f", str(build / "report.json"), environment=unmarked())
     elsewhere = start(SLEEP, "60", environment={**os.environ, "OTHER": f"{MARK}={build}"})
     ours = start(SLEEP, "60", environment={**os.environ, MARK: str(build)})
-    wait_for("all of them", lambda: ours in marked_pids(build), patience=5)
+    wait_for("all of them", lambda: ours in marked_pids(build), patience=60)
     assert end_marked(build) == 1
     assert start_time(ours) is None
     assert all(start_time(pid) for pid in (other, elsewhere))
@@ -127,7 +127,7 @@ def test_the_lock_marks_what_a_run_starts_and_a_light_host_is_not_marked(build: 
 def test_the_next_run_ends_the_strays_and_says_so(build: Path, start: Start, capfd: pytest.CaptureFixture[str]) -> None:
     (build / "cache/.mmdebstrap-abc/tree").mkdir(parents=True)
     pid = start(SLEEP, "60", environment={**os.environ, MARK: str(build)})
-    wait_for("its start", lambda: pid in marked_pids(build), patience=5)
+    wait_for("its start", lambda: pid in marked_pids(build), patience=60)
     with up.exclusive(Lab(build, build)):
         assert start_time(pid) is None
         assert not (build / "cache/.mmdebstrap-abc").exists()
