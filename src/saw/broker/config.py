@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from saw.attest.image_record import Evidence
+from saw.broker.break_glass_settings import BreakGlassSettings, problems_of_break_glass
 from saw.broker.database_settings import parse_database
 from saw.broker.gate_settings import GateSettings, MachineSettings, problems_of_gates
 from saw.broker.job_settings import JobSettings, problems_of_jobs
@@ -91,6 +92,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     people sign in; absent means that there is no sign-in and no page. ``audit_socket``: a second socket that serves nothing
     but reading the trail, to root and members of ``audit_group``; absent means that there is none. ``gates`` and ``machines``:
     where changes to the fleet wait for people, and which programs may ask; ``machine_audience``: what tokens of machines are for.
+    ``break_glass``: who may let a review through that its group cannot decide in time; absent means nobody.
     ``terminal``: sessions and recordings in a browser; absent means that there are none.
     ``jobs``: lifecycle calls run playbooks; absent means that they do not.
     ``audit``: how long the trail is kept; absent means for ever.
@@ -112,6 +114,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     audit_socket: str | None = None
     audit_group: str | None = None
     gates: dict[str, GateSettings] = {}
+    break_glass: BreakGlassSettings | None = None
     machines: dict[str, MachineSettings] = {}
     machine_audience: str | None = None
     terminal: TerminalSettings | None = None
@@ -191,6 +194,8 @@ def load_config(path: Path | str) -> BrokerConfig:
         parse_database(config.postgresql)
     client = config.sso.provider.client_id if config.sso is not None else None
     problems.extend(problems_of_gates(config.gates, config.machines, audience=config.machine_audience, client=client))
+    if config.break_glass is not None:
+        problems.extend(problems_of_break_glass(config.break_glass))
     if config.jobs is not None:
         problems.extend(problems_of_jobs(config.jobs))
     if config.audit is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, select
 
+from saw.broker.break_glass import held_up_by, let_through, overdue_error
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.errors import BrokerError, BusyError, ConflictError, ForbiddenError, MalformedError, NotFoundError
@@ -199,9 +200,11 @@ class Gates:
             self._moves.move(tx, caller, row, "cancelled", "gate_changed: another group or quorum decides now")
             return ConflictError(f"the gate {row.rule} has changed", cure="ask again", code="gate_changed")
         if row.state == "approved":
-            approvals = counting(tx.connection, row, now)
-            names: dict[str, object] = {"approvers": [*approvals]}
-            if len(approvals) < row.quorum:
+            if (overdue := held_up_by(tx.connection, row, now)) is not None:
+                return overdue_error(overdue)
+            approvals = let_through(tx.connection, row, self._s.config.break_glass, now)
+            names: dict[str, object] = {"approvers": approvals or [*counting(tx.connection, row, now)]}
+            if not approvals:
                 row = self._moves.move(tx, caller, row, "pending", "an approval no longer counts", said=names) or row
             else:
                 ends = iso(now + timedelta(seconds=self._s.config.gates[row.rule].run_for_s))
@@ -305,7 +308,9 @@ class Gates:
             statement_digest=row.request_digest,
             group=row.group_name,
             quorum=row.quorum,
-            approved_by=tuple(sorted(approvals)) if row.state in OPEN else _approvers(decisions),
+            approved_by=_approvers(decisions, row)
+            if row.broken_at or row.state not in OPEN
+            else tuple(sorted(approvals)),
             decisions=tuple(
                 GateDecision(
                     approver=one.approver,
@@ -323,8 +328,9 @@ class Gates:
         )
 
 
-def _approvers(decisions: Any) -> tuple[str, ...]:
-    return tuple(sorted({one.approver for one in decisions if one.decision == "approve"}))
+def _approvers(decisions: Any, row: Row[Any]) -> tuple[str, ...]:
+    counted = {"approve", "break_glass"} if row.broken_at else {"approve"}
+    return tuple(sorted({one.approver for one in decisions if one.decision in counted}))
 
 
 def _differ(stated: GateStatement, claimed: GateStatement) -> list[str]:

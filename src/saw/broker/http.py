@@ -85,6 +85,14 @@ def whole_number(request: Request, name: str, default: int, largest: int) -> int
     return min(int(text), largest)
 
 
+def flag(request: Request, name: str) -> bool:
+    """Return whether query parameter ``name`` is ``true``; missing, it is not. Raise :class:`MalformedError` for other words."""
+    raw = request.query_params.get(name, "false")
+    if raw not in {"true", "false"}:
+        raise MalformedError(f"{name} is not true or false", cure="correct the query")
+    return raw == "true"
+
+
 def guarded(identify: Identify, handle: Callable[[Request, Caller], Awaitable[Any]]) -> Endpoint:
     """Return an endpoint: identify the caller first, then handle, then answer; every error becomes a refusal."""
 

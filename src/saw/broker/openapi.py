@@ -83,7 +83,7 @@ ABOUT: Mapping[str, Words] = {
     "GET /v1/reviewers/{name}": Words("One reviewer"),
     "PUT /v1/reviewers/{name}": Words("Register a reviewer, or give one other groups"),
     "POST /v1/reviewers/{name}/retire": Words("Retire a reviewer, for good"),
-    "GET /v1/reviews": Words("Reviews, the newest 1000", ("state", "workspace_id")),
+    "GET /v1/reviews": Words("Reviews, the newest 1000", ("state", "workspace_id", "owed")),
     "GET /v1/reviews/{id}": Words("One review, with what people are shown"),
     "GET /v1/reviews/{id}/call": Words("The exact call, to be shown and digested on a reviewer's own machine"),
     "GET /v1/reviews/{id}/receipt": Words("A signed receipt of what was decided and what became of it"),

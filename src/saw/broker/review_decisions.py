@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import msgspec
 from sqlalchemy import Connection, Row, func, select
 
+from saw.broker.break_glass import OWED, BreakGlass, held_up_by, holders
+from saw.broker.break_glass_settings import BreakGlassSettings
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.errors import BrokerError, ConflictError, ForbiddenError, MalformedError, NotFoundError
@@ -35,13 +37,16 @@ from saw.broker.store import Transaction
 from saw.identity.statement import sign_statement
 from saw.review.gate import GateRequest, render_gate
 from saw.review.messages import FINAL, ReviewedCall
-from saw.review.receipt import RECEIPT_TYPE, Receipt
-from saw.review.statement import ReviewStatement, StatementRefused, parse_statement, render_digest
+from saw.review.receipt import FEWEST_KEYS, RECEIPT_TYPE, BrokenGlass, Receipt
+from saw.review.statement import AFTER, ReviewStatement, StatementRefused, parse_statement, render_digest
 
 NONCE_FOR = timedelta(minutes=10)
 """How long a reviewer has from taking a nonce to handing in the signed decision."""
-MAX_DECISIONS = 18
+MAX_APPROVALS = 17
+"""Most decisions of a review after which another approval is taken."""
+MAX_DECISIONS = 32
 """Most decisions that are kept of one review; so many fit into a receipt."""
+_DONE = {"approve": "approved it", "break_glass": "signed to break the glass", "uphold": "upheld it"}
 _HIDDEN = frozenset({"claim_sha256", "held_bytes", "context_step", "render_digest"})
 
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
@@ -67,15 +72,18 @@ class Decisions:
         self._vault = vault
         self._moves = Moves(services)
         self._texts = Texts()
+        self._glass = BreakGlass(services)
 
-    def listed(self, state: str | None, workspace_id: str | None) -> dict[str, Any]:
-        """Return reviews, newest first, at most 1000."""
+    def listed(self, state: str | None, workspace_id: str | None, *, owed: bool = False) -> dict[str, Any]:
+        """Return reviews, newest first, at most 1000; with ``owed`` only those that owe an after-review."""
         query = select(*COLUMNS).order_by(reviews.c.opened_at.desc(), reviews.c.id).limit(1000)
         with self._s.store.read() as connection:
             if workspace_id:
                 query = query.where(reviews.c.workspace_id == get_row(connection, workspace_id).id)
             if state:
                 query = query.where(reviews.c.state == state)
+            if owed:
+                query = query.where(reviews.c.after_state.in_(OWED))
             rows = connection.execute(query).all()
             return {"reviews": [self._summary(connection, row) for row in rows]}
 
@@ -125,20 +133,24 @@ class Decisions:
         nonce = base64.urlsafe_b64encode(self._s.random(32)).rstrip(b"=").decode()
         with self._s.store.write() as tx:
             row = self._moves.settle(tx, get_review(tx.connection, identifier))
-            member = in_group(tx.connection, name, row.group_name, now, passkey=passkey)
+            member = any(
+                in_group(tx.connection, name, group, now, passkey=passkey) for group in self._glass.groups(row)
+            )
+            decided = row.state in OPEN or row.after_state in OWED
             where = (review_nonces.c.review_id == row.id) & (review_nonces.c.approver == name)
             tx.connection.execute(review_nonces.delete().where(where))
-            if row.state in OPEN and member:
+            if decided and member:
                 tx.connection.execute(
                     review_nonces.insert().values(
                         review_id=row.id, approver=name, nonce=nonce, expires_at=iso(now + NONCE_FOR)
                     )
                 )
-        if row.state not in OPEN:
+        if not decided:
             raise _not_open(row)
         if not member:
-            raise _not_in_group(name, row)
-        return {"review": row.id, "approver": name, "nonce": nonce, "expires_at": iso(now + NONCE_FOR)}
+            raise _not_in_group(name, row.group_name)
+        ends = iso(now + NONCE_FOR)
+        return {"review": row.id, "approver": name, "nonce": nonce, "expires_at": ends, **self._glass.offered(row, now)}
 
     def decide(self, caller: Caller, identifier: str, body: Decide | DecideByPasskey) -> dict[str, Any]:
         """Take a signed decision: a denial ends the review, the last approval that is needed approves it.
@@ -202,6 +214,7 @@ class Decisions:
             answer_status=row.answer_status,
             answer_sha256=row.answer_sha256,
             decisions=tuple(signed_decision(one) for one in decisions),
+            break_glass=_broken_glass(row, self._s.config.break_glass),
             issued_at=iso(self._s.clock()),
         )
         signer = signer_file(self._s.config).read_bytes()
@@ -226,15 +239,17 @@ class Decisions:
         where = (review_nonces.c.review_id == row.id) & (review_nonces.c.approver == said.approver)
         held = tx.connection.execute(select(review_nonces).where(where)).one_or_none()
         tx.connection.execute(review_nonces.delete().where(where))
-        if row.state not in ({"pending"} if said.decision == "approve" else OPEN):
-            return _not_open(row)
-        why = why_void(tx.connection, row, now)
-        if why:
-            self._moves.move(tx, caller, row, "cancelled", why)
-            return ConflictError(f"{row.id} is void: {why}", cure="the agent may ask again", code=why)
-        if not in_group(tx.connection, said.approver, row.group_name, now, passkey=by_passkey):
-            return _not_in_group(said.approver, row)
+        if said.decision not in AFTER:
+            if row.state not in (OPEN if said.decision == "deny" else {"pending"}):
+                return _not_open(row)
+            why = why_void(tx.connection, row, now)
+            if why:
+                self._moves.move(tx, caller, row, "cancelled", why)
+                return ConflictError(f"{row.id} is void: {why}", cure="the agent may ask again", code=why)
         try:
+            group = self._glass.group_for(row, said)
+            if not in_group(tx.connection, said.approver, group, now, passkey=by_passkey):
+                return _not_in_group(said.approver, group)
             proof = prove(tx.connection, said, body)
         except BrokerError as error:
             return error
@@ -267,28 +282,33 @@ class Decisions:
                 code="statement_mismatch",
                 details={"differ": differ},
             )
-        if not iso(now) < said.not_after <= row.expires_at:
+        until = self._glass.until(row, said, now)
+        if not iso(now) < said.not_after <= until:
             return ConflictError(
-                f"not_after {said.not_after} is past, or later than the end of the review",
-                cure=f"sign with one until {row.expires_at} at most",
+                f"not_after {said.not_after} is past, or later than this decision can count",
+                cure=f"sign with one until {until} at most",
                 code="statement_expired",
             )
-        if said.decision == "approve" and is_self_approval(row, said.approver):
+        if said.decision in _DONE and is_self_approval(row, said.approver):
             return ForbiddenError(
                 f"{said.approver} {'asked for this' if row.kind == GATE else f'is the sponsor of {row.workspace_id}'}",
                 cure="somebody else approves what one asks for, or one's own agent does",
                 code="self_approval",
             )
-        if said.decision == "approve" and said.approver in counting(connection, row, now):
+        group = self._glass.group_for(row, said)
+        if said.decision in _DONE and said.approver in counting(
+            connection, row, now, decision=said.decision, group=group
+        ):
             return ConflictError(
-                f"{said.approver} has approved already", cure="another person decides", code="already_decided"
+                f"{said.approver} has {_DONE[said.decision]} already",
+                cure="another person decides",
+                code="already_decided",
             )
         count = select(func.count()).select_from(review_decisions).where(review_decisions.c.review_id == row.id)
-        if said.decision == "approve" and connection.execute(count).scalar_one() >= MAX_DECISIONS - 1:
-            return ConflictError(
-                f"{row.id} has {MAX_DECISIONS - 1} decisions", cure="deny or cancel it", code="too_many_decisions"
-            )
-        return None
+        most = {"deny": MAX_DECISIONS, "approve": MAX_APPROVALS}.get(said.decision, MAX_DECISIONS - 1)
+        if (there := connection.execute(count).scalar_one()) >= most:
+            return ConflictError(f"{row.id} has {there} decisions", cure="deny or cancel it", code="too_many_decisions")
+        return self._glass.why_not(connection, row, said, now)
 
     def _take(  # noqa: PLR0917 - the one place that stores a decision
         self, tx: Transaction, caller: Caller, row: Row[Any], said: ReviewStatement, raw: str, proof: Proof
@@ -322,6 +342,9 @@ class Decisions:
             self._moves.move(tx, caller, row, "denied", f"denied by {said.approver}", said=told | {"comment": comment})
             return
         self._moves.record(tx, caller, row, comment, said=told)
+        if said.decision != "approve":
+            self._glass.took(tx, caller, row, said)
+            return
         approvals = counting(tx.connection, row, now)
         if len(approvals) >= row.quorum:
             names: dict[str, object] = {"approvers": [*approvals]}
@@ -352,10 +375,19 @@ class Decisions:
         return self._texts.of(row.workspace_id, call, context_of(self._vault, row, call, raw))
 
     def _summary(self, connection: Connection, row: Row[Any]) -> dict[str, Any]:
-        """Return what a list says of a review; for one that waits, who has approved it and still counts."""
+        """Return what a list says of a review; for one that waits, whose word for it still counts, and what holds it up."""
+        now = self._s.clock()
         shown = {name: value for name, value in row._mapping.items() if name not in _HIDDEN}  # noqa: SLF001 - public name
-        approvals: Iterable[str] = counting(connection, row, self._s.clock()) if row.state in OPEN else ()
-        return {**shown, "group": shown.pop("group_name"), "approved_by": sorted(approvals)}
+        waits = row.state in OPEN
+        approvals: Iterable[str] = counting(connection, row, now) if waits else ()
+        held: Iterable[str] = holders(connection, row, self._s.config.break_glass, now) if waits else ()
+        return {
+            **shown,
+            "group": shown.pop("group_name"),
+            "approved_by": sorted(approvals),
+            "break_glass_by": sorted(held),
+            "held_up_by": held_up_by(connection, row, now) if waits else None,
+        }
 
 
 def _decisions(connection: Connection, identifier: str) -> list[Row[Any]]:
@@ -382,9 +414,17 @@ def _not_open(row: Row[Any]) -> ConflictError:
     return ConflictError(f"{row.id} is {row.state}", cure="it is decided no longer", code="review_not_open")
 
 
-def _not_in_group(name: str, row: Row[Any]) -> ForbiddenError:
+def _broken_glass(row: Row[Any], settings: BreakGlassSettings | None) -> BrokenGlass | msgspec.UnsetType:
+    """Return what a receipt says of a broken glass; two keys at least were needed, whatever the configuration says now."""
+    if not row.broken_at:
+        return msgspec.UNSET
+    keys = FEWEST_KEYS if settings is None else settings.keys
+    return BrokenGlass(at=row.broken_at, keys=keys, after=row.after_state, after_at=row.after_at)
+
+
+def _not_in_group(name: str, group: str) -> ForbiddenError:
     return ForbiddenError(
-        f"{name[:64]} is no active reviewer of the group {row.group_name[:64]}",
+        f"{name[:64]} is no active reviewer of the group {group[:64]}",
         cure="somebody of the group decides",
         code="not_in_group",
     )

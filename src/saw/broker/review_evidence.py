@@ -21,7 +21,7 @@ from saw.policy.errors import KeyFileError
 from saw.policy.keys import parse_public_key
 from saw.review.passkey import Assertion, verify_by_passkey
 from saw.review.receipt import SignedDecision
-from saw.review.statement import MAX_STATEMENT, ReviewStatement, StatementRefused, verify_review
+from saw.review.statement import MAX_STATEMENT, Decision, ReviewStatement, StatementRefused, verify_review
 
 
 class Decide(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,27 +96,31 @@ def signed_decision(row: Row[Any]) -> SignedDecision:
     return SignedDecision(statement=row.statement, public_key=row.public_key, decided_at=row.decided_at, **how)
 
 
-def counting(connection: Connection, review: Row[Any], now: datetime) -> dict[str, Row[Any]]:
+def counting(
+    connection: Connection, review: Row[Any], now: datetime, *, decision: Decision = "approve", group: str = ""
+) -> dict[str, Row[Any]]:
     """Return the approvals of ``review`` that count at ``now``, by approver; everything about them is looked at again.
 
     An approval counts while its signature holds under a key that its approver has now, it is about this very request,
-    policy and text, it has not ended, and its approver is active, in the group, and not the sponsor.
+    policy and text, it has not ended, and its approver is active, in the group, and not the sponsor. ``decision`` asks for
+    another one in favour, ``group`` for one by people of another group than the review's.
     """
+    group = group or review.group_name
     query = select(review_decisions).where(
-        review_decisions.c.review_id == review.id, review_decisions.c.decision == "approve"
+        review_decisions.c.review_id == review.id, review_decisions.c.decision == decision
     )
     found: dict[str, Row[Any]] = {}
     for row in connection.execute(query.order_by(review_decisions.c.id)).all():
         by_passkey = row.kind == "passkey"
         if is_self_approval(review, row.approver):
             continue
-        if not in_group(connection, row.approver, review.group_name, now, passkey=by_passkey):
+        if not in_group(connection, row.approver, group, now, passkey=by_passkey):
             continue
         try:
             said = _said(connection, row)
         except (StatementRefused, KeyFileError, msgspec.DecodeError):
             continue
-        wanted = (review.id, review.request_digest, review.policy_digest, "approve", row.approver)
+        wanted = (review.id, review.request_digest, review.policy_digest, decision, row.approver)
         if said is None or said.not_after <= iso(now):
             continue
         # What was shown has changed since: it was another text that this person approved.

@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from saw.broker.context import Caller
 from saw.broker.core import Broker
-from saw.broker.http import DEFAULT_LIMIT, decode, read_body, whole_number, with_body, without_body
+from saw.broker.http import DEFAULT_LIMIT, decode, flag, read_body, whole_number, with_body, without_body
 from saw.broker.review_decisions import AskNonce, Cancel
 from saw.broker.review_evidence import Decide
 from saw.broker.review_read_back import ReadAgain
@@ -116,7 +116,9 @@ def operator_review_routes(broker: Broker, route: MakeRoute) -> list[Route]:
             "/v1/reviews",
             "GET",
             without_body(
-                lambda _c, r: decisions.listed(r.query_params.get("state"), r.query_params.get("workspace_id"))
+                lambda _c, r: decisions.listed(
+                    r.query_params.get("state"), r.query_params.get("workspace_id"), owed=flag(r, "owed")
+                )
             ),
         ),
         route(one, "GET", without_body(lambda _c, r: decisions.show(r.path_params["id"]))),

@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, func, select
 
 from saw.broker.agent_states import require_living
+from saw.broker.break_glass import OWED, BreakGlass, held_up_by, let_through
 from saw.broker.clock import iso, parse_iso
 from saw.broker.context import BROKER, Caller, Services
 from saw.broker.errors import BrokerError, BusyError, ConflictError, ForbiddenError, MalformedError
@@ -71,6 +72,7 @@ class Reviews:
         self._moves = Moves(services)
         self.read_backs = ReadBacks(services, vault)
         self.contexts = Contexts(services, vault)
+        self._glass = BreakGlass(services)
 
     def open(self, caller: Caller, wanted: OpenReview) -> ReviewView:
         """Keep a call until people have decided; the same call that waits already is answered with its review.
@@ -216,6 +218,7 @@ class Reviews:
 
     def tick(self) -> None:
         """Let time have its say: expire, lose claims, cancel what is void, and drop bytes that are kept long enough."""
+        self._glass.tick()
         now = self._s.clock()
         with self._s.store.read() as connection:
             rows = connection.execute(select(*COLUMNS).where(reviews.c.state.in_(UNENDED))).all()
@@ -226,6 +229,8 @@ class Reviews:
             ]
             # A statement of a gate stays: the next one is compared with it, and it holds no body.
             old = (reviews.c.ended_at <= iso(now - KEEP)) & (reviews.c.held_bytes > 0) & (reviews.c.kind != GATE)
+            # So does what people have still to look at afterwards.
+            old &= reviews.c.after_state.is_(None) | reviews.c.after_state.not_in(OWED)
             held = holds_in_force(connection)
             ended = select(reviews.c.id, reviews.c.workspace_id, reviews.c.opened_at, reviews.c.ended_at).where(old)
             rows = connection.execute(ended).all()
@@ -285,11 +290,12 @@ class Reviews:
         row = self._void(tx, caller, self._moves.settle(tx, row))
         if row.state != "approved" or not _lease_counts(tx.connection, row.workspace_id, now):
             return None
-        approvals = counting(tx.connection, row, now)
-        if len(approvals) < row.quorum:
-            self._moves.move(
-                tx, caller, row, "pending", "an approval no longer counts", said={"approvers": [*approvals]}
-            )
+        if held_up_by(tx.connection, row, now) is not None:
+            return None  # it waits, as with a lapsed lease
+        approvals = let_through(tx.connection, row, self._s.config.break_glass, now)
+        if not approvals:
+            left: dict[str, object] = {"approvers": [*counting(tx.connection, row, now)]}
+            self._moves.move(tx, caller, row, "pending", "an approval no longer counts", said=left)
             return None
         try:
             call = self._vault.open(row.id, "call", stored(tx.connection, row.id, "call") or b"", ReviewedCall)
@@ -306,7 +312,7 @@ class Reviews:
             row,
             "executing",
             "claimed",
-            said={"approvers": [*approvals]},
+            said={"approvers": approvals},
             claimed_at=iso(now),
             claim_sha256=hashlib.sha256(token.encode()).hexdigest(),
             claim_ends_at=ends,

@@ -447,6 +447,10 @@ reviews = Table(
     Column("context_at", String(32)),
     Column("context_step", Integer),
     Column("render_digest", String(64)),
+    Column("broken_at", String(32)),
+    Column("after_state", String(16), index=True),
+    Column("after_due_at", String(32)),
+    Column("after_at", String(32)),
 )
 
 #: What reviewers signed, in order; ``public_key`` is the key that counted then.

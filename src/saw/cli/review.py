@@ -37,6 +37,12 @@ _BRIEF = (
     "answer_status",
     "context_state",
     "context_detail",
+    "broken_at",
+    "break_glass_by",
+    "after_state",
+    "after_due_at",
+    "after_at",
+    "held_up_by",
     "read_back",
     "read_back_detail",
     "read_back_at",
@@ -62,7 +68,7 @@ def main(argv: list[str]) -> int:
 
 
 def _list(client: Any, options: argparse.Namespace) -> int:
-    wanted = {"state": options.state, "workspace_id": options.workspace}
+    wanted = {"state": options.state, "workspace_id": options.workspace, "owed": "true" if options.owed else None}
     query = urlencode({name: value for name, value in wanted.items() if value})
     answer = client.request("GET", f"/v1/reviews{'?' if query else ''}{query}")
     show(answer, table(answer["reviews"], _COLUMNS), as_json=options.json)
@@ -95,8 +101,12 @@ def _decide(client: Any, options: argparse.Namespace) -> int:
         _text({**seen.told, "rendering": seen.rendering}), file=sys.stderr if options.json else sys.stdout, flush=True
     )
     _confirm(options, seen.told["id"])
-    answer = decide(client, seen, signer, options.command, options.comment)
+    answer = decide(client, seen, signer, options.decision, options.comment)
     text = f"{answer['id']} is {answer['state']}; approved by {', '.join(answer['approved_by']) or 'nobody yet'}"
+    if answer["break_glass_by"]:
+        text += f"; signed to break the glass: {', '.join(answer['break_glass_by'])}"
+    if answer["after_state"]:
+        text += f"; after-review {answer['after_state']}, due {answer['after_due_at']}"
     show(answer, text, as_json=options.json)
     return 0
 
@@ -238,18 +248,33 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = add(commands, "list", _list, "list reviews, newest first")
     listing.add_argument("--state", help="only those in this state, such as pending")
+    listing.add_argument("--owed", action="store_true", help="only those whose broken glass somebody has to look at")
     listing.add_argument("--workspace", help="only those of this workspace")
     one = add(commands, "show", _show, "show one review: the call, the decisions, how it ended")
     one.add_argument("id", help="review id")
     one.add_argument(
         "--body", metavar="FILE", help="write the exact body of the call, or the statement of a change, to this file"
     )
-    for name, text in (("approve", "let a call be sent, once"), ("deny", "end a call that waits")):
+    for name, decision, text in (
+        ("approve", "approve", "let a call be sent, once"),
+        ("deny", "deny", "end a call that waits"),
+        (
+            "break-glass",
+            "break_glass",
+            "let a call be sent that its group cannot decide in time; takes two keys, and is told",
+        ),
+        ("uphold", "uphold", "say afterwards that it was right to break the glass"),
+        ("reject", "reject", "say afterwards that it was wrong to break the glass"),
+    ):
         decide = add(commands, name, _decide, text)
+        decide.set_defaults(decision=decision)
         decide.add_argument("id", help="review id")
         decide.add_argument("--key", required=True, help="your private key file, or exec:/path/to/program that signs")
         decide.add_argument("--passphrase-file", help="file with the passphrase of the key")
-        decide.add_argument("--comment", default="", help="why, at most 256 characters; it is signed and kept")
+        must = decision not in {"approve", "deny"}
+        decide.add_argument(
+            "--comment", default="", required=must, help="why, at most 256 characters; it is signed and kept"
+        )
         decide.add_argument("--yes", action="store_true", help="do not ask; you have looked at it")
     compare = add(commands, "compare", _compare, "compare the files of a change to the fleet with a folder of your own")
     compare.add_argument("id", help="review id")

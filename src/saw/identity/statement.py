@@ -23,7 +23,7 @@ from saw.identity.x509 import verify_peer
 _ALGORITHM = "ES256"
 SIGNER = "signer"
 """The kind in the SPIFFE ID of whoever may sign statements."""
-MAX_STATEMENT = 64 * 1024
+MAX_STATEMENT = 128 * 1024
 """Longest compact form that is read (characters)."""
 
 

@@ -15,6 +15,7 @@ from saw.review.gate import GateRequest, check_gate, gate_digest, render_gate
 from saw.review.messages import ReviewedCall
 from saw.review.render import context_kind, render
 from saw.review.statement import (
+    AFTER,
     Decision,
     ReviewStatement,
     encode_statement,
@@ -105,9 +106,17 @@ def reviewer_of(client: Client, signer: Signer) -> str:
     raise NoReviewer(f"the key {mine[:16]}… is no active reviewer's", cure="saw review reviewer add registers one")
 
 
+def ends_at(decision: Decision, told: dict[str, Any], given: dict[str, Any]) -> str:
+    """Return when ``decision`` ceases to count, of a review as it was told and a nonce as it was given."""
+    if decision == "break_glass":
+        return str(given.get("break_glass_until", told["expires_at"]))
+    return str(given["after_review_until"] if decision in AFTER else told["expires_at"])
+
+
 def decide(client: Client, seen: Seen, signer: Signer, decision: Decision, comment: str = "") -> dict[str, Any]:
     """Take a nonce, sign ``decision`` about what was seen, hand it in, and return the broker's answer."""
     path, name = review_path(seen.told["id"]), reviewer_of(client, signer)
+    given = client.request("POST", f"{path}/nonce", {"approver": name})
     statement = ReviewStatement(
         review=seen.told["id"],
         request_digest=seen.digest,
@@ -115,8 +124,8 @@ def decide(client: Client, seen: Seen, signer: Signer, decision: Decision, comme
         policy_digest=seen.told["policy_digest"],
         decision=decision,
         approver=name,
-        nonce=client.request("POST", f"{path}/nonce", {"approver": name})["nonce"],
-        not_after=seen.told["expires_at"],
+        nonce=given["nonce"],
+        not_after=ends_at(decision, seen.told, given),
         comment=comment,
     )
     body = {"statement": encode_statement(statement).decode(), "signature": sign_review(statement, signer)}

@@ -22,6 +22,8 @@ from saw.review.passkey import Assertion, verify_by_passkey
 from saw.review.statement import ReviewStatement, StatementRefused, Time, verify_review
 
 RECEIPT_TYPE = "saw-review-receipt+jws"
+FEWEST_KEYS = 2
+"""Fewest people who can break the glass."""
 SENT = frozenset({"done", "failed", "unknown"})
 """Outcomes of reviews that were approved and claimed."""
 
@@ -36,6 +38,15 @@ class SignedDecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     public_key: Annotated[str, msgspec.Meta(max_length=4096)]
     decided_at: Time
     passkey: Assertion | None = None
+
+
+class BrokenGlass(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """That ``keys`` people stood in for the group's approvals, and what was said of it afterwards."""
+
+    at: Time
+    keys: Annotated[int, msgspec.Meta(ge=FEWEST_KEYS, le=8)]
+    after: Literal["owed", "overdue", "upheld", "rejected"]
+    after_at: Time | None
 
 
 class Receipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -63,6 +74,7 @@ class Receipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     answer_sha256: Digest | None
     decisions: Annotated[tuple[SignedDecision, ...], msgspec.Meta(max_length=32)]
     issued_at: Time
+    break_glass: BrokenGlass | msgspec.UnsetType = msgspec.UNSET
 
 
 class Decided(msgspec.Struct, frozen=True):
@@ -97,6 +109,8 @@ def verify_receipt(token: str, ca_pem: bytes) -> Verified:
     decisions = tuple(_decision(receipt, item) for item in receipt.decisions)
     if receipt.outcome in SENT:
         _require_approved(receipt, decisions)
+    if isinstance(receipt.break_glass, BrokenGlass):
+        _require_after_review(receipt, receipt.break_glass, decisions)
     if receipt.outcome == "denied" and not any(one.said.decision == "deny" for one in decisions):
         raise _refused(receipt, "nobody denied it")
     return Verified(receipt, signed.signer, decisions)
@@ -106,10 +120,32 @@ def _require_approved(receipt: Receipt, decisions: tuple[Decided, ...]) -> None:
     claimed = receipt.claimed_at or ""
     if any(one.said.decision == "deny" for one in decisions):
         raise _refused(receipt, "somebody denied it")
-    approved = [one for one in decisions if one.decided_at <= claimed < one.said.not_after]
-    people = {one.said.approver for one in approved}
-    if min(len(people), len({one.key_sha256 for one in approved})) < receipt.quorum:
-        raise _refused(receipt, f"{len(people)} of {receipt.quorum} approvals counted when it was sent")
+    counted = [one for one in decisions if one.decided_at <= claimed < one.said.not_after]
+    approved = _people([one for one in counted if one.said.decision == "approve"])
+    if approved >= receipt.quorum:
+        return
+    if not isinstance(receipt.break_glass, BrokenGlass):
+        raise _refused(receipt, f"{approved} of {receipt.quorum} approvals counted when it was sent")
+    broken = _people([one for one in counted if one.said.decision == "break_glass"])
+    if broken < receipt.break_glass.keys:
+        raise _refused(receipt, f"{broken} of {receipt.break_glass.keys} keys broke the glass when it was sent")
+
+
+def _require_after_review(receipt: Receipt, glass: BrokenGlass, decisions: tuple[Decided, ...]) -> None:
+    """Refuse an after-review that those who broke the glass, or too few others, have decided."""
+    breakers = {one.said.approver for one in decisions if one.said.decision == "break_glass"}
+    others = [one for one in decisions if one.said.approver not in breakers]
+    if glass.after == "upheld":
+        upheld = _people([one for one in others if one.said.decision == "uphold"])
+        if upheld < receipt.quorum:
+            raise _refused(receipt, f"{upheld} of {receipt.quorum} upheld it afterwards")
+    if glass.after == "rejected" and not any(one.said.decision == "reject" for one in others):
+        raise _refused(receipt, "nobody rejected it afterwards")
+
+
+def _people(decisions: list[Decided]) -> int:
+    """Return how many people with as many different keys made ``decisions``."""
+    return min(len({one.said.approver for one in decisions}), len({one.key_sha256 for one in decisions}))
 
 
 def _decision(receipt: Receipt, item: SignedDecision) -> Decided:

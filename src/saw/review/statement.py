@@ -28,7 +28,10 @@ MAX_COMMENT = 256
 """Longest comment of a reviewer (characters)."""
 
 Time = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z\Z")]
-Decision = Literal["approve", "deny"]
+Decision = Literal["approve", "deny", "break_glass", "uphold", "reject"]
+"""``break_glass`` stands in for the approvals of a group that cannot be reached; ``uphold`` and ``reject`` come afterwards."""
+AFTER = frozenset({"uphold", "reject"})
+"""Decisions about a glass that was broken."""
 _SIGNATURE = re.compile(r"[0-9a-f]{16,512}\Z")
 
 

@@ -14,6 +14,7 @@ from saw.broker.clock import iso
 from saw.broker.config import BrokerConfig
 from saw.broker.context import Caller
 from saw.broker.core import Broker
+from saw.broker.errors import BrokerError
 from saw.broker.review_decisions import AskNonce
 from saw.broker.review_evidence import Decide
 from saw.broker.reviewers import Reviewer
@@ -41,6 +42,22 @@ def call(body: bytes = SECRET, **changes: Any) -> ReviewedCall:
         "path": "/v1/notes?account=team-a",
     }
     return ReviewedCall(**{**fields, "headers": (("content-type", "text/plain"),), "body": body, **changes})
+
+
+def refused(code: str, status: int = 0) -> Any:
+    """Expect a refusal with ``code``."""
+
+    class Expected:
+        def __enter__(self) -> None:
+            return None
+
+        def __exit__(self, _kind: object, error: object, _trace: object) -> bool:
+            assert isinstance(error, BrokerError), error
+            assert error.code == code, error
+            assert not status or error.status == status
+            return True
+
+    return Expected()
 
 
 class World:

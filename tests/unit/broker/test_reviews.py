@@ -12,11 +12,10 @@ from typing import Any
 import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from review_world import ANSWER, EDGE, OPERATOR, OTHER_EDGE, POLICY, SECRET, World, call
+from review_world import ANSWER, EDGE, OPERATOR, OTHER_EDGE, POLICY, SECRET, World, call, refused
 
 from saw.broker.clock import iso
 from saw.broker.delegations import Issue, Revoke
-from saw.broker.errors import BrokerError
 from saw.broker.registry import Step
 from saw.broker.review_decisions import AskNonce, Cancel
 from saw.broker.review_states import Moves, get_review
@@ -36,22 +35,6 @@ from saw.review.statement import encode_statement, sign_review
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     return World(tmp_path)
-
-
-def refused(code: str, status: int = 0) -> Any:
-    """Expect a refusal with ``code``."""
-
-    class Expected:
-        def __enter__(self) -> None:
-            return None
-
-        def __exit__(self, _kind: object, error: object, _trace: object) -> bool:
-            assert isinstance(error, BrokerError), error
-            assert error.code == code, error
-            assert not status or error.status == status
-            return True
-
-    return Expected()
 
 
 def tamper(world: World, identifier: str, table: Any = reviews, **values: Any) -> None:

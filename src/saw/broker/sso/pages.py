@@ -14,6 +14,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from saw.broker.bastion_sessions import SessionRequest
+from saw.broker.break_glass import OWED
 from saw.broker.context import Caller
 from saw.broker.core import Broker
 from saw.broker.errors import ConflictError, NotFoundError
@@ -40,15 +41,15 @@ from saw.review.statement import MAX_COMMENT, Decision
 REVIEW_PAGE = 50
 """Reviews in one page of the list."""
 _STATES: dict[str, tuple[str | None, ...]] = {
-    "mine": ("pending",), "open": tuple(sorted(UNENDED)), "decided": (None,), "all": (None,),
+    "mine": ("pending",), "after": (None,), "open": tuple(sorted(UNENDED)), "decided": (None,), "all": (None,),
 }  # fmt: skip
 """What is read for each list, 1000 reviews of each at most: many that have ended never push one that is open out."""
 
 
 class Listing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which reviews: those that wait for the person, that are open, that have ended, or all; of one workspace, or of all."""
+    """Which reviews: those that wait for the person, that owe an after-review, that are open, that have ended, or all."""
 
-    show: Literal["mine", "open", "decided", "all"] = "mine"
+    show: Literal["mine", "after", "open", "decided", "all"] = "mine"
     workspace: Annotated[str, msgspec.Meta(max_length=64)] = ""
     page: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1
 
@@ -74,6 +75,7 @@ class Pages:
         self._sso = sso
         self._sessions = broker.sessions
         self._decisions = broker.decisions
+        self._break_glass = broker.services.config.break_glass
         self._overview = broker.overview
         self.web = Web(sso)
         self.terminal = Terminal(self.web, broker)
@@ -117,10 +119,15 @@ class Pages:
         rows = [
             row
             for state in _STATES[wanted.show]
-            for row in self._decisions.listed(state, wanted.workspace or None)["reviews"]
+            for row in self._decisions.listed(state, wanted.workspace or None, owed=wanted.show == "after")["reviews"]
         ]
         rows.sort(key=lambda row: str(row["opened_at"]), reverse=True)
-        shown = [row for row in rows if _visible(session.person, row) and _is_wanted(session.person, row, wanted.show)]
+        holds = self._holds_keys(session.person)
+        shown = [
+            row
+            for row in rows
+            if _visible(session.person, row, holds=holds) and _is_wanted(session.person, row, wanted.show)
+        ]
         at = (wanted.page - 1) * REVIEW_PAGE
         page, more = shown[at : at + REVIEW_PAGE], len(shown) > at + REVIEW_PAGE
         return self.web.render("reviews.html", session, reviews=page, wanted=wanted, more=more)
@@ -139,6 +146,8 @@ class Pages:
             may_decide=_in_group(session.person, found) and found["state"] in {"pending", "approved"},
             may_approve=not sponsor and name not in found["approved_by"] and found["state"] == "pending",
             sponsor=sponsor,
+            may_break=self._may_break(session.person, found),
+            may_look_after=_may_look_after(session.person, found),
             passkeys=len(self._sso.passkeys.mine(name)),
             max_comment=MAX_COMMENT,
         )
@@ -153,7 +162,7 @@ class Pages:
         shown = self._decisions.show(identifier)
         if shown["render_digest"] != wanted.render_digest:
             raise ConflictError("the page shows something else", cure="load it again", code="statement_mismatch")
-        return json(self._sso.passkeys.request(shown, given["nonce"], session, wanted.decision, wanted.comment.strip()))
+        return json(self._sso.passkeys.request(shown, given, session, wanted.decision, wanted.comment.strip()))
 
     def decide(self, visit: Visit) -> Response:
         """A decision. The provider is asked first whether the person is still in the group."""
@@ -225,9 +234,18 @@ class Pages:
         """Return the id of the review of the path; one that the person may not see does not exist."""
         identifier = str(visit.parameters["id"])
         found = self._decisions.brief(identifier)
-        if not _visible(session.person, found):
+        if not _visible(session.person, found, holds=self._holds_keys(session.person)):
             raise unknown_review(identifier)
         return identifier
+
+    def _holds_keys(self, person: Person) -> bool:
+        """Tell whether the person is one of those who can break the glass."""
+        return self._break_glass is not None and "approver" in person.roles and self._break_glass.group in person.groups
+
+    def _may_break(self, person: Person, review: dict[str, Any]) -> bool:
+        """Tell whether the person may sign to break the glass of a review that waits."""
+        others = person.name not in review["break_glass_by"] and not is_sponsor(person, str(review["sponsor"]))
+        return self._holds_keys(person) and review["state"] == "pending" and others
 
 
 def pages_app(sso: SingleSignOn, broker: Broker) -> ASGIApp:
@@ -335,12 +353,20 @@ def _in_group(person: Person, review: dict[str, Any]) -> bool:
     return "approver" in person.roles and review["group"] in person.groups
 
 
-def _visible(person: Person, review: dict[str, Any]) -> bool:
-    """The people who decide, the workspace's sponsor, and those whose work it is to look see a review."""
-    return is_sponsor(person, str(review["sponsor"])) or _in_group(person, review) or sees_everything(person)
+def _visible(person: Person, review: dict[str, Any], *, holds: bool) -> bool:
+    """The people who decide, or can break the glass, the workspace's sponsor, and those whose work it is to look see a review."""
+    return is_sponsor(person, str(review["sponsor"])) or _in_group(person, review) or sees_everything(person) or holds
+
+
+def _may_look_after(person: Person, review: dict[str, Any]) -> bool:
+    """Tell whether the person is one of those who decide afterwards whether breaking the glass was right."""
+    broke = {one["approver"] for one in review["decisions"] if one["decision"] == "break_glass"}
+    return review["after_state"] in OWED and _in_group(person, review) and person.name not in broke
 
 
 def _is_wanted(person: Person, review: dict[str, Any], show: str) -> bool:
+    if show == "after":
+        return True
     if show == "mine":
         return _waits_for(person, review)
     return show == "all" or (review["state"] in UNENDED) == (show == "open")

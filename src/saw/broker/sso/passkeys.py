@@ -28,6 +28,7 @@ from saw.broker.sso.sessions import Session, Sessions
 from saw.broker.sso_settings import SsoSettings
 from saw.broker.store import Transaction
 from saw.policy.keys import public_pem, raw_public
+from saw.review.decide import ends_at
 from saw.review.passkey import ALGORITHMS, Assertion, PasskeyRefused, challenge_of, public_key_of
 from saw.review.statement import Decision, ReviewStatement, encode_statement
 
@@ -150,7 +151,7 @@ class Passkeys:
             self._record(tx, caller, session, text="a passkey was removed", activity="delete", refused=None, told=told)
 
     def request(
-        self, shown: dict[str, Any], nonce: str, session: Session, decision: Decision, comment: str
+        self, shown: dict[str, Any], given: dict[str, Any], session: Session, decision: Decision, comment: str
     ) -> dict[str, Any]:
         """Return the statement to decide on, and what a browser needs to have it signed with one of the person's passkeys."""
         statement = ReviewStatement(
@@ -160,8 +161,8 @@ class Passkeys:
             policy_digest=shown["policy_digest"],
             decision=decision,
             approver=session.person.name,
-            nonce=nonce,
-            not_after=shown["expires_at"],
+            nonce=given["nonce"],
+            not_after=ends_at(decision, shown, given),
             comment=comment,
         )
         raw = encode_statement(statement)
