@@ -220,6 +220,17 @@ class SsoLab(Lab):
             assert answer.status_code == 200, answer.text
             return str(answer.json()["id"])
 
+    def member(self, browser: Browser, person: str, *groups: str) -> Authenticator:
+        """Let somebody whom one test alone knows sign in with a passkey; without ``groups`` a maintainer who approves."""
+        told = {"email": f"{person}@example.com", "email_verified": True}
+        people = json.loads(self.provider.people.read_text())
+        people[person] = {**told, "groups": [*groups] or ["staff", "approvers", "maintainers"]}
+        self.provider.people.write_text(json.dumps(people))
+        browser.fresh(person)
+        key = Authenticator()
+        assert browser.register(key).status_code == 200
+        return key
+
     def claim(self) -> dict[str, Any] | None:
         with self.tls("perimeter", "edge") as client:
             found = client.post("/v1/perimeter/reviews/claim", json={"wait": 0}).json()["claimed"]

@@ -201,26 +201,6 @@ def test_two_people_are_needed_where_policy_says_so_and_one_denial_ends_it(lab: 
     assert cleo.decide(other, cleo_key, "deny").json()["state"] == "denied"
 
 
-def member(lab: SsoLab, browser: Browser, person: str) -> Authenticator:
-    """Let somebody of one test alone sign in with a passkey."""
-    lab.provider.people.write_text(
-        json.dumps(
-            json.loads(lab.provider.people.read_text())
-            | {
-                person: {
-                    "email": f"{person}@example.com",
-                    "email_verified": True,
-                    "groups": ["staff", "approvers", "maintainers"],
-                }
-            }
-        )
-    )
-    browser.fresh(person)
-    key = Authenticator()
-    assert browser.register(key).status_code == 200
-    return key
-
-
 @pytest.mark.control("REV-02")
 @pytest.mark.parametrize(
     "groups", [["staff", "approvers"], ["staff", "maintainers"], ["auditors", "maintainers"], ["staff"]], ids=str
@@ -228,7 +208,7 @@ def member(lab: SsoLab, browser: Browser, person: str) -> Authenticator:
 def test_who_has_left_the_group_meanwhile_does_not_decide(lab: SsoLab, groups: list[str]) -> None:
     person = f"u-{'-'.join(groups)}"
     with lab.browser() as browser:
-        key = member(lab, browser, person)
+        key = lab.member(browser, person)
         review = lab.open_review()
         asked = browser.request(review)
         assert asked.status_code == 200
@@ -245,7 +225,7 @@ def test_who_has_left_the_group_meanwhile_does_not_decide(lab: SsoLab, groups: l
 @pytest.mark.control("REV-02")
 def test_without_a_way_to_ask_the_provider_a_decision_needs_a_new_sign_in(lab: SsoLab) -> None:
     with lab.browser() as browser:
-        key = member(lab, browser, "u-norefresh")
+        key = lab.member(browser, "u-norefresh")
         review = lab.open_review()
         sql(
             lab,
@@ -263,7 +243,7 @@ def test_without_a_way_to_ask_the_provider_a_decision_needs_a_new_sign_in(lab: S
 def test_an_approval_ceases_to_count_when_its_approver_leaves(lab: SsoLab, people: dict[str, Any]) -> None:
     cleo, cleo_key = people["cleo"]
     with lab.browser() as browser:
-        key = member(lab, browser, "u-leaver")
+        key = lab.member(browser, "u-leaver")
         review = lab.open_review(quorum=2)
         assert browser.decide(review, key).json()["state"] == "pending"
         assert lab.show(review)["approved_by"] == ["u-leaver@example.com"]
@@ -280,7 +260,7 @@ def test_an_approval_ceases_to_count_when_its_approver_leaves(lab: SsoLab, peopl
 @pytest.mark.control("REV-02")
 def test_what_a_removed_passkey_approved_no_longer_counts(lab: SsoLab) -> None:
     with lab.browser() as browser:
-        key = member(lab, browser, "u-loser")
+        key = lab.member(browser, "u-loser")
         review = lab.open_review()
         assert browser.decide(review, key).json()["state"] == "approved"
         page = browser.get("/passkeys").text

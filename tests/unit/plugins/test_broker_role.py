@@ -253,6 +253,16 @@ def test_gates_and_machines_are_those_of_the_page(tmp_path: Path) -> None:
         rendered(tmp_path, **values)
 
 
+def test_who_can_break_the_glass_is_as_on_the_page(tmp_path: Path) -> None:
+    page = (ROLE.parents[1] / "docs/break-glass.md").read_text(encoding="utf-8")
+    values = yaml.safe_load(page.split("```yaml\n")[1].partition("```")[0])
+    found = rendered(tmp_path, **values).break_glass
+    assert (found.group, found.keys, found.last_s, found.review_within_s) == ("break-glass", 2, 900, 86_400)
+    assert rendered(tmp_path).break_glass is None
+    with pytest.raises(ConfigError, match=r"break_glass.keys must be 2 to 8"):
+        rendered(tmp_path, broker_break_glass={"group": "break-glass", "keys": 1})
+
+
 def test_terminals_are_what_the_variable_says(tmp_path: Path) -> None:
     found = rendered(tmp_path, broker_sso=SSO, broker_terminal={**TERMINAL, "per_person": 2}).terminal
     assert found is not None
