@@ -16,7 +16,7 @@ from saw.broker.gate_settings import GateSettings
 from saw.broker.review_decisions import AskNonce, Cancel
 from saw.broker.reviewers import Retire
 from saw.broker.reviews import KEEP
-from saw.broker.schema import reviews
+from saw.broker.schema import review_decisions, reviews
 from saw.review.gate import AskGate, BoundFile, BoundHost, ClaimGate, GateStatement
 from saw.review.receipt import verify_receipt
 
@@ -240,6 +240,17 @@ def test_the_group_upholds_it_with_its_quorum_and_without_those_who_broke_the_gl
 
 
 @pytest.mark.control("REV-02")
+def test_who_upheld_it_and_then_breaks_it_again_does_not_count_afterwards(world: GlassWorld) -> None:
+    world.reviewer("ben", KEYS, "maintainers")
+    identifier = world.broken(quorum=2)
+    assert world.after(identifier, "ben")["after_state"] == "owed"
+    world.broker.reviewers.retire(OPERATOR, "emil", Retire("left"))
+    assert world.claim() is None
+    assert world.breaks(identifier, "ben")["state"] == "approved"
+    assert world.after(identifier, "cleo")["after_state"] == "owed"
+
+
+@pytest.mark.control("REV-02")
 def test_one_no_rejects_it_and_where_nothing_was_broken_nothing_is_looked_at(world: GlassWorld) -> None:
     identifier = world.broken(quorum=2)
     assert world.after(identifier, "ben", "reject", comment="it could have waited")["after_state"] == "rejected"
@@ -341,6 +352,16 @@ def test_a_receipt_of_a_broker_that_lies_about_it_does_not_hold(world: GlassWorl
     with world.broker.services.store.write() as tx:
         tx.connection.execute(reviews.update().where(reviews.c.id == identifier).values(**change))
     with pytest.raises(Exception, match=why):
+        receipt(world, identifier)
+
+
+@pytest.mark.control("REV-02")
+def test_a_receipt_without_both_keys_does_not_hold(world: GlassWorld) -> None:
+    identifier = world.broken()
+    world.tell(world.claim())
+    with world.broker.services.store.write() as tx:
+        tx.connection.execute(review_decisions.delete().where(review_decisions.c.approver == "emil"))
+    with pytest.raises(Exception, match="1 of 2 keys broke the glass"):
         receipt(world, identifier)
 
 
