@@ -127,7 +127,7 @@ def test_the_register_is_in_postgresql_and_there_is_no_file_of_it(host, workspac
 def test_secrets_are_their_owners_alone_and_nowhere_else(host):
     owners = {
         "/etc/saw/broker.pgpass": ("saw-broker", 0o600), "/etc/saw/oidc.secret": ("root", 0o600),
-        "/etc/saw/pages.key": ("root", 0o640), "/etc/saw/fleet/id_ed25519": ("root", 0o600),
+        "/etc/saw/pages.pem": ("root", 0o640), "/etc/saw/fleet/id_ed25519": ("root", 0o600),
     }  # fmt: skip
     for path, (owner, mode) in owners.items():
         found = host.file(path)
@@ -137,7 +137,7 @@ def test_secrets_are_their_owners_alone_and_nowhere_else(host):
     as_account = "setpriv --reuid %s --regid %s --init-groups cat %s"
     handed = ["/run/credentials/saw-broker.service/oidc-client-secret", "/run/credentials/saw-worker.service/ssh-key"]
     may = {
-        "saw-broker": {"/etc/saw/broker.pgpass", "/etc/saw/pages.key", handed[0]},
+        "saw-broker": {"/etc/saw/broker.pgpass", "/etc/saw/pages.pem", handed[0]},
         "saw-worker": {handed[1]},
         "nobody": set(),
     }
@@ -148,7 +148,7 @@ def test_secrets_are_their_owners_alone_and_nowhere_else(host):
     search = """
         set -e; umask 077; patterns=$(mktemp)
         { cut -d: -f5 /etc/saw/broker.pgpass; cat /etc/saw/oidc.secret; sed -n 4p /etc/saw/fleet/id_ed25519
-          sed -n 3p /etc/saw/pages.key; } > $patterns
+          sed -n 3p /etc/saw/pages.pem; } > $patterns
         count() { grep --count --fixed-strings --text --file=$patterns || true; }
         count < $patterns
         systemctl show '*' | count

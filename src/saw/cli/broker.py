@@ -13,7 +13,7 @@ from saw.broker.config import load_config
 
 
 def main(argv: list[str]) -> int:
-    """Run ``saw broker init``, ``serve``, ``check``, ``ports`` or ``database copy``."""
+    """Run ``saw broker init``, ``serve``, ``check``, ``ports``, ``certificate`` or ``database copy``."""
     parser = argparse.ArgumentParser(
         prog="saw broker", description="Run the broker: registry, attestation, policy repository, audit."
     )
@@ -33,7 +33,21 @@ def main(argv: list[str]) -> int:
             "--config", default="/etc/saw/broker.json", help="configuration file (default: %(default)s)"
         )
         command.add_argument("--json", action="store_true", help="print JSON")
+    certificate = commands.add_parser(
+        "certificate", help="tell whether browsers take a file with a key and certificates"
+    )
+    certificate.add_argument("file", help="the key (PKCS #8) and the certificates, the server's own first, in PEM")
+    certificate.add_argument(
+        "--name", action="append", default=[], help="a name that it must be for; may be given again"
+    )
+    certificate.add_argument(
+        "--min-days", type=int, default=0, help="days that it must still count (default: %(default)s)"
+    )
+    certificate.add_argument("--ca", help="authorities (PEM) that it must lead to; without it that is not checked")
+    certificate.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
+    if options.command == "certificate":
+        return _certificate(options)
     config = load_config(options.config)
     if options.command in ("check", "ports") and os.access(config.state, os.X_OK):
         from saw.broker.register_place import require_register
@@ -72,4 +86,21 @@ def main(argv: list[str]) -> int:
     logging.getLogger("tuf").setLevel(logging.WARNING)  # it reports every absent third signature of 2-of-3
     logging.getLogger("alembic").setLevel(logging.WARNING)
     run(config)
+    return 0
+
+
+def _certificate(options: argparse.Namespace) -> int:
+    import msgspec
+
+    from saw.broker.pages_certificate import check_pages_certificate
+    from saw.cli.answers import read_file
+
+    authorities = read_file(options.ca) if options.ca else None
+    found = check_pages_certificate(
+        read_file(options.file), options.name, utc_now(), min_days=options.min_days, ca_pem=authorities
+    )
+    if options.json:
+        print(json.dumps({"ok": True, **msgspec.to_builtins(found)}))
+    else:
+        print(f"for {', '.join(found.names)}; counts until {found.not_after}, {found.days_left} days")
     return 0
