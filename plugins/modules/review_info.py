@@ -31,6 +31,10 @@ options:
   workspace:
     description: Only reviews of this workspace.
     type: str
+  owed:
+    description: Only reviews whose glass was broken and which nobody has looked at since.
+    type: bool
+    default: false
 """
 
 EXAMPLES = r"""
@@ -39,6 +43,12 @@ EXAMPLES = r"""
     workspace: ws-demo
     state: pending
   register: waiting
+
+- name: Nobody has forgotten to look at a broken glass
+  secure_agent.workspace.review_info:
+    owed: true
+  register: owed
+  failed_when: owed.reviews | selectattr('after_state', 'eq', 'overdue') | length > 0
 """
 
 RETURN = r"""
@@ -73,7 +83,10 @@ def main() -> None:
     """Entry point."""
     module = AnsibleModule(
         argument_spec=broker_options(
-            id={"type": "str"}, state={"type": "str", "choices": STATES}, workspace={"type": "str"}
+            id={"type": "str"},
+            state={"type": "str", "choices": STATES},
+            workspace={"type": "str"},
+            owed={"type": "bool", "default": False},
         ),
         mutually_exclusive=[("id", "state"), ("id", "workspace")],
         supports_check_mode=True,
@@ -84,6 +97,7 @@ def main() -> None:
             reviews = [] if one is None else [one]
         else:
             wanted = {"state": module.params["state"], "workspace_id": module.params["workspace"]}
+            wanted |= {"owed": "true"} if module.params["owed"] else {}
             query = urlencode({name: value for name, value in wanted.items() if value is not None})
             reviews = client.request("GET", f"/v1/reviews?{query}")["reviews"]
         reviewers = client.request("GET", "/v1/reviewers")["reviewers"]

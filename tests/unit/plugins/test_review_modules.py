@@ -50,6 +50,7 @@ def test_what_waits_is_read(broker_context, run_module, watch):
     assert {one["id"] for one in found["reviews"]} == {first, second}
     assert "night-watch" in {one["name"] for one in found["reviewers"]}
     assert not found["changed"]
+    assert run_module(review_info, context=context, workspace="ws-rev", owed=True)["reviews"] == []
     one = run_module(review_info, context=context, id=first)["reviews"][0]
     assert "POST https://api.example.com/v1/notes" in one["rendering"]
     assert run_module(review_info, context=context, id="rv-none")["reviews"] == []
