@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import ssl
 import subprocess
 import tempfile
@@ -288,11 +289,20 @@ def forward_command(jump: SshJump, local: Path, remote: str) -> list[str]:
     return [*command, "--", f"{jump.user}@{jump.host}"]
 
 
+def _listens(path: Path) -> bool:
+    """Tell whether somebody takes connections on the Unix socket ``path``."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 def _await_forward(process: subprocess.Popen[bytes], local: Path) -> None:
-    """Wait until ssh has bound the local socket; raise :class:`UnavailableError` with ssh's own words when it gives up."""
+    """Wait until ssh listens on the local socket; raise :class:`UnavailableError` with ssh's own words when it gives up.
+
+    The socket is there a moment before anything can connect to it, so that being there does not count.
+    """
     assert process.stderr is not None  # noqa: S101 - Popen was asked for a pipe
     deadline = time.monotonic() + FORWARD_TIMEOUT_S
-    while not local.exists():
+    while not _listens(local):
         if process.poll() is not None:
             words = process.stderr.read().decode(errors="replace").strip()[-500:]
             raise UnavailableError(

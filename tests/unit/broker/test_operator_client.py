@@ -1,0 +1,48 @@
+"""The operator's client and the way that ssh makes for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from saw.broker.client import BrokerContext, Context, OperatorClient, SshJump
+from saw.errors import UnavailableError
+
+SLOW_SSH = """#!{python}
+import pathlib, socket, sys, time
+local = next(word for word in sys.argv if ":/" in word).partition(":")[0]
+way = socket.socket(socket.AF_UNIX)
+way.bind(local)
+time.sleep(0.5)  # what was bound does not take connections yet
+way.listen(8)
+while True:
+    one, _ = way.accept()
+    if one.recv(65536):
+        one.sendall(b"HTTP/1.1 200 OK\\r\\ncontent-length: 11\\r\\nconnection: close\\r\\n\\r\\n{{\\"ok\\":true}}")
+    one.close()
+"""
+SILENT_SSH = "#!/bin/sh\necho 'Permission denied (publickey).' >&2\nexit 255\n"
+CONTEXT = Context(broker=BrokerContext(ssh=SshJump(host="control.example.com", user="root")))
+
+
+@pytest.fixture
+def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    program = tmp_path / "ssh"
+    program.write_text(SLOW_SSH.format(python=sys.executable))
+    program.chmod(0o755)
+    return program
+
+
+@pytest.mark.usefixtures("ssh")
+def test_a_way_that_is_bound_and_does_not_listen_yet_is_waited_for() -> None:
+    assert OperatorClient(CONTEXT).request("GET", "/v1/workspaces") == {"ok": True}
+
+
+def test_an_ssh_that_gives_up_is_told_in_its_own_words(ssh: Path) -> None:
+    ssh.write_text(SILENT_SSH)
+    with pytest.raises(UnavailableError, match="Permission denied"):
+        OperatorClient(CONTEXT).request("GET", "/v1/workspaces")
