@@ -11,6 +11,7 @@ from saw.attest.image_record import Evidence
 from saw.broker.database_settings import parse_database
 from saw.broker.gate_settings import GateSettings, MachineSettings, problems_of_gates
 from saw.broker.job_settings import JobSettings, problems_of_jobs
+from saw.broker.notification_settings import Channel, problems_of_notifications
 from saw.broker.retention_settings import AuditSettings, problems_of_audit
 from saw.broker.sso_settings import SsoSettings, problems_of
 from saw.broker.terminal.settings import TerminalSettings, problems_of_terminal
@@ -94,6 +95,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``terminal``: sessions and recordings in a browser; absent means that there are none.
     ``jobs``: lifecycle calls run playbooks; absent means that they do not.
     ``audit``: how long the trail is kept; absent means for ever.
+    ``notifications``: who is told that something waits for people; empty means nobody.
     ``postgresql`` (in the file: ``database``): the database of several brokers; absent means a SQLite file of this one.
     """
 
@@ -117,6 +119,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     terminal: TerminalSettings | None = None
     jobs: JobSettings | None = None
     audit: AuditSettings | None = None
+    notifications: tuple[Channel, ...] = ()
     postgresql: str | None = msgspec.field(name="database", default=None)
 
     @property
@@ -195,6 +198,7 @@ def load_config(path: Path | str) -> BrokerConfig:
         problems.extend(problems_of_jobs(config.jobs))
     if config.audit is not None:
         problems.extend(problems_of_audit(config.audit, ships=config.audit_socket is not None))
+    problems.extend(problems_of_notifications(config.notifications))
     if problems:
         raise ConfigError(
             f"{path} is not valid: {'; '.join(problems)}",
