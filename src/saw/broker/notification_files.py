@@ -28,14 +28,16 @@ def read_secret(path: str, environ: Mapping[str, str] = os.environ) -> str:
     except OSError as error:
         words = f"the secret {path} cannot be read: {error.strerror}"
         raise _unusable(words, "put it there, readable by the broker") from error
-    with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(stream.fileno())
+    try:
+        status = os.fstat(descriptor)
         regular = stat.S_ISREG(status.st_mode)
-        raw = stream.read(_LONGEST + 1) if regular else b""
+        raw = os.read(descriptor, _LONGEST + 1) if regular else b""
+    finally:
+        os.close(descriptor)
     handed_over = environ.get("CREDENTIALS_DIRECTORY", "")
     forbidden = 0o007 if handed_over and Path(path).parent == Path(handed_over) else 0o077
     if not regular or status.st_mode & forbidden:
-        raise _unusable(f"the secret {path} is open to group or others", f"chmod 0600 {path}")
+        raise _unusable(f"the secret {path} is no file, or open to group or others", f"chmod 0600 {path}")
     text = raw.decode("ascii", errors="replace").strip("\r\n")
     if not text or len(raw) > _LONGEST or not all(" " <= letter <= "~" or letter == "\n" for letter in text):
         raise _unusable(f"the secret {path} is empty, too long or not printable ASCII", "write it again")
