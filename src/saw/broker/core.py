@@ -167,6 +167,8 @@ class Broker:
             upkeep=upkeep,
         )
         map_again(store, config.sso)
+        if config.postgresql is None:  # else another broker may be sending, and a claim ends by itself
+            broker.courier.take_back()
         for release in releases.synchronise():
             logger.info("release recorded at start: %s", release)
         rollouts.act()

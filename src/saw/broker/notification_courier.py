@@ -17,6 +17,7 @@ from saw.broker.notification_queue import Claimed, NotDelivered, Queue, channel_
 from saw.broker.notification_settings import Channel, Webhook
 from saw.broker.notification_webhook import WebhookSender
 from saw.broker.wake import Waker
+from saw.errors import SawError
 
 logger = logging.getLogger("saw.broker")
 
@@ -50,17 +51,18 @@ class Courier:
 
     def __init__(self, services: Services, waker: Waker, ways: Mapping[str, Sender]) -> None:
         self._clock: Clock = services.clock
-        self._alone = services.config.postgresql is None
         self._waker = waker
         self._queue = Queue(services)
         self._ways = ways
+
+    def take_back(self) -> None:
+        """Have sent again what the only broker of a database was sending when it ended; before it serves."""
+        self._queue.release()
 
     async def run(self) -> None:
         """Deliver until the broker stops."""
         if not self._ways:
             return
-        if self._alone:
-            await asyncio.to_thread(self._queue.release)
         async with asyncio.TaskGroup() as group:
             for channel in self._ways:
                 group.create_task(self._serve(channel))
@@ -77,8 +79,8 @@ class Courier:
             await asyncio.to_thread(self._queue.failed, claimed, error)
         except Exception:
             logger.exception("message %s to %s could not be sent", claimed.id, channel)
-            error = NotDelivered("the broker failed to send it; see its log", code="internal")
-            await asyncio.to_thread(self._queue.failed, claimed, error)
+            unsent = NotDelivered("the broker failed to send it; see its log", code="internal")
+            await asyncio.to_thread(self._queue.failed, claimed, unsent)
         else:
             await asyncio.to_thread(self._queue.delivered, claimed)
         return ""
@@ -90,10 +92,14 @@ class Courier:
                 upcoming = await self._waker.poll(
                     channel_key(channel), lambda: self.step(channel), _differs(upcoming), self._pause(upcoming)
                 )
+            except SawError as error:
+                logger.warning("messages to %s wait: %s; trying again in %.0f s", channel, error, AGAIN_S)
             except Exception:
-                logger.exception("messages to %s: trying again in %.0f s", channel, AGAIN_S)
-                upcoming = ""
-                await asyncio.sleep(AGAIN_S)
+                logger.exception("messages to %s wait; trying again in %.0f s", channel, AGAIN_S)
+            else:
+                continue
+            upcoming = ""
+            await asyncio.sleep(AGAIN_S)
 
     def _pause(self, upcoming: str | None) -> float:
         """Return how long to wait for news: until something is due, and no longer than :data:`LOOK_S`."""

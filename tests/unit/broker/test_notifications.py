@@ -329,7 +329,8 @@ def test_a_claim_that_was_lost_is_another_brokers_with_the_same_id(world: Told) 
 def test_the_only_broker_of_a_database_takes_back_at_its_start_what_it_was_sending(world: Told) -> None:
     world.open()
     lost = world.claimed()
-    world.queue.release()
+    world.crash()
+    world.queue = Queue(world.broker.services)
     assert world.claimed().id == lost.id
 
 
