@@ -173,6 +173,7 @@ def test_nobody_who_listens_a_secret_that_is_open_and_an_answer_that_never_ends(
     monkeypatch.setattr("saw.broker.notification_webhook.WHOLE_S", 0.3)
     hooks.hold = threading.Event()
     assert reason(world.trial()) == ("waiting", "timed_out")
+    monkeypatch.undo()
     hooks.hold.set()
     hooks.hold = None
     assert world.again()["state"] == "delivered"
