@@ -13,6 +13,7 @@ import pytest
 from broker_rig import Lab, cli_here, running_broker
 from notify_rig import PASSWORD, Hooks, Mails
 
+from saw.broker.client import BrokerRefusal
 from saw.broker.gate_settings import GateSettings
 
 pytestmark = pytest.mark.control("REV-01")
@@ -171,3 +172,5 @@ def test_operators_test_a_channel_and_try_again(hooks: Hooks, mails: Mails, saw:
             ["chat", "webhook"], ["mail", "email"], ["away", "webhook"],
         ]  # fmt: skip
         assert os.fspath(hooks.secret) not in shown
+        with pytest.raises(BrokerRefusal, match="colour"):
+            lab.operator.request("GET", "/v1/notifications?colour=red")

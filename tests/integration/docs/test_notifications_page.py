@@ -17,6 +17,7 @@ from notify_rig import Hooks, Mails
 from page import ROOT, run_page
 
 from saw.broker.notification_settings import DEFAULT_KINDS, Channel, Kind
+from saw.broker.notification_words import Message
 
 PAGE = (ROOT / "docs/notifications.md").read_text(encoding="utf-8")
 
@@ -44,6 +45,24 @@ def test_the_page_sets_channels_up_and_tests_them(tmp_path: Path) -> None:
         mails.stop()
     assert [one.verified() for one in hooks.got] == [True]
     assert sorted(to for _, [to], _ in mails.got) == ["ben@example.com", "cleo@example.com", "operations@example.com"]
+
+
+def test_the_body_on_the_page_is_one() -> None:
+    shown = msgspec.json.decode(PAGE.partition("```json\n")[2].partition("```")[0], type=Message)
+    assert (shown.type, shown.data.link.rpartition("/")[2]) == (Kind.REVIEW_OPENED, shown.data.review)
+
+
+def test_the_page_names_every_reason() -> None:
+    rows = re.findall(r"^\| (`.*?) \|", PAGE.partition("| reason |")[2].partition("\n\n")[0], re.MULTILINE)
+    told = {name for row in rows for name in re.findall(r"`([a-z_]+)`", row)}
+    source = "".join(path.read_text() for path in sorted((ROOT / "src/saw/broker").glob("notification_*.py")))
+    source += (ROOT / "src/saw/broker/notifications.py").read_text().partition("def get_notification")[0]
+    known = {*re.findall(r'code="([a-z_]+)"', source), "unreachable"} - {
+        "delivered",
+        "channel_changed",
+        "unknown_channel",
+    }  # those refuse operators
+    assert told == known
 
 
 def test_the_page_names_every_kind_and_its_default() -> None:

@@ -104,17 +104,14 @@ def test_what_a_dead_broker_was_sending_another_sends_later_with_the_same_id(
     ] == [2]
 
 
-def test_a_broker_among_others_takes_nothing_back_at_its_start(world: World, other: Broker, hooks: Hooks) -> None:
+def test_a_broker_among_others_takes_nothing_back_at_its_start(world: World, hooks: Hooks) -> None:
     world.open()
     claimed, _ = Queue(world.broker.services).claim("chat")
     assert claimed is not None
-
-    async def scenario() -> None:
-        running = asyncio.create_task(other.courier.run())
-        await asyncio.to_thread(world.open, b"another")
-        await asyncio.to_thread(hooks.wait, 1)
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-
-    asyncio.run(scenario())
-    assert claimed.id not in {one.id for one in hooks.got}
+    late = Broker.open(world.config, lambda: world.now, os.urandom)
+    try:
+        assert states(late) == ["sending"]
+        assert asyncio.run(late.courier.step("chat")) != ""
+    finally:
+        late.close()
+    assert hooks.got == []

@@ -388,18 +388,20 @@ def test_what_cannot_arrive_is_given_up_at_once(world: Told) -> None:
 
 def test_a_flood_of_reviews_leaves_room_for_what_is_urgent(world: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saw.broker.notifications.MOST_WAITING", 2)
-    for number in range(4):
-        world.open(b"%d" % number)
     world.broker.registry.kill(OPERATOR, "ws-b", "test")
+    reviews = [world.open(b"%d" % number).id for number in range(4)]
+    with world.broker.services.store.write() as tx:
+        world.broker.notifications.tell(tx, kind="break_glass", review=get_review(tx.connection, reviews[0]))
     chat = world.rows(channel="chat")
-    assert sorted((row.kind, row.state, row.error_code) for row in chat) == [
+    assert sorted((row.kind, row.state, row.error_code or "") for row in chat) == [
+        ("break_glass", "waiting", ""),
         ("review_opened", "given_up", "too_many"), ("review_opened", "given_up", "too_many"),
-        ("review_opened", "waiting", None), ("review_opened", "waiting", None),
-        ("workspace_quarantined", "waiting", None),
+        ("review_opened", "waiting", ""), ("review_opened", "waiting", ""),
+        ("workspace_quarantined", "waiting", ""),
     ]  # fmt: skip
     assert {event["status_detail"] for event in world.trail("notification.give_up")} == {"too_many"}
-    world.queue.delivered(world.claimed())  # the urgent one
-    world.queue.delivered(world.claimed())
+    for _ in range(3):  # both urgent ones, and one of the others
+        world.queue.delivered(world.claimed())
     world.open(b"there is room again")
     assert [row.state for row in world.rows(channel="chat")].count("waiting") == 2
 
