@@ -208,7 +208,8 @@ def _is_https(url: str) -> bool:
 
 def _is_mailbox(address: str) -> bool:
     found = _ADDRESS.match(address)
-    return found is not None and len(address) <= 254 and _HOST.match(found["host"]) is not None
+    # What begins as an encoded word (RFC 2047) is none here, and would be read as one.
+    return found is not None and "=?" not in address and len(address) <= 254 and bool(_HOST.match(found["host"]))
 
 
 def _is_group(name: str) -> bool:

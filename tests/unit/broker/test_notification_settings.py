@@ -119,6 +119,7 @@ def test_a_right_field_of_a_webhook_is_taken(tmp_path: Path, change: dict[str, A
         ({"to": ["ops@example.com\nx"]}, "mail.to must list addresses"),
         ({"to": ["ops@example.com", "a,b@example.com"]}, "mail.to must list addresses"),
         ({"to": ["ops@-example.com"]}, "mail.to must list addresses"),
+        ({"to": ["=?utf-8?q?ops?=@example.com"]}, "mail.to must list addresses"),
         ({"to": {"maintainers": ["ops"]}}, "mail.to must list addresses"),
         ({"to": {"a\nb": ["ops@example.com"]}}, "mail.to must name groups"),
         ({"to": [f"n{number}@example.com" for number in range(65)]}, "64 addresses at most"),
