@@ -24,7 +24,7 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 _HOST = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_]([a-z0-9_-]{0,62}))*\Z")
 _LONGEST = 256
 _GATE = "gate"  # as saw.broker.review_states, which tells through this module, calls changes to the fleet
-NOT_A_DECISION = "This message decides nothing, and nor does an answer to it: whoever decides signs in, or signs."
+NOT_A_DECISION = "This message decides nothing: to decide, sign in, or sign with your key."
 
 
 class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
