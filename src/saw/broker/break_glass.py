@@ -17,6 +17,8 @@ from saw.broker.break_glass_settings import BreakGlassSettings
 from saw.broker.clock import iso
 from saw.broker.context import BROKER, Caller, Services
 from saw.broker.errors import BrokerError, ConflictError, ForbiddenError, MalformedError
+from saw.broker.notification_settings import Kind
+from saw.broker.notifications import Notifications
 from saw.broker.review_evidence import counting
 from saw.broker.review_states import COLUMNS, GATE, Moves, claims_key, subject_of
 from saw.broker.schema import review_decisions, reviews
@@ -62,6 +64,7 @@ class BreakGlass:
         self._s = services
         self._settings = services.config.break_glass
         self._moves = Moves(services)
+        self._notifications = Notifications(services)
 
     def groups(self, review: Row[Any]) -> tuple[str, ...]:
         """Return the groups of whoever may take a nonce for ``review``."""
@@ -151,15 +154,9 @@ class BreakGlass:
                 return
         with self._s.store.write() as tx:
             for review in tx.connection.execute(late).all():
-                self._after(tx, review, "overdue")
-                self._alarm(
-                    tx,
-                    BROKER,
-                    review,
-                    "after_review_overdue",
-                    "nobody has looked at a broken glass in time",
-                    "critical",
-                )
+                if self._after(tx, review, "overdue"):
+                    title = "nobody has looked at a broken glass in time"
+                    self._alarm(tx, BROKER, review, Kind.AFTER_REVIEW_OVERDUE, title, "critical")
 
     def _broken(self, tx: Transaction, caller: Caller, review: Row[Any], said: ReviewStatement) -> None:
         settings, now = self._settings, self._s.clock()
@@ -169,7 +166,7 @@ class BreakGlass:
         told: dict[str, object] = {"reason": said.comment, "holders": sorted(held), "keys": settings.keys}
         if not _enough(held, settings):
             title = f"{said.approver} wants the glass broken"
-            self._alarm(tx, caller, review, "break_glass_key", title, "high", told)
+            self._alarm(tx, caller, review, Kind.BREAK_GLASS_KEY, title, "high", told)
             return
         values = {
             "approved_at": iso(now),
@@ -181,8 +178,10 @@ class BreakGlass:
             values |= {"after_state": "owed", "after_due_at": due}
             told["after_review_due"] = due
         names: dict[str, object] = {"approvers": [*held], "break_glass": True}
-        self._moves.move(tx, caller, review, "approved", "the glass was broken", said=names, **values)
-        self._alarm(tx, caller, review, "break_glass", "the glass was broken", "critical", told)
+        found = self._moves.move(tx, caller, review, "approved", "the glass was broken", said=names, **values) or review
+        self._alarm(tx, caller, found, Kind.BREAK_GLASS, "the glass was broken", "critical", told)
+        if not review.broken_at:
+            self._notifications.tell(tx, kind=Kind.AFTER_REVIEW_OWED, review=found)
 
     def _settle(self, tx: Transaction, caller: Caller, review: Row[Any], state: str, people: Iterable[str]) -> None:
         if not self._after(tx, review, state, after_at=iso(self._s.clock())):
@@ -190,9 +189,8 @@ class BreakGlass:
         told: dict[str, object] = {"after_state": state, "people": sorted(people)}
         self._moves.record(tx, caller, review, f"after-review: {state}", said=told)
         if state == "rejected":
-            self._alarm(
-                tx, caller, review, "break_glass_rejected", "the glass should not have been broken", "critical", told
-            )
+            title = "the glass should not have been broken"
+            self._alarm(tx, caller, review, Kind.BREAK_GLASS_REJECTED, title, "critical", told)
         tx.wake(claims_key(review.perimeter))
 
     @staticmethod
@@ -205,7 +203,7 @@ class BreakGlass:
         tx: Transaction,
         caller: Caller,
         review: Row[Any],
-        kind: str,
+        kind: Kind,
         title: str,
         severity: Any,
         said: dict[str, object] | None = None,
@@ -219,9 +217,10 @@ class BreakGlass:
         subject = subject_of(caller, review)
         tx.record(
             self._s.events.detection_finding(
-                self._s.clock(), subject, kind=kind, title=title, severity=severity, detail=detail
+                self._s.clock(), subject, kind=kind.value, title=title, severity=severity, detail=detail
             )
         )
+        self._notifications.tell(tx, kind=kind, review=review)
 
 
 def overdue_error(review: str) -> ConflictError:

@@ -12,6 +12,7 @@ from saw.broker.break_glass_settings import BreakGlassSettings, problems_of_brea
 from saw.broker.database_settings import parse_database
 from saw.broker.gate_settings import GateSettings, MachineSettings, problems_of_gates
 from saw.broker.job_settings import JobSettings, problems_of_jobs
+from saw.broker.notification_settings import Channel, problems_of_notifications
 from saw.broker.retention_settings import AuditSettings, problems_of_audit
 from saw.broker.sso_settings import SsoSettings, problems_of
 from saw.broker.terminal.settings import TerminalSettings, problems_of_terminal
@@ -96,6 +97,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``terminal``: sessions and recordings in a browser; absent means that there are none.
     ``jobs``: lifecycle calls run playbooks; absent means that they do not.
     ``audit``: how long the trail is kept; absent means for ever.
+    ``notifications``: who is told that something waits for people; empty means nobody.
     ``postgresql`` (in the file: ``database``): the database of several brokers; absent means a SQLite file of this one.
     """
 
@@ -120,6 +122,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     terminal: TerminalSettings | None = None
     jobs: JobSettings | None = None
     audit: AuditSettings | None = None
+    notifications: tuple[Channel, ...] = ()
     postgresql: str | None = msgspec.field(name="database", default=None)
 
     @property
@@ -200,6 +203,7 @@ def load_config(path: Path | str) -> BrokerConfig:
         problems.extend(problems_of_jobs(config.jobs))
     if config.audit is not None:
         problems.extend(problems_of_audit(config.audit, ships=config.audit_socket is not None))
+    problems.extend(problems_of_notifications(config.notifications))
     if problems:
         raise ConfigError(
             f"{path} is not valid: {'; '.join(problems)}",

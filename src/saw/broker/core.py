@@ -25,6 +25,8 @@ from saw.broker.images import Images
 from saw.broker.job_work import JobWork
 from saw.broker.jobs import Jobs
 from saw.broker.machines import Machines
+from saw.broker.notification_courier import Courier, senders
+from saw.broker.notifications import Notifications
 from saw.broker.overview import Overview
 from saw.broker.people import map_again
 from saw.broker.perimeter import Views
@@ -88,6 +90,8 @@ class Broker:
     trail: Trail
     holds: Holds
     retention: Retention
+    notifications: Notifications
+    courier: Courier
     sso: SingleSignOn | None
     upkeep: Upkeep
 
@@ -157,10 +161,14 @@ class Broker:
             trail=Trail(services),
             holds=Holds(services),
             retention=Retention(services),
+            notifications=Notifications(services),
+            courier=Courier(services, waker, senders(services)),
             sso=sso,
             upkeep=upkeep,
         )
         map_again(store, config.sso)
+        if config.postgresql is None:  # else another broker may be sending, and a claim ends by itself
+            broker.courier.take_back()
         for release in releases.synchronise():
             logger.info("release recorded at start: %s", release)
         rollouts.act()

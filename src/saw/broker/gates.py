@@ -123,6 +123,7 @@ class Gates:
             row = get_review(tx.connection, identifier)
             said: dict[str, object] = {"hosts": [item.name for item in statement.hosts], "purpose": statement.purpose}
             self._moves.record(tx, caller, row, "a change to the fleet waits for review", "create", said=said)
+            self._moves.opened(tx, row)
             return self._view(tx.connection, row)
 
     def view(self, caller: Caller, identifier: str) -> GateView:

@@ -21,6 +21,7 @@ from saw.broker.hold_routes import hold_routes
 from saw.broker.http import BodyHandler, with_body, without_body
 from saw.broker.images import Move
 from saw.broker.job_routes import job_routes
+from saw.broker.notification_routes import notification_routes
 from saw.broker.openapi import Call, document
 from saw.broker.operator_roles import ALLOWED
 from saw.broker.registry import CreateWorkspace, Kill, RecordEk, Reprovision, Step
@@ -97,6 +98,7 @@ def operator_routes(broker: Broker, route: MakeRoute) -> list[Route]:
         *operator_session_routes(broker, route),
         *gate_routes(broker, route),
         *job_routes(broker, route),
+        *notification_routes(broker, route),
         route(
             "/v1/images",
             "PUT",

@@ -17,6 +17,8 @@ from saw.broker.errors import ConflictError, ForbiddenError, MalformedError, Not
 from saw.broker.images import admit, find_image
 from saw.broker.job_states import JobMoves
 from saw.broker.lifecycle import State, check_step, parse_state
+from saw.broker.notification_settings import Kind
+from saw.broker.notifications import Notifications
 from saw.broker.review_states import Moves
 from saw.broker.schema import workspaces
 from saw.broker.session_ends import SessionEnds
@@ -80,6 +82,7 @@ class Registry:
         self._sessions = SessionEnds(services)
         self._jobs = JobMoves(services)
         self._agents = AgentMoves(services)
+        self._notifications = Notifications(services)
         self._candidate_rings = frozenset(services.config.image.candidate_rings)
 
     def create(self, caller: Caller, wanted: CreateWorkspace) -> dict[str, Any]:
@@ -271,6 +274,7 @@ class Registry:
         self._sessions.end_workspace(tx, caller, row.id, str(to), reason)
         if to is State.QUARANTINED:
             self._jobs.workspace_killed(tx, caller, row.id, reason)
+            self._notifications.tell(tx, kind=Kind.WORKSPACE_QUARANTINED, workspace=row.id)
         tx.touch(row.id)
 
     @staticmethod

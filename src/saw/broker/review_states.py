@@ -16,6 +16,8 @@ from saw.broker.clock import iso
 from saw.broker.context import BROKER, Caller, Services
 from saw.broker.errors import NotFoundError
 from saw.broker.lifecycle import State
+from saw.broker.notification_settings import Kind
+from saw.broker.notifications import Notifications
 from saw.broker.schema import agents, delegations, reviews, workspaces
 from saw.broker.store import Transaction
 from saw.review.messages import FINAL, ReviewState
@@ -74,6 +76,7 @@ class Moves:
 
     def __init__(self, services: Services) -> None:
         self._s = services
+        self._notifications = Notifications(services)
 
     def move(
         self,
@@ -98,7 +101,14 @@ class Moves:
             tx, caller, row, detail, _ACTIVITY.get(to, "update"), said={"from": row.state, "to": to, **(said or {})}
         )
         tx.wake(review_key(row.id), *([claims_key(row.perimeter)] if to == "approved" else []))
-        return get_review(tx.connection, row.id)
+        found = get_review(tx.connection, row.id)
+        if to in FINAL:
+            self._notifications.tell(tx, kind=Kind.REVIEW_ENDED, review=found)
+        return found
+
+    def opened(self, tx: Transaction, row: Row[Any]) -> None:
+        """Have the people told for whom ``row`` waits."""
+        self._notifications.tell(tx, kind=Kind.REVIEW_OPENED, review=row)
 
     def record(
         self,

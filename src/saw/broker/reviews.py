@@ -133,6 +133,7 @@ class Reviews:
                 first = get_review(tx.connection, identifier)
                 tx.wake(claims_key(caller.principal))
                 self._moves.record(tx, caller, first, "a call waits for review", "create")
+                self._moves.opened(tx, first)
             return self._view(tx.connection, first)
 
     def view(self, caller: Caller, identifier: str, workspace_id: str) -> tuple[ReviewView, float]:

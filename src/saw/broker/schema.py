@@ -601,3 +601,33 @@ job_events = Table(
     Column("at", String(32), nullable=False),
     Column("event", Text, nullable=False),
 )
+
+#: What people are told (:mod:`saw.broker.notifications`): a row for each message, channel and address. ``body`` is sent as it is.
+notifications = Table(
+    "notifications",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("kind", String(32), nullable=False),
+    Column("channel", String(64), nullable=False),
+    # An address of the channel's; empty for a webhook.
+    Column("recipient", String(256), nullable=False),
+    Column("workspace_id", String(64), nullable=False),
+    Column("review_id", String(64), nullable=False),
+    Column("group_name", String(256), nullable=False),
+    Column("urgent", Boolean, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("created_at", String(32), nullable=False),
+    # When it is tried next; of one that is being sent, when it counts as lost.
+    Column("next_at", String(32), nullable=False),
+    # After that it is given up.
+    Column("until", String(32), nullable=False),
+    Column("claim", String(64)),
+    Column("ended_at", String(32)),
+    Column("error_code", String(64)),
+    Column("error", String(256)),
+    Index("notifications_due", "channel", "state", "next_at"),
+    Index("notifications_ended", "state", "ended_at"),
+    Index("notifications_newest", "created_at", "id"),
+)

@@ -90,6 +90,7 @@ async def _serve(broker: Broker, clock: Clock, ready: Callable[[int], None] | No
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     upkeep = asyncio.create_task(_upkeep(broker, context, pages, clock))
+    courier = asyncio.create_task(broker.courier.run())
     tasks = [asyncio.create_task(server.serve(sockets=[place])) for server, place in serving]
     try:
         while not all(server.started for server in servers):
@@ -107,6 +108,8 @@ async def _serve(broker: Broker, clock: Clock, ready: Callable[[int], None] | No
         await asyncio.gather(*tasks)
     finally:
         upkeep.cancel()
+        courier.cancel()
+        await asyncio.gather(courier, return_exceptions=True)
         worker_path = None if config.jobs is None else config.jobs.worker_socket
         for path in filter(None, (config.operator_socket, config.audit_socket, worker_path)):
             _remove(Path(path))
@@ -234,6 +237,7 @@ def upkeep_once(broker: Broker, context: ssl.SSLContext, clock: Clock, pages: ss
         broker.sessions.tick()
         broker.recordings.tick()
         broker.retention.catch_up()
+        broker.notifications.tick()
         if broker.sso is not None:
             broker.sso.sessions.tick()
     if pages is not None:

@@ -27,6 +27,7 @@ AREAS: dict[str, tuple[str, str]] = {
     "agent": ("saw.cli.agent", "register agents, retire them, have one succeeded by another"),
     "delegation": ("saw.cli.delegation", "hand tasks to agents, take them back, verify a signed delegation"),
     "review": ("saw.cli.review", "look at calls that wait for people, decide under a key, verify receipts"),
+    "notify": ("saw.cli.notify", "what people were told by webhook and e-mail; a test of a channel, another try"),
     "login": ("saw.cli.login", "sign in with single sign-on"),
     "logout": ("saw.cli.logout", "end that session"),
     "whoami": ("saw.cli.whoami", "tell who is signed in, and with which roles"),

@@ -10,6 +10,8 @@ from broker_rig import encode, running_broker
 sys.path[:0] = [str(Path(__file__).parents[1] / "attest"), str(Path(__file__).parents[2] / "unit" / "attest")]
 sys.path.append(str(Path(__file__).parents[1] / "docs"))
 sys.path.append(str(Path(__file__).parents[2] / "unit/jobs"))
+# A broker without network whose clock the test moves.
+sys.path.append(str(Path(__file__).parents[2] / "unit/broker"))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from review_world import EDGE, OPERATOR, World, refused
 from saw.broker.break_glass_settings import BreakGlassSettings, problems_of_break_glass
 from saw.broker.clock import iso
 from saw.broker.gate_settings import GateSettings
+from saw.broker.notification_settings import Webhook
 from saw.broker.review_decisions import AskNonce, Cancel
 from saw.broker.reviewers import Retire
 from saw.broker.reviews import KEEP
@@ -202,6 +203,22 @@ def test_every_step_raises_an_alarm_that_names_who_and_why(world: GlassWorld) ->
     world.later(days=2)
     world.broker.reviews.tick()
     assert [kind for kind, _ in world.alarms()][2:] == ["break_glass_rejected"]
+
+
+@pytest.mark.control("REV-01")
+def test_people_are_told_of_each_step_and_a_mail_decides_nothing(tmp_path: Path) -> None:
+    hook = Webhook(name="chat", url="https://hook.example.com/saw", secret_file="/nowhere/chat")
+    world = GlassWorld(tmp_path, notifications=(hook,))
+    identifier = world.broken()
+    world.tell(world.claim())
+    world.later(hours=25)
+    for _ in range(2):
+        world.broker.reviews.tick()
+    world.after(identifier, "ben", "reject")
+    told = world.broker.notifications.listed(state="", channel="", after="", limit=100)["notifications"]
+    assert sorted(one["kind"] for one in told) == [
+        "after_review_overdue", "after_review_owed", "break_glass", "break_glass_key", "break_glass_rejected", "review_opened",
+    ]  # fmt: skip
 
 
 def test_an_overdue_after_review_is_told_once(world: GlassWorld) -> None:

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
 
 from saw.audit.ship import load_settings
 from saw.broker.config import BrokerConfig, RolloutSettings, load_config
+from saw.broker.notification_settings import Email, Kind, Webhook
 from saw.broker.terminal.settings import TerminalBastion
 from saw.errors import ConfigError
 from saw.jobs.config import load_config as load_worker
@@ -261,6 +263,60 @@ def test_who_can_break_the_glass_is_as_on_the_page(tmp_path: Path) -> None:
     assert rendered(tmp_path).break_glass is None
     with pytest.raises(ConfigError, match=r"break_glass.keys must be 2 to 8"):
         rendered(tmp_path, broker_break_glass={"group": "break-glass", "keys": 1})
+
+
+TOLD = yaml.safe_load(
+    (ROLE.parents[1] / "docs/notifications.md")
+    .read_text(encoding="utf-8")
+    .partition("```yaml\n")[2]
+    .partition("```")[0]
+)["broker_notifications"]
+
+
+def test_who_is_told_is_that_of_the_page_and_secrets_are_handed_over(tmp_path: Path) -> None:
+    (tmp_path / "broker.json").write_text(templated("broker.json", broker_notifications=TOLD))
+    hook, mail = load_config(tmp_path / "broker.json").notifications
+    assert isinstance(hook, Webhook)
+    assert isinstance(mail, Email)
+    given = "/run/credentials/saw-broker.service/notify-"
+    assert (hook.secret_file, mail.password_file) == (f"{given}chat", f"{given}mail")
+    assert mail.recipients("maintainers") == ("ben@example.com", "cleo@example.com")
+    assert mail.recipients("") == ("operations@example.com",)
+    plain = templated("saw-broker.service").splitlines()
+    unit = templated("saw-broker.service", broker_notifications=TOLD).splitlines()
+    assert [line for line in unit if line not in plain] == [
+        "LoadCredential=notify-chat:/etc/saw/chat.secret",
+        "LoadCredential=notify-mail:/etc/saw/mail.password",
+    ]
+    # numbers as texts, as variables of an inventory often are, and a channel without a login
+    local = {"name": "local", "type": "email", "host": "127.0.0.1", "port": "25", "tls": "none"}
+    local |= {"from": "saw@example.com", "to": ["ops@example.com"], "ca_file": "/etc/saw/mail-ca.pem"}
+    (tmp_path / "broker.json").write_text(templated("broker.json", broker_notifications=[local]))
+    [found] = load_config(tmp_path / "broker.json").notifications
+    assert isinstance(found, Email)
+    assert (found.port, found.password_file) == (25, None)
+    assert templated("saw-broker.service", broker_notifications=[local]).splitlines() == plain
+    assert "notifications" not in json.loads(templated("broker.json"))
+
+
+def test_channels_are_taken_by_the_specification_and_their_files_are_waited_for() -> None:
+    options = yaml.safe_load((ROLE / "meta/argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
+    spec = ArgumentSpecValidator({"broker_notifications": options["broker_notifications"]})
+    assert spec.validate({"broker_notifications": TOLD}).error_messages == []
+    assert spec.validate({"broker_notifications": [{**TOLD[0], "colour": "red"}]}).error_messages
+    assert set(options["broker_notifications"]["options"]) == {"type"} | {
+        name for kind in (Webhook, Email) for name in kind.__struct_encode_fields__
+    }
+    assert [Kind(name) for name in options["broker_notifications"]["options"]["kinds"]["choices"]] == [
+        kind for kind in Kind if kind is not Kind.TEST
+    ]
+    service = yaml.safe_load((ROLE / "tasks/service.yml").read_text())[0]
+    told = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
+    told |= {"broker_notifications": [TOLD[0], {**TOLD[1], "ca_file": "/etc/saw/mail-ca.pem"}]}
+    templar = Templar(loader=DataLoader(), variables=told)
+    assert sorted(templar.template(trust_as_template(service["vars"]["broker_secret_files"]))) == [
+        "/etc/saw/chat.secret", "/etc/saw/mail-ca.pem", "/etc/saw/mail.password",
+    ]  # fmt: skip
 
 
 def test_terminals_are_what_the_variable_says(tmp_path: Path) -> None:
