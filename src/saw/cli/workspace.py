@@ -27,16 +27,12 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     if options.command == "bootstrap":
         return _bootstrap(options)
-    from saw.broker.client import OperatorClient, listed_workspaces
+    if options.command == "list":
+        return list_workspaces(options)
+    from saw.broker.client import OperatorClient
 
     client = OperatorClient.from_context(options.context)
     path = f"/v1/workspaces/{quote(options.id, safe='')}" if "id" in options else "/v1/workspaces"
-    if options.command == "list":
-        filters = {name: values for name in _FILTERS if (values := getattr(options, f"only_{name}"))}
-        with client.session():
-            rows = listed_workspaces(client, **filters)
-        show({"workspaces": rows}, table(_shorten(rows), _COLUMNS), as_json=options.json)
-        return 0
     if options.command == "credential":
         from saw.broker.vm_credential import vm_credential
 
@@ -45,6 +41,28 @@ def main(argv: list[str]) -> int:
         return 0
     answer = _call(client, path, options)
     show(answer, fields(answer), as_json=options.json)
+    return 0
+
+
+def add_filters(parser: argparse.ArgumentParser) -> None:
+    """Add the options of :func:`list_workspaces`."""
+    for name in _FILTERS[:-1]:
+        parser.add_argument(
+            f"--{name}", dest=f"only_{name}", action="append", metavar="NAME", help=f"with this {name}; may be repeated"
+        )
+    parser.add_argument("--text", dest="only_text", nargs=1, metavar="TEXT", help="occurs in the id or the sponsor")
+    add_options(parser)
+
+
+def list_workspaces(options: argparse.Namespace) -> int:
+    """Print the workspaces that the filters of ``options`` choose."""
+    from saw.broker.client import OperatorClient, listed_workspaces
+
+    client = OperatorClient.from_context(options.context)
+    filters = {name: values for name in _FILTERS if (values := getattr(options, f"only_{name}"))}
+    with client.session():
+        rows = listed_workspaces(client, **filters)
+    show({"workspaces": rows}, table(_shorten(rows), _COLUMNS), as_json=options.json)
     return 0
 
 
@@ -92,12 +110,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("id", help="workspace id")
         return command
 
-    listing = add("list", "list workspaces: all, or those that filters choose", identified=False)
-    for name in _FILTERS[:-1]:
-        listing.add_argument(
-            f"--{name}", dest=f"only_{name}", action="append", metavar="NAME", help=f"with this {name}; may be repeated"
-        )
-    listing.add_argument("--text", dest="only_text", nargs=1, metavar="TEXT", help="occurs in the id or the sponsor")
+    text = "list workspaces: all, or those that filters choose"
+    add_filters(commands.add_parser("list", help=text, description=text))
     add("show", "show one workspace")
     add("credential", "print what its VM is told at creation (public data)")
     create = add("create", "register a workspace; its profile is fixed from then on")
