@@ -82,14 +82,12 @@ from typing import Any
 from urllib.parse import quote
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.secure_agent.workspace.plugins.module_utils.broker import broker_options, operator
+from ansible_collections.secure_agent.workspace.plugins.module_utils.broker import SawError, broker_options, operator
 
 try:
     from saw.broker.client import forecast_step
-    from saw.errors import SawError
 except ImportError:
     forecast_step = None  # the module then ends in ``operator``, which names the missing package
-    SawError = Exception
 
 #: What is asked for → what the broker is asked for, and the states in which nothing is left to do.
 TARGETS = {

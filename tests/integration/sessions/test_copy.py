@@ -205,6 +205,18 @@ def test_a_copy_ends_with_its_session(bastion: Bastion, tmp_path: Path) -> None:
         assert list(temporary.iterdir()) == []
 
 
+def test_without_a_bastion_the_workspace_itself_is_copied_to(bastion: Bastion, tmp_path: Path) -> None:
+    here, file = folder(tmp_path / "here", ["one"]), tmp_path / "context.json"
+    broker = {"socket": bastion.lab.config.operator_socket, "ssh": None}
+    file.write_text(json.dumps({"broker": broker, "ingress": {"base_port": bastion.base, "user": "root"}}))
+    before = count(bastion)
+    told = copied(bastion, "--context", str(file), f"{here}/one", f"ws-a:{tmp_path}/copy")
+    assert (told["files"], (tmp_path / "copy").read_text()) == (1, "content of one\n")
+    assert count(bastion) == before, "no session of a bastion, so no recording"
+    activities = [name for name, _, _ in bastion.audited(told["sessions"][0])]
+    assert len(activities) == 1, "the certificate is all that is audited"
+
+
 def test_exec_runs_the_words_as_they_are_and_ls_lists(bastion: Bastion) -> None:
     done = bastion.saw("exec", "ws-a", "--", "printf", "<%s>", "two words", "$(id)", "it's", "*")
     assert (done.returncode, done.stdout) == (0, "<two words><$(id)><it's><*>"), done.stderr
