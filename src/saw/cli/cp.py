@@ -74,7 +74,7 @@ class _Run:
         self._scp(copy)
         found: dict[str, tuple[int, int]] = {}
         for source in copy.sources:
-            found |= files_at(source)
+            found |= files_at(source, follow=True)  # scp has gone all the way, so no link leads back
         return found
 
     def down(self, copy: Copy) -> dict[str, tuple[int, int]]:

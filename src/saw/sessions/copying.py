@@ -140,17 +140,20 @@ def _literal(path: str) -> str:
 
 def arrives_at(source: str, target: str) -> Path:
     """Return where ``source`` of a workspace is here, once it was copied to ``target``."""
-    into = Path(target)
-    return into / Path(os.path.normpath(source)).name if into.is_dir() else into
+    into, name = Path(target), Path(os.path.normpath(source)).name
+    return into / name if into.is_dir() and name != ".." else into
 
 
-def files_at(path: str | Path) -> dict[str, tuple[int, int]]:
-    """Return path → (size, when it was written last) of every file at or below ``path``, links followed as scp does."""
+def files_at(path: str | Path, *, follow: bool = False) -> dict[str, tuple[int, int]]:
+    """Return path → (size, when it was written last) of every file at or below ``path``.
+
+    With ``follow`` what links to folders lead to counts too, as scp sends it; it must be known that none leads back.
+    """
     top = Path(path)
     if not top.is_dir():
         return {str(top): _seen(top)} if top.is_file() else {}
     found = {}
-    for folder, _, names in os.walk(top, followlinks=True):
+    for folder, _, names in os.walk(top, followlinks=follow):
         for name in names:
             one = Path(folder, name)
             if one.is_file():

@@ -108,9 +108,15 @@ def test_what_arrived_is_what_was_written_since(tmp_path: Path) -> None:
     (folder / "sub").mkdir(parents=True)
     (folder / "sub/one").write_text("1")
     (tmp_path / "link").symlink_to(folder)
+    (folder / "back").symlink_to(folder)
     assert arrives_at("a/b/", str(folder)) == folder / "b"
     assert arrives_at("a/b", str(tmp_path / "new")) == tmp_path / "new"
-    assert [Path(name).name for name in files_at(tmp_path / "link")] == ["one"]
+    assert arrives_at("..", str(folder)) == arrives_at(".", str(folder)) == folder
+    assert [Path(name).name for name in files_at(tmp_path / "link")] == ["one"], "links below are not followed"
+    (folder / "back").unlink()
+    (folder / "more").symlink_to(folder / "sub")
+    assert len(files_at(folder)) == 1
+    assert len(files_at(folder, follow=True)) == 2, "as scp sends it"
     assert files_at(tmp_path / "none") == {}
     assert [size for size, _ in files_at(folder / "sub/one").values()] == [1]
 
