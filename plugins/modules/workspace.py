@@ -17,6 +17,9 @@ description:
   - Machines are made, started and destroyed by the playbooks; a workspace is registered by
     M(secure_agent.workspace.workspace_registration).
   - Check mode refuses a step that the broker would refuse.
+  - What was read is what is changed. Where somebody changed the workspace in between, the module reads it again and decides anew.
+  - A change carries an idempotency key made of itself, so that it is done once however often it arrives. A kill carries none, and
+    goes before what others change.
 extends_documentation_fragment:
   - secure_agent.workspace.broker
   - secure_agent.workspace.broker.attributes
@@ -65,7 +68,7 @@ workspace:
   description: The workspace as the broker has it now; in check mode, as it would be.
   type: dict
   returned: success
-  sample: {id: ws-demo, state: quarantined, image: workspace, number: 1}
+  sample: {id: ws-demo, state: quarantined, image: workspace, number: 1, version: 4}
 failure:
   description: What failed, for programs.
   type: dict
@@ -73,11 +76,13 @@ failure:
   sample: {code: transition_refused, details: {state: decommissioned, to: attesting}, cure: "allowed from here: none"}
 """
 
+import hashlib
+import json
 from typing import Any
 from urllib.parse import quote
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.secure_agent.workspace.plugins.module_utils.broker import broker_options, operator
+from ansible_collections.secure_agent.workspace.plugins.module_utils.broker import SawError, broker_options, operator
 
 try:
     from saw.broker.client import forecast_step
@@ -92,6 +97,7 @@ TARGETS = {
     "decommissioned": ("decommissioned", {"decommissioned"}),
 }
 REBUILT = ("requested", "provisioning", "stopped")
+TRIES = 3
 
 
 def refuse(module: AnsibleModule, code: str, message: str, cure: str) -> None:
@@ -101,13 +107,27 @@ def refuse(module: AnsibleModule, code: str, message: str, cure: str) -> None:
 
 def ensure(module: AnsibleModule, client: Any) -> dict[str, Any]:
     """Do what is asked and return the module's result."""
-    wanted = module.params
-    path = f"/v1/workspaces/{quote(wanted['id'], safe='')}"
+    path = f"/v1/workspaces/{quote(module.params['id'], safe='')}"
     before = client.request("GET", path)
+    present, tries = before, 1
+    while True:
+        try:
+            after = converge(module, client, path, present)
+            break
+        except SawError as error:
+            if error.code != "version_conflict" or tries == TRIES:
+                raise
+        present, tries = client.request("GET", path), tries + 1
+    return {"changed": after != before, "workspace": after, "diff": {"before": shown(before), "after": shown(after)}}
+
+
+def converge(module: AnsibleModule, client: Any, path: str, before: dict[str, Any]) -> dict[str, Any]:
+    """Change the workspace from what it was seen as to what is wanted; return it as it is then."""
+    wanted = module.params
     after = dict(before)
     if wanted["image"] not in (None, before["image"]):
         if not module.check_mode:
-            after = client.request("PUT", f"{path}/image", {"image": wanted["image"]})
+            after = client.request("PUT", f"{path}/image", stated(after, {"image": wanted["image"]}))
         elif before["state"] not in REBUILT:
             refuse(
                 module,
@@ -125,7 +145,16 @@ def ensure(module: AnsibleModule, client: Any) -> dict[str, Any]:
             )
         after = step(module, client, path, after, to)
     after.pop("changed", None)
-    return {"changed": after != before, "workspace": after, "diff": {"before": shown(before), "after": shown(after)}}
+    return after
+
+
+def stated(present: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+    """Return ``body`` with the version that it changes and a key made of both; a broker that counts no versions gets neither."""
+    if "version" not in present:
+        return body
+    body = {**body, "version": present["version"]}
+    words = json.dumps([present["id"], body], sort_keys=True).encode()
+    return {**body, "idempotency_key": hashlib.sha256(words).hexdigest()}
 
 
 def step(module: AnsibleModule, client: Any, path: str, present: dict[str, Any], to: str) -> dict[str, Any]:
@@ -136,7 +165,7 @@ def step(module: AnsibleModule, client: Any, path: str, present: dict[str, Any],
     reason = module.params["reason"]
     if to == "quarantined":
         return client.request("POST", f"{path}/kill", {"reason": reason})
-    return client.request("POST", f"{path}/transition", {"to": to, "reason": reason})
+    return client.request("POST", f"{path}/transition", stated(present, {"to": to, "reason": reason}))
 
 
 def shown(workspace: dict[str, Any]) -> dict[str, Any]:

@@ -35,11 +35,13 @@ EXAMPLES = r"""
 
 RETURN = r"""
 workspaces:
-  description: The workspaces; empty when O(id) is not registered.
+  description:
+    - The workspaces; empty when O(id) is not registered.
+    - C(version) counts changes of state, image, agent and endorsement key.
   type: list
   elements: dict
   returned: success
-  sample: [{id: ws-demo, number: 1, state: active}]
+  sample: [{id: ws-demo, number: 1, state: active, version: 3}]
 trust:
   description: Trust domain, authority certificate, SSH authorities and TUF root.
   type: dict

@@ -109,7 +109,9 @@ def create(module: AnsibleModule, client: Any) -> dict[str, Any]:
     agent = unbound_agent(module, client)
     if module.check_mode:
         return {**profile, "state": "requested", "ek_recorded": False}
-    return client.request("POST", "/v1/workspaces", {**profile, **({"agent": agent} if agent else {})})
+    made = client.request("POST", "/v1/workspaces", {**profile, **({"agent": agent} if agent else {})})
+    made.pop("changed", None)
+    return made
 
 
 def unbound_agent(module: AnsibleModule, client: Any) -> str:

@@ -129,7 +129,9 @@ class AgentMoves:
         if workspace.state == "decommissioned":
             raise _conflict(f"{workspace.id} is decommissioned", "create a new workspace", "decommissioned")
         state = "active" if workspace.state == "active" else "registered"
-        tx.connection.execute(workspaces.update().where(workspaces.c.id == workspace.id).values(agent_id=row.id))
+        if workspace.agent_id != row.id:
+            values = {"agent_id": row.id, "version": workspaces.c.version + 1}
+            tx.connection.execute(workspaces.update().where(workspaces.c.id == workspace.id).values(**values))
         return self.change(
             tx,
             caller,

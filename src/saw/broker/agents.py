@@ -15,7 +15,7 @@ from saw.broker.context import Caller, Services
 from saw.broker.delegation_ends import held_by
 from saw.broker.delegations import Delegations
 from saw.broker.errors import ConflictError, MalformedError
-from saw.broker.idempotency import told_before
+from saw.broker.idempotency import Version, require_version, told_before
 from saw.broker.registry import get_row
 from saw.broker.schema import agents
 from saw.broker.store import Transaction
@@ -29,7 +29,6 @@ Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Owner = Annotated[str, msgspec.Meta(max_length=256)]
 Purpose = Annotated[str, msgspec.Meta(max_length=2000)]
 Id = Annotated[str, msgspec.Meta(max_length=64)]
-Version = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
 
 
 class RegisterAgent(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -120,7 +119,7 @@ class Agents:
         }
         with self._s.store.write() as tx:
             row = get_agent(tx.connection, identifier)
-            _require_version(row, wanted.version)
+            require_version(row, wanted.version)
             _require_living(row)
             if given.get("name") == "":
                 given["name"] = row.id
@@ -147,7 +146,7 @@ class Agents:
             revoked: list[str] = []
             changed = row.state != "retired"
             if changed:
-                _require_version(row, wanted.version)
+                require_version(row, wanted.version)
                 row, revoked = self._moves.retire(tx, caller, row, wanted.reason)
             return {**agent_view(row), "changed": changed, "revoked": revoked}
 
@@ -177,7 +176,7 @@ class Agents:
                 )
             revoked: list[str] = []
             if old.state != "retired":
-                _require_version(old, wanted.version)
+                require_version(old, wanted.version)
                 old, revoked = self._moves.retire(tx, caller, old, wanted.reason)
             new = self._add(tx, caller, old.sponsor, wanted, digest, predecessor=old.id)
             self._moves.change(tx, caller, old, "update", comment=f"{new.id} follows", successor=new.id)
@@ -218,16 +217,6 @@ def _check_name(name: str, own: str = "") -> None:
     """Names such as ``agent-7`` are given by the register; nobody takes the one of a later agent."""
     if name != own and _GIVEN.fullmatch(name):
         raise MalformedError(f"the name {name} is like an id", cure="choose another name", code="name_refused")
-
-
-def _require_version(row: Row[Any], version: int | None) -> None:
-    if version is not None and row.version != version:
-        raise ConflictError(
-            f"{row.id} is at version {row.version}, not {version}",
-            cure="look at it again: somebody changed it meanwhile",
-            code="version_conflict",
-            details={"version": row.version},
-        )
 
 
 def _require_living(row: Row[Any]) -> None:

@@ -228,6 +228,7 @@ class Attestation:
                 )
             subject = caller.subject(row.id, agent=row.agent_id, policy_digest=digest)
             first = row.state != State.ACTIVE
+            moved = {"state": State.ACTIVE, "state_reason": "attested", "state_since": iso(now)}
             tx.connection.execute(
                 workspaces.update()
                 .where(workspaces.c.id == row.id)
@@ -239,7 +240,7 @@ class Attestation:
                     tpm_clock=clock.clock,
                     tpm_reset_count=clock.reset_count,
                     tpm_restart_count=clock.restart_count,
-                    **({"state": State.ACTIVE, "state_reason": "attested", "state_since": iso(now)} if first else {}),
+                    **({**moved, "version": workspaces.c.version + 1} if first else {}),
                 )
             )
             tx.connection.execute(

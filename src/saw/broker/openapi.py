@@ -14,6 +14,7 @@ import msgspec
 
 from saw import __version__
 from saw.broker.agent_views import Agent, Changed, Changes, Page
+from saw.broker.workspace_views import ChangedWorkspace, Workspace, WorkspacePage
 
 
 class Call(NamedTuple):
@@ -46,14 +47,20 @@ _QUERY: Mapping[str, str] = {
 }
 ABOUT: Mapping[str, Words] = {
     "GET /v1/workspaces": Words(
-        "Workspaces by id, in pages", ("after", "limit", "state", "sponsor", "blueprint", "ring", "image", "text")
+        "Workspaces by id, in pages", ("after", "limit", "state", "sponsor", "blueprint", "ring", "image", "text"), WorkspacePage
     ),
-    "POST /v1/workspaces": Words("Register a workspace"),
-    "GET /v1/workspaces/{id}": Words("One workspace"),
-    "PUT /v1/workspaces/{id}/image": Words("Bind a workspace to another image, before it is rebuilt"),
-    "PUT /v1/workspaces/{id}/ek": Words("Record the endorsement key, once"),
-    "POST /v1/workspaces/{id}/transition": Words("Take a workspace to another state of its life"),
-    "POST /v1/workspaces/{id}/kill": Words("Kill switch: refuse everything of a workspace at once"),
+    "POST /v1/workspaces": Words("Register a workspace; the same idempotency key is the same workspace", (), ChangedWorkspace),
+    "GET /v1/workspaces/{id}": Words("One workspace", (), Workspace),
+    "PUT /v1/workspaces/{id}/image": Words(
+        "Bind a workspace to another image, before it is rebuilt; from the version that was seen", (), ChangedWorkspace
+    ),
+    "PUT /v1/workspaces/{id}/ek": Words("Record the endorsement key, once", (), ChangedWorkspace),
+    "POST /v1/workspaces/{id}/transition": Words(
+        "Take a workspace to another state of its life; from the version that was seen", (), ChangedWorkspace
+    ),
+    "POST /v1/workspaces/{id}/kill": Words(
+        "Kill switch: refuse everything of a workspace at once, whatever its version", (), ChangedWorkspace
+    ),
     "GET /v1/workspaces/{id}/policy": Words("Which policy a workspace shall load, and what it loaded"),
     "PUT /v1/policy/root": Words("Install the first TUF root, once"),
     "POST /v1/policy/publish": Words("Publish releases that officers signed"),

@@ -67,7 +67,7 @@ def operator_routes(broker: Broker, route: MakeRoute) -> list[Route]:
         route(
             "/v1/workspaces/{id}/kill",
             "POST",
-            with_body(Kill, lambda c, b, r: registry.kill(c, r.path_params["id"], b.reason)),
+            with_body(Kill, lambda c, b, r: registry.kill(c, r.path_params["id"], b.reason, b.idempotency_key)),
         ),
         route(
             "/v1/policy/root",

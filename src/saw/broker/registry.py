@@ -14,6 +14,7 @@ from saw.broker.agent_states import AgentMoves, get_agent
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.errors import ConflictError, ForbiddenError, MalformedError, NotFoundError
+from saw.broker.idempotency import Version, require_version, take_request
 from saw.broker.images import admit, find_image
 from saw.broker.job_states import JobMoves
 from saw.broker.lifecycle import State, check_step, parse_state
@@ -24,6 +25,7 @@ from saw.broker.schema import workspaces
 from saw.broker.session_ends import SessionEnds
 from saw.broker.store import Transaction
 from saw.errors import SawError
+from saw.jobs.messages import IdempotencyKey
 
 MAX_NUMBER = 250
 
@@ -38,7 +40,7 @@ NO_GRANTS: dict[str, None] = {"lease_expires_at": None, "svid_sha256": None}
 
 class CreateWorkspace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The profile of a workspace, fixed at creation. ``agent``: id of a registered agent that is bound to no workspace yet;
-    without one, an agent is registered along with the workspace."""
+    without one, an agent is registered along with the workspace. The same ``idempotency_key`` is the same workspace."""
 
     id: Text
     sponsor: Text
@@ -46,6 +48,7 @@ class CreateWorkspace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ring: Name
     image: Text
     agent: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    idempotency_key: IdempotencyKey | None = None
 
 
 class RecordEk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,22 +58,30 @@ class RecordEk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Reprovision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The registered image that a workspace is rebuilt from; its data disk and its TPM stay."""
+    """The registered image that a workspace is rebuilt from; its data disk and its TPM stay. ``version``, where given, is the
+    one that the caller has seen; what was told under one ``idempotency_key`` is done once."""
 
     image: Text
+    version: Version | None = None
+    idempotency_key: IdempotencyKey | None = None
 
 
 class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A lifecycle step and why."""
+    """A lifecycle step and why. ``version``, where given, is the one that the caller has seen; what was told under one
+    ``idempotency_key`` is done once."""
 
     to: str
     reason: Text
+    version: Version | None = None
+    idempotency_key: IdempotencyKey | None = None
 
 
 class Kill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Why everything of a workspace must be refused at once."""
+    """Why everything of a workspace must be refused at once, whatever its version. A kill that is told again under one
+    ``idempotency_key`` does not kill what was released since."""
 
     reason: Text
+    idempotency_key: IdempotencyKey | None = None
 
 
 class Registry:
@@ -89,7 +100,7 @@ class Registry:
         """Register a workspace and its agent.
 
         Raises :class:`MalformedError` for an id that no VM can have, :class:`ConflictError` for a used one, even a
-        decommissioned one.
+        decommissioned one, and for a key that was used for another request (``idempotency_mismatch``).
         """
         if not _ID.fullmatch(wanted.id):
             raise MalformedError(
@@ -99,6 +110,8 @@ class Registry:
             )
         now = self._s.clock()
         with self._s.store.write() as tx:
+            if take_request(tx, caller, now, wanted.idempotency_key, "create", wanted.id, wanted):
+                return {**public_view(get_row(tx.connection, wanted.id)), "changed": False}
             if tx.connection.execute(select(workspaces.c.id).where(workspaces.c.id == wanted.id)).first():
                 raise ConflictError(
                     f"workspace {wanted.id} exists",
@@ -110,6 +123,7 @@ class Registry:
             number = self._free_number(tx.connection)
             profile = msgspec.structs.asdict(wanted)
             named = profile.pop("agent")
+            del profile["idempotency_key"]
             agent = get_agent(tx.connection, named) if named else self._agents.add(tx, caller, wanted.sponsor)
             stamp = iso(now)
             tx.connection.execute(
@@ -136,7 +150,7 @@ class Registry:
                 )
             )
             self._agents.bind(tx, caller, agent, get_row(tx.connection, wanted.id))
-            return public_view(get_row(tx.connection, wanted.id))
+            return {**public_view(get_row(tx.connection, wanted.id)), "changed": True}
 
     def show(self, workspace_id: str) -> dict[str, Any]:
         """Return one workspace as the operator sees it."""
@@ -183,14 +197,18 @@ class Registry:
     def reprovision(self, caller: Caller, workspace_id: str, body: Reprovision) -> dict[str, Any]:
         """Bind a workspace that does not run to another registered image: its expected measurements change with it.
 
-        Allowed before it first runs and while it is stopped; raises :class:`ConflictError` otherwise (control ISO-01).
+        Allowed before it first runs and while it is stopped; raises :class:`ConflictError` otherwise (control ISO-01), and when
+        it has changed meanwhile (``version_conflict``, with the present version).
         """
         now = self._s.clock()
         with self._s.store.write() as tx:
             row = get_row(tx.connection, workspace_id)
+            if take_request(tx, caller, now, body.idempotency_key, "image", workspace_id, body):
+                return {**public_view(row), "changed": False}
             image = find_image(tx.connection, body.image)
             changed = (row.image, row.image_sha256) != (body.image, image.image_sha256)
             if changed:
+                require_version(row, body.version)
                 admit(image, row.ring, self._candidate_rings, now)
             if changed and row.state not in {State.REQUESTED, State.PROVISIONING, State.STOPPED}:
                 raise ConflictError(
@@ -207,28 +225,37 @@ class Registry:
                         ("workspace", workspace_id),
                         activity="update",
                         comment="rebuilt from another image",
-                        detail={"from": row.image_sha256, "to": image.image_sha256},
+                        detail={"from": row.image_sha256, "to": image.image_sha256, "version": row.version + 1},
                     )
                 )
                 tx.touch(workspace_id)
         return {**self.show(workspace_id), "changed": changed}
 
     def transition(self, caller: Caller, workspace_id: str, step: Step) -> dict[str, Any]:
-        """Take one lifecycle step. To the present state it changes nothing; a step that is not allowed is refused."""
+        """Take one lifecycle step. To the present state it changes nothing; a step that is not allowed is refused, and so is one
+        from a version that is no more (``version_conflict``, with the present one)."""
         to = parse_state(step.to)
         with self._s.store.write() as tx:
             row = get_row(tx.connection, workspace_id)
+            if take_request(tx, caller, self._s.clock(), step.idempotency_key, "transition", workspace_id, step):
+                return {**public_view(row), "changed": False}
             changed = row.state != to
             if changed:
+                require_version(row, step.version)
                 check_step(workspace_id, State(row.state), to)
                 self._move(tx, caller, row, to, step.reason)
         return {**self.show(workspace_id), "changed": changed}
 
-    def kill(self, caller: Caller, workspace_id: str, reason: str) -> dict[str, Any]:
-        """Quarantine at once: no lease, no SVID, no new nonce; perimeters are woken when this returns."""
+    def kill(self, caller: Caller, workspace_id: str, reason: str, key: str | None = None) -> dict[str, Any]:
+        """Quarantine at once: no lease, no SVID, no new nonce; perimeters are woken when this returns.
+
+        No version is asked for: a kill goes before what others change. What was told under ``key`` is done once.
+        """
         now = self._s.clock()
         with self._s.store.write() as tx:
             row = get_row(tx.connection, workspace_id)
+            if take_request(tx, caller, now, key, "kill", workspace_id, reason):
+                return {**public_view(row), "changed": False}
             if row.state == State.DECOMMISSIONED:
                 raise ConflictError(
                     f"{workspace_id} is decommissioned", cure="nothing is left to kill", code="decommissioned"
@@ -266,7 +293,7 @@ class Registry:
                 ("workspace", row.id),
                 activity=activity,  # type: ignore[arg-type]
                 comment=reason,
-                detail={"from": row.state, "to": str(to)},
+                detail={"from": row.state, "to": str(to), "version": row.version + 1},
             )
         )
         self._reviews.cancel_all(tx, caller, row.id, reason)
@@ -279,6 +306,8 @@ class Registry:
 
     @staticmethod
     def _set(connection: Connection, workspace_id: str, **values: Any) -> None:
+        """Write ``values`` as the next version."""
+        values["version"] = workspaces.c.version + 1
         connection.execute(workspaces.update().where(workspaces.c.id == workspace_id).values(**values))
 
     @staticmethod

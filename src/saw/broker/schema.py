@@ -65,6 +65,8 @@ workspaces = Table(
     Column("reported_reason", Text),
     Column("reported_verified", Boolean),
     Column("reported_at", String(32)),
+    # Counts changes of what operators decide about: state, image, agent and endorsement key.
+    Column("version", Integer, nullable=False, server_default="1"),
     Index(
         "workspaces_number_in_use",
         "number",
@@ -72,6 +74,17 @@ workspaces = Table(
         sqlite_where=text("state != 'decommissioned'"),
         postgresql_where=text("state != 'decommissioned'"),
     ),
+)
+
+#: Requests about workspaces that carried a key (:mod:`saw.broker.idempotency`), for as long as the key is known.
+workspace_requests = Table(
+    "workspace_requests",
+    metadata,
+    Column("asked_by", String(256), primary_key=True),
+    Column("idempotency_key", String(128), primary_key=True),
+    Column("request_sha256", String(64), nullable=False),
+    Column("workspace_id", String(64), nullable=False),
+    Column("asked_at", String(32), nullable=False, index=True),
 )
 
 #: Agents (:mod:`saw.broker.agents`): those of all workspaces, past ones too. A row never goes, so no id comes back.

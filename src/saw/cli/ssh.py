@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,13 @@ DIRECT = "/v1/certificates/ssh"
 
 
 class Granted(msgspec.Struct, frozen=True):
-    """What a connection takes: where the server is, as whom to log in, and under which name it is certified."""
+    """What a connection takes: where the server is, as whom to log in, and under which name it is certified. ``session`` is what
+    the audit trail calls it."""
 
     address: tuple[str, int]
     user: str
     alias: str
+    session: str
 
 
 def main(argv: list[str]) -> int:
@@ -66,15 +68,20 @@ def main(argv: list[str]) -> int:
     if options.certify:
         certify(context, options.workspace, kept_directory(options.workspace), options.ttl)
         return 0
-    _leave_no_key()
+    return attach(context, options.workspace, command, options.ttl)
+
+
+def attach(context: Context, workspace: str, command: Sequence[str], ttl_s: int) -> int:
+    """Run ``command`` in a workspace, a shell when it is empty, and return ssh's exit code."""
+    leave_no_key()
     with tempfile.TemporaryDirectory(prefix="saw-ssh-") as name:
         directory = Path(name)  # 0700, removed with the key when ssh ends
-        to = certify(context, options.workspace, directory, options.ttl)
+        to = certify(context, workspace, directory, ttl_s)
         terminal = sys.stdin.isatty() and sys.stdout.isatty()
         return subprocess.call(ssh_line(directory, to.alias, to.user, to.address, command, terminal=terminal))
 
 
-def _leave_no_key() -> None:
+def leave_no_key() -> None:
     """Let a hang-up or a request to end go the way of every end, on which folders are removed; what is ignored stays so."""
 
     wanted = (signal.SIGHUP, signal.SIGTERM)
@@ -97,7 +104,7 @@ def certify(context: Context, workspace: str, directory: Path, ttl_s: int) -> Gr
     if bastion is None:
         given = OperatorClient(context).request("POST", DIRECT, wanted)
         ingress = context.ingress
-        to = Granted((ingress.host, ingress.base_port + given["number"]), ingress.user, workspace)
+        to = Granted((ingress.host, ingress.base_port + given["number"]), ingress.user, workspace, given["session_id"])
     else:
         wanted["source_address"] = bastion.source_address
         if bastion.sign_in:
@@ -105,7 +112,7 @@ def certify(context: Context, workspace: str, directory: Path, ttl_s: int) -> Gr
             given = call(session.place, "POST", "/v1/sso/sessions", wanted, token=session.token)
         else:
             given = OperatorClient(context).request("POST", "/v1/sessions", wanted)
-        to = Granted((bastion.host, bastion.port), bastion.user, given["host_name"])
+        to = Granted((bastion.host, bastion.port), bastion.user, given["host_name"], given["session_id"])
     write_private(directory / "key-cert.pub", given["certificate"] + "\n")
     write_private(directory / "known_hosts", f"@cert-authority * {given['host_ca']}\n")
     return to

@@ -27,16 +27,12 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     if options.command == "bootstrap":
         return _bootstrap(options)
-    from saw.broker.client import OperatorClient, listed_workspaces
+    if options.command == "list":
+        return list_workspaces(options)
+    from saw.broker.client import OperatorClient
 
     client = OperatorClient.from_context(options.context)
     path = f"/v1/workspaces/{quote(options.id, safe='')}" if "id" in options else "/v1/workspaces"
-    if options.command == "list":
-        filters = {name: values for name in _FILTERS if (values := getattr(options, f"only_{name}"))}
-        with client.session():
-            rows = listed_workspaces(client, **filters)
-        show({"workspaces": rows}, table(_shorten(rows), _COLUMNS), as_json=options.json)
-        return 0
     if options.command == "credential":
         from saw.broker.vm_credential import vm_credential
 
@@ -48,23 +44,47 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def add_filters(parser: argparse.ArgumentParser) -> None:
+    """Add the options of :func:`list_workspaces`."""
+    for name in _FILTERS[:-1]:
+        parser.add_argument(
+            f"--{name}", dest=f"only_{name}", action="append", metavar="NAME", help=f"with this {name}; may be repeated"
+        )
+    parser.add_argument("--text", dest="only_text", nargs=1, metavar="TEXT", help="occurs in the id or the sponsor")
+    add_options(parser)
+
+
+def list_workspaces(options: argparse.Namespace) -> int:
+    """Print the workspaces that the filters of ``options`` choose."""
+    from saw.broker.client import OperatorClient, listed_workspaces
+
+    client = OperatorClient.from_context(options.context)
+    filters = {name: values for name in _FILTERS if (values := getattr(options, f"only_{name}"))}
+    with client.session():
+        rows = listed_workspaces(client, **filters)
+    show({"workspaces": rows}, table(_shorten(rows), _COLUMNS), as_json=options.json)
+    return 0
+
+
 def _call(client: Any, path: str, options: argparse.Namespace) -> dict[str, Any]:
     command = options.command
+    told = {"version": getattr(options, "version", None), "idempotency_key": getattr(options, "key", None)}
+    given = {name: value for name, value in told.items() if value is not None}
     if command == "show":
         answer = client.request("GET", path)
     elif command == "create":
         profile = {name: getattr(options, name) for name in ("id", "sponsor", "blueprint", "ring", "image")}
         profile |= {"agent": options.agent} if options.agent else {}
-        answer = client.request("POST", "/v1/workspaces", profile)
+        answer = client.request("POST", "/v1/workspaces", {**profile, **given})
     elif command == "record-ek":
         answer = client.request("PUT", f"{path}/ek", {"ek_pub_pem": Path(options.file).read_text("ascii")})
     elif command == "reprovision":
-        answer = client.request("PUT", f"{path}/image", {"image": options.image})
+        answer = client.request("PUT", f"{path}/image", {"image": options.image, **given})
     elif command == "kill":
-        answer = client.request("POST", f"{path}/kill", {"reason": options.reason})
+        answer = client.request("POST", f"{path}/kill", {"reason": options.reason, **given})
     else:
         to = options.to if command == "transition" else _STEPS[command]
-        answer = client.request("POST", f"{path}/transition", {"to": to, "reason": options.reason})
+        answer = client.request("POST", f"{path}/transition", {"to": to, "reason": options.reason, **given})
     return dict(answer)
 
 
@@ -85,22 +105,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="saw workspace", description="The register of workspaces.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add(name: str, text: str, *, identified: bool = True) -> argparse.ArgumentParser:
+    def add(name: str, text: str, *, keyed: bool = False, versioned: bool = False) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         add_options(command)
-        if identified:
-            command.add_argument("id", help="workspace id")
+        command.add_argument("id", help="workspace id")
+        if keyed:
+            command.add_argument("--key", metavar="KEY", help="idempotency key: what is told again is done once")
+        if versioned:
+            command.add_argument("--version", type=int, help="change it only if this is its version (default: any)")
         return command
 
-    listing = add("list", "list workspaces: all, or those that filters choose", identified=False)
-    for name in _FILTERS[:-1]:
-        listing.add_argument(
-            f"--{name}", dest=f"only_{name}", action="append", metavar="NAME", help=f"with this {name}; may be repeated"
-        )
-    listing.add_argument("--text", dest="only_text", nargs=1, metavar="TEXT", help="occurs in the id or the sponsor")
+    text = "list workspaces: all, or those that filters choose"
+    add_filters(commands.add_parser("list", help=text, description=text))
     add("show", "show one workspace")
     add("credential", "print what its VM is told at creation (public data)")
-    create = add("create", "register a workspace; its profile is fixed from then on")
+    create = add("create", "register a workspace; its profile is fixed from then on", keyed=True)
     for name, text in (
         ("sponsor", "the employee on whose behalf it runs"),
         ("blueprint", "policy blueprint"),
@@ -113,9 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     record = add("record-ek", "record the endorsement key of its TPM, once")
     record.add_argument("file", help="PEM file of the public key")
-    reprovision = add("reprovision", "bind a stopped workspace to another registered image")
+    reprovision = add("reprovision", "bind a stopped workspace to another registered image", keyed=True, versioned=True)
     reprovision.add_argument("--image", required=True, help="name of a registered image")
-    transition = add("transition", "take one lifecycle step")
+    transition = add("transition", "take one lifecycle step", keyed=True, versioned=True)
     transition.add_argument("to", help="the state to reach")
     transition.add_argument("--reason", required=True, help="why; it is audited")
     for name, text in (
@@ -123,8 +142,9 @@ def _parser() -> argparse.ArgumentParser:
         ("stop", "take its lease away until it is started"),
         ("decommission", "end it for good"),
     ):
-        add(name, text).add_argument("--reason", default=f"{name} by operator", help="why; it is audited")
-    kill = add("kill", "refuse everything of it at once, until it is released")
+        step = add(name, text, keyed=True, versioned=True)
+        step.add_argument("--reason", default=f"{name} by operator", help="why; it is audited")
+    kill = add("kill", "refuse everything of it at once, until it is released", keyed=True)
     kill.add_argument("--reason", required=True, help="why; it is audited")
     bootstrap = commands.add_parser("bootstrap", help="in the VM: check what it was told at creation and lay it out")
     bootstrap.add_argument("--from", dest="source", help="file (default: the systemd credential saw.workspace)")

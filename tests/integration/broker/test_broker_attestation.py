@@ -137,7 +137,8 @@ def test_no_good_quote_no_identity_and_a_good_one_gives_identity_lease_and_sessi
         bad = {**agent.evidence(nonce, digest), "event_log_b64": b64(event_log(boot_events()[:-1]))}
         assert "event_log_mismatch" in failures(agent.quote(bad))
         assert failures(agent.quote(agent.evidence(nonce, digest))) == {"nonce_unknown"}
-        assert lab.operator.request("GET", "/v1/workspaces/ws-a")["state"] == "attesting"
+        before = lab.operator.request("GET", "/v1/workspaces/ws-a")
+        assert before["state"] == "attesting"
 
         # The good quote.
         evidence = agent.evidence(agent.nonce(), digest)
@@ -147,6 +148,7 @@ def test_no_good_quote_no_identity_and_a_good_one_gives_identity_lease_and_sessi
         svid = parse_svid(granted["svid_pem"])
         assert (svid.workspace_id, svid.policy_digest, granted["policy_digest"]) == ("ws-a", digest, digest)
         assert granted["lease"]["ttl_s"] == 90
+        assert lab.operator.request("GET", "/v1/workspaces/ws-a")["version"] == before["version"] + 1
         assert "offline_s" not in granted["lease"], "the policy grants none"
         assert 80 < (datetime.fromisoformat(granted["lease"]["expires_at"]) - datetime.now(UTC)).total_seconds() <= 90
         assert granted["ssh_host_cert"].startswith("ssh-ed25519-cert-v01@openssh.com ")
@@ -185,8 +187,10 @@ def test_no_good_quote_no_identity_and_a_good_one_gives_identity_lease_and_sessi
 
         # An image that is deprecated still attests; a revoked one loses its grants at once and attests no more.
         lab.move_image("measured", "deprecated")
+        counted = lab.operator.request("GET", "/v1/workspaces/ws-a")["version"]
         renewed = agent.quote(agent.evidence(agent.nonce(), digest, newer))
         assert renewed.status_code == 200
+        assert lab.operator.request("GET", "/v1/workspaces/ws-a")["version"] == counted, "a lease is not a change"
         assert (renewed.json()["lease"]["ttl_s"], renewed.json()["lease"]["offline_s"]) == (90, 300)
         key = agent.key
         assert lab.move_image("measured", "revoked")["workspaces_cut_off"] == ["ws-a"]

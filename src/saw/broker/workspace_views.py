@@ -1,0 +1,56 @@
+"""What the calls about workspaces answer: the types that are told to programs (:mod:`saw.broker.openapi`)."""
+
+from __future__ import annotations
+
+import msgspec
+
+from saw.broker.lifecycle import State
+
+
+class Workspace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A workspace as it is answered. Times are RFC 3339; what is null was not yet, or is no more.
+
+    ``version`` counts changes of state, image, agent and endorsement key; what the workspace reports itself does not count.
+    """
+
+    id: str
+    number: int
+    sponsor: str
+    blueprint: str
+    ring: str
+    image: str
+    image_sha256: str
+    agent_id: str
+    state: State
+    state_reason: str
+    state_since: str
+    created_at: str
+    watch_seq: int
+    ek_recorded: bool
+    ak_id: str | None
+    tpm_clock: int | None
+    tpm_reset_count: int | None
+    tpm_restart_count: int | None
+    policy_digest: str | None
+    lease_expires_at: str | None
+    svid_sha256: str | None
+    attested_at: str | None
+    reported_state: str | None
+    reported_digest: str | None
+    reported_reason: str | None
+    reported_verified: bool | None
+    reported_at: str | None
+    version: int
+
+
+class ChangedWorkspace(Workspace, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A workspace after a call, and whether the call changed it; false too when it was told before under its key."""
+
+    changed: bool
+
+
+class WorkspacePage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Workspaces by id; ``next`` is the ``after`` of the page that follows, null at the end."""
+
+    workspaces: tuple[Workspace, ...]
+    next: str | None
