@@ -9,6 +9,7 @@ import msgspec
 
 from saw.attest.image_record import Evidence
 from saw.broker.database_settings import parse_database
+from saw.broker.forwarding_settings import ForwardingSettings, problems_of_forwarding
 from saw.broker.gate_settings import GateSettings, MachineSettings, problems_of_gates
 from saw.broker.job_settings import JobSettings, problems_of_jobs
 from saw.broker.retention_settings import AuditSettings, problems_of_audit
@@ -93,6 +94,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     where changes to the fleet wait for people, and which programs may ask; ``machine_audience``: what tokens of machines are for.
     ``terminal``: sessions and recordings in a browser; absent means that there are none.
     ``jobs``: lifecycle calls run playbooks; absent means that they do not.
+    ``forwarding``: ports of workspaces may be granted to people; absent means that none is.
     ``audit``: how long the trail is kept; absent means for ever.
     ``postgresql`` (in the file: ``database``): the database of several brokers; absent means a SQLite file of this one.
     """
@@ -117,6 +119,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     terminal: TerminalSettings | None = None
     jobs: JobSettings | None = None
     audit: AuditSettings | None = None
+    forwarding: ForwardingSettings | None = None
     postgresql: str | None = msgspec.field(name="database", default=None)
 
     @property
@@ -193,6 +196,8 @@ def load_config(path: Path | str) -> BrokerConfig:
     problems.extend(problems_of_gates(config.gates, config.machines, audience=config.machine_audience, client=client))
     if config.jobs is not None:
         problems.extend(problems_of_jobs(config.jobs))
+    if config.forwarding is not None:
+        problems.extend(problems_of_forwarding(config.forwarding))
     if config.audit is not None:
         problems.extend(problems_of_audit(config.audit, ships=config.audit_socket is not None))
     if problems:

@@ -19,6 +19,7 @@ from saw.broker.clock import Clock
 from saw.broker.config import BrokerConfig
 from saw.broker.context import Services
 from saw.broker.delegations import Delegations
+from saw.broker.forwards import Forwards
 from saw.broker.gates import Gates
 from saw.broker.holds import Holds
 from saw.broker.images import Images
@@ -72,6 +73,7 @@ class Broker:
     rollout_views: RolloutViews
     certificates: Certificates
     sessions: BastionSessions
+    forwards: Forwards
     recordings: Recordings
     charges: Charges
     overview: Overview
@@ -115,7 +117,7 @@ class Broker:
         sso = SingleSignOn.open(services)
         charges = Charges(services)
         jobs = Jobs(services, registry)
-        delegations = Delegations(services)
+        delegations, forwards = Delegations(services), Forwards(services)
         broker = cls(
             config=config,
             services=services,
@@ -132,6 +134,7 @@ class Broker:
             certificates=Certificates(services, authority, ssh, RING2_NAME),
             sessions=BastionSessions(
                 services,
+                forwards,
                 SshAuthority.load(config.keys / "ssh-sessions"),
                 ssh,
                 SealKey.load(
@@ -141,6 +144,7 @@ class Broker:
                     malformed="put back the key of the backup",
                 ),
             ),
+            forwards=forwards,
             recordings=Recordings(services),
             charges=charges,
             overview=Overview(services, charges),
