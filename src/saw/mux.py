@@ -66,7 +66,7 @@ def may_be_forwarded(port: int) -> bool:
 def read_port(text: str) -> int | None:
     """Return the port that ``text`` names, None when it is none that may be forwarded."""
     port = int(text) if text.isascii() and text.isdigit() and len(text) <= 5 else 0
-    return port if may_be_forwarded(port) else None
+    return port if str(port) == text and may_be_forwarded(port) else None
 
 
 def encode(frame: Frame) -> bytes:

@@ -1,4 +1,4 @@
-"""``saw session``: end sessions, hold recordings, grant ports; on bastions: the recorder, and the renewal of the host certificate."""
+"""``saw session``: end sessions, hold recordings, grant ports; on bastions: the recorder, renewal of the host certificate."""
 
 from __future__ import annotations
 
