@@ -1,4 +1,4 @@
-"""Grants of ports: who may reach which port of a workspace, until when. Without one nothing is forwarded (control ID-03).
+"""Grants of ports: who may reach which port of a workspace, until when. Without one nothing is forwarded (control ID-02).
 
 A grant counts for one workspace, one port and one person. It is looked at when a certificate is asked for, when the recorder
 opens the session, and while the session lives; the configuration counts each time.

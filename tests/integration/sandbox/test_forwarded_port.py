@@ -13,7 +13,7 @@ from conftest import PYTHON
 from saw import mux
 from saw.mux import Frame, Frames, Kind, encode
 
-pytestmark = pytest.mark.control("NET-01")
+pytestmark = pytest.mark.control("NET-02")
 SERVER = """
 import socket, sys
 listener = socket.create_server((sys.argv[1], int(sys.argv[2])))

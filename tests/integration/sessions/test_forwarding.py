@@ -28,7 +28,7 @@ from saw.broker.forwarding_settings import ForwardingSettings
 from saw.identity.ssh import SshAuthority
 from saw.mux import Frame, Kind, encode
 
-pytestmark = pytest.mark.control("ID-03")
+pytestmark = pytest.mark.control("ID-02")
 SECRET = "content-of-a-page-that-is-not-recorded"
 SAW = [sys.executable, "-m", "saw.cli.main"]
 
@@ -237,6 +237,7 @@ def test_a_grant_that_is_over_opens_nothing(ports: Bastion, page: int) -> None:
         assert fetch(local_port(said), "/") == f"{SECRET} /"
 
 
+@pytest.mark.control("ID-03")
 @pytest.mark.parametrize("how", ["revoked", "ended", "stopped"])
 def test_what_is_live_drops_with_its_reason(ports: Bastion, page: int, how: str) -> None:
     given = grant(ports, page)
@@ -262,6 +263,26 @@ def test_what_is_live_drops_with_its_reason(ports: Bastion, page: int, how: str)
     if how != "revoked":
         with exposed(ports, page) as (_, said):
             assert fetch(local_port(said), "/again") == f"{SECRET} /again"
+
+
+def test_without_its_recorder_nothing_goes_through(ports: Bastion, page: int) -> None:
+    grant(ports, page)
+    with exposed(ports, page) as (process, said):
+        local = local_port(said)
+        assert fetch(local, "/") == f"{SECRET} /"
+        [recorder] = ports.recorders()
+        os.kill(recorder, signal.SIGKILL)
+        assert process.wait(60) == 1
+        with pytest.raises(OSError):
+            fetch(local, "/")
+    ports.configure(recordings_dir="/dev/full")
+    try:
+        with exposed(ports, page) as (process, said):
+            assert "cannot be recorded" in refusal(process, said)
+    finally:
+        ports.configure()
+    with exposed(ports, page) as (_, said):
+        assert fetch(local_port(said), "/again") == f"{SECRET} /again"
 
 
 def test_a_session_for_a_port_does_nothing_else_and_others_reach_no_port(ports: Bastion, page: int) -> None:

@@ -32,7 +32,7 @@ from saw.broker.session_views import key_digest
 from saw.errors import ConfigError
 from saw.sessions.messages import Granted, Redeem
 
-pytestmark = pytest.mark.control("ID-03")
+pytestmark = pytest.mark.control("ID-02")
 RULES = ForwardingSettings(("3000-3999", "8080"), max_hours=4, blueprints=("coding",))
 TO = f"user:{ADA}"
 HOUR = 3600
@@ -187,6 +187,7 @@ def test_a_session_for_a_port_runs_no_command_and_has_no_terminal(world: World) 
     assert redeem(world, session, key).forward_port == 3000
 
 
+@pytest.mark.control("ID-03")
 def test_what_is_revoked_ends_at_once_and_opens_nothing(world: World) -> None:
     forwards = world.broker.forwards
     given = forwards.grant(OPERATOR, wanted())
