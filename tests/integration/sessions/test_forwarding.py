@@ -265,6 +265,24 @@ def test_what_is_live_drops_with_its_reason(ports: Bastion, page: int, how: str)
             assert fetch(local_port(said), "/again") == f"{SECRET} /again"
 
 
+def test_what_people_type_is_recorded_where_that_was_decided_and_what_their_browsers_send_is_not(
+    ports: Bastion, page: int
+) -> None:
+    grant(ports, page)
+    ports.configure(record_input=True)
+    try:
+        with exposed(ports, page) as (_, said):
+            assert fetch(local_port(said), "/cookie-of-a-browser").endswith("/cookie-of-a-browser")
+            [session] = live(ports)
+    finally:
+        ports.configure()
+    ports.closed(session)
+    cast = ports.directory / "input.cast"
+    assert ports.saw("replay", session, "--output", str(cast)).returncode == 0
+    assert {json.loads(line)[1] for line in cast.read_text().splitlines()[1:]} == {"m"}
+    assert "cookie-of-a-browser" not in cast.read_text()
+
+
 def test_without_its_recorder_nothing_goes_through(ports: Bastion, page: int) -> None:
     grant(ports, page)
     with exposed(ports, page) as (process, said):

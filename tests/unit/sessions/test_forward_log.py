@@ -48,6 +48,11 @@ def test_however_the_stream_is_cut_the_log_is_the_same(cuts: list[int]) -> None:
     assert log.finish() == ["forward port 3000 connection 3 ended: 0 bytes in, 0 bytes out (not ended)"]
 
 
+def back(log: ForwardLog) -> None:
+    log.asked(encode(Frame(Kind.OPEN, 1)))
+    log.answered(encode(Frame(Kind.OPEN, 1)))
+
+
 def many(log: ForwardLog) -> None:
     log.asked(b"".join(encode(Frame(Kind.OPEN, number + 1)) for number in range(2 * MOST + 1)))
 
@@ -57,6 +62,7 @@ WRONG: dict[str, Callable[[ForwardLog], object]] = {
     "text back": lambda log: log.answered(b"SSH-2.0-x\r\n"),
     "hello from the client": lambda log: log.asked(encode(HELLO)),
     "open from the workspace": lambda log: log.answered(encode(Frame(Kind.OPEN, 1))),
+    "open from the workspace too": back,
     "unopened": lambda log: log.asked(encode(Frame(Kind.DATA, 1, b"x"))),
     "unopened back": lambda log: log.answered(encode(Frame(Kind.DATA, 1, b"x"))),
     "twice": lambda log: log.asked(encode(Frame(Kind.OPEN, 1)) * 2),
