@@ -12,14 +12,16 @@ from typing import Annotated, Any
 import msgspec
 from sqlalchemy import Connection, Row, false, select
 
-from saw.broker.clock import iso
+from saw.broker.clock import iso, parse_iso
 from saw.broker.context import BROKER, Caller, Services
 from saw.broker.errors import ConflictError, ForbiddenError
+from saw.broker.forwards import Forwards, Port
 from saw.broker.lifecycle import State
 from saw.broker.people import find_person
 from saw.broker.registry import get_row, require_state
 from saw.broker.schema import sessions, sso_sessions, workspaces
-from saw.broker.session_ends import PROTOCOL, SessionEnds, holder, session_key
+from saw.broker.session_ends import SessionEnds, holder, session_key
+from saw.broker.session_records import SessionRecords
 from saw.broker.session_views import bound_to, get_session, key_digest, not_over, own_session, session_view
 from saw.broker.store import Transaction
 from saw.identity.sealed import KEY_BYTES, SealKey
@@ -31,12 +33,16 @@ LISTED = 1000
 
 
 class SessionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A certificate to log in at the bastion once; ``ttl_s`` bounds the time to connect (seconds)."""
+    """A certificate to log in at the bastion once; ``ttl_s`` bounds the time to connect (seconds).
+
+    With ``forward_port`` the session carries connections to that port of the workspace and does nothing else; it takes a grant.
+    """
 
     workspace_id: Annotated[str, msgspec.Meta(max_length=64)]
     public_key: Annotated[str, msgspec.Meta(max_length=4096)]
     ttl_s: Annotated[int, msgspec.Meta(ge=10, le=300)] = 120
     source_address: Annotated[str, msgspec.Meta(max_length=256)] | None = None
+    forward_port: Port | None = None
 
 
 class EndRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,13 +59,20 @@ class BastionSessions:
     """
 
     def __init__(
-        self, services: Services, session_ca: SshAuthority, workspaces_ca: SshAuthority, vault: SealKey
+        self,
+        services: Services,
+        forwards: Forwards,
+        session_ca: SshAuthority,
+        workspaces_ca: SshAuthority,
+        vault: SealKey,
     ) -> None:
         self._s = services
         self._session_ca = session_ca
         self._workspaces_ca = workspaces_ca
         self._vault = vault
         self._ends = SessionEnds(services)
+        self._records = SessionRecords(services)
+        self._forwards = forwards
         self._rules = services.config.sessions
         self._lost_after = timedelta(seconds=3 * self._rules.lease_s)
         self._up_since = services.clock()
@@ -71,7 +84,7 @@ class BastionSessions:
             row = get_row(tx.connection, workspace)
             refused = self._barred(tx.connection, row, person, sign_in, now)
             if refused is not None:
-                self._record_request(tx, caller, row, refused, detail={"sign_in": sign_in})
+                self._records.request(tx, caller, row, refused, detail={"sign_in": sign_in})
         if refused is not None:
             raise refused
 
@@ -84,8 +97,11 @@ class BastionSessions:
         session, expires = self._s.new_id("ses"), now + timedelta(seconds=body.ttl_s)
         with self._s.store.write() as tx:
             row = get_row(tx.connection, body.workspace_id)
+            asking = f"user:{person}" if person else caller.principal
+            certificate, grant = "", None
             refused = self._barred(tx.connection, row, person, sign_in, now)
-            certificate = ""
+            if refused is None:
+                grant, refused = self._granted(tx.connection, row, body.forward_port, asking, now)
             if refused is None:
                 certificate = self._session_ca.issue_user(
                     body.public_key,
@@ -95,6 +111,7 @@ class BastionSessions:
                     body.ttl_s,
                     source_address=body.source_address,
                     force_command=f"saw session record {row.id}",
+                    terminal=body.forward_port is None,
                 )
                 tx.connection.execute(
                     sessions.insert().values(
@@ -108,14 +125,17 @@ class BastionSessions:
                         kind="bastion",
                         person=person,
                         sso_session=sign_in,
+                        forward_port=body.forward_port,
+                        forward_grant=None if grant is None else grant.id,
                     )
                 )
             asked = {
                 "key_sha256": key_digest(body.public_key),
                 "source_address": body.source_address or "",
                 "sign_in": sign_in,
+                **_forwarded(body.forward_port, grant),
             }
-            self._record_request(tx, caller, row, refused, session=session, expires=expires, detail=asked)
+            self._records.request(tx, caller, row, refused, session=session, expires=expires, detail=asked)
         if refused is not None:
             raise refused
         return {
@@ -134,7 +154,7 @@ class BastionSessions:
                 select(sessions).where((sessions.c.id == body.session_id) & (sessions.c.kind == "bastion"))
             ).one_or_none()
             refused = self._unredeemable(tx.connection, row, body, now)
-            self._record_opening(tx, caller, row, body, refused)
+            self._records.opening(tx, caller, row, body, refused)
             granted = None if row is None or refused is not None else self._open(tx, caller, row, body, now)
         if refused is not None:
             raise refused
@@ -290,15 +310,36 @@ class BastionSessions:
         if row.expires_at <= iso(now):
             return ForbiddenError(f"{row.id} was not used in time", cure=again, code="session_expired")
         workspace = connection.execute(select(workspaces).where(workspaces.c.id == row.workspace_id)).one()
-        return self._barred(connection, workspace, row.person, row.sso_session, now)
+        if row.forward_port is not None and (body.command or body.terminal):
+            return ForbiddenError(f"{row.id} runs no command", cure="use saw expose", code="forward_alone")
+        barred = self._barred(connection, workspace, row.person, row.sso_session, now)
+        return barred or self._granted(connection, workspace, row.forward_port, holder(row), now)[1]
+
+    def _granted(
+        self, connection: Connection, workspace: Row[Any], port: int | None, asking: str, now: datetime
+    ) -> tuple[Row[Any] | None, ForbiddenError | None]:
+        """Return the grant of ``port``, or what refuses it; a session without a port takes no grant."""
+        if port is None:
+            return None, None
+        found = self._forwards.require(connection, workspace, port, asking, now)
+        return (None, found) if isinstance(found, ForbiddenError) else (found, None)
 
     def _open(self, tx: Transaction, caller: Caller, row: Row[Any], body: Redeem, now: datetime) -> Granted:
         workspace = get_row(tx.connection, row.workspace_id)
         key = self._s.random(KEY_BYTES)
         ends = now + timedelta(seconds=self._rules.max_duration_s)
+        grant, _ = self._granted(tx.connection, workspace, row.forward_port, holder(row), now)
+        if grant is not None:
+            ends = min(ends, parse_iso(grant.expires_at))
         # The certificate need only last until ssh has logged in; the way there comes from the perimeter's side of the link.
         certificate = self._workspaces_ca.issue_user(
-            body.leg_key, workspace.id, row.id, now, USER_TTL, source_address=self._source(workspace.number)
+            body.leg_key,
+            workspace.id,
+            row.id,
+            now,
+            USER_TTL,
+            source_address=self._source(workspace.number),
+            forward=row.forward_port is not None,
         )
         tx.connection.execute(
             sessions.update()
@@ -312,6 +353,7 @@ class BastionSessions:
                 command=body.command,
                 terminal=body.terminal,
                 recording_key=self._vault.seal(bound_to(row.id), key),
+                forward_grant=None if grant is None else grant.id,
             )
         )
         return Granted(
@@ -322,66 +364,13 @@ class BastionSessions:
             certificate=certificate,
             host_ca=self._workspaces_ca.host_ca,
             recording_key=key,
-            ends_in_s=float(self._rules.max_duration_s),
+            ends_in_s=(ends - now).total_seconds(),
             lease_s=float(self._rules.lease_s),
+            forward_port=row.forward_port,
         )
 
     def _source(self, number: int) -> str:
         return self._rules.leg_source or f"10.210.{number}.1"
-
-    def _record_request(
-        self,
-        tx: Transaction,
-        caller: Caller,
-        row: Row[Any],
-        refused: ForbiddenError | None,
-        *,
-        detail: dict[str, str],
-        session: str = "",
-        expires: datetime | None = None,
-    ) -> None:
-        tx.record(
-            self._s.events.authentication(
-                self._s.clock(),
-                caller.subject(row.id, agent=row.agent_id, policy_digest=row.policy_digest or ""),
-                activity="ticket",
-                outcome="success" if refused is None else "failure",
-                protocol=PROTOCOL,
-                session_uid=session,
-                expires=expires,
-                message="session requested",
-                status_detail="" if refused is None else refused.code,
-                detail=detail,
-            )
-        )
-
-    def _record_opening(
-        self,
-        tx: Transaction,
-        caller: Caller,
-        row: Row[Any] | None,
-        body: Redeem,
-        refused: ForbiddenError | ConflictError | None,
-    ) -> None:
-        tx.record(
-            self._s.events.authentication(
-                self._s.clock(),
-                caller.subject("" if row is None else row.workspace_id),
-                activity="logon",
-                outcome="success" if refused is None else "failure",
-                protocol=PROTOCOL,
-                session_uid=body.session_id,
-                message="session opened" if refused is None else "session refused",
-                status_detail="" if refused is None else refused.code,
-                detail={
-                    "session": body.session_id,
-                    "of": "" if row is None else holder(row),
-                    "from": body.address,
-                    "command": body.command[:256],
-                    "terminal": body.terminal,
-                },
-            )
-        )
 
     def _close(self, tx: Transaction, caller: Caller, row: Row[Any], reason: str, said: Closing | None) -> None:
         now = self._s.clock()
@@ -395,23 +384,10 @@ class BastionSessions:
                 "recording_digest": said.digest,
             }
         tx.connection.execute(sessions.update().where(sessions.c.id == row.id).values(**values))
-        tx.record(
-            self._s.events.authentication(
-                now,
-                caller.subject(row.workspace_id),
-                activity="logoff",
-                protocol=PROTOCOL,
-                session_uid=row.id,
-                message="session closed",
-                status_detail=reason,
-                detail={
-                    "session": row.id,
-                    "of": holder(row),
-                    "reason": reason,
-                    "recording_sha256": "" if said is None else said.digest or "",
-                    "bytes_in": 0 if said is None else said.bytes_in,
-                    "bytes_out": 0 if said is None else said.bytes_out,
-                },
-            )
-        )
+        self._records.closing(tx, caller, row, reason, said)
         tx.wake(session_key(row.id))
+
+
+def _forwarded(port: int | None, grant: Row[Any] | None) -> dict[str, object]:
+    """Return what an event says of the port that a session is for."""
+    return {} if port is None else {"forward_port": port, "forward": "" if grant is None else grant.id}

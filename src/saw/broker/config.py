@@ -10,6 +10,7 @@ import msgspec
 from saw.attest.image_record import Evidence
 from saw.broker.break_glass_settings import BreakGlassSettings, problems_of_break_glass
 from saw.broker.database_settings import parse_database
+from saw.broker.forwarding_settings import ForwardingSettings, problems_of_forwarding
 from saw.broker.gate_settings import GateSettings, MachineSettings, problems_of_gates
 from saw.broker.job_settings import JobSettings, problems_of_jobs
 from saw.broker.notification_settings import Channel, problems_of_notifications
@@ -96,6 +97,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``break_glass``: who may let a review through that its group cannot decide in time; absent means nobody.
     ``terminal``: sessions and recordings in a browser; absent means that there are none.
     ``jobs``: lifecycle calls run playbooks; absent means that they do not.
+    ``forwarding``: ports of workspaces may be granted to people; absent means that none is.
     ``audit``: how long the trail is kept; absent means for ever.
     ``notifications``: who is told that something waits for people; empty means nobody.
     ``postgresql`` (in the file: ``database``): the database of several brokers; absent means a SQLite file of this one.
@@ -123,6 +125,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     jobs: JobSettings | None = None
     audit: AuditSettings | None = None
     notifications: tuple[Channel, ...] = ()
+    forwarding: ForwardingSettings | None = None
     postgresql: str | None = msgspec.field(name="database", default=None)
 
     @property
@@ -201,6 +204,8 @@ def load_config(path: Path | str) -> BrokerConfig:
         problems.extend(problems_of_break_glass(config.break_glass))
     if config.jobs is not None:
         problems.extend(problems_of_jobs(config.jobs))
+    if config.forwarding is not None:
+        problems.extend(problems_of_forwarding(config.forwarding))
     if config.audit is not None:
         problems.extend(problems_of_audit(config.audit, ships=config.audit_socket is not None))
     problems.extend(problems_of_notifications(config.notifications))

@@ -19,6 +19,7 @@ from saw.broker.clock import Clock
 from saw.broker.config import BrokerConfig
 from saw.broker.context import Services
 from saw.broker.delegations import Delegations
+from saw.broker.forwards import Forwards
 from saw.broker.gates import Gates
 from saw.broker.holds import Holds
 from saw.broker.images import Images
@@ -74,6 +75,7 @@ class Broker:
     rollout_views: RolloutViews
     certificates: Certificates
     sessions: BastionSessions
+    forwards: Forwards
     recordings: Recordings
     charges: Charges
     overview: Overview
@@ -119,7 +121,7 @@ class Broker:
         sso = SingleSignOn.open(services)
         charges = Charges(services)
         jobs = Jobs(services, registry)
-        delegations = Delegations(services)
+        delegations, forwards = Delegations(services), Forwards(services)
         broker = cls(
             config=config,
             services=services,
@@ -136,6 +138,7 @@ class Broker:
             certificates=Certificates(services, authority, ssh, RING2_NAME),
             sessions=BastionSessions(
                 services,
+                forwards,
                 SshAuthority.load(config.keys / "ssh-sessions"),
                 ssh,
                 SealKey.load(
@@ -145,6 +148,7 @@ class Broker:
                     malformed="put back the key of the backup",
                 ),
             ),
+            forwards=forwards,
             recordings=Recordings(services),
             charges=charges,
             overview=Overview(services, charges),

@@ -16,6 +16,7 @@ from saw.broker.context import Caller
 from saw.broker.core import Broker
 from saw.broker.delegation_routes import operator_delegation_routes
 from saw.broker.drift import DriftFinding, record_drift
+from saw.broker.forward_routes import forward_routes
 from saw.broker.gate_routes import gate_routes
 from saw.broker.hold_routes import hold_routes
 from saw.broker.http import BodyHandler, with_body, without_body
@@ -96,6 +97,7 @@ def operator_routes(broker: Broker, route: MakeRoute) -> list[Route]:
         ),
         *operator_review_routes(broker, route),
         *operator_session_routes(broker, route),
+        *forward_routes(broker, route),
         *gate_routes(broker, route),
         *job_routes(broker, route),
         *notification_routes(broker, route),

@@ -14,6 +14,7 @@ from saw.broker.agent_states import AgentMoves, get_agent
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.errors import ConflictError, ForbiddenError, MalformedError, NotFoundError
+from saw.broker.forward_ends import revoke_of_workspace
 from saw.broker.idempotency import Version, require_version, take_request
 from saw.broker.images import admit, find_image
 from saw.broker.job_states import JobMoves
@@ -299,6 +300,8 @@ class Registry:
         self._reviews.cancel_all(tx, caller, row.id, reason)
         self._agents.follow(tx, caller, row.id, to, reason)
         self._sessions.end_workspace(tx, caller, row.id, str(to), reason)
+        if to in {State.QUARANTINED, State.DECOMMISSIONED}:
+            revoke_of_workspace(self._s, tx, caller, row.id, reason)
         if to is State.QUARANTINED:
             self._jobs.workspace_killed(tx, caller, row.id, reason)
             self._notifications.tell(tx, kind=Kind.WORKSPACE_QUARANTINED, workspace=row.id)

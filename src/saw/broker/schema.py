@@ -209,6 +209,25 @@ sessions = Table(
     Column("recording_held_at", String(32)),
     Column("recording_held_by", String(256)),
     Column("recording_held_reason", String(256)),
+    Column("forward_port", Integer),
+    Column("forward_grant", String(64)),
+)
+
+#: Ports of workspaces that people may reach (:mod:`saw.broker.forwards`).
+forward_grants = Table(
+    "forward_grants",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("workspace_id", String(64), nullable=False, index=True),
+    Column("port", Integer, nullable=False),
+    Column("grantee", String(256), nullable=False),
+    Column("reason", String(256), nullable=False),
+    Column("granted_by", String(256), nullable=False),
+    Column("granted_at", String(32), nullable=False),
+    Column("expires_at", String(32), nullable=False),
+    Column("revoked_by", String(256)),
+    Column("revoked_at", String(32)),
+    Column("revoked_reason", String(256)),
 )
 
 certificates = Table(

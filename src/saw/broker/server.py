@@ -234,6 +234,7 @@ def upkeep_once(broker: Broker, context: ssl.SSLContext, clock: Clock, pages: ss
         broker.rollouts.tick()
         broker.reviews.tick()
         broker.jobs.tick()
+        broker.forwards.tick()
         broker.sessions.tick()
         broker.recordings.tick()
         broker.retention.catch_up()

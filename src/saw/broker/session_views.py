@@ -75,6 +75,8 @@ def session_view(row: Row[Any], now: datetime) -> dict[str, Any]:
         "from": row.client_address,
         "command": row.command,
         "terminal": row.terminal,
+        "forward_port": row.forward_port,
+        "forward_grant": row.forward_grant,
         "requested_at": row.issued_at,
         "started_at": row.redeemed_at,
         "closed_at": row.closed_at,

@@ -22,6 +22,10 @@ def main(argv: list[str]) -> int:
     """Run one subcommand; see ``saw sandbox --help``."""
     if argv[:1] == ["attach"]:
         os.execv(ATTACH, [ATTACH, *argv[1:]])  # noqa: S606
+    if argv[:1] in (["forward"], ["forward-serve"]) and len(argv) == 1:
+        from saw.runtime import forward
+
+        return forward.enter(os.environ) if argv == ["forward"] else forward.serve()
     parser = argparse.ArgumentParser(prog="saw sandbox", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
@@ -31,6 +35,8 @@ def main(argv: list[str]) -> int:
         ("prepare", "write launch files and units of the loaded generation"),
         ("shims", "write saw-run, saw-attach and saw-mcp-connect"),
         ("attach", "open the persistent terminal, or run SSH_ORIGINAL_COMMAND, in the sandbox"),
+        ("forward", "carry connections to the port that SSH_ORIGINAL_COMMAND names in the sandbox's network"),
+        ("forward-serve", "make those connections (saw-forward@.service, in the sandbox's network)"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("--json", action="store_true", help="machine-readable answer on stdout")

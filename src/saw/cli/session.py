@@ -1,4 +1,4 @@
-"""``saw session``: end a live session, hold a recording; on bastions: the recorder, and the renewal of the host certificate."""
+"""``saw session``: end sessions, hold recordings, grant ports; on bastions: the recorder, renewal of the host certificate."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from urllib.parse import quote
 from cryptography.hazmat.primitives.serialization import SSHCertificate, load_ssh_public_identity
 
 from saw.broker.client import OperatorClient
+from saw.cli import session_grants
 from saw.cli.operator_options import add_options, show
 from saw.errors import SawError, UnavailableError
 from saw.files import write_atomic, write_private
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
         holding.add_argument("session", help="session id, as saw sessions lists it")
         holding.add_argument("--reason", required=True, help="why, for the audit trail")
         add_options(holding)
+    session_grants.add_commands(commands)
     record = commands.add_parser("record", help="run one session and record it (the forced command of a bastion)")
     record.add_argument("--config", default=CONFIG, help="configuration of the bastion (default: %(default)s)")
     host = commands.add_parser("host", help="have the bastion's host key certified, when that is due")
@@ -56,6 +58,9 @@ def main(argv: list[str]) -> int:
         "end": _end,
         "hold": _hold,
         "release": _hold,
+        "grant": session_grants.grant,
+        "grants": session_grants.grants,
+        "revoke": session_grants.revoke,
         "record": _record,
         "host": _host,
         "check": _check,

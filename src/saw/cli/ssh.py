@@ -96,8 +96,13 @@ def leave_no_key() -> None:
             signal.signal(number, end)
 
 
-def certify(context: Context, workspace: str, directory: Path, ttl_s: int) -> Granted:
-    """Make a key in ``directory``, have it certified for one session with ``workspace``, and put beside it what ssh needs."""
+def certify(
+    context: Context, workspace: str, directory: Path, ttl_s: int, *, forward_port: int | None = None
+) -> Granted:
+    """Make a key in ``directory``, have it certified for one session with ``workspace``, and put beside it what ssh needs.
+
+    With ``forward_port``, which takes a bastion, the session is for that port and nothing else.
+    """
     public_key = make_key(directory)
     wanted: dict[str, Any] = {"workspace_id": workspace, "public_key": public_key, "ttl_s": ttl_s}
     bastion = context.bastion
@@ -107,6 +112,8 @@ def certify(context: Context, workspace: str, directory: Path, ttl_s: int) -> Gr
         to = Granted((ingress.host, ingress.base_port + given["number"]), ingress.user, workspace, given["session_id"])
     else:
         wanted["source_address"] = bastion.source_address
+        if forward_port is not None:
+            wanted["forward_port"] = forward_port
         if bastion.sign_in:
             session = load(session_file())
             given = call(session.place, "POST", "/v1/sso/sessions", wanted, token=session.token)

@@ -33,6 +33,8 @@ from saw.identity.names import (
 
 USER_TTL = timedelta(minutes=5)
 HOST_TTL = timedelta(days=90)
+FORWARD = "forward:"
+"""Before the workspace id, the principal of certificates that reach one port and run nothing. No workspace id holds a colon."""
 
 _PLAIN_TYPES = frozenset({"ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ssh-rsa"})
 _PRINCIPAL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?")
@@ -98,20 +100,24 @@ class SshAuthority:
         *,
         source_address: str | None = None,
         force_command: str | None = None,
+        terminal: bool = True,
+        forward: bool = False,
     ) -> str:
         """Return a user certificate line for one workspace and one session.
 
         The only principal is ``workspace_id`` and the key id is ``session_id``. ``ttl`` is at most five minutes.
-        ``source_address`` is a comma-separated list of addresses or networks. Only a terminal is permitted: no port,
-        agent or X11 forwarding, no user rc file.
+        ``source_address`` is a comma-separated list of addresses or networks. Only a terminal is permitted, and none without
+        ``terminal``: no port, agent or X11 forwarding, no user rc file. With ``forward`` the principal is the workspace's for
+        its account of forwarded ports (:data:`FORWARD`), which nothing else logs in to, and there is no terminal.
         """
         builder = (
             self._builder(public_key, now, lifetime(ttl, USER_TTL, "user certificate"))
             .type(SSHCertificateType.USER)
             .key_id(_session(session_id).encode())
-            .valid_principals([check_segment(workspace_id, "workspace id").encode()])
-            .add_extension(b"permit-pty", b"")
+            .valid_principals([(FORWARD * forward + check_segment(workspace_id, "workspace id")).encode()])
         )
+        if terminal and not forward:
+            builder = builder.add_extension(b"permit-pty", b"")
         if force_command is not None:
             if not force_command or any(ord(character) < 32 for character in force_command):
                 raise IdentityError("the forced command is empty or holds control characters", cure="give one line")

@@ -24,6 +24,7 @@ class BastionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """Everything that a bastion is told. Files and folders are absolute paths.
 
     ``recordings_dir`` belongs to the recorder's account alone. ``runtime_dir`` (in memory) holds the keys of live sessions.
+    ``workspace_user`` and ``forward_user`` are the accounts in workspaces, for sessions and for forwarded ports.
     ``record_input`` also records what people type, which includes passwords. ``max_bytes`` is the most that one recording
     may grow to; the session ends there.
     """
@@ -36,6 +37,7 @@ class BastionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     recordings_dir: str = "/var/lib/saw/bastion/recordings"
     runtime_dir: str = "/run/saw/bastion"
     workspace_user: str = "agent"
+    forward_user: str = "saw-forward"
     ingress: Ingress | None = None
     record_input: bool = False
     max_bytes: int = 1024**3

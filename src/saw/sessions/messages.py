@@ -22,6 +22,7 @@ CloseReason = Literal[
     "recording_failed",
     "recording_full",
     "not_sftp",
+    "not_forwarding",
     "failed",
 ]
 """How a session ended, as the recorder saw it; ``ended`` is for the reason that the broker gave."""
@@ -46,7 +47,8 @@ class Granted(msgspec.Struct, frozen=True):
     """The session is open: a certificate for the way to the workspace, and how long it may last.
 
     ``recording_key`` (32 bytes) encrypts this recording alone. ``ends_in_s`` is the most that the session may last, and
-    ``lease_s`` how long it may go on without an answer of the broker (seconds).
+    ``lease_s`` how long it may go on without an answer of the broker (seconds). ``forward_port``: it carries connections to that
+    port of the workspace and nothing else; absent: a session of any other kind.
     """
 
     session_id: str
@@ -58,6 +60,7 @@ class Granted(msgspec.Struct, frozen=True):
     recording_key: bytes
     ends_in_s: float
     lease_s: float
+    forward_port: int | None = None
 
 
 class Watched(msgspec.Struct, frozen=True):

@@ -28,7 +28,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from saw.errors import SawError
 from saw.files import write_private
 from saw.identity.sealed import SealKey
+from saw.mux import NotForwarding
 from saw.sessions.config import BastionConfig
+from saw.sessions.forwarding import ForwardLog
 from saw.sessions.legs import leg_folder
 from saw.sessions.link import BrokerLink
 from saw.sessions.messages import CloseReason, Closing, Granted, Redeem
@@ -134,7 +136,13 @@ class _Session:
         self._began = time.monotonic()
         self._in, self._out = hashlib.sha256(), hashlib.sha256()
         self._bytes_in = self._bytes_out = 0
-        self._sftp = SftpLog() if who.sftp else None
+        self._forward = granted.forward_port
+        self._log: SftpLog | ForwardLog | None = None
+        """Where the content is not kept: what is noted of it."""
+        if self._forward is not None:
+            self._log = ForwardLog(self._forward)
+        elif who.sftp:
+            self._log = SftpLog()
         self._signalled: set[int] = set()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -183,7 +191,7 @@ class _Session:
                     workspace=self._granted.workspace_id,
                     principal=self._granted.principal,
                     started=time.time(),
-                    command="sftp" if self._who.sftp else self._who.command,
+                    command=self._called(),
                     terminal=self._terminal,
                     columns=columns,
                     rows=rows,
@@ -192,9 +200,15 @@ class _Session:
             )
         )
 
+    def _called(self) -> str:
+        """Return what the session is for, as its recording says."""
+        if self._forward is not None:
+            return f"forward {self._forward}"
+        return "sftp" if self._who.sftp else self._who.command
+
     def _end(self, reason: str, notice: str, code: int) -> None:
         remark = f"{reason}: {notice}" if notice else reason
-        remarks = [*(self._sftp.finish() if self._sftp is not None else []), remark]
+        remarks = [*(self._log.finish() if self._log is not None else []), remark]
         last = tuple(self._event("m", text.encode()) for text in remarks)
         self._writer.write(
             Chunk(
@@ -282,16 +296,18 @@ class _Session:
                 if (wanted := pump.interest()) is not None and wanted[0] in found:
                     try:
                         pump.step()
-                    except NotSftp as error:
-                        return "not_sftp", error.message
+                    except (NotSftp, NotForwarding) as error:
+                        return error.code, error.message
 
     def _start(self, folder: Path) -> tuple[subprocess.Popen[bytes], list[Pump], int | None]:
         """Start ssh to the workspace; its death comes with ours."""
         command = ["sftp"] if self._who.sftp else [self._who.command] if self._who.command else []
+        if self._forward is not None:
+            command = [str(self._forward)]
         line = ssh_line(
             folder,
             self._granted.workspace_id,
-            self._config.workspace_user,
+            self._config.workspace_user if self._forward is None else self._config.forward_user,
             self._config.address(self._granted.number),
             command,
             terminal=self._terminal,
@@ -327,16 +343,16 @@ class _Session:
     def _typed(self, piece: bytes) -> None:
         self._in.update(piece)
         self._bytes_in += len(piece)
-        if self._sftp is not None:
-            self._note(self._sftp.asked(piece))
-        if self._config.record_input:
+        if self._log is not None:
+            self._note(self._log.asked(piece))
+        if self._config.record_input and self._forward is None:
             self._writer.write(Chunk(events=(self._event("i", piece),)))
 
     def _shown(self, kind: Kind, piece: bytes) -> None:
         self._out.update(piece)
         self._bytes_out += len(piece)
-        if self._sftp is not None and kind == "o":
-            self._note(self._sftp.answered(piece))
+        if self._log is not None and kind == "o":
+            self._note(self._log.answered(piece))
             return
         self._writer.write(Chunk(events=(self._event(kind, piece),)))
 
@@ -386,6 +402,7 @@ def _close_reason(reason: str) -> CloseReason:
         "recording_failed": "recording_failed",
         "recording_full": "recording_full",
         "not_sftp": "not_sftp",
+        "not_forwarding": "not_forwarding",
     }
     return known.get(reason, "failed")
 

@@ -68,8 +68,9 @@ def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Booted]:
         shutil.copytree(SOURCE / "saw", Path(f"{host.root}{PACKAGES}/saw"))
         (host.root / "etc/passwd").open("a").write(
             "agent:x:2000:2000::/home/agent:/bin/sh\nsaw-mcp:x:2001:2001::/var/empty:/bin/sh\n"
+            "saw-forward:x:2002:2002::/:/bin/sh\n"
         )
-        (host.root / "etc/group").open("a").write("agent:x:2000:\nsaw-mcp:x:2001:\n")
+        (host.root / "etc/group").open("a").write("agent:x:2000:\nsaw-mcp:x:2001:\nsaw-forward:x:2002:\n")
         project = host.root / "home/agent/project"
         project.mkdir(parents=True)
         for path in (project.parent, project):
@@ -250,3 +251,69 @@ def test_an_mcp_server_that_left_the_policy_is_stopped_and_removed(booted: Boote
         held.kill()
         held.wait()
         held.stdout.close()
+
+
+SERVE = """
+import socket
+with socket.create_server(("127.0.0.1", 3000)) as listener:
+    while True:
+        with listener.accept()[0] as client:
+            client.sendall(b"hello from the agent")
+"""
+REACH = """
+import socket, sys
+from saw.mux import Frame, Frames, Kind, encode
+frames, found = Frames(), b""
+with socket.socket(socket.AF_UNIX) as s:
+    s.settimeout(30)
+    try:
+        s.connect("/run/saw/forward.sock")
+    except OSError as error:
+        sys.exit(print(type(error).__name__))
+    s.sendall(sys.argv[1].encode() + b"\\n" + encode(Frame(Kind.OPEN, 1)))
+    while piece := s.recv(65536):
+        for frame in frames.feed(piece):
+            found += frame.data if frame.kind is Kind.DATA else b""
+            if frame.kind in {Kind.END, Kind.RESET}:
+                sys.exit(print(found.decode() or "cut"))
+print(found.decode() or "nothing")
+"""
+
+
+@pytest.fixture(scope="module")
+def forwarding(booted: Booted) -> Iterator[Booted]:
+    """The units of forwarded ports as the role installs them, but for the place of the program; and a server of the agent's."""
+    for name in ("saw-forward.socket", "saw-forward@.service"):
+        text = (ROOT / "roles/sandbox/templates" / f"{name}.j2").read_text().replace("{{ ansible_managed }}", "test")
+        program = f'{PYTHON} -c "import sys; from saw.runtime.forward import serve; sys.exit(serve())"'
+        text = text.replace("/opt/saw/bin/saw sandbox forward-serve", program)
+        booted.write(f"/run/systemd/system/{name}", text.encode())
+    booted.run("ip", "-n", "saw-sandbox", "link", "set", "lo", "up")
+    booted.run("systemctl", "daemon-reload")
+    booted.run("systemctl", "start", "saw-forward.socket")
+    inside = [*booted.prefix, PYTHON, "-I", "-S", CLIENT, "--", PYTHON, "-c", SERVE]
+    server = subprocess.Popen(inside, stdin=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: ":3000" in booted.run("ip", "netns", "exec", "saw-sandbox", "ss", "-ltnH"))
+        yield booted
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.mark.control("NET-02")
+def test_a_port_of_the_sandbox_is_reached_through_its_unit_by_its_account_alone(forwarding: Booted) -> None:
+    def reach(port: str, *account: str) -> str:
+        return forwarding.run(*account, PYTHON, "-c", REACH, port).strip()
+
+    forward = ("setpriv", "--reuid=2002", "--regid=2002", "--clear-groups")
+    agent = ("setpriv", "--reuid=2000", "--regid=2000", "--clear-groups")
+    assert reach("3000", *forward) == "hello from the agent"
+    assert reach("3001", *forward) == "cut", "nobody listens there"
+    assert reach("22", *forward) == "nothing"
+    assert reach("3000", *agent) == "PermissionError"
+    assert reach("3000", PYTHON, "-I", "-S", CLIENT, "--") == "FileNotFoundError", (
+        "in the sandbox there is no such socket"
+    )
+    user = forwarding.run("systemctl", "show", "--property=User", "--value", "saw-forward@0.service").strip()
+    assert user == "saw-forward"

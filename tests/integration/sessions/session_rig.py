@@ -49,6 +49,7 @@ class Bastion:
         self.recordings = directory / "recordings"
         self.port, self.base = port or free_port(), 0
         self.servers: list[subprocess.Popen[bytes]] = []
+        self.forwarder: socket.socket | None = None
         for folder in (self.recordings, directory / "legs", directory / "host"):
             folder.mkdir()
         self.config = directory / "bastion.json"
@@ -86,6 +87,7 @@ class Bastion:
             "recordings_dir": str(self.recordings),
             "runtime_dir": str(self.directory / "legs"),
             "workspace_user": "root",
+            "forward_user": "root",
             "ingress": {"host": "127.0.0.1", "base_port": self.base},
             **changes,
         }
@@ -123,6 +125,9 @@ class Bastion:
                     listener.shutdown(socket.SHUT_RDWR)
 
     def stop(self) -> None:
+        if self.forwarder is not None:
+            self.forwarder.shutdown(socket.SHUT_RDWR)
+            self.forwarder.close()
         for server in self.servers:
             server.terminate()
         for server in self.servers:
@@ -247,7 +252,14 @@ class Bastion:
         host = authority.issue_host((folder / "host.pub").read_text(), [workspace], datetime.now(UTC), 3600)
         (folder / "host-cert.pub").write_text(host + "\n")
         (folder / "user_ca").write_text(authority.user_ca + "\n")
-        (folder / "principals").write_text(workspace + "\n")
+        # In place of the account for forwarded ports and of its forced command; the unit's socket is ours.
+        (folder / "forward.sh").write_text(
+            f"#!/bin/sh\nexec {sys.executable} -c 'import os, sys; from saw.runtime.forward import enter; "
+            f'sys.exit(enter(os.environ, "{folder}/forward.sock"))\'\n'
+        )
+        (folder / "forward.sh").chmod(0o755)
+        (folder / "principals").write_text(f'{workspace}\ncommand="{folder}/forward.sh" forward:{workspace}\n')
+        self._serve_ports(folder / "forward.sock")
         (folder / "sshd.conf").write_text(
             f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nHostCertificate {folder}/host-cert.pub\n"
             f"TrustedUserCAKeys {folder}/user_ca\nAuthorizedPrincipalsFile {folder}/principals\nAuthorizedKeysFile none\n"
@@ -255,6 +267,22 @@ class Bastion:
             "Subsystem sftp internal-sftp\nPrintMotd no\nPrintLastLog no\n"
         )
         self._serve([*AS_ROOT, "-f", str(folder / "sshd.conf")], port, "workspace.log")
+
+    def _serve_ports(self, place: Path) -> None:
+        """Do what ``saw-forward.socket`` does: one service for each connection."""
+        self.forwarder = listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(place))
+        listener.listen()
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    client, _ = listener.accept()
+                    line = [sys.executable, "-m", "saw.cli.main", "sandbox", "forward-serve"]
+                    self.servers.append(subprocess.Popen(line, stdin=client, stdout=client))
+                    client.close()
+
+        threading.Thread(target=serve, daemon=True).start()
 
     def _serve(self, options: list[str], port: int, log: str) -> None:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)

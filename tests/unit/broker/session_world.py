@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -26,7 +27,7 @@ RULES = SessionRules(lease_s=10, max_duration_s=600)
 
 
 class World:
-    def __init__(self, directory: Path, rules: SessionRules = RULES, **settings: str) -> None:
+    def __init__(self, directory: Path, rules: SessionRules = RULES, **settings: Any) -> None:
         self.now = START
         config = BrokerConfig(
             "saw.example", str(directory / "s"), str(directory / "o"), ("b.internal",), sessions=rules, **settings

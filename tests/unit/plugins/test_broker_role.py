@@ -19,6 +19,7 @@ from ansible.template import Templar, trust_as_template
 
 from saw.audit.ship import load_settings
 from saw.broker.config import BrokerConfig, RolloutSettings, load_config
+from saw.broker.forwarding_settings import ForwardingSettings
 from saw.broker.notification_settings import Email, Kind, Webhook
 from saw.broker.terminal.settings import TerminalBastion
 from saw.errors import ConfigError
@@ -52,6 +53,22 @@ def test_the_defaults_of_the_role_are_those_of_the_broker(tmp_path: Path) -> Non
     assert (found.audit_socket, found.audit_group, found.terminal) == (None, None, None)
     assert "audit_" not in (tmp_path / "broker.json").read_text()
     assert "jobs" not in json.loads((tmp_path / "broker.json").read_text())
+
+
+def test_ports_of_workspaces_are_granted_as_far_as_the_variable_says_and_not_at_all_without(tmp_path: Path) -> None:
+    assert rendered(tmp_path).forwarding is None
+    told = {"ports": [3000, "8000-8999"], "max_hours": "4", "blueprints": ["coding"]}
+    found = rendered(tmp_path, broker_forwarding=told).forwarding
+    assert found == ForwardingSettings(("3000", "8000-8999"), 4, ("coding",))
+    assert rendered(tmp_path, broker_forwarding={"ports": ["3000"]}).forwarding == ForwardingSettings(("3000",))
+    for bad in (
+        {"max_hours": 4},
+        {"ports": ["80"]},
+        {"ports": ["3000"], "max_hours": 25},
+        {"ports": ["3000"], "more": 1},
+    ):
+        with pytest.raises(ConfigError):
+            rendered(tmp_path, broker_forwarding=bad)
 
 
 def test_every_limit_of_a_rollout_can_be_set(tmp_path: Path) -> None:
