@@ -16,6 +16,7 @@ from saw.broker.sso_settings import SsoSettings, problems_of
 from saw.broker.terminal.settings import TerminalSettings, problems_of_terminal
 from saw.errors import ConfigError
 from saw.files import load_json
+from saw.secrets.settings import SecretsSettings, problems_of_secrets
 
 _DNS_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,62})(\.[a-z0-9]([a-z0-9-]{0,62}))*")
 
@@ -95,6 +96,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``jobs``: lifecycle calls run playbooks; absent means that they do not.
     ``audit``: how long the trail is kept; absent means for ever.
     ``postgresql`` (in the file: ``database``): the database of several brokers; absent means a SQLite file of this one.
+    ``secrets``: where the broker's own keys are; absent means plain files.
     """
 
     trust_domain: str
@@ -118,6 +120,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     jobs: JobSettings | None = None
     audit: AuditSettings | None = None
     postgresql: str | None = msgspec.field(name="database", default=None)
+    secrets: SecretsSettings = SecretsSettings()
 
     @property
     def state(self) -> Path:
@@ -136,7 +139,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def keys(self) -> Path:
-        """Private directory of the authorities and the online key."""
+        """Private directory of certificates and public keys, and of all private ones where ``secrets`` does not say otherwise."""
         return self.state / "keys"
 
 
@@ -193,6 +196,7 @@ def load_config(path: Path | str) -> BrokerConfig:
     problems.extend(problems_of_gates(config.gates, config.machines, audience=config.machine_audience, client=client))
     if config.jobs is not None:
         problems.extend(problems_of_jobs(config.jobs))
+    problems.extend(problems_of_secrets(config.secrets))
     if config.audit is not None:
         problems.extend(problems_of_audit(config.audit, ships=config.audit_socket is not None))
     if problems:
