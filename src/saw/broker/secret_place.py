@@ -44,6 +44,8 @@ NAMES = (
 )
 #: The broker itself makes these anew from time to time; an old one is worth nothing.
 RENEWED = frozenset({SERVER, SIGNER})
+#: Keys (32 bytes) that encrypt things in the database.
+SEALING = frozenset({SESSIONS, REVIEWS, SIGN_INS})
 BACKUP = "put back the key of the backup"
 MISSING = f"run saw broker init; after a restore, {BACKUP}"
 
@@ -98,6 +100,17 @@ def require_place(config: BrokerConfig) -> None:
             f"the secrets of this installation are in {known.provider}, and the configuration says {wanted}",
             cure=f"saw broker secrets move --to {wanted}, while no broker serves; or name {known.provider} again",
             details={"known": known.provider, "configured": wanted},
+        )
+
+
+def require_way(config: BrokerConfig) -> None:
+    """Raise :class:`ConfigError` when the configuration does not even say how the place is reached where the secrets are."""
+    known, settings = known_place(config), config.secrets
+    ways = {"files", settings.provider} | {kind for kind in ("sealed", "vault") if getattr(settings, kind) is not None}
+    if known is not None and (missing := {known.provider, known.leaving or "files"} - ways):
+        raise ConfigError(
+            f"secrets of this installation are in {', '.join(sorted(missing))}, which the configuration does not name",
+            cure="name it again in the setting secrets (docs/broker.md); to move them, name both places",
         )
 
 

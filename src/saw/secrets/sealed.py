@@ -19,7 +19,8 @@ from saw.secrets.store import SecretBroken, SecretError, check_name, check_value
 
 HEADER = b"saw-sealed/1\n"
 _ID_BYTES = 8
-_SUFFIX = ".sealed"
+SUFFIX = ".sealed"
+"""Ends the names of sealed files."""
 
 
 class SealedStore:
@@ -30,7 +31,7 @@ class SealedStore:
     def __init__(self, root: Path, key: bytes, random: Callable[[int], bytes] = os.urandom) -> None:
         if len(key) != KEY_BYTES:
             raise SecretError(f"a sealing key of {len(key)} bytes", cure=f"it has {KEY_BYTES}")
-        self.folder = Folder(root, _SUFFIX)
+        self.folder = Folder(root, SUFFIX)
         self.place = str(root)
         self._key = SealKey(key, random)
         self._head = HEADER + hmac.digest(key, b"saw-sealed/1 key id", hashlib.sha256)[:_ID_BYTES]
