@@ -49,6 +49,14 @@ def openbao(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarEnd]:
     far.close()
 
 
+@pytest.fixture(params=["contract", "openbao"])
+def either(request: pytest.FixtureRequest) -> FarEnd:
+    """The small server of the contract, and a real one."""
+    found: FarEnd = request.getfixturevalue({"contract": "far", "openbao": "openbao"}[request.param])
+    found.clear()
+    return found
+
+
 def test_a_role_may_do_what_its_page_says_and_nothing_else(openbao: FarEnd) -> None:
     page = (Path(__file__).resolve().parents[3] / "docs/broker.md").read_text(encoding="utf-8")
     assert POLICY.strip() in page, "the policy of the page is the one that is tried here"
@@ -66,46 +74,43 @@ def test_a_role_may_do_what_its_page_says_and_nothing_else(openbao: FarEnd) -> N
     assert openbao.call("GET", "secret/metadata/saw/broker/x509/ca-key.pem").status_code == 404, "no version is left"
 
 
-def test_a_wrong_secret_id_is_refused_and_the_right_one_is_not(openbao: FarEnd, far: Contract) -> None:
-    for one in (openbao, far):
-        settings = one.by_role()
-        assert settings.approle is not None
-        file = Path(settings.approle.secret_id_file)
-        right = file.read_text()
-        file.write_text("wrong")
-        store = VaultStore(settings, pause=lambda _: None)
-        with pytest.raises(VaultDenied, match="refused to log us in") as refused:
-            store.read("server.pem")
-        assert right not in str(refused.value) and "wrong" not in str(refused.value)
-        file.write_text(right)
-        with pytest.raises(SecretMissing):
-            store.read("server.pem")
-        store.close()
+def test_a_wrong_secret_id_is_refused_and_the_right_one_is_not(either: FarEnd) -> None:
+    settings = either.by_role()
+    assert settings.approle is not None
+    file = Path(settings.approle.secret_id_file)
+    right = file.read_text()
+    file.write_text("wrong")
+    store = VaultStore(settings, pause=lambda _: None)
+    with pytest.raises(VaultDenied, match="refused to log us in") as refused:
+        store.read("server.pem")
+    assert right not in str(refused.value) and "wrong" not in str(refused.value)
+    file.write_text(right)
+    with pytest.raises(SecretMissing):
+        store.read("server.pem")
+    store.close()
 
 
-def test_what_somebody_deleted_there_is_missing_and_not_made_anew(openbao: FarEnd, far: Contract) -> None:
-    for one in (openbao, far):
-        store = VaultStore(one.settings(), pause=lambda _: None)
-        store.write("signer.pem", VALUE)
-        assert one.call("DELETE", "secret/data/saw/broker/signer.pem").status_code == 204
-        with pytest.raises(SecretMissing):
-            store.read("signer.pem")
-        with pytest.raises(SecretExists):
-            store.write("signer.pem", VALUE, new=True)
-        store.write("signer.pem", VALUE)
-        assert store.read("signer.pem") == VALUE
-        store.remove("signer.pem")
-        store.close()
+def test_what_somebody_deleted_there_is_missing_and_not_made_anew(either: FarEnd) -> None:
+    store = VaultStore(either.settings(), pause=lambda _: None)
+    store.write("signer.pem", VALUE)
+    assert either.call("DELETE", "secret/data/saw/broker/signer.pem").status_code == 204
+    with pytest.raises(SecretMissing):
+        store.read("signer.pem")
+    with pytest.raises(SecretExists):
+        store.write("signer.pem", VALUE, new=True)
+    store.write("signer.pem", VALUE)
+    assert store.read("signer.pem") == VALUE
+    store.remove("signer.pem")
+    store.close()
 
 
-def test_an_engine_that_is_not_there_is_no_empty_one(openbao: FarEnd, far: Contract) -> None:
-    for one in (openbao, far):
-        store = VaultStore(one.settings(mount="elsewhere"), pause=lambda _: None)
-        for act, given in ((store.names, ()), (store.read, ("server.pem",)), (store.write, ("server.pem", VALUE))):
-            with pytest.raises(SecretError, match="no handler for route") as refused:
-                act(*given)
-            assert not isinstance(refused.value, SecretMissing)
-        store.close()
+def test_an_engine_that_is_not_there_is_no_empty_one(either: FarEnd) -> None:
+    store = VaultStore(either.settings(mount="elsewhere"), pause=lambda _: None)
+    for act, given in ((store.names, ()), (store.read, ("server.pem",)), (store.write, ("server.pem", VALUE))):
+        with pytest.raises(SecretError, match="no handler for route") as refused:
+            act(*given)
+        assert not isinstance(refused.value, SecretMissing)
+    store.close()
 
 
 def test_a_token_file_is_read_for_each_call_so_that_it_can_be_renewed(far: Contract, store: VaultStore) -> None:
