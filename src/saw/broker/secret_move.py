@@ -46,7 +46,7 @@ from saw.identity.sealed import KEY_BYTES
 from saw.policy.keys import parse_private_key, public_pem
 from saw.secrets.files import FileStore
 from saw.secrets.folder import Folder
-from saw.secrets.sealed import SUFFIX
+from saw.secrets.sealed import SUFFIX, SealedStore
 from saw.secrets.settings import Provider
 from saw.secrets.store import SecretStore, read_or_none
 
@@ -212,8 +212,9 @@ def _leave(source: SecretStore, target: SecretStore) -> list[str]:
             )
     for name in held:
         source.remove(name)
-    if isinstance(source, FileStore):
-        source.folder.sweep()
+    for store in (source, target):
+        if isinstance(store, FileStore | SealedStore):
+            store.folder.sweep()
     return list(held)
 
 

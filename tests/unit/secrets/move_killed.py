@@ -71,9 +71,7 @@ def main() -> None:
         assert move_secrets(config, utc_now).copied == 0
         assert (values(config, target), values(config, source)) == (expected, {}), number
         assert known_place(config).leaving is None
-        left = [
-            str(path) for path in folders(config)[source].rglob("*") if path.is_file() and path.name.startswith(".")
-        ]
+        left = [str(path) for place in folders(config).values() for path in place.rglob(".*") if path.is_file()]
         assert left == [], number
         kills.append([known.provider, known.leaving, again.copied, again.removed])
         shutil.rmtree(config.state)

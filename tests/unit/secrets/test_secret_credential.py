@@ -18,6 +18,7 @@ from saw.secrets.store import SecretError
 
 PROGRAM = shutil.which("systemd-creds")
 KEY = bytes(range(32))
+WRONG = 'if [ "$1" = encrypt ]; then cat >"$5"; else echo another; fi'
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_the_command_makes_a_key_that_a_broker_opens_its_secrets_with(
         assert store.read("server.pem") == b"value"
 
 
-@pytest.mark.parametrize("script", ["exit 1", "cat >/dev/null; echo no TPM >&2; exit 1", "cat >/dev/null", None])
+@pytest.mark.parametrize("script", ["exit 1", "cat >/dev/null; echo no TPM >&2; exit 1", "cat >/dev/null", WRONG, None])
 def test_a_program_that_fails_leaves_no_credential(tmp_path: Path, script: str | None) -> None:
     program = tmp_path / "systemd-creds"
     if script is not None:

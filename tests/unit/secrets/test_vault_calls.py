@@ -204,13 +204,14 @@ def test_an_answer_of_something_else_is_refused_without_its_words(
 ) -> None:
     far.before = lambda _method, _path: (200, answer)
     for call in (lambda: store.read("server.pem"), lambda: store.write("server.pem", b"x")):
-        with pytest.raises(SecretError, match=r"something else|too long") as refused:
+        words = "too long" if isinstance(answer, str) and len(answer) > MAX_ANSWER else "something else"
+        with pytest.raises(SecretError, match=words) as refused:
             call()
         assert VALUE.decode() not in str(refused.value) and refused.value.__cause__ is None
 
 
 def test_a_redirect_is_not_followed(far: Contract, store: VaultStore) -> None:
-    far.before = lambda _method, _path: (307, {"errors": []})
+    far.before = lambda _method, path: None if path.endswith("elsewhere") else (307, {"errors": []})
     with pytest.raises(SecretError, match="answered 307"):
         store.read("server.pem")
 

@@ -171,6 +171,8 @@ def _handler(far: Contract) -> type[BaseHTTPRequestHandler]:
                 return
             raw = b"" if said is None else json.dumps(said).encode()
             self.send_response(status)
+            if status == 307:
+                self.send_header("location", "/v1/secret/data/elsewhere")
             self.send_header("content-length", str(len(raw)))
             self.end_headers()
             self.wfile.write(raw)
