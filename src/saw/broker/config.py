@@ -19,6 +19,7 @@ from saw.broker.sso_settings import SsoSettings, problems_of
 from saw.broker.terminal.settings import TerminalSettings, problems_of_terminal
 from saw.errors import ConfigError
 from saw.files import load_json
+from saw.secrets.settings import SecretsSettings, problems_of_secrets
 
 _DNS_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,62})(\.[a-z0-9]([a-z0-9-]{0,62}))*")
 
@@ -101,6 +102,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``audit``: how long the trail is kept; absent means for ever.
     ``notifications``: who is told that something waits for people; empty means nobody.
     ``postgresql`` (in the file: ``database``): the database of several brokers; absent means a SQLite file of this one.
+    ``secrets``: where the broker's own keys are; absent means plain files.
     """
 
     trust_domain: str
@@ -127,6 +129,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     notifications: tuple[Channel, ...] = ()
     forwarding: ForwardingSettings | None = None
     postgresql: str | None = msgspec.field(name="database", default=None)
+    secrets: SecretsSettings = SecretsSettings()
 
     @property
     def state(self) -> Path:
@@ -145,7 +148,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def keys(self) -> Path:
-        """Private directory of the authorities and the online key."""
+        """Private directory of certificates and public keys, and of all private ones where ``secrets`` does not say otherwise."""
         return self.state / "keys"
 
 
@@ -206,6 +209,7 @@ def load_config(path: Path | str) -> BrokerConfig:
         problems.extend(problems_of_jobs(config.jobs))
     if config.forwarding is not None:
         problems.extend(problems_of_forwarding(config.forwarding))
+    problems.extend(problems_of_secrets(config.secrets))
     if config.audit is not None:
         problems.extend(problems_of_audit(config.audit, ships=config.audit_socket is not None))
     problems.extend(problems_of_notifications(config.notifications))

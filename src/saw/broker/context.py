@@ -11,18 +11,22 @@ import msgspec
 from saw.audit import EventFactory, Subject
 from saw.broker.clock import Clock
 from saw.broker.config import BrokerConfig
+from saw.broker.secret_place import Signer
 from saw.broker.store import Store
+from saw.secrets.store import SecretStore
 
 
 @dataclass(frozen=True)
 class Services:
-    """Shared by all parts. ``random(n)`` gives n unpredictable bytes."""
+    """Shared by all parts. ``random(n)`` gives n unpredictable bytes; ``secrets`` is where the broker's own keys are."""
 
     config: BrokerConfig
     store: Store
     clock: Clock
     random: Callable[[int], bytes]
     events: EventFactory
+    secrets: SecretStore
+    signer: Signer
 
     def new_id(self, prefix: str) -> str:
         """Return an unpredictable id such as ``ses-1f…`` (128 bits)."""

@@ -44,11 +44,22 @@ from saw.broker.reviewers import Reviewers
 from saw.broker.reviews import Reviews
 from saw.broker.rollout_control import Rollouts
 from saw.broker.rollout_views import RolloutViews
+from saw.broker.secret_place import (
+    ONLINE,
+    SESSIONS,
+    SSH,
+    SSH_SESSIONS,
+    Signer,
+    load_authority,
+    load_seal_key,
+    load_ssh,
+    open_secrets,
+    require_place,
+)
 from saw.broker.sso.service import SingleSignOn
 from saw.broker.store import Store
 from saw.broker.trail import Trail
 from saw.broker.wake import Waker
-from saw.identity.sealed import SealKey
 from saw.identity.ssh import SshAuthority
 from saw.identity.x509 import Authority
 
@@ -101,9 +112,11 @@ class Broker:
     def open(cls, config: BrokerConfig, clock: Clock, random: Callable[[int], bytes]) -> Self:
         """Open an initialised state directory (see :mod:`saw.broker.setup`) and bring registry and repository in line."""
         require_register(config)
-        authority = Authority.load(config.keys / "x509")
-        ssh = SshAuthority.load(config.keys / "ssh")
-        online = OnlineKey.load(config.keys / "tuf-online.key")
+        require_place(config)
+        secrets = open_secrets(config)
+        authority = load_authority(config, secrets)
+        ssh = load_ssh(secrets, SSH)
+        online = OnlineKey.parse(secrets.read(ONLINE), ONLINE)
         waker = Waker()
         store = Store.open(config, waker)
         try:
@@ -112,10 +125,10 @@ class Broker:
             store.close()
             raise
         events = EventFactory("saw-broker", host=socket.gethostname(), new_uid=lambda: str(uuid.uuid4()))
-        services = Services(config, store, clock, random, events)
+        services = Services(config, store, clock, random, events, secrets, Signer(secrets))
         repository = Repository(config.tuf_dir, online, config.tuf.timestamp_ttl_s)
         registry = Registry(services)
-        vault = Vault.load(config, random)
+        vault = Vault.load(secrets, random)
         releases = Releases(services, repository)
         rollouts = Rollouts(services, repository, releases)
         sso = SingleSignOn.open(services)
@@ -139,14 +152,9 @@ class Broker:
             sessions=BastionSessions(
                 services,
                 forwards,
-                SshAuthority.load(config.keys / "ssh-sessions"),
+                load_ssh(secrets, SSH_SESSIONS),
                 ssh,
-                SealKey.load(
-                    config.keys / "sessions.key",
-                    random,
-                    missing="run saw broker init; after a restore, put back the key of the backup",
-                    malformed="put back the key of the backup",
-                ),
+                load_seal_key(secrets, SESSIONS, random),
             ),
             forwards=forwards,
             recordings=Recordings(services),
@@ -194,4 +202,5 @@ class Broker:
         if self.sso is not None:
             self.sso.provider.close()
         self.upkeep.close()
+        self.services.secrets.close()
         self.services.store.close()

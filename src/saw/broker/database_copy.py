@@ -47,7 +47,7 @@ def copy_database(config: BrokerConfig) -> Copied:
         raise ConfigError("the setting database is missing", cure="name the database to copy to in the configuration")
     if not config.database.exists():
         raise CopyError(f"there is no {config.database}", cure="saw broker init makes an empty database")
-    if _serves(config.operator_socket):
+    if serves(config.operator_socket):
         raise CopyError(f"a broker serves at {config.operator_socket}", cure="systemctl stop saw-broker, then again")
     waker = Waker()
     source = Store.open_sqlite(config.database, waker)
@@ -66,7 +66,8 @@ def copy_database(config: BrokerConfig) -> Copied:
     return copied
 
 
-def _serves(path: str) -> bool:
+def serves(path: str) -> bool:
+    """Tell whether a broker of this host answers at its operators' socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         try:
             client.connect(path)

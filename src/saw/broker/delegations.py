@@ -18,7 +18,6 @@ from saw.broker.errors import ConflictError, ForbiddenError, MalformedError, Not
 from saw.broker.lifecycle import State
 from saw.broker.registry import get_row
 from saw.broker.schema import delegations
-from saw.broker.setup import signer_file
 from saw.broker.store import Transaction
 from saw.identity.statement import sign_statement
 from saw.policy.delegation import (
@@ -182,7 +181,7 @@ class Delegations:
 
     def _insert(self, tx: Transaction, caller: Caller, now: datetime, record: Delegation) -> None:
         payload = msgspec.json.encode(record)
-        signer = signer_file(self._s.config).read_bytes()
+        signer = self._s.signer.pem
         tx.connection.execute(
             delegations.insert().values(
                 id=record.id,

@@ -76,6 +76,14 @@ def bind_installation(store: Store, config: BrokerConfig, *, copied: bool = Fals
     return False
 
 
+def living(store: Store) -> int:
+    """Return how many brokers serve on the database of ``store``; 0 for a file, which only those of its host use."""
+    with store.read() as connection:
+        if connection.dialect.name != "postgresql":
+            return 0
+        return len(connection.exec_driver_sql(_LIVE, (postgres.REPLICAS,)).all())
+
+
 class Upkeep:
     """A broker with a database of its own: it does everything itself."""
 

@@ -13,7 +13,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from saw.policy import tuf_repository
-from saw.policy.keys import load_private_key, public_pem
+from saw.policy.keys import parse_private_key, public_pem
 from saw.policy.tuf_compared import Compared
 from saw.policy.tuf_reach import ReachDiff, bundle_diff
 from saw.policy.tuf_transfer import export_repository
@@ -27,9 +27,9 @@ class OnlineKey:
         self.public_pem = public_pem(key.public_key()).decode()
 
     @classmethod
-    def load(cls, path: Path) -> OnlineKey:
-        """Read the key file; raise ``KeyFileError`` when it is missing or of another kind."""
-        return cls(load_private_key(path))
+    def parse(cls, raw: bytes, name: str) -> OnlineKey:
+        """Read the key (PEM); raise ``KeyFileError`` when it is of another kind."""
+        return cls(parse_private_key(raw, name))
 
 
 class Repository:

@@ -32,7 +32,6 @@ from saw.broker.review_states import COLUMNS, GATE, OPEN, Moves, due_at, get_rev
 from saw.broker.review_vault import BytesChanged, Vault
 from saw.broker.reviewers import get_reviewer, is_self_approval
 from saw.broker.schema import review_decisions, review_nonces, reviews
-from saw.broker.setup import signer_file
 from saw.broker.store import Transaction
 from saw.identity.statement import sign_statement
 from saw.review.gate import GateRequest, render_gate
@@ -217,7 +216,7 @@ class Decisions:
             break_glass=_broken_glass(row, self._s.config.break_glass),
             issued_at=iso(self._s.clock()),
         )
-        signer = signer_file(self._s.config).read_bytes()
+        signer = self._s.signer.pem
         return {
             "id": row.id,
             "outcome": row.state,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal, Self, TypeVar
 
 import msgspec
 
-from saw.broker.config import BrokerConfig
+from saw.broker.secret_place import REVIEWS, load_seal_key
 from saw.errors import SawError
-from saw.identity.sealed import SealBroken, SealKey, make_key_file
+from saw.identity.sealed import SealBroken, SealKey
+from saw.secrets.store import SecretStore
 
 T = TypeVar("T")
 What = Literal["call", "answer", "context"]
@@ -23,16 +22,6 @@ class BytesChanged(SawError):
     code = "bytes_changed"
 
 
-def vault_file(config: BrokerConfig) -> Path:
-    """Return the path of the key that encrypts reviewed calls at rest."""
-    return config.keys / "reviews.key"
-
-
-def make_vault_key(config: BrokerConfig, random: Callable[[int], bytes] = os.urandom) -> bool:
-    """Make the key (32 bytes, 0600) when there is none; return whether one was made."""
-    return make_key_file(vault_file(config), random)
-
-
 class Vault:
     """Encrypts what a review holds; the associated data are the review's id and what of it is encrypted."""
 
@@ -40,11 +29,9 @@ class Vault:
         self._key = key
 
     @classmethod
-    def load(cls, config: BrokerConfig, random: Callable[[int], bytes]) -> Self:
-        """Read the key file; raise :class:`saw.errors.ConfigError` when it is missing or no key."""
-        backup = "put back the key of the backup"
-        missing = f"run saw broker init; after a restore, {backup}"
-        return cls(SealKey.load(vault_file(config), random, missing=missing, malformed=backup))
+    def load(cls, secrets: SecretStore, random: Callable[[int], bytes]) -> Self:
+        """Read the key; raise :class:`saw.errors.ConfigError` when it is missing or no key."""
+        return cls(load_seal_key(secrets, REVIEWS, random))
 
     def seal(self, review: str, what: What, value: msgspec.Struct) -> bytes:
         """Return ``value`` encrypted."""

@@ -24,10 +24,12 @@ from saw.broker.config import BrokerConfig
 from saw.broker.core import Broker
 from saw.broker.notify import notify
 from saw.broker.peer import PeerProtocol
-from saw.broker.setup import renew_server_certificate, renew_signer, server_files
+from saw.broker.secret_place import SERVER
+from saw.broker.setup import authority_certificate, renew_server_certificate, renew_signer
 from saw.broker.sso.pages import pages_app
-from saw.errors import ConfigError, UnavailableError
+from saw.errors import ConfigError, SawError, UnavailableError
 from saw.ports import listen_tcp, require_own_socket
+from saw.secrets.tls import load_cert_chain
 
 logger = logging.getLogger("saw.broker")
 
@@ -121,13 +123,13 @@ def _remove(path: Path) -> None:
 
 def tls_context(broker: Broker, clock: Clock) -> ssl.SSLContext:
     """Return the TLS side's context: our server certificate, TLS 1.2 or later, client certificates of our CA welcome."""
-    certificate, authority = server_files(broker.config)
-    renew_server_certificate(broker.config, broker.authority, clock())
-    renew_signer(broker.config, broker.authority, clock())
+    secrets = broker.services.secrets
+    renew_server_certificate(broker.config, secrets, broker.authority, clock())
+    renew_signer(secrets, broker.authority, clock())
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(certificate)
-    context.load_verify_locations(authority)
+    load_cert_chain(context, secrets.read(SERVER))
+    context.load_verify_locations(authority_certificate(broker.config))
     context.verify_mode = ssl.CERT_OPTIONAL
     return context
 
@@ -151,7 +153,10 @@ def load_pages_certificate(broker: Broker, context: ssl.SSLContext) -> None:
     certificate, key = (None, None) if settings is None else (settings.certificate_file, settings.key_file)
     try:
         for one in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), context):
-            one.load_cert_chain(certificate or server_files(broker.config)[0], key)
+            if certificate is None:
+                load_cert_chain(one, broker.services.secrets.read(SERVER))
+            else:
+                one.load_cert_chain(certificate, key)
     except OSError as error:
         raise ConfigError(
             f"the certificate of the pages cannot be used: {error.strerror or error}",
@@ -221,15 +226,11 @@ def upkeep_once(broker: Broker, context: ssl.SSLContext, clock: Clock, pages: ss
 
     Of several replicas one does so; the others take the certificate that it renewed.
     """
-    certificate, _ = server_files(broker.config)
-    if not broker.upkeep.mine:
-        context.load_cert_chain(certificate)
-    else:
-        if renew_server_certificate(broker.config, broker.authority, clock()):
-            context.load_cert_chain(certificate)
-            logger.info("server certificate renewed")
-        if renew_signer(broker.config, broker.authority, clock()):
-            logger.info("signer of statements renewed")
+    try:
+        _renew(broker, context, clock)
+    except SawError as error:  # their place is away; there are days left, and all else goes on
+        logger.warning("certificates cannot be renewed: %s; trying again in %s", error, UPKEEP)
+    if broker.upkeep.mine:
         broker.repository.refresh(clock())
         broker.rollouts.tick()
         broker.reviews.tick()
@@ -243,3 +244,18 @@ def upkeep_once(broker: Broker, context: ssl.SSLContext, clock: Clock, pages: ss
             broker.sso.sessions.tick()
     if pages is not None:
         load_pages_certificate(broker, pages)
+
+
+def _renew(broker: Broker, context: ssl.SSLContext, clock: Clock) -> None:
+    """Renew what ends soon, or take what another replica has renewed."""
+    secrets, signer = broker.services.secrets, broker.services.signer
+    if not broker.upkeep.mine:
+        load_cert_chain(context, secrets.read(SERVER))
+        signer.look_again()
+        return
+    if renew_server_certificate(broker.config, secrets, broker.authority, clock()):
+        load_cert_chain(context, secrets.read(SERVER))
+        logger.info("server certificate renewed")
+    if renew_signer(secrets, broker.authority, clock()):
+        signer.look_again()
+        logger.info("signer of statements renewed")

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from saw.broker.config import BrokerConfig
 from saw.broker.register_place import remember_kind, require_register
 from saw.broker.replicas import bind_installation
-from saw.broker.review_vault import make_vault_key
-from saw.broker.sso.sealed import make_seal_key
+from saw.broker.secret_place import (
+    AUTHORITY,
+    ONLINE,
+    REVIEWS,
+    SERVER,
+    SESSIONS,
+    SIGN_INS,
+    SIGNER,
+    SSH,
+    SSH_SESSIONS,
+    Known,
+    known_place,
+    load_authority,
+    open_secrets,
+    remember_place,
+    require_place,
+)
 from saw.broker.store import Store
 from saw.broker.wake import Waker
 from saw.errors import ConfigError
-from saw.files import locked, write_private
-from saw.identity.sealed import make_key_file
-from saw.identity.ssh import SshAuthority
+from saw.files import locked, write_atomic
+from saw.identity.names import AuthorityExistsError, private_directory
+from saw.identity.sealed import KEY_BYTES
+from saw.identity.ssh import KEY_NAMES, SshAuthority
 from saw.identity.x509 import Authority, new_key_and_csr
-from saw.policy.keys import create_key
+from saw.policy.keys import parse_private_key, private_pem, public_pem
 from saw.ports import listening_on, taken
+from saw.secrets.store import SecretStore, read_or_none
 
 SERVER_TTL = timedelta(days=30)
 #: A server certificate is renewed when less than this is left.
@@ -37,31 +56,35 @@ def initialise(config: BrokerConfig, now: datetime) -> list[str]:
         config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         made.append(config.state.name)
     with locked(config.state):
-        return made + _make_missing(config, now)
+        require_register(config)
+        require_place(config)
+        secrets = open_secrets(config)
+        try:
+            return made + _make_missing(config, secrets, now)
+        finally:
+            secrets.close()
 
 
-def _make_missing(config: BrokerConfig, now: datetime) -> list[str]:
+def _make_missing(config: BrokerConfig, secrets: SecretStore, now: datetime) -> list[str]:
     made: list[str] = []
-    require_register(config)
     if not config.keys.is_dir():
         config.keys.mkdir(mode=0o700)
         made.append(config.keys.name)
     for directory in (config.tuf_dir / "metadata", config.tuf_dir / "targets"):
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-    if not (config.keys / "x509" / "ca.pem").exists():
-        Authority.create(config.keys / "x509", config.trust_domain, now)
+    if known_place(config) is None:
+        remember_place(config, Known(config.secrets.provider))
+    if _make_authority(config, secrets, now):
         made.append("x509 authority")
-    authority = Authority.load(config.keys / "x509")
+    authority = load_authority(config, secrets)
     if authority.trust_domain != config.trust_domain:
         raise ConfigError(
             f"the authority in {config.keys} is of {authority.trust_domain}, the configuration says {config.trust_domain}",
             cure="a trust domain never changes: correct trust_domain",
         )
-    if not (config.keys / "ssh" / "ssh-user-ca").exists():
-        SshAuthority.create(config.keys / "ssh")
+    if _make_ssh(secrets, SSH):
         made.append("ssh authority")
-    if not (config.keys / "tuf-online.key").exists():
-        create_key(config.keys, "tuf-online")
+    if _make_online_key(config, secrets):
         made.append("tuf online key")
     if config.postgresql is None and not config.database.exists():
         made.append("database")
@@ -72,53 +95,93 @@ def _make_missing(config: BrokerConfig, now: datetime) -> list[str]:
         remember_kind(config)
     finally:
         store.close()
-    if renew_server_certificate(config, authority, now):
+    if renew_server_certificate(config, secrets, authority, now):
         made.append("server certificate")
-    if renew_signer(config, authority, now):
+    if renew_signer(secrets, authority, now):
         made.append("signer of statements")
-    if make_vault_key(config):
+    if _make_key(secrets, REVIEWS):
         made.append("key of reviewed calls")
-    if not (config.keys / "ssh-sessions" / "ssh-user-ca").exists():
-        SshAuthority.create(config.keys / "ssh-sessions")
+    if _make_ssh(secrets, SSH_SESSIONS):
         made.append("ssh authority of sessions")
-    if make_key_file(config.keys / "sessions.key"):
+    if _make_key(secrets, SESSIONS):
         made.append("key of recordings")
-    if make_seal_key(config):
+    if config.sso is not None and _make_key(secrets, SIGN_INS):
         made.append("key of sign-ins")
     return made
 
 
-def server_files(config: BrokerConfig) -> tuple[Path, Path]:
-    """Return the paths of the server's certificate (with its key in one file) and of the CA certificate."""
-    return config.keys / "server.pem", config.keys / "x509" / "ca.pem"
-
-
-def renew_server_certificate(config: BrokerConfig, authority: Authority, now: datetime) -> bool:
-    """Issue a server certificate when there is none, it ends soon, or its names differ; return whether one was issued."""
-    path, _ = server_files(config)
-    if path.exists() and _still_good(path.read_bytes(), config.server_names, now):
+def _make_authority(config: BrokerConfig, secrets: SecretStore, now: datetime) -> bool:
+    certificate = authority_certificate(config)
+    if certificate.exists():
         return False
-    key, csr = new_key_and_csr(config.server_names[0], config.server_names)
-    certificate = authority.issue_server(csr, config.server_names, now, SERVER_TTL, spiffe_path="service/broker")
-    write_private(path, certificate + key)
+    private_directory(certificate.parent)
+    if read_or_none(secrets, AUTHORITY) is not None:
+        raise AuthorityExistsError(
+            f"there is {AUTHORITY} in {secrets.place} and no {certificate}",
+            cure="put the certificate of the backup back",
+        )
+    authority = Authority.make(config.trust_domain, now)
+    secrets.write(AUTHORITY, authority.key_pem(), new=True)
+    write_atomic(certificate, authority.ca_pem)
     return True
 
 
-def signer_file(config: BrokerConfig) -> Path:
-    """Return the path of the key that signs statements, with its certificate in one file."""
-    return config.keys / "signer.pem"
+def _make_ssh(secrets: SecretStore, folder: str) -> bool:
+    held = [read_or_none(secrets, f"{folder}/{name}") is not None for name in KEY_NAMES]
+    if held[0]:
+        return False
+    if any(held):
+        raise AuthorityExistsError(
+            f"half of the keys of {folder} is in {secrets.place}", cure="put back those of the backup"
+        )
+    for name, pem in SshAuthority.make().key_pems().items():
+        secrets.write(f"{folder}/{name}", pem, new=True)
+    return True
 
 
-def renew_signer(config: BrokerConfig, authority: Authority, now: datetime) -> bool:
+def _make_online_key(config: BrokerConfig, secrets: SecretStore) -> bool:
+    raw = read_or_none(secrets, ONLINE)
+    if raw is None:
+        secrets.write(ONLINE, private_pem(Ed25519PrivateKey.generate()), new=True)
+    public = config.keys / "tuf-online.pub"
+    if raw is None or not public.exists():
+        write_atomic(public, public_pem(parse_private_key(secrets.read(ONLINE), ONLINE).public_key()))
+    return raw is None
+
+
+def _make_key(secrets: SecretStore, name: str) -> bool:
+    if read_or_none(secrets, name) is not None:
+        return False
+    secrets.write(name, os.urandom(KEY_BYTES), new=True)
+    return True
+
+
+def authority_certificate(config: BrokerConfig) -> Path:
+    """Return the path of the CA certificate."""
+    return config.keys / "x509" / "ca.pem"
+
+
+def renew_server_certificate(config: BrokerConfig, secrets: SecretStore, authority: Authority, now: datetime) -> bool:
+    """Issue a server certificate when there is none, it ends soon, or its names differ; return whether one was issued."""
+    held = read_or_none(secrets, SERVER)
+    if held is not None and _still_good(held, config.server_names, now):
+        return False
+    key, csr = new_key_and_csr(config.server_names[0], config.server_names)
+    certificate = authority.issue_server(csr, config.server_names, now, SERVER_TTL, spiffe_path="service/broker")
+    secrets.write(SERVER, certificate + key)
+    return True
+
+
+def renew_signer(secrets: SecretStore, authority: Authority, now: datetime) -> bool:
     """Make a key that signs statements when there is none or its certificate ends soon; return whether one was made.
 
     What it signs ends before its certificate does: a statement lives for :data:`RENEW_BEFORE` at most.
     """
-    path = signer_file(config)
-    if path.exists() and _still_good(path.read_bytes(), (), now):
+    held = read_or_none(secrets, SIGNER)
+    if held is not None and _still_good(held, (), now):
         return False
     key, csr = new_key_and_csr("broker statements")
-    write_private(path, authority.issue_signer(csr, "broker", now, SERVER_TTL) + key)
+    secrets.write(SIGNER, authority.issue_signer(csr, "broker", now, SERVER_TTL) + key)
     return True
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Self
@@ -35,6 +35,8 @@ USER_TTL = timedelta(minutes=5)
 HOST_TTL = timedelta(days=90)
 FORWARD = "forward:"
 """Before the workspace id, the principal of certificates that reach one port and run nothing. No workspace id holds a colon."""
+#: Under these names the two keys lie, that of users first.
+KEY_NAMES = ("ssh-user-ca", "ssh-host-ca")
 
 _PLAIN_TYPES = frozenset({"ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ssh-rsa"})
 _PRINCIPAL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?")
@@ -61,34 +63,45 @@ class SshAuthority:
     def create(cls, directory: Path | str) -> Self:
         """Make both keys in ``directory`` (0700, keys 0600); raise :class:`AuthorityExistsError` if one is there."""
         directory = private_directory(Path(directory))
-        keys: list[ed25519.Ed25519PrivateKey] = []
-        if any((directory / name).exists() for name in ("ssh-user-ca", "ssh-host-ca")):
+        if any((directory / name).exists() for name in KEY_NAMES):
             raise AuthorityExistsError(f"{directory} already holds an SSH authority", cure="load it")
-        for name in ("ssh-user-ca", "ssh-host-ca"):
-            key = ed25519.Ed25519PrivateKey.generate()
-            write_private(
-                directory / name,
-                key.private_bytes(
-                    serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-                ),
-            )
-            keys.append(key)
-        return cls(keys[0], keys[1])
+        made = cls.make()
+        for name, pem in made.key_pems().items():
+            write_private(directory / name, pem)
+        return made
+
+    @classmethod
+    def make(cls) -> Self:
+        """Make both keys; they lie nowhere yet."""
+        return cls(ed25519.Ed25519PrivateKey.generate(), ed25519.Ed25519PrivateKey.generate())
 
     @classmethod
     def load(cls, directory: Path | str) -> Self:
         """Read both keys of ``directory``; raise :class:`IdentityError` when one cannot be used."""
+        return cls.parse({name: read_private(Path(directory) / name) for name in KEY_NAMES}, str(directory))
+
+    @classmethod
+    def parse(cls, pems: Mapping[str, bytes], place: str) -> Self:
+        """Read both keys as :meth:`key_pems` gives them; raise :class:`IdentityError` that says that they came from ``place``."""
         keys: list[ed25519.Ed25519PrivateKey] = []
-        for name in ("ssh-user-ca", "ssh-host-ca"):
-            path = Path(directory) / name
+        for name in KEY_NAMES:
+            where = f"{place}/{name}"
             try:
-                key = serialization.load_ssh_private_key(read_private(path), None)
+                key = serialization.load_ssh_private_key(pems[name], None)
             except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-                raise IdentityError(f"{path} is not a usable key", cure="restore it from its backup") from error
+                raise IdentityError(f"{where} is not a usable key", cure="restore it from its backup") from error
             if not isinstance(key, ed25519.Ed25519PrivateKey):
-                raise IdentityError(f"{path} is not an Ed25519 key", cure="restore it from its backup")
+                raise IdentityError(f"{where} is not an Ed25519 key", cure="restore it from its backup")
             keys.append(key)
         return cls(keys[0], keys[1])
+
+    def key_pems(self) -> dict[str, bytes]:
+        """Return both private keys (PEM, OpenSSH) by :data:`KEY_NAMES`, for where they are kept."""
+        form = (serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+        return {
+            name: key.private_bytes(*form)
+            for name, key in zip(KEY_NAMES, (self._user_key, self._host_key), strict=True)
+        }
 
     def issue_user(
         self,

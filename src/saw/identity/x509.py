@@ -74,7 +74,7 @@ class Svid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Authority:
-    """The certificate authority of one trust domain. Its key lies in a private directory and never leaves it."""
+    """The certificate authority of one trust domain. Whoever keeps its key asks for it by :meth:`key_pem`."""
 
     def __init__(self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate, trust_domain: str) -> None:
         self._key = key
@@ -91,6 +91,15 @@ class Authority:
             raise AuthorityExistsError(
                 f"{directory} already holds an authority", cure="load it, or choose another directory"
             )
+        made = cls.make(trust_domain, now)
+        write_private(directory / _KEY_FILE, made.key_pem())
+        write_atomic(directory / _CERTIFICATE_FILE, made.ca_pem)
+        return made
+
+    @classmethod
+    def make(cls, trust_domain: str, now: datetime) -> Self:
+        """Make a new authority that lies nowhere yet."""
+        check_trust_domain(trust_domain)
         key = ec.generate_private_key(ec.SECP256R1())
         start = utc(now)
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{trust_domain} workspace authority"[:64])])
@@ -111,8 +120,6 @@ class Authority:
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             .sign(key, hashes.SHA256())
         )
-        write_private(directory / _KEY_FILE, _private_pem(key))
-        write_atomic(directory / _CERTIFICATE_FILE, certificate.public_bytes(serialization.Encoding.PEM))
         return cls(key, certificate, trust_domain)
 
     @classmethod
@@ -120,16 +127,29 @@ class Authority:
         """Read the authority of ``directory``; raise :class:`IdentityError` when key or certificate cannot be used."""
         directory = Path(directory)
         try:
-            key = serialization.load_pem_private_key(read_private(directory / _KEY_FILE), None)
-            certificate = x509.load_pem_x509_certificate((directory / _CERTIFICATE_FILE).read_bytes())
-            names = _uris(certificate)
-        except (OSError, ValueError, TypeError, x509.ExtensionNotFound) as error:
+            certificate = (directory / _CERTIFICATE_FILE).read_bytes()
+        except OSError as error:
             raise IdentityError(f"{directory} holds no usable authority", cure="restore it from its backup") from error
+        return cls.parse(read_private(directory / _KEY_FILE), certificate, str(directory))
+
+    @classmethod
+    def parse(cls, key_pem: bytes, ca_pem: bytes, place: str) -> Self:
+        """Read an authority; raise :class:`IdentityError` that says that it came from ``place``."""
+        try:
+            key = serialization.load_pem_private_key(key_pem, None)
+            certificate = x509.load_pem_x509_certificate(ca_pem)
+            names = _uris(certificate)
+        except (ValueError, TypeError, x509.ExtensionNotFound) as error:
+            raise IdentityError(f"{place} holds no usable authority", cure="restore it from its backup") from error
         if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-            raise IdentityError(f"key and certificate in {directory} do not belong together", cure="restore both")
+            raise IdentityError(f"key and certificate in {place} do not belong together", cure="restore both")
         if len(names) != 1 or not names[0].startswith("spiffe://"):
-            raise IdentityError(f"the certificate in {directory} names no trust domain", cure="restore it")
+            raise IdentityError(f"the certificate in {place} names no trust domain", cure="restore it")
         return cls(key, certificate, check_trust_domain(names[0].removeprefix("spiffe://")))
+
+    def key_pem(self) -> bytes:
+        """Return the private key (PEM, PKCS#8), for where it is kept."""
+        return _private_pem(self._key)
 
     def issue_svid(
         self,

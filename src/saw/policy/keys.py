@@ -86,13 +86,17 @@ def create_key(directory: Path | str, name: str, passphrase: bytes | None = None
             raise KeyFileError(f"{path} exists already", cure="choose another name or remove the old key yourself")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = Ed25519PrivateKey.generate()
+    write_private(private_path, private_pem(key, passphrase))
+    write_atomic(public_path, public_pem(key.public_key()))
+    return key
+
+
+def private_pem(key: Ed25519PrivateKey, passphrase: bytes | None = None) -> bytes:
+    """Return the PEM form (PKCS#8) of a private key, encrypted when a passphrase is given."""
     protection: serialization.KeySerializationEncryption = (
         serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
     )
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, protection)
-    write_private(private_path, pem)
-    write_atomic(public_path, public_pem(key.public_key()))
-    return key
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, protection)
 
 
 def load_private_key(path: Path | str, passphrase: bytes | None = None) -> Ed25519PrivateKey:
@@ -101,6 +105,11 @@ def load_private_key(path: Path | str, passphrase: bytes | None = None) -> Ed255
         raw = Path(path).read_bytes()
     except OSError as error:
         raise KeyFileError(f"cannot read the key {path}: {error.strerror}", cure="check the path") from error
+    return parse_private_key(raw, str(path), passphrase)
+
+
+def parse_private_key(raw: bytes, path: str, passphrase: bytes | None = None) -> Ed25519PrivateKey:
+    """Return the private key in the PEM ``raw``; raise :class:`KeyFileError` that says that it came from ``path``."""
     try:
         key = serialization.load_pem_private_key(raw, passphrase)
     except TypeError as error:

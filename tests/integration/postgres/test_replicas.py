@@ -29,10 +29,13 @@ from saw.broker.postgres import EXCLUSIVE, LOCKS, REPLICAS, UPKEEP
 from saw.broker.registry import get_row
 from saw.broker.review_decisions import AskNonce
 from saw.broker.schema import reviews
+from saw.broker.secret_move import MoveRefused, move_secrets
 from saw.broker.server import tls_context, upkeep_once
 from saw.broker.session_views import key_digest
 from saw.broker.setup import initialise
 from saw.errors import ConfigError
+from saw.files import write_private
+from saw.secrets.settings import SealedSettings, SecretsSettings
 from saw.sessions.messages import Redeem
 
 pytestmark = pytest.mark.control("FLT-01")
@@ -280,3 +283,29 @@ def test_of_two_brokers_one_at_a_time_does_what_is_exclusive(world: World, other
             assert entered == []
     second.join(120)
     assert entered == ["other"]
+
+
+def test_secrets_do_not_move_while_a_broker_serves_on_the_database(
+    world: World, postgres: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Broker.open(world.config, lambda: world.now, os.urandom)
+    write_private(tmp_path / "saw-secrets", os.urandom(32))
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    sealed = msgspec.structs.replace(world.config, secrets=SecretsSettings("sealed", SealedSettings()))
+    back = msgspec.structs.replace(world.config, secrets=SecretsSettings("files", SealedSettings()))
+    before = world.broker.trust()["ca_pem"]
+    world.broker.close()
+    with pytest.raises(MoveRefused, match="a broker serves on this database"):
+        move_secrets(sealed, lambda: world.now)
+    other.close()
+    wait_until(lambda: held(postgres, world.config) == (0, 0), "both have left")
+    assert move_secrets(sealed, lambda: world.now).removed > 0
+    one = Broker.open(sealed, lambda: world.now, os.urandom)
+    two = Broker.open(sealed, lambda: world.now, os.urandom)
+    assert [broker.trust()["ca_pem"] for broker in (one, two)] == [before, before]
+    two.close()
+    one.close()
+    wait_until(lambda: held(postgres, world.config) == (0, 0), "both have left")
+    assert move_secrets(back, lambda: world.now).removed > 0
+    world.open_broker()
+    assert world.broker.trust()["ca_pem"] == before

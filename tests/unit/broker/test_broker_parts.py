@@ -21,6 +21,7 @@ from saw.broker.core import Broker
 from saw.broker.errors import BusyError, ConflictError
 from saw.broker.lifecycle import MAY_ATTEST, STEPS, State, check_step
 from saw.broker.limits import RateLimit
+from saw.broker.secret_place import open_secrets
 from saw.broker.setup import RENEW_BEFORE, initialise, renew_server_certificate
 from saw.broker.store import Store
 from saw.broker.wake import Waker
@@ -124,9 +125,9 @@ def test_an_empty_register_never_takes_the_place_of_one_that_was_there(tmp_path)
 def test_the_server_certificate_is_renewed_before_it_ends(tmp_path) -> None:
     config = BrokerConfig("saw.example", str(tmp_path / "state"), str(tmp_path / "o.sock"), ("b.saw.internal",))
     initialise(config, NOW)
-    authority = Authority.load(config.keys / "x509")
-    assert not renew_server_certificate(config, authority, NOW + timedelta(days=19))
-    assert renew_server_certificate(config, authority, NOW + timedelta(days=30) - RENEW_BEFORE)
+    authority, secrets = Authority.load(config.keys / "x509"), open_secrets(config)
+    assert not renew_server_certificate(config, secrets, authority, NOW + timedelta(days=19))
+    assert renew_server_certificate(config, secrets, authority, NOW + timedelta(days=30) - RENEW_BEFORE)
 
 
 @pytest.mark.control("ID-04")

@@ -19,11 +19,13 @@ from saw.broker.delegations import Issue, Revoke
 from saw.broker.registry import Step
 from saw.broker.review_decisions import AskNonce, Cancel
 from saw.broker.review_states import Moves, get_review
-from saw.broker.review_vault import BytesChanged, Vault, vault_file
+from saw.broker.review_vault import BytesChanged, Vault
 from saw.broker.reviewers import Retire, Reviewer
 from saw.broker.reviews import CLAIM_FOR, KEEP, MAX_OPEN
 from saw.broker.schema import review_decisions, reviews
+from saw.broker.secret_place import REVIEWS, open_secrets
 from saw.errors import ConfigError
+from saw.files import write_private
 from saw.policy.delegation import Resource
 from saw.policy.keys import public_pem
 from saw.review.digest import request_digest
@@ -684,14 +686,14 @@ def test_calls_and_answers_are_encrypted_at_rest_under_a_private_key(world: Worl
     raw = b"".join(path.read_bytes() for path in files)
     assert identifier.encode() in raw
     assert all(secret not in raw for secret in (SECRET, b"as the far end wrote it", b"account=team-a"))
-    key = vault_file(world.config)
+    key = world.config.keys / REVIEWS
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     assert key.read_bytes() not in raw
 
 
 @pytest.mark.control("REV-02")
 def test_what_is_stored_opens_for_its_own_review_and_place_alone(world: World) -> None:
-    vault = Vault.load(world.config, os.urandom)
+    vault = Vault.load(open_secrets(world.config), os.urandom)
     sealed = vault.seal("rv-1", "call", call())
     assert vault.open("rv-1", "call", sealed, ReviewedCall) == call()
     assert sealed != vault.seal("rv-1", "call", call())
@@ -704,12 +706,12 @@ def test_what_is_stored_opens_for_its_own_review_and_place_alone(world: World) -
 
 def test_without_its_key_a_broker_does_not_open_and_with_another_one_nothing_is_sent(world: World) -> None:
     identifier = world.approved()
-    key = vault_file(world.config)
+    key = world.config.keys / REVIEWS
     kept = key.read_bytes()
     key.unlink()
     with pytest.raises(ConfigError, match=r"reviews\.key"):
         world.crash()
-    key.write_bytes(b"short")
+    write_private(key, b"short")
     with pytest.raises(ConfigError, match="32 bytes"):
         world.crash()
     key.write_bytes(bytes(32))

@@ -24,17 +24,29 @@ from saw.broker.notification_settings import Email, Kind, Webhook
 from saw.broker.terminal.settings import TerminalBastion
 from saw.errors import ConfigError
 from saw.jobs.config import load_config as load_worker
+from saw.secrets.settings import SecretsSettings
 
 ROLE = Path(__file__).resolve().parents[3] / "roles/broker"
 
 
+def variables() -> dict[str, object]:
+    """The role's defaults and its own variables."""
+    defaults = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
+    return {**defaults, **yaml.safe_load((ROLE / "vars/main.yml").read_text())}
+
+
+def templar_of(**values: object) -> Templar:
+    """Ansible's templating with the role's variables, of which some are templates themselves, and ``values``."""
+    own = {name: trust_as_template(told) if isinstance(told, str) else told for name, told in variables().items()}
+    return Templar(loader=DataLoader(), variables={**own, **values})
+
+
 def template_of(name: str, place: Path, **values: object) -> None:
     """Write what Ansible's own templating makes of a template with the role's defaults and ``values``."""
-    defaults = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
     template = ROLE / "templates" / name
     command = [Path(sys.executable).parent / "ansible", "localhost", "-i", "localhost,", "-c", "local"]
     command += ["-m", "ansible.builtin.template", "-a", f"src={template} dest={place}"]
-    told = {"ansible_python_interpreter": sys.executable, "broker_trust_domain": "saw.example", **defaults, **values}
+    told = {"ansible_python_interpreter": sys.executable, "broker_trust_domain": "saw.example", **variables(), **values}
     done = subprocess.run([*command, "-e", json.dumps(told)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -193,12 +205,11 @@ KEPT = yaml.safe_load(
 
 def written(folder: Path, names: list[str], **values: object) -> dict[str, str]:
     """What one run of Ansible makes of several templates with the role's defaults and ``values``."""
-    defaults = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
     tasks = [
         {"ansible.builtin.template": {"src": str(ROLE / "templates" / f"{name}.j2"), "dest": str(folder / name)}}
         for name in names
     ]
-    told = {"ansible_python_interpreter": sys.executable, "broker_trust_domain": "saw.example", **defaults, **values}
+    told = {"ansible_python_interpreter": sys.executable, "broker_trust_domain": "saw.example", **variables(), **values}
     play = [{"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": told, "tasks": tasks}]
     (folder / "play.yml").write_text(yaml.safe_dump(play))
     command = [Path(sys.executable).parent / "ansible-playbook", "-i", "localhost,", str(folder / "play.yml")]
@@ -418,8 +429,7 @@ def test_the_terminal_emulator_is_the_pinned_one_or_the_run_ends_with_the_cure(t
 
 def templated(name: str, **values: object) -> str:
     """What Ansible's templating makes of a template, within this process."""
-    defaults = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
-    told = {"ansible_managed": "by Ansible", "broker_trust_domain": "saw.example", **defaults, **values}
+    told = {"ansible_managed": "by Ansible", "broker_trust_domain": "saw.example", **variables(), **values}
     text = trust_as_template((ROLE / "templates" / f"{name}.j2").read_text())
     return str(Templar(loader=DataLoader(), variables=told).template(text))
 
@@ -510,8 +520,7 @@ def test_files_of_operators_are_waited_for_and_the_accounts_that_they_belong_to_
     )
 
     def waited_for(**values: object) -> dict[str, list[str]]:
-        told = {**yaml.safe_load((ROLE / "defaults/main.yml").read_text()), **values}
-        templar = Templar(loader=DataLoader(), variables=told)
+        templar = templar_of(**values)
         return {name: templar.template(trust_as_template(task["vars"][name])) for name, task in asked.items()}
 
     assert waited_for(broker_sso={**SSO, **pages, "provider": provider}, broker_jobs=JOBS[0]) == {
@@ -519,5 +528,66 @@ def test_files_of_operators_are_waited_for_and_the_accounts_that_they_belong_to_
         "broker_page_files": ["/etc/saw/pages.pem", "/etc/saw/pages.key"],
         "broker_worker_files": ["/etc/saw/fleet/inventory", "/etc/saw/fleet/known_hosts", "/etc/saw/fleet/collections"],
     }
+    vault = {
+        "url": "https://v.example.com",
+        "ca_file": "/etc/saw/v.pem",
+        "approle": {"role_id": "r", "secret_id_file": "/etc/saw/v.id"},
+    }
+    assert waited_for(broker_secrets={"provider": "vault", "vault": vault})["broker_page_files"] == [
+        "/etc/saw/v.pem",
+        "/etc/saw/v.id",
+    ]
     assert waited_for(broker_jobs=JOBS[1])["broker_worker_files"] == ["/etc/saw/awx-ca.pem"]
     assert waited_for() == {name: [] for name in asked}
+
+
+SECRETS = [
+    yaml.safe_load(part.partition("```")[0])["broker_secrets"]
+    for part in (ROLE.parents[1] / "docs/broker.md").read_text(encoding="utf-8").split("```yaml\n")[1:]
+    if "broker_secrets" in part.partition("```")[0]
+]
+
+
+def test_secrets_are_where_the_page_says_and_in_plain_files_until_then(tmp_path: Path) -> None:
+    unit = "saw-broker.service.j2"
+    assert rendered(tmp_path).secrets == SecretsSettings()
+    assert "secrets" not in json.loads((tmp_path / "broker.json").read_text())
+    template_of(unit, tmp_path / "plain")
+    plain = (tmp_path / "plain").read_text().splitlines()
+    move = "ExecStartPre=/opt/saw/bin/saw broker secrets move --config /etc/saw/broker.json"
+    load = "LoadCredentialEncrypted=saw-secrets:/etc/credstore.encrypted/saw-secrets"
+    assert move not in plain and not any("Credential" in line for line in plain)
+    told = []
+    for number, secrets in enumerate(SECRETS):
+        found = rendered(tmp_path, broker_secrets=secrets).secrets
+        template_of(unit, tmp_path / str(number), broker_secrets=secrets)
+        lines = (tmp_path / str(number)).read_text().splitlines()
+        assert (
+            lines.index(move)
+            == lines.index("ExecStartPre=/opt/saw/bin/saw broker init --config /etc/saw/broker.json") - 1
+        )
+        told.append((found.provider, load in lines, "RestartSec=8" in lines))
+        assert set(lines) - set(plain) <= {move, load, "RestartSec=8"}, "nothing else of the unit changes"
+    # a place that keys are moved from is named too, and then its key is still handed over
+    assert sorted(told) == [("files", True, False), ("sealed", True, False), ("vault", False, True)]
+    template_of(unit, tmp_path / "named", broker_secrets={"provider": "sealed", "sealed": {"credential": "other"}})
+    assert "LoadCredentialEncrypted=other:/etc/credstore.encrypted/other" in (tmp_path / "named").read_text()
+    with pytest.raises(ConfigError, match=r"secrets\.vault is missing"):
+        rendered(tmp_path, broker_secrets={"provider": "vault"})
+
+
+def test_the_key_of_sealed_secrets_is_made_once_on_a_host_that_runs() -> None:
+    [task] = yaml.safe_load((ROLE / "tasks/secrets.yml").read_text())
+    command = task["ansible.builtin.command"]
+    templar = templar_of(broker_secrets={"provider": "sealed"})
+    argv = templar.template([trust_as_template(part) for part in command["argv"]])
+    options = ["--name=saw-secrets", "--out=/etc/credstore.encrypted/saw-secrets", "--with-key=auto"]
+    assert argv == ["/opt/saw/bin/saw", "broker", "secrets", "key", *options]
+    assert templar.template(trust_as_template(command["creates"])) == "/etc/credstore.encrypted/saw-secrets"
+    assert command["removes"] == "/run/systemd/system"
+    main = yaml.safe_load((ROLE / "tasks/main.yml").read_text())
+    names = [step.get("ansible.builtin.include_tasks") or step.get("ansible.builtin.import_tasks") for step in main]
+    assert names.index("secrets.yml") < names.index("service.yml")
+    [step] = [one for one in main if one.get("ansible.builtin.include_tasks") == "secrets.yml"]
+    for secrets, wanted in (({}, False), ({"provider": "sealed"}, True), ({"provider": "files", "sealed": {}}, True)):
+        assert templar_of(broker_secrets=secrets).evaluate_conditional(trust_as_template(step["when"])) is wanted

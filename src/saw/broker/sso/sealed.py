@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Self
 
-from saw.broker.config import BrokerConfig
-from saw.identity.sealed import SealBroken, SealKey, make_key_file
+from saw.broker.secret_place import SIGN_INS, load_seal_key
+from saw.identity.sealed import SealBroken, SealKey
+from saw.secrets.store import SecretStore
 
-__all__ = ["Seal", "SealBroken", "make_seal_key", "seal_file"]
-
-
-def seal_file(config: BrokerConfig) -> Path:
-    """Return the path of the key that encrypts refresh tokens and begun sign-ins."""
-    return config.keys / "sso.key"
-
-
-def make_seal_key(config: BrokerConfig, random: Callable[[int], bytes] = os.urandom) -> bool:
-    """Make the key (32 bytes, 0600) when single sign-on is configured and there is none; return whether one was made."""
-    return config.sso is not None and make_key_file(seal_file(config), random)
+__all__ = ["Seal", "SealBroken"]
 
 
 class Seal:
@@ -30,10 +19,10 @@ class Seal:
         self._key = key
 
     @classmethod
-    def load(cls, config: BrokerConfig, random: Callable[[int], bytes]) -> Self:
-        """Read the key file; raise :class:`saw.errors.ConfigError` when it is missing or no key."""
+    def load(cls, secrets: SecretStore, random: Callable[[int], bytes]) -> Self:
+        """Read the key; raise :class:`saw.errors.ConfigError` when it is missing or no key."""
         again = "remove it; everybody signs in again"
-        return cls(SealKey.load(seal_file(config), random, missing="run saw broker init", malformed=again))
+        return cls(load_seal_key(secrets, SIGN_INS, random, absent="run saw broker init", malformed=again))
 
     def close(self, row: str, raw: bytes) -> bytes:
         """Return ``raw`` encrypted for ``row``."""

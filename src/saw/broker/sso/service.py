@@ -32,7 +32,7 @@ class SingleSignOn:
         if settings is None:
             return None
         provider = Provider(settings.provider, time.monotonic)
-        seal = Seal.load(services.config, services.random)
+        seal = Seal.load(services.secrets, services.random)
         sessions = Sessions(services, settings, provider, seal)
         signin = SignIn(services, settings, provider, seal, sessions)
         return cls(settings, provider, sessions, signin, Passkeys(services, settings, sessions))
