@@ -100,7 +100,7 @@ def test_what_is_missing_is_said_with_a_cure(bastion: Bastion, tmp_path: Path) -
     before = count(bastion)
     assert refused(bastion, f"{here}/none", f"ws-a:{here}")["code"] == "source_missing"
     assert refused(bastion, f"ws-a:{here}/one", f"{tmp_path}/none/x")["code"] == "target_missing"
-    assert refused(bastion, f"{here}/one", f"{tmp_path}/x")["code"] == "copy_refused"
+    assert refused(bastion, f"{here}/one", f"{tmp_path}/x")["code"] == "paths_refused"
     assert count(bastion) == before
     error = refused(bastion, f"ws-a:{here}/none", str(tmp_path))
     assert (error["code"], "none: No such file or directory" in error["message"]) == ("not_copied", True)
