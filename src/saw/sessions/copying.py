@@ -23,7 +23,7 @@ _PATTERN = re.compile(r"([\\*?\[\]{}])")
 class CopyRefused(SawError):
     """What is to be copied where makes no sense, or is not there."""
 
-    code = "copy_refused"
+    code = "paths_refused"
 
 
 class SourceMissing(CopyRefused):

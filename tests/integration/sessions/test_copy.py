@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from session_rig import Bastion
+from session_rig import Bastion, Terminal
 from sso_rig import until
 
 pytestmark = pytest.mark.control("ID-02")
@@ -100,7 +100,7 @@ def test_what_is_missing_is_said_with_a_cure(bastion: Bastion, tmp_path: Path) -
     before = count(bastion)
     assert refused(bastion, f"{here}/none", f"ws-a:{here}")["code"] == "source_missing"
     assert refused(bastion, f"ws-a:{here}/one", f"{tmp_path}/none/x")["code"] == "target_missing"
-    assert refused(bastion, f"{here}/one", f"{tmp_path}/x")["code"] == "copy_refused"
+    assert refused(bastion, f"{here}/one", f"{tmp_path}/x")["code"] == "paths_refused"
     assert count(bastion) == before
     error = refused(bastion, f"ws-a:{here}/none", str(tmp_path))
     assert (error["code"], "none: No such file or directory" in error["message"]) == ("not_copied", True)
@@ -203,6 +203,18 @@ def test_a_copy_ends_with_its_session(bastion: Bastion, tmp_path: Path) -> None:
         assert (client.returncode, error["code"], error["details"]["session"]) == (1, "session_failed", session)
         assert session in error["cure"], "scp does not always pass on what the bastion said at last"
         assert list(temporary.iterdir()) == []
+
+
+def test_a_terminal_shows_how_far_it_is_and_a_pipe_only_what_was_copied(bastion: Bastion, tmp_path: Path) -> None:
+    here = folder(tmp_path / "here", ["one"])
+    quiet = bastion.saw("cp", f"{here}/one", f"ws-a:{tmp_path}/copy")  # writes the context file, too
+    assert (quiet.stdout, quiet.stderr) == ("copied 1 file, 15 bytes to ws-a\n", "")
+    line = [sys.executable, "-m", "saw.cli.main", "cp", "--context", str(bastion.directory / "context.json")]
+    # scp shows it to the foreground of a terminal of its session alone.
+    terminal = Terminal(["setsid", "--ctty", "--wait", *line, f"{here}/one", f"ws-a:{tmp_path}/copy"])
+    terminal.until("100%")
+    terminal.until("copied 1 file, 15 bytes to ws-a")
+    assert terminal.ends() == 0
 
 
 def test_without_a_bastion_the_workspace_itself_is_copied_to(bastion: Bastion, tmp_path: Path) -> None:
