@@ -126,3 +126,16 @@ def test_forwarding_is_off(host):
         "permituserrc no",
     ):
         assert line in effective
+
+
+@pytest.mark.control("ID-02")
+def test_a_certificate_for_a_port_runs_its_one_command_and_no_other_opens_that_account(authority):
+    done = login(authority, user="saw-forward", principal="forward:ws-demo")
+    assert (done.returncode, done.stdout) == (77, ""), done.stderr
+    assert "no port that may be forwarded" in done.stderr
+    for refused in (
+        {"user": "saw-forward"},
+        {"user": "saw-forward", "principal": "forward:ws-other"},
+        {"principal": "forward:ws-demo"},
+    ):
+        assert login(authority, **refused).returncode == 255, refused
