@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,12 @@ from saw.broker.secret_place import (
     open_secrets,
     remember_place,
 )
+from saw.broker.server import tls_context, upkeep_once
 from saw.broker.setup import initialise
 from saw.broker.store import Store, chained_rows
 from saw.broker.wake import Waker
 from saw.cli.broker import main
-from saw.errors import ConfigError, SawError
+from saw.errors import ConfigError, SawError, UnavailableError
 from saw.files import write_private
 from saw.identity.names import AuthorityExistsError
 from saw.policy.keys import private_pem, public_pem
@@ -240,6 +241,31 @@ def test_secrets_go_from_place_to_place_and_leave_nothing_behind(config: BrokerC
         for old, new in (("files", "sealed"), ("sealed", "vault"), ("vault", "files"))
         for text in (f"{{}} secrets were copied from {old} to {new}", f"{{}} copies outside of {new} were removed")
     ]
+
+
+def test_a_vault_that_is_away_keeps_a_broker_from_starting_and_not_from_serving(
+    config: BrokerConfig, vault: Contract, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = on(config, SecretsSettings("vault", vault=vault.settings()))
+    initialise(there, NOW)
+    broker = Broker.open(there, now, os.urandom)
+    context = tls_context(broker, now)
+    assert broker.services.signer.pem
+    old = vault.held["saw/broker/server.pem"][-1]
+    vault.before = lambda _method, _path: (503, {"errors": ["Vault is sealed"]})
+    later = NOW + timedelta(days=21)
+    upkeep_once(broker, context, lambda: later)  # all else goes on
+    assert "certificates cannot be renewed" in caplog.text
+    assert broker.services.signer.pem
+    for begin in (lambda: Broker.open(there, now, os.urandom), lambda: initialise(there, NOW)):
+        with pytest.raises(UnavailableError, match="does not answer"):
+            begin()
+    vault.before = lambda _method, _path: None
+    before = broker.services.signer.pem
+    upkeep_once(broker, context, lambda: later)
+    assert vault.held["saw/broker/server.pem"][-1] != old
+    assert broker.services.signer.pem != before, "statements are signed with the new key from now on"
+    broker.close()
 
 
 def test_a_move_that_is_killed_at_any_step_leaves_every_secret_readable_and_goes_on(
