@@ -65,6 +65,9 @@ def initialise(config: BrokerConfig, now: datetime) -> list[str]:
             secrets.close()
 
 
+_CUT_OFF = "where the first start of a new installation was cut off, remove it and start again"
+
+
 def _make_missing(config: BrokerConfig, secrets: SecretStore, now: datetime) -> list[str]:
     made: list[str] = []
     if not config.keys.is_dir():
@@ -118,7 +121,7 @@ def _make_authority(config: BrokerConfig, secrets: SecretStore, now: datetime) -
     if read_or_none(secrets, AUTHORITY) is not None:
         raise AuthorityExistsError(
             f"there is {AUTHORITY} in {secrets.place} and no {certificate}",
-            cure="put the certificate of the backup back",
+            cure=f"put the certificate of the backup back; {_CUT_OFF}",
         )
     authority = Authority.make(config.trust_domain, now)
     secrets.write(AUTHORITY, authority.key_pem(), new=True)
@@ -132,7 +135,7 @@ def _make_ssh(secrets: SecretStore, folder: str) -> bool:
         return False
     if any(held):
         raise AuthorityExistsError(
-            f"half of the keys of {folder} is in {secrets.place}", cure="put back those of the backup"
+            f"half of the keys of {folder} is in {secrets.place}", cure=f"put back those of the backup; {_CUT_OFF}"
         )
     for name, pem in SshAuthority.make().key_pems().items():
         secrets.write(f"{folder}/{name}", pem, new=True)
