@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import grp
 import os
 import pwd
@@ -22,13 +23,32 @@ class ComponentError(Exception):
         self.failure = {"code": code, "details": details, "cure": cure}
 
 
+def content_of(wanted: dict[str, Any]) -> bytes:
+    """Return the content that a file shall have; raise :class:`ComponentError` for a secret that the host's log would show."""
+    if wanted.get("secret_base64") is not None:
+        try:
+            return base64.b64decode(wanted.get("secret_base64"), validate=True)
+        except ValueError as error:
+            raise ComponentError(
+                f"{wanted['dest']}: secret_base64 is no base64", "secret_malformed", "filter the content with b64encode"
+            ) from error
+    secret = wanted["secret"]
+    if secret is not None and repr(secret)[1:-1] != secret:
+        raise ComponentError(
+            f"{wanted['dest']}: the host's log would show a secret with a line break or an escape",
+            "secret_unmasked",
+            "give it as secret_base64, filtered with b64encode; take this one for known to who reads the log",
+        )
+    return (secret if secret is not None else wanted["content"] or "").encode()
+
+
 class ManagedFile:
     """One wanted file beside what lies on the host."""
 
     def __init__(self, wanted: dict[str, Any], notes: Any = None) -> None:
         self.dest = wanted["dest"]
-        self.secret = wanted["secret"] is not None
-        self.content = (wanted["secret"] if self.secret else wanted["content"] or "").encode()
+        self.secret = wanted["secret"] is not None or wanted.get("secret_base64") is not None
+        self.content = content_of(wanted)
         self.mode = int(wanted["mode"], 8)
         self.owner = wanted["owner"]
         self.group = wanted["group"]

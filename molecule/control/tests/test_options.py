@@ -161,6 +161,21 @@ def test_secrets_are_their_owners_alone_and_nowhere_else(host):
     assert host.check_output(search).split() == ["4", "0", "0", "0", "0", "0"]
 
 
+def test_the_brokers_own_keys_are_sealed_and_open_with_what_systemd_hands_over_alone(host):
+    assert host.check_output("cat /var/lib/saw/broker/secrets.json") == '{"provider":"sealed","leaving":null}'
+    assert host.run("grep --recursive --files-with-matches 'PRIVATE KEY' /var/lib/saw/broker").rc == 1
+    sealed = host.check_output("find /var/lib/saw/broker/sealed -type f -printf '%u %m %f\\n'").splitlines()
+    assert len(sealed) == 11
+    assert {tuple(line.split()[:2]) for line in sealed} == {("saw-broker", "600")}
+    alone = host.run("setpriv --reuid saw-broker --regid saw-broker --clear-groups saw broker secrets status")
+    assert alone.rc == 1
+    handed = host.run(
+        "systemd-run --quiet --pipe --wait --uid=saw-broker"
+        " --property=LoadCredentialEncrypted=saw-secrets:/etc/credstore.encrypted/saw-secrets saw broker secrets status"
+    )
+    assert handed.rc == 0, handed.stdout + handed.stderr
+
+
 @pytest.mark.control("LIF-01")
 def test_a_job_is_run_by_the_worker_on_a_hypervisor_and_told(host, workspace):
     edge = host.get_host("ansible://edge", ansible_inventory=os.environ["MOLECULE_INVENTORY_FILE"])
@@ -229,14 +244,22 @@ def play(name: str, *options: str, refused: bool = False) -> str:
 
 @pytest.mark.control("P0-01")
 def test_at_last_what_is_switched_off_runs_no_more_and_a_look_at_a_half_made_host_tells_what_would_change(host):
-    # what the register holds is not left behind by a setting that was forgotten
+    # neither the keys nor what the register holds is left behind by a setting that was forgotten
+    files = ["--extra-vars", json.dumps({"broker_secrets": {"provider": "files", "sealed": {}}})]
     database = host.file("/etc/saw/broker.json").content_string
     told = play("plain.yml", refused=True)
+    assert "secrets of this installation are in sealed, which the configuration does not name" in told, told
+    told = play("plain.yml", *files, refused=True)
     assert "the register of this installation is in PostgreSQL" in told, told
     assert host.file("/etc/saw/broker.json").content_string == database
     assert host.check_output("systemctl is-active saw-broker") == "active"
     host.check_output("rm /var/lib/saw/broker/register.json")
+    trusted = host.check_output("cat /var/lib/saw/broker/keys/x509/ca.pem")
 
+    play("plain.yml", *files)
+    assert host.check_output("cat /var/lib/saw/broker/keys/x509/ca.pem") == trusted
+    assert host.check_output("cat /var/lib/saw/broker/secrets.json") == '{"provider":"files","leaving":null}'
+    assert host.check_output("find /var/lib/saw/broker/sealed -type f") == ""
     play("plain.yml")
     assert host.check_output("systemctl is-active saw-broker") == "active"
     assert host.run("systemctl is-active saw-worker").stdout.strip() == "inactive"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import grp
 import os
 import pwd
@@ -110,6 +111,23 @@ def test_a_secret_is_written_and_shown_nowhere(tmp_path, run_module, capsys):
     assert second["changed"]
     assert "hunter2" not in str(second)
     assert (tmp_path / "token").read_text() == "hunter2-new"
+
+
+@pytest.mark.control("CRED-01")
+@pytest.mark.parametrize("secret", ["one\ntwo", "back\\slash", 'it\'s "both"', "t\u00e4b\t"])
+def test_a_secret_that_the_hosts_log_would_show_is_refused_and_taken_in_base64(tmp_path, run_module, secret):
+    wanted = {"dest": str(tmp_path / "token"), "mode": "0600", **ME}
+    refused = run_module(component, files=[{**wanted, "secret": secret}])
+    assert refused["failure"]["code"] == "secret_unmasked"
+    assert not (tmp_path / "token").exists()
+    encoded = base64.b64encode(secret.encode()).decode()
+    taken = run_module(component, files=[{**wanted, "secret_base64": encoded}])
+    assert taken["changed"]
+    assert secret not in str(taken)
+    assert encoded not in str(taken)
+    assert (tmp_path / "token").read_text() == secret
+    assert not run_module(component, files=[{**wanted, "secret_base64": encoded}])["changed"]
+    assert run_module(component, files=[{**wanted, "secret_base64": "?"}])["failure"]["code"] == "secret_malformed"
 
 
 def test_an_exclusive_folder_loses_what_is_not_listed(files, tmp_path, run_module):
