@@ -23,6 +23,7 @@ from saw.broker.notification_settings import URGENT, Email, Kind, is_address
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _HOST = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_]([a-z0-9_-]{0,62}))*\Z")
 _LONGEST = 256
+_AFTER = frozenset({Kind.AFTER_REVIEW_OWED, Kind.AFTER_REVIEW_OVERDUE})
 _GATE = "gate"  # as saw.broker.review_states, which tells through this module, calls changes to the fleet
 NOT_A_DECISION = "This message decides nothing: to decide, sign in, or sign with your key."
 
@@ -31,6 +32,7 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     """What happened. ``title`` is one sentence, ``link`` the page to look at (empty without pages), ``command`` the same
     for a terminal.
 
+    ``expires_at`` is until when people can decide, or have to look at a broken glass.
     ``host`` is for programs and stands in no text: where policy allows ``*.example.com``, the agent chose a part of it.
     """
 
@@ -80,7 +82,7 @@ def review_message(config: BrokerConfig, kind: Kind, row: Any, at: datetime) -> 
         workspace=workspace,
         group=group,
         quorum=row.quorum,
-        expires_at=row.expires_at,
+        expires_at=row.after_due_at if kind in _AFTER and row.after_due_at else row.expires_at,
         method=method,
         host=host,
         gate=_plain(row.rule) if gate else "",
@@ -140,7 +142,7 @@ def text(message: Message) -> str:
             ("Gate", facts.gate),
             ("State", facts.state),
             ("Needs", needed),
-            ("Until", facts.expires_at if message.type is Kind.REVIEW_OPENED else ""),
+            ("Until", facts.expires_at if message.type in {Kind.REVIEW_OPENED, *_AFTER} else ""),
             ("Told", message.timestamp),
         ]
     )

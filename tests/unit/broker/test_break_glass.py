@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from review_world import EDGE, OPERATOR, World, refused
+from sqlalchemy import select
 
 from saw.broker.break_glass_settings import BreakGlassSettings, problems_of_break_glass
 from saw.broker.clock import iso
@@ -17,7 +18,7 @@ from saw.broker.notification_settings import Webhook
 from saw.broker.review_decisions import AskNonce, Cancel
 from saw.broker.reviewers import Retire
 from saw.broker.reviews import KEEP
-from saw.broker.schema import review_decisions, reviews
+from saw.broker.schema import notifications, review_decisions, reviews
 from saw.review.gate import AskGate, BoundFile, BoundHost, ClaimGate, GateStatement
 from saw.review.receipt import verify_receipt
 
@@ -215,6 +216,10 @@ def test_people_are_told_of_each_step_and_a_mail_decides_nothing(tmp_path: Path)
     for _ in range(2):
         world.broker.reviews.tick()
     world.after(identifier, "ben", "reject")
+    with world.broker.services.store.read() as connection:
+        bodies = connection.execute(select(notifications.c.body).where(notifications.c.kind == "after_review_owed"))
+        (owed,) = [msgspec.json.decode(body) for body in bodies.scalars()]
+    assert owed["data"]["expires_at"] == world.broker.decisions.show(identifier)["after_due_at"]
     told = world.broker.notifications.listed(state="", channel="", after="", limit=100)["notifications"]
     assert sorted(one["kind"] for one in told) == [
         "after_review_overdue", "after_review_owed", "break_glass", "break_glass_key", "break_glass_rejected", "review_opened",
