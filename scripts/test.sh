@@ -121,7 +121,7 @@ lane_e2e() {
   trap 'exit 143' INT TERM
   if [ -e /run/netns/sawlab ]; then
     # A machine that was switched off leaves the name where /run is on a disk: nothing lives in it, and it is taken away.
-    [ -n "$(ip netns pids sawlab 2>/dev/null)" ] || SAW_BUILD=$scratch/nothing saw lab down
+    [ -n "$(ip netns pids sawlab 2>/dev/null)" ] || python -c 'from saw.lab.nspawn import LabNetwork; LabNetwork().down()'
     if [ -e /run/netns/sawlab ]; then
       printf 'e2e: another embedded workspace runs on this machine (namespace sawlab); run "make clean" there first\n'
       return 1
