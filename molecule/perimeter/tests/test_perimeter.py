@@ -30,6 +30,16 @@ def test_credentials_are_for_the_gatekeeper_alone(host):
     assert host.run("setpriv --reuid saw-ring2 --clear-groups cat /etc/saw/credentials/git-token").rc != 0
 
 
+@pytest.mark.control("CRED-01")
+def test_no_credential_stands_in_the_hosts_log(host):
+    """Also none of several lines, or with characters that a log writes as escapes: the call that brought them is there."""
+    long = host.file("/etc/saw/credentials/key-file").content_string
+    assert long == "not a real secret\nof more than one \\ line\n"
+    log = host.check_output("journalctl --no-pager --all --output=cat")
+    assert "/etc/saw/credentials/key-file" in log
+    assert [word for word in ("not-a-real-secret", "not a real secret", "of more than one") if word in log] == []
+
+
 def test_private_keys_are_for_their_services_alone(host):
     for path, user in (
         ("/etc/saw/gatekeeper-tls/key.pem", "saw-gateway"),
