@@ -24,22 +24,15 @@ class ComponentError(Exception):
 
 
 def content_of(wanted: dict[str, Any]) -> bytes:
-    """Return the content that a file shall have; raise :class:`ComponentError` for a secret that the host's log would show."""
-    if wanted.get("secret_base64") is not None:
-        try:
-            return base64.b64decode(wanted.get("secret_base64"), validate=True)
-        except ValueError as error:
-            raise ComponentError(
-                f"{wanted['dest']}: secret_base64 is no base64", "secret_malformed", "filter the content with b64encode"
-            ) from error
-    secret = wanted["secret"]
-    if secret is not None and repr(secret)[1:-1] != secret:
+    """Return the content that a file shall have; raise :class:`ComponentError` for a secret that is no base64."""
+    if wanted["secret_base64"] is None:
+        return (wanted["content"] or "").encode()
+    try:
+        return base64.b64decode(wanted["secret_base64"], validate=True)
+    except ValueError as error:
         raise ComponentError(
-            f"{wanted['dest']}: the host's log would show a secret with a line break or an escape",
-            "secret_unmasked",
-            "give it as secret_base64, filtered with b64encode; take this one for known to who reads the log",
-        )
-    return (secret if secret is not None else wanted["content"] or "").encode()
+            f"{wanted['dest']}: secret_base64 is no base64", "secret_malformed", "filter the content with b64encode"
+        ) from error
 
 
 class ManagedFile:
@@ -47,7 +40,7 @@ class ManagedFile:
 
     def __init__(self, wanted: dict[str, Any], notes: Any = None) -> None:
         self.dest = wanted["dest"]
-        self.secret = wanted["secret"] is not None or wanted.get("secret_base64") is not None
+        self.secret = wanted["secret_base64"] is not None
         self.content = content_of(wanted)
         self.mode = int(wanted["mode"], 8)
         self.owner = wanted["owner"]

@@ -214,7 +214,7 @@ def unread(module: AnsibleModule, file: ManagedFile) -> bool:
 def ensure(module: AnsibleModule) -> dict[str, Any]:
     """Do it and return the module's result."""
     wanted = module.params
-    how = {"dest": wanted["path"], "secret": None, "validate": [], "apply": []}
+    how = {"dest": wanted["path"], "secret_base64": None, "validate": [], "apply": []}
     how |= {name: wanted[name] for name in ("owner", "group", "mode")}
     file = ManagedFile({**how, "content": ""})
     if wanted["merge"]:

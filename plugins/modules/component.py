@@ -27,7 +27,7 @@ attributes:
     description: Reports what would change; runs the checks of new content too, where the host has what O(needs) lists.
   diff_mode:
     support: full
-    description: Shows each file's difference, except the content of O(files[].secret) and O(files[].secret_base64).
+    description: Shows each file's difference, except the content of O(files[].secret_base64).
   idempotent:
     support: full
     description: A second run changes nothing.
@@ -45,14 +45,11 @@ options:
       content:
         description: The file's whole content.
         type: str
-      secret:
-        description: The same for content of one line that must not be shown anywhere.
-        type: str
       secret_base64:
         description:
-          - The same for content of several lines, or with characters that Python writes as escapes, in base64.
-          - Ansible writes the arguments of a call into the host's log, and finds no such secret there to take it out; given as
-            O(files[].secret) it is refused.
+          - The same for content that must not be shown anywhere, in base64.
+          - Ansible writes the arguments of a call into the host's log and takes secrets out of it, which it does not find there
+            when they have a line break or another character that is written as an escape. Base64 has none.
         type: str
       mode:
         description: Permission bits, in octal.
@@ -476,7 +473,6 @@ def main() -> None:
     file_options = {
         "dest": {"type": "path", "required": True},
         "content": {"type": "str"},
-        "secret": {"type": "str", "no_log": True},
         "secret_base64": {"type": "str", "no_log": True},
         "mode": {"type": "str", "default": "0644"},
         "owner": {"type": "str", "default": "root"},
@@ -496,8 +492,8 @@ def main() -> None:
                 "elements": "dict",
                 "default": [],
                 "options": file_options,
-                "mutually_exclusive": [("content", "secret", "secret_base64")],
-                "required_one_of": [("content", "secret", "secret_base64")],
+                "mutually_exclusive": [("content", "secret_base64")],
+                "required_one_of": [("content", "secret_base64")],
             },
             "exclusive": {"type": "list", "elements": "path", "default": []},
             "units": {"type": "list", "elements": "dict", "default": [], "options": unit_options},

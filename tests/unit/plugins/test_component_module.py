@@ -12,8 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.secure_agent.workspace.plugins.module_utils import systemd_time
 from ansible_collections.secure_agent.workspace.plugins.modules import component
+
+
+def encoded(secret: str) -> str:
+    return base64.b64encode(secret.encode()).decode()
+
 
 ME = {"owner": pwd.getpwuid(os.getuid()).pw_name, "group": grp.getgrgid(os.getgid()).gr_name}
 
@@ -103,10 +109,10 @@ def test_folders_can_be_entered_whatever_the_umask_of_the_session(files, tmp_pat
 
 @pytest.mark.control("CRED-01")
 def test_a_secret_is_written_and_shown_nowhere(tmp_path, run_module, capsys):
-    wanted = [{"dest": str(tmp_path / "token"), "secret": "hunter2-old", "mode": "0600", **ME}]
+    wanted = [{"dest": str(tmp_path / "token"), "secret_base64": encoded("hunter2-old"), "mode": "0600", **ME}]
     first = run_module(component, files=wanted)
     assert "hunter2" not in str(first)
-    wanted[0]["secret"] = "hunter2-new"
+    wanted[0]["secret_base64"] = encoded("hunter2-new")
     second = run_module(component, files=wanted)
     assert second["changed"]
     assert "hunter2" not in str(second)
@@ -115,19 +121,27 @@ def test_a_secret_is_written_and_shown_nowhere(tmp_path, run_module, capsys):
 
 @pytest.mark.control("CRED-01")
 @pytest.mark.parametrize("secret", ["one\ntwo", "back\\slash", 'it\'s "both"', "t\u00e4b\t"])
-def test_a_secret_that_the_hosts_log_would_show_is_refused_and_taken_in_base64(tmp_path, run_module, secret):
-    wanted = {"dest": str(tmp_path / "token"), "mode": "0600", **ME}
-    refused = run_module(component, files=[{**wanted, "secret": secret}])
-    assert refused["failure"]["code"] == "secret_unmasked"
-    assert not (tmp_path / "token").exists()
-    encoded = base64.b64encode(secret.encode()).decode()
-    taken = run_module(component, files=[{**wanted, "secret_base64": encoded}])
+def test_a_secret_of_any_characters_is_written_and_not_what_ansible_logs(tmp_path, run_module, monkeypatch, secret):
+    logged = []
+    monkeypatch.setattr(AnsibleModule, "log", lambda _self, message, **_how: logged.append(str(message)))
+    wanted = {"dest": str(tmp_path / "token"), "mode": "0600", "secret_base64": encoded(secret), **ME}
+    taken = run_module(component, files=[wanted])
     assert taken["changed"]
-    assert secret not in str(taken)
-    assert encoded not in str(taken)
     assert (tmp_path / "token").read_text() == secret
-    assert not run_module(component, files=[{**wanted, "secret_base64": encoded}])["changed"]
+    assert not run_module(component, files=[wanted])["changed"]
+    assert wanted["dest"] in "".join(logged), "the call is in the log"
+    shown = "".join(logged) + str(taken)
+    assert [form for form in (secret, repr(secret)[1:-1], encoded(secret)) if form in shown] == []
+
+
+def test_a_secret_in_the_clear_is_refused_before_ansible_logs_it(tmp_path, run_module, monkeypatch):
+    logged = []
+    monkeypatch.setattr(AnsibleModule, "log", lambda _self, message, **_how: logged.append(str(message)))
+    wanted = {"dest": str(tmp_path / "token"), **ME}
+    assert run_module(component, files=[{**wanted, "secret": "hunter2"}]).failed
+    assert logged == []
     assert run_module(component, files=[{**wanted, "secret_base64": "?"}])["failure"]["code"] == "secret_malformed"
+    assert not (tmp_path / "token").exists()
 
 
 def test_an_exclusive_folder_loses_what_is_not_listed(files, tmp_path, run_module):

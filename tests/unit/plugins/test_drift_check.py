@@ -37,7 +37,7 @@ TASKS = [
         "secure_agent.workspace.component": {
             "files": [
                 *({"dest": f"{{{{ root }}}}/{name}", "content": f"{name}\n"} for name in COMPONENT),
-                {"dest": "{{ root }}/credential", "secret": SECRET, "mode": "0600"},
+                {"dest": "{{ root }}/credential", "secret_base64": f"{{{{ '{SECRET}' | b64encode }}}}", "mode": "0600"},
             ]
         },
     },
