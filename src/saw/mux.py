@@ -97,7 +97,7 @@ class Frames:
 
 
 def _check(code: int, number: int, length: int) -> None:
-    right = {
+    right: dict[int, bool] = {
         Kind.HELLO: number == 0 and length == 1,
         Kind.OPEN: length == 0,
         Kind.DATA: 1 <= length <= MAX_DATA,
@@ -105,7 +105,7 @@ def _check(code: int, number: int, length: int) -> None:
         Kind.RESET: length == 0,
         Kind.CREDIT: length == _U32.size,
     }
-    if not right.get(code, False) or (number == 0 and code != Kind.HELLO):  # type: ignore[call-overload]
+    if not right.get(code, False) or (number == 0 and code != Kind.HELLO):
         raise broken("a frame is malformed")
 
 
