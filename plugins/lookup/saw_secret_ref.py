@@ -33,7 +33,7 @@ options:
 EXAMPLES = r"""
 - name: Give a tool its placeholder
   ansible.builtin.copy:
-    dest: /srv/work/.config/tool.ini
+    dest: /home/agent/.config/tool.ini
     content: |
       token = {{ lookup('secure_agent.workspace.saw_secret_ref', 'git-token', policy='policies/coding') }}
     mode: "0600"

@@ -28,11 +28,11 @@ def number(value: int) -> bytes:
 
 ASKED = (
     packet(1, number(3))
-    + packet(3, number(1), text(b"/work/up"), number(26), number(0))
+    + packet(3, number(1), text(b"/data/up"), number(26), number(0))
     + packet(6, number(2), text(b"h1"), bytes(8), text(b"x" * 30_000))
     + packet(6, number(3), text(b"h1"), bytes(8), text(b"y" * 500))
     + packet(4, number(4), text(b"h1"))
-    + packet(18, number(5), text(b"/work/up"), text(b"/work/\x1b[2Jnew"))
+    + packet(18, number(5), text(b"/data/up"), text(b"/data/\x1b[2Jnew"))
 )
 
 
@@ -41,7 +41,7 @@ def log_of(cuts: list[int]) -> list[str]:
     log.asked(packet(1, number(3)))
     remarks: list[str] = []
     # The answer that opens the file comes before what is written to it.
-    first = len(packet(1, number(3)) + packet(3, number(1), text(b"/work/up"), number(26), number(0)))
+    first = len(packet(1, number(3)) + packet(3, number(1), text(b"/data/up"), number(26), number(0)))
     remarks += log.asked(ASKED[len(packet(1, number(3))) : first])
     remarks += log.answered(packet(2, number(3)) + packet(102, number(1), text(b"h1")))
     rest, before = ASKED[first:], 0
@@ -54,8 +54,8 @@ def log_of(cuts: list[int]) -> list[str]:
 @given(st.lists(st.integers(0, 31_000), max_size=12))
 def test_however_the_stream_is_cut_the_log_is_the_same(cuts: list[int]) -> None:
     assert log_of(cuts) == [
-        "sftp file /work/up read 0 written 30500 bytes",
-        "sftp rename /work/up /work/?[2Jnew",
+        "sftp file /data/up read 0 written 30500 bytes",
+        "sftp rename /data/up /data/?[2Jnew",
     ]
 
 
