@@ -5,7 +5,6 @@ Reading is tried again; a launch is sent once, because a lost answer does not sa
 
 from __future__ import annotations
 
-import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import httpx
 import msgspec
 
 from saw.errors import ConfigError, SawError, UnavailableError
+from saw.https import https_client
 from saw.jobs.config import AwxSettings
 from saw.jobs.redact import redact
 
@@ -77,16 +77,7 @@ class AwxApi:
     def __init__(self, settings: AwxSettings, pause: Callable[[float], None] = time.sleep) -> None:
         self._settings = settings
         self._pause = pause
-        try:
-            context = ssl.create_default_context(cafile=settings.ca_file)
-        except OSError as error:
-            raise ConfigError(
-                f"awx.ca_file cannot be used: {error.strerror or error}", cure="check the file"
-            ) from error
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self._http = httpx.Client(
-            verify=context, base_url=settings.url, timeout=settings.timeout_s, trust_env=False, follow_redirects=False
-        )
+        self._http = https_client(settings.url, settings.ca_file, settings.timeout_s, "awx.ca_file")
 
     def __enter__(self) -> Self:
         return self

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import ssl
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import httpx
 import msgspec
 
 from saw.errors import ConfigError, UnavailableError
+from saw.https import https_client
 from saw.secrets.store import (
     MAX_VALUE,
     SecretBroken,
@@ -93,16 +93,7 @@ class VaultStore:
         self._pause = pause
         self._token: str | None = None
         self.place = f"{settings.mount}/{settings.prefix} of {settings.url}"
-        try:
-            context = ssl.create_default_context(cafile=settings.ca_file)
-        except OSError as error:
-            raise ConfigError(
-                f"secrets.vault.ca_file cannot be used: {error.strerror or error}", cure="check the file"
-            ) from error
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self._http = httpx.Client(
-            verify=context, base_url=settings.url, timeout=settings.timeout_s, trust_env=False, follow_redirects=False
-        )
+        self._http = https_client(settings.url, settings.ca_file, settings.timeout_s, "secrets.vault.ca_file")
 
     def read(self, name: str) -> bytes:
         """Return a secret."""
