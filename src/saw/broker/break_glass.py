@@ -171,6 +171,7 @@ class BreakGlass:
         values = {
             "approved_at": iso(now),
             "broken_at": review.broken_at or iso(now),
+            "broken_keys": settings.keys,
             "expires_at": min(review.expires_at, *(row.not_after for row in held.values())),
         }
         if not review.broken_at:

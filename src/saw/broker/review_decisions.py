@@ -12,7 +12,6 @@ import msgspec
 from sqlalchemy import Connection, Row, func, select
 
 from saw.broker.break_glass import OWED, BreakGlass, held_up_by, holders
-from saw.broker.break_glass_settings import BreakGlassSettings
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.errors import BrokerError, ConflictError, ForbiddenError, MalformedError, NotFoundError
@@ -36,7 +35,7 @@ from saw.broker.store import Transaction
 from saw.identity.statement import sign_statement
 from saw.review.gate import GateRequest, render_gate
 from saw.review.messages import FINAL, ReviewedCall
-from saw.review.receipt import FEWEST_KEYS, RECEIPT_TYPE, BrokenGlass, Receipt
+from saw.review.receipt import RECEIPT_TYPE, BrokenGlass, Receipt
 from saw.review.statement import AFTER, ReviewStatement, StatementRefused, parse_statement, render_digest
 
 NONCE_FOR = timedelta(minutes=10)
@@ -213,7 +212,7 @@ class Decisions:
             answer_status=row.answer_status,
             answer_sha256=row.answer_sha256,
             decisions=tuple(signed_decision(one) for one in decisions),
-            break_glass=_broken_glass(row, self._s.config.break_glass),
+            break_glass=_broken_glass(row),
             issued_at=iso(self._s.clock()),
         )
         signer = self._s.signer.pem
@@ -413,12 +412,11 @@ def _not_open(row: Row[Any]) -> ConflictError:
     return ConflictError(f"{row.id} is {row.state}", cure="it is decided no longer", code="review_not_open")
 
 
-def _broken_glass(row: Row[Any], settings: BreakGlassSettings | None) -> BrokenGlass | msgspec.UnsetType:
-    """Return what a receipt says of a broken glass; two keys at least were needed, whatever the configuration says now."""
+def _broken_glass(row: Row[Any]) -> BrokenGlass | msgspec.UnsetType:
+    """Return what a receipt says of a broken glass: how many keys it took then, whatever the configuration says now."""
     if not row.broken_at:
         return msgspec.UNSET
-    keys = FEWEST_KEYS if settings is None else settings.keys
-    return BrokenGlass(at=row.broken_at, keys=keys, after=row.after_state, after_at=row.after_at)
+    return BrokenGlass(at=row.broken_at, keys=row.broken_keys, after=row.after_state, after_at=row.after_at)
 
 
 def _not_in_group(name: str, group: str) -> ForbiddenError:

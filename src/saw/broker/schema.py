@@ -480,6 +480,7 @@ reviews = Table(
     Column("context_step", Integer),
     Column("render_digest", String(64)),
     Column("broken_at", String(32)),
+    Column("broken_keys", Integer),
     Column("after_state", String(16), index=True),
     Column("after_due_at", String(32)),
     Column("after_at", String(32)),

@@ -378,6 +378,16 @@ def test_a_receipt_of_a_broker_that_lies_about_it_does_not_hold(world: GlassWorl
 
 
 @pytest.mark.control("REV-02")
+def test_a_receipt_says_how_many_keys_it_took_when_the_glass_was_broken(world: GlassWorld) -> None:
+    identifier = world.broken()
+    world.tell(world.claim())
+    for now in (msgspec.structs.replace(SETTINGS, keys=3), None):
+        world.config = msgspec.structs.replace(world.config, break_glass=now)
+        world.crash()
+        assert receipt(world, identifier).receipt.break_glass.keys == 2
+
+
+@pytest.mark.control("REV-02")
 def test_a_receipt_without_both_keys_does_not_hold(world: GlassWorld) -> None:
     identifier = world.broken()
     world.tell(world.claim())

@@ -15,6 +15,7 @@ def upgrade() -> None:
     """Add the columns; no glass was broken before."""
     for name, length in (("broken_at", 32), ("after_state", 16), ("after_due_at", 32), ("after_at", 32)):
         op.add_column("reviews", sa.Column(name, sa.String(length=length)))
+    op.add_column("reviews", sa.Column("broken_keys", sa.Integer()))
     op.create_index("ix_reviews_after_state", "reviews", ["after_state"])
 
 
