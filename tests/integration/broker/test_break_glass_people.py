@@ -33,6 +33,10 @@ def test_two_people_break_it_with_passkeys_and_another_looks_afterwards(lab: Sso
             for name, browser in (("dora", dora), ("emil", emil))
         }
         key = lab.member(ben, "u-ben-2")
+        denied = lab.open_review(body=b'{"pay": 3}', workspace="ws-a")
+        assert dora.get(f"/reviews/{denied}").status_code == 200
+        assert ben.decide(denied, key, "deny").json()["state"] == "denied"
+        assert dora.get(f"/reviews/{denied}").status_code == 404, "what has ended is no matter of theirs"
         page = dora.get(f"/reviews/{review}").text
         assert "Break the glass with passkey" in page
         assert "Approve with passkey" not in page

@@ -20,7 +20,7 @@ from saw.broker.core import Broker
 from saw.broker.errors import ConflictError, NotFoundError
 from saw.broker.people import Person
 from saw.broker.registry import unknown_workspace
-from saw.broker.review_states import UNENDED, unknown_review
+from saw.broker.review_states import OPEN, UNENDED, unknown_review
 from saw.broker.signed_in import OPERATOR_PREFIX
 from saw.broker.sso.access import is_sponsor, sees_everything, sees_workspace
 from saw.broker.sso.agent_pages import AgentPages
@@ -354,8 +354,14 @@ def _in_group(person: Person, review: dict[str, Any]) -> bool:
 
 
 def _visible(person: Person, review: dict[str, Any], *, holds: bool) -> bool:
-    """The people who decide, or can break the glass, the workspace's sponsor, and those whose work it is to look see a review."""
-    return is_sponsor(person, str(review["sponsor"])) or _in_group(person, review) or sees_everything(person) or holds
+    """The people who decide, the workspace's sponsor, and those whose work it is to look see a review.
+
+    Those who can break the glass see what waits, and what was broken.
+    """
+    may_break = holds and (review["state"] in OPEN or review["broken_at"] is not None)
+    return (
+        is_sponsor(person, str(review["sponsor"])) or _in_group(person, review) or sees_everything(person) or may_break
+    )
 
 
 def _may_look_after(person: Person, review: dict[str, Any]) -> bool:
