@@ -16,6 +16,7 @@ from saw.broker.delegation_ends import DelegationEnds, held_by
 from saw.broker.errors import ConflictError, NotFoundError
 from saw.broker.review_states import Moves
 from saw.broker.schema import agents, workspaces
+from saw.broker.sponsor_states import require_enabled
 from saw.broker.store import Transaction
 
 AgentState = Literal["registered", "active", "suspended", "retired"]
@@ -87,8 +88,9 @@ class AgentMoves:
     def add(self, tx: Transaction, caller: Caller, sponsor: str, **profile: Any) -> Row[Any]:
         """Register an agent under a new id, bound to nothing; without a name it is named as its id.
 
-        Raises :class:`ConflictError` for a name that a living agent has.
+        Raises :class:`ConflictError` for a name that a living agent has, ``sponsor_disabled`` for a sponsor who is.
         """
+        require_enabled(tx.connection, sponsor)
         # Rows never go, so a number is never used again.
         identifier = f"agent-{tx.connection.execute(select(func.count()).select_from(agents)).scalar_one() + 1}"
         now = self._s.clock()

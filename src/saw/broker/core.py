@@ -56,6 +56,7 @@ from saw.broker.secret_place import (
     open_secrets,
     require_place,
 )
+from saw.broker.sponsors import Sponsors
 from saw.broker.sso.service import SingleSignOn
 from saw.broker.store import Store
 from saw.broker.trail import Trail
@@ -92,6 +93,7 @@ class Broker:
     overview: Overview
     delegations: Delegations
     agents: Agents
+    sponsors: Sponsors
     reviewers: Reviewers
     reviews: Reviews
     decisions: Decisions
@@ -162,6 +164,7 @@ class Broker:
             overview=Overview(services, charges),
             delegations=delegations,
             agents=Agents(services, delegations),
+            sponsors=Sponsors(services, registry),
             reviewers=Reviewers(services),
             reviews=Reviews(services, vault),
             decisions=Decisions(services, vault),

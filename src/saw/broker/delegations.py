@@ -18,6 +18,7 @@ from saw.broker.errors import ConflictError, ForbiddenError, MalformedError, Not
 from saw.broker.lifecycle import State
 from saw.broker.registry import get_row
 from saw.broker.schema import delegations
+from saw.broker.sponsor_states import require_enabled
 from saw.broker.store import Transaction
 from saw.identity.statement import sign_statement
 from saw.policy.delegation import (
@@ -72,6 +73,7 @@ class Delegations:
             row = get_row(tx.connection, wanted.workspace_id)
             _require_open(row)
             require_living(tx.connection, row)
+            require_enabled(tx.connection, row.sponsor)
             record = Delegation(
                 format=FORMAT,
                 id=self._s.new_id("dlg"),

@@ -14,6 +14,7 @@ import msgspec
 
 from saw import __version__
 from saw.broker.agent_views import Agent, Changed, Changes, Page
+from saw.broker.sponsor_views import ChangedSponsor, Sponsor, SponsorPage
 from saw.broker.workspace_views import ChangedWorkspace, Workspace, WorkspacePage
 
 
@@ -81,6 +82,12 @@ ABOUT: Mapping[str, Words] = {
     "PUT /v1/agents/{id}": Words("Change an agent, or bind it", (), Changed),
     "POST /v1/agents/{id}/retire": Words("End an agent for good", (), Changed),
     "POST /v1/agents/{id}/succeed": Words("Put another agent in its place", (), Changed),
+    "GET /v1/sponsors": Words("Sponsors by name, in pages", ("after", "limit", "state", "text"), SponsorPage),
+    "GET /v1/sponsors/{name}": Words("One sponsor, with workspaces and agents", (), Sponsor),
+    "POST /v1/sponsors/{name}/disable": Words(
+        "End everything on behalf of a sponsor at once, and let nothing begin", (), ChangedSponsor
+    ),
+    "POST /v1/sponsors/{name}/enable": Words("Let things begin on behalf of a sponsor again", (), ChangedSponsor),
     "GET /v1/delegations": Words("Delegations", ("workspace_id",)),
     "POST /v1/delegations": Words("Hand a task to the agent of a workspace"),
     "GET /v1/delegations/{id}": Words("One delegation, with its signed statement"),

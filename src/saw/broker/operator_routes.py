@@ -30,6 +30,7 @@ from saw.broker.releases import Publication, TrustRoot
 from saw.broker.review_routes import operator_review_routes
 from saw.broker.rollout_routes import operator_rollout_routes
 from saw.broker.session_routes import operator_session_routes
+from saw.broker.sponsor_routes import sponsor_routes
 from saw.broker.workspace_list import page, wanted
 from saw.policy.envelope import MAX_ENVELOPE, SignedEnvelope
 
@@ -85,6 +86,7 @@ def operator_routes(broker: Broker, route: MakeRoute) -> list[Route]:
         route("/v1/policy/rings", "GET", without_body(lambda _c, _r: releases.rings())),
         *operator_rollout_routes(broker, route),
         *agent_routes(broker, route),
+        *sponsor_routes(broker, route),
         *operator_delegation_routes(broker, route),
         route(
             "/v1/budgets",

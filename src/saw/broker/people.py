@@ -16,6 +16,7 @@ from saw.broker.clock import iso
 from saw.broker.errors import ForbiddenError
 from saw.broker.reviewer_names import ReviewerName
 from saw.broker.schema import people, reviewers
+from saw.broker.sponsor_states import is_disabled
 from saw.broker.sso_settings import Role, SsoSettings
 from saw.broker.store import Store, Transaction
 
@@ -99,6 +100,12 @@ def admit(tx: Transaction, settings: SsoSettings, who: Identity, now: datetime) 
     if retired == "retired":
         raise PersonRefused(
             f"{who.name} is a retired reviewer", cure="a retired name does not come back", code="person_retired"
+        )
+    if is_disabled(connection, who.name):
+        raise PersonRefused(
+            f"{who.name} is disabled as a sponsor",
+            cure="the operator tells why (saw sponsor show), and can take it back",
+            code="sponsor_disabled",
         )
     roles = settings.roles_of(who.groups)
     until = iso(now + timedelta(seconds=settings.session.absolute_s))

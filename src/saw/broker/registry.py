@@ -24,6 +24,7 @@ from saw.broker.notifications import Notifications
 from saw.broker.review_states import Moves
 from saw.broker.schema import workspaces
 from saw.broker.session_ends import SessionEnds
+from saw.broker.sponsor_states import require_enabled
 from saw.broker.store import Transaction
 from saw.errors import SawError
 from saw.jobs.messages import IdempotencyKey
@@ -34,6 +35,9 @@ Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 #: Workspace ids are DNS labels: the id is also the VM's name and its host name. ``saw.vm.spec`` takes the same.
 _ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+#: States in which a workspace begins to do something on behalf of its sponsor.
+BEGINS = frozenset({State.PROVISIONING, State.ATTESTING})
 
 #: Grants that a workspace loses when it leaves ``active``.
 NO_GRANTS: dict[str, None] = {"lease_expires_at": None, "svid_sha256": None}
@@ -125,6 +129,7 @@ class Registry:
             profile = msgspec.structs.asdict(wanted)
             named = profile.pop("agent")
             del profile["idempotency_key"]
+            require_enabled(tx.connection, wanted.sponsor)
             agent = get_agent(tx.connection, named) if named else self._agents.add(tx, caller, wanted.sponsor)
             stamp = iso(now)
             tx.connection.execute(
@@ -244,6 +249,8 @@ class Registry:
             if changed:
                 require_version(row, step.version)
                 check_step(workspace_id, State(row.state), to)
+                if to in BEGINS:
+                    require_enabled(tx.connection, row.sponsor)
                 self._move(tx, caller, row, to, step.reason)
         return {**self.show(workspace_id), "changed": changed}
 
@@ -263,7 +270,7 @@ class Registry:
                 )
             changed = row.state != State.QUARANTINED
             if changed:
-                self._move(tx, caller, row, State.QUARANTINED, reason)
+                self.quarantine(tx, caller, row, reason)
             tx.record(
                 self._s.events.api_activity(
                     now,
@@ -275,6 +282,10 @@ class Registry:
                 )
             )
         return {**self.show(workspace_id), "changed": changed}
+
+    def quarantine(self, tx: Transaction, caller: Caller, row: Row[Any], reason: str) -> None:
+        """Cut a workspace off inside the transaction of whatever gives the reason; it is not decommissioned, nor cut off yet."""
+        self._move(tx, caller, row, State.QUARANTINED, reason)
 
     def activate(self, tx: Transaction, caller: Caller, row: Row[Any]) -> None:
         """Mark the agent active when its workspace becomes so (called inside the attestation's transaction)."""

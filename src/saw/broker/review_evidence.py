@@ -17,6 +17,7 @@ from saw.broker.errors import BrokerError, ForbiddenError
 from saw.broker.people import find_person, may_approve
 from saw.broker.reviewers import is_self_approval, may_decide
 from saw.broker.schema import passkeys, review_decisions, reviewers
+from saw.broker.sponsor_states import is_disabled
 from saw.policy.errors import KeyFileError
 from saw.policy.keys import parse_public_key
 from saw.review.passkey import Assertion, verify_by_passkey
@@ -51,7 +52,10 @@ class Proof(msgspec.Struct, frozen=True):
 
 
 def in_group(connection: Connection, name: str, group: str, now: datetime, *, passkey: bool) -> bool:
-    """Tell whether ``name`` decides for ``group`` at ``now``, as a registered reviewer or as somebody who signs in."""
+    """Tell whether ``name`` decides for ``group`` at ``now``, as a registered reviewer or as somebody who signs in; a person
+    who is disabled as a sponsor decides nothing."""
+    if is_disabled(connection, name):
+        return False
     if passkey:
         person = find_person(connection, name)
         return person is not None and may_approve(person, group, now)

@@ -87,6 +87,19 @@ workspace_requests = Table(
     Column("asked_at", String(32), nullable=False, index=True),
 )
 
+#: Sponsors about whom something was decided (:mod:`saw.broker.sponsors`); whoever has no row is active. ``name`` is as
+#: :func:`saw.broker.sponsor_states.sponsor_key` writes it.
+sponsors = Table(
+    "sponsors",
+    metadata,
+    Column("name", String(256), primary_key=True),
+    Column("state", String(16), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("changed_at", String(32), nullable=False),
+    Column("changed_by", String(256), nullable=False),
+    Column("version", Integer, nullable=False),
+)
+
 #: Agents (:mod:`saw.broker.agents`): those of all workspaces, past ones too. A row never goes, so no id comes back.
 agents = Table(
     "agents",

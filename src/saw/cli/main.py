@@ -29,6 +29,7 @@ AREAS: dict[str, tuple[str, str]] = {
     "session": ("saw.cli.session", "end a live session, grant ports; run the recorder (on the bastion)"),
     "replay": ("saw.cli.replay", "play the recording of a session, once it is verified"),
     "agent": ("saw.cli.agent", "register agents, retire them, have one succeeded by another"),
+    "sponsor": ("saw.cli.sponsor", "the people on whose behalf agents act; disable one who left"),
     "delegation": ("saw.cli.delegation", "hand tasks to agents, take them back, verify a signed delegation"),
     "review": ("saw.cli.review", "look at calls that wait for people, decide under a key, verify receipts"),
     "notify": ("saw.cli.notify", "what people were told by webhook and e-mail; a test of a channel, another try"),

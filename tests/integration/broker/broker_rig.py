@@ -220,10 +220,11 @@ class Lab:
         ring: str = "stable",
         image: str = "workspace",
         blueprint: str = "coding",
+        sponsor: str = "ada@example.com",
     ) -> dict[str, Any]:
         """Register a workspace and, with ``to``, walk it there."""
         self.register_image(image_record(image))
-        body = {"id": name, "sponsor": "ada@example.com", "blueprint": blueprint, "ring": ring, "image": image}
+        body = {"id": name, "sponsor": sponsor, "blueprint": blueprint, "ring": ring, "image": image}
         answer = self.operator.request("POST", "/v1/workspaces", body)
         for state in {None: [], "attesting": ["provisioning", "attesting"]}[to]:
             answer = self.step(name, state)

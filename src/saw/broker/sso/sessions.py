@@ -27,12 +27,12 @@ from saw.broker.session_ends import SessionEnds
 from saw.broker.sso.claims import person_claims
 from saw.broker.sso.provider import Provider, ProviderRefused, ProviderUnavailable, Tokens
 from saw.broker.sso.sealed import Seal, SealBroken
+from saw.broker.sso.sign_outs import PROTOCOL, end_sign_ins
 from saw.broker.sso_settings import SsoSettings
 from saw.broker.store import Transaction
 from saw.identity.oidc import IdToken, TokenRefused
 
 Kind = Literal["browser", "cli"]
-PROTOCOL = "OpenID Connect"
 SEEN_EVERY = timedelta(seconds=30)
 """How exactly the use of a session is remembered."""
 MAX_SESSIONS = 32
@@ -359,23 +359,7 @@ class Sessions:
             self._ends.end_person(tx, caller, person.name, "no_role")
 
     def _end(self, tx: Transaction, caller: Caller, wanted: Any, why: str) -> int:
-        rows = tx.connection.execute(select(sso_sessions).where(wanted)).all()
-        for row in rows:
-            tx.connection.execute(sso_sessions.delete().where(sso_sessions.c.id == row.id))
-            subject = Subject(principal=f"user:{row.person}", request_id=caller.request_id, address=caller.address)
-            tx.record(
-                self._s.events.authentication(
-                    self._s.clock(),
-                    subject,
-                    activity="logoff",
-                    message=why,
-                    protocol=PROTOCOL,
-                    session_uid=row.id,
-                    detail={"kind": row.kind, "by": caller.principal},
-                )
-            )
-        self._ends.end_sign_ins(tx, caller, [row.id for row in rows], why)
-        return len(rows)
+        return end_sign_ins(self._s, tx, caller, wanted, why)
 
 
 def _signed_in(token: IdToken) -> datetime:
