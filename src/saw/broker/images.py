@@ -236,6 +236,25 @@ def admit(row: Row[Any], ring: str, candidate_rings: frozenset[str], now: dateti
         )
 
 
+def require_bootable(connection: Connection, workspace: Row[Any], now: datetime) -> None:
+    """Raise :class:`ConflictError` when the image of a workspace may not run now: it is revoked, or its record does not count.
+
+    A deprecated image goes on in the workspaces that have it, and a candidate was admitted to the ring before.
+    """
+    where = (images.c.name == workspace.image) & (images.c.image_sha256 == workspace.image_sha256)
+    reason = refusal(connection.execute(select(images).where(where)).one_or_none(), now)
+    if reason:
+        code, _, detail = reason.partition(": ")
+        again = (
+            "" if code in {"image_revoked", "image_unknown"} else "sign its record anew (saw image sign, register), or "
+        )
+        raise ConflictError(
+            f"{workspace.id} may not run on {workspace.image}: {detail}",
+            cure=f"{again}stop it and bind it to another image (saw workspace reprovision, playbook workspace_rebuild)",
+            code=code,
+        )
+
+
 def expected_boot(connection: Connection, name: str, image_sha256: str, now: datetime) -> tuple[dict[int, str], str]:
     """Return the PCR values that a boot of this image must measure, and why it may not be used (empty when it may)."""
     where = (images.c.name == name) & (images.c.image_sha256 == image_sha256)

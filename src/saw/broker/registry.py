@@ -16,7 +16,7 @@ from saw.broker.context import Caller, Services
 from saw.broker.errors import ConflictError, ForbiddenError, MalformedError, NotFoundError
 from saw.broker.forward_ends import revoke_of_workspace
 from saw.broker.idempotency import Version, require_version, take_request
-from saw.broker.images import admit, find_image
+from saw.broker.images import admit, find_image, require_bootable
 from saw.broker.job_states import JobMoves
 from saw.broker.lifecycle import State, check_step, parse_state
 from saw.broker.notification_settings import Kind
@@ -239,7 +239,8 @@ class Registry:
 
     def transition(self, caller: Caller, workspace_id: str, step: Step) -> dict[str, Any]:
         """Take one lifecycle step. To the present state it changes nothing; a step that is not allowed is refused, and so is one
-        from a version that is no more (``version_conflict``, with the present one)."""
+        from a version that is no more (``version_conflict``, with the present one). Nothing begins for a disabled sponsor
+        (``sponsor_disabled``), nor on an image that may not run (``image_revoked``, ``image_expired``; control P0-04)."""
         to = parse_state(step.to)
         with self._s.store.write() as tx:
             row = get_row(tx.connection, workspace_id)
@@ -251,6 +252,7 @@ class Registry:
                 check_step(workspace_id, State(row.state), to)
                 if to in BEGINS:
                     require_enabled(tx.connection, row.sponsor)
+                    require_bootable(tx.connection, row, self._s.clock())
                 self._move(tx, caller, row, to, step.reason)
         return {**self.show(workspace_id), "changed": changed}
 

@@ -122,6 +122,23 @@ def test_a_deprecated_image_takes_no_further_workspace_and_a_revoked_one_never_r
 
 
 @pytest.mark.control("P0-04")
+def test_a_workspace_is_not_started_on_a_revoked_image_and_starts_on_another_one(broker: Lab) -> None:
+    for name, digest in (("gov-gone", "1a" * 32), ("gov-next", "1b" * 32)):
+        broker.register_image(image_record(name, digest))
+    create(broker, "gov-start", "gov-gone")
+    assert broker.step("gov-start", "provisioning")["state"] == "provisioning"
+    broker.move_image("gov-gone", "revoked")
+    refused = refusal(broker.step, "gov-start", "attesting")
+    assert refused.code == "image_revoked"
+    assert "gov-start may not run on gov-gone: the image is revoked" in str(refused)
+    assert "saw workspace reprovision" in refused.cure
+    assert broker.operator.request("GET", "/v1/workspaces/gov-start")["state"] == "provisioning"
+    broker.step("gov-start", "stopped")
+    broker.operator.request("PUT", "/v1/workspaces/gov-start/image", {"image": "gov-next"})
+    assert broker.step("gov-start", "attesting")["state"] == "attesting"
+
+
+@pytest.mark.control("P0-04")
 def test_two_officers_sign_one_after_the_other_on_the_command_line(broker: Lab, tmp_path: Path) -> None:
     record, signed = tmp_path / "image.release.json", tmp_path / "image.signed.json"
     plain = image_record("gov-cli", "9" * 64)

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from image_rows import put_image
 from postgres_rig import Server
 from review_world import OPERATOR, World
 
 # ruff: noqa: F401
 from test_workspace_versions import (
     create,
-    register_images,
     test_a_change_from_a_version_that_is_no_more_is_refused_and_its_twin_taken,
     test_a_key_is_known_for_thirty_days,
     test_a_kill_that_is_told_again_does_not_kill_what_was_released_since,
@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.control("FLT-01"), pytest.mark.control("LIF-01")]
 @pytest.fixture
 def world(tmp_path: Path, postgres: Server) -> Iterator[World]:
     found = World(tmp_path, postgresql=postgres.database())
-    register_images(found)
+    put_image(found.broker.services.store, "j", "2" * 64)
     yield found
     found.broker.close()
 

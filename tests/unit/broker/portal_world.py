@@ -15,6 +15,7 @@ import httpx
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from image_rows import put_image
 from recorded import record
 
 from saw.audit import Chain, EventFactory, Head, Subject
@@ -93,6 +94,7 @@ class World:
         self.chain = Chain("edge", Head())
         self.factory = EventFactory("saw-gatekeeper", host="edge", new_uid=lambda: os.urandom(8).hex())
         self.visitors = {name: self.sign_in(name, roles) for name, roles in ROLES.items()}
+        put_image(self.broker.services.store, "workspace", "1" * 64)
         self.workspace("ws-a", 1, "Ada@Example.com")
         self.workspace("ws-b", 2, "ben@example.com")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from image_rows import put_image
 
 from saw.broker.clock import iso
 from saw.broker.config import BrokerConfig
@@ -71,6 +72,7 @@ class World:
         initialise(self.config, self.now)
         self.keys = {name: Ed25519PrivateKey.generate() for name in ("ada", "ben", "cleo")}
         self.open_broker()
+        put_image(self.broker.services.store, "i", "1" * 64)
         for name in self.keys:
             self.reviewer(name)
         for number, name in enumerate(("ws-a", "ws-b"), 1):

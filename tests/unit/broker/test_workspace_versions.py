@@ -10,18 +10,18 @@ from typing import Any
 
 import msgspec
 import pytest
+from image_rows import put_image
 from review_world import OPERATOR, World
 from sqlalchemy import create_engine, func, select
 from starlette.datastructures import QueryParams
 from workspaces_before import AFTER, fill_before, found_after
 
-from saw.attest.verifier import RELEASED_PCRS
 from saw.broker.agents import RetireAgent, SucceedAgent
 from saw.broker.context import Caller
 from saw.broker.errors import BrokerError
 from saw.broker.idempotency import KEPT
 from saw.broker.registry import CreateWorkspace, Kill, Reprovision, Step
-from saw.broker.schema import audit_events, images, workspace_requests
+from saw.broker.schema import audit_events, workspace_requests
 from saw.broker.store import Store
 from saw.broker.wake import Waker
 from saw.broker.workspace_list import page, wanted
@@ -31,27 +31,12 @@ pytestmark = pytest.mark.control("LIF-01")
 
 OTHER = Caller("operator:other", "operator-socket", "request-9")
 KEY = "key-00001"
-RECORD = {
-    "format": "saw-image-release/2",
-    "inputs_digest": "inputs",
-    "created": "2026-11-01T00:00:00Z",
-    "not_after": "2027-11-01T00:00:00Z",
-    "boot": {"pcrs": {str(pcr): f"{pcr:064x}" for pcr in RELEASED_PCRS}},
-}
-
-
-def register_images(world: World) -> None:
-    for name, digest in (("i", "1" * 64), ("j", "2" * 64)):
-        record = msgspec.json.encode({**RECORD, "name": name, "image_sha256": digest}).decode()
-        told = {"record": record, "envelope": "{}", "state": "stable", "registered_at": "2026"}
-        with world.broker.services.store.write() as tx:
-            tx.connection.execute(images.insert().values(name=name, image_sha256=digest, **told))
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
     found = World(tmp_path)
-    register_images(found)
+    put_image(found.broker.services.store, "j", "2" * 64)
     yield found
     found.broker.close()
 

@@ -167,3 +167,14 @@ def test_an_image_that_the_broker_knows_by_another_digest_is_not_used(hypervisor
     said = " ".join(hypervisor.rebuild(sha256=found).split())
     assert f"the broker holds SHA-256 {hypervisor.digests['two']} for this image, wanted is {found}" in said, said
     assert hypervisor.found() == ("one", "one", "stopped")
+
+
+@pytest.mark.control("P0-04")
+def test_a_start_on_a_revoked_image_ends_at_once_with_the_reason(hypervisor):
+    hypervisor.broker.step(hypervisor.name, "stopped")
+    hypervisor.broker.move_image(f"{hypervisor.name}-one", "revoked")
+    done = hypervisor.play("workspace_start", {"workspace_active_retries": 1})
+    assert done.returncode == 2
+    assert f"{hypervisor.name} may not run on {hypervisor.name}-one: the image is revoked" in done.stdout
+    assert "Run the VM as it was made" not in done.stdout
+    assert hypervisor.found()[2] == "stopped"
