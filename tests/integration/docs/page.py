@@ -39,6 +39,14 @@ def blocks(page: str) -> Iterator[Block]:
         yield Block(page[: match.start()].count("\n") + 1, match[2], shown)
 
 
+def files(page: str) -> dict[str, str]:
+    """Return the blocks of a page that begin with the name of a file in a comment (``# inside.yml``), by that name."""
+    found = {
+        re.match(r"# ([\w./-]+\.\w+)\b", match[2]): match[2] for match in _FENCE.finditer(page) if match[1] != "sh"
+    }
+    return {name[1]: text for name, text in found.items() if name is not None}
+
+
 def lacks(shown: str, printed: str) -> bool:
     """Tell whether a shown line occurs nowhere in what was printed."""
     return re.search(".*".join(re.escape(part) for part in shown.split("…")), printed) is None
