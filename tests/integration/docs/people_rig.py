@@ -31,6 +31,7 @@ from saw.broker.forwarding_settings import ForwardingSettings
 from saw.broker.sso_settings import SsoSettings
 
 SIGN_IN = (ROOT / "docs/sign-in.md").read_text(encoding="utf-8")
+SESSIONS = (ROOT / "docs/sessions.md").read_text(encoding="utf-8")
 PEOPLE = {"u-ada": ["staff"], "u-ben": ["staff", "platform"], "u-cleo": ["internal-audit"]}
 """Groups at the provider, as the page gives them roles: ada sponsors the workspace, ben operates, cleo is an auditor."""
 _COMPLETE = re.compile(r"^or open (\S+)$", re.MULTILINE)
@@ -126,7 +127,8 @@ def people(workspace: str) -> Iterator[People]:
     directory = Path(tempfile.mkdtemp(prefix="saw-people-"))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        lab = SsoLab(directory, sessions=RULES, forwarding=ForwardingSettings(("3000-3999", "8080"), max_hours=4))
+        ports = msgspec.convert(variables(SESSIONS, "broker_forwarding")["broker_forwarding"], ForwardingSettings)
+        lab = SsoLab(directory, sessions=RULES, forwarding=ports)
         stack.callback(lab.provider.stop)
         for person, groups in PEOPLE.items():
             lab.provider.change(person, groups=groups)

@@ -21,7 +21,6 @@ import yaml
 from page import ROOT, run_page
 from people_rig import SIGN_IN, People, certificate, people, variables
 
-from saw.broker.forwarding_settings import ForwardingSettings
 from saw.broker.operator_roles import ALLOWED
 from saw.broker.people import Person
 from saw.broker.sso import access
@@ -118,7 +117,7 @@ def test_the_play_for_files_of_the_brokers_account_is_one(tmp_path: Path) -> Non
     assert (ROOT / "roles/broker/tasks/accounts.yml").is_file()
 
 
-def test_the_variables_on_the_pages_are_the_roles(there: People) -> None:
+def test_the_variables_on_the_pages_are_the_roles() -> None:
     specs = [
         yaml.safe_load((ROOT / f"roles/{role}/meta/argument_specs.yml").read_text())
         for role in ("broker", "portal_tls")
@@ -206,9 +205,3 @@ def test_who_may_do_what_is_what_the_code_says() -> None:
 
 def _allows(person: Person, path: str) -> bool:
     return bool(ALLOWED["POST", path] & set(person.roles))
-
-
-def test_the_ports_of_the_page_are_granted_as_the_settings_say() -> None:
-    sessions = (ROOT / "docs/sessions.md").read_text(encoding="utf-8")
-    rules = msgspec.convert(variables(sessions, "broker_forwarding")["broker_forwarding"], ForwardingSettings)
-    assert rules.allows(3000)
