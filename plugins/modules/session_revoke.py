@@ -37,7 +37,7 @@ options:
 EXAMPLES = r"""
 - name: End whatever somebody has open
   secure_agent.workspace.session_revoke:
-    person: ada
+    person: ada@example.com
     reason: left the team
 """
 

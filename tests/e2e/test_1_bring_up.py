@@ -7,11 +7,16 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from conftest import run
@@ -338,6 +343,97 @@ def test_a_session_can_be_played_back_and_its_recording_is_the_one_of_the_trail(
     changed = workspace.saw("replay", session["id"], "--from", str(copy), check=False)
     assert changed.returncode == 1
     assert "of the recording was changed" in changed.stderr
+
+
+ALLOW_PORT = """
+cp -p /etc/saw/broker.json /run/broker.json.before
+python3 - <<'END'
+import json
+path = "/etc/saw/broker.json"
+with open(path) as file:
+    told = json.load(file)
+with open(path, "w") as file:
+    json.dump({**told, "forwarding": {"ports": ["3000"], "max_hours": 1}}, file)
+END
+systemctl restart saw-broker
+"""
+PUT_BACK = "mv /run/broker.json.before /etc/saw/broker.json; systemctl restart saw-broker"
+
+
+@contextmanager
+def granted(workspace: Workspace, to: str) -> Iterator[None]:
+    """Port 3000 may be granted, and is, to the principal ``to``; afterwards the broker is configured as it was."""
+
+    def listed() -> bool:
+        return workspace.saw("session", "grants", check=False).returncode == 0
+
+    workspace.host("control", ALLOW_PORT)
+    try:
+        wait_until("the broker", listed, patience=60)
+        words = ("--port", "3000", "--to", to, "--for", "30m", "--reason", "end to end", "--json")
+        given = json.loads(workspace.saw("session", "grant", workspace.id, *words).stdout)
+        yield
+        workspace.saw("session", "revoke", given["id"], "--reason", "seen")
+    finally:
+        workspace.host("control", PUT_BACK)
+        wait_until("the broker", listed, patience=60)
+
+
+@contextmanager
+def exposed(workspace: Workspace, said: Path) -> Iterator[str]:
+    """``saw expose`` while it runs; yields the address that it says."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        local = probe.getsockname()[1]
+    command = [
+        str(workspace.checkout / ".venv/bin/saw"),
+        "expose",
+        workspace.id,
+        "--port",
+        "3000",
+        "--local",
+        str(local),
+    ]
+    with said.open("wb") as out, said.with_suffix(".err").open("wb") as err:
+        process = subprocess.Popen(
+            [*command, "--json"], env=workspace.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+        )
+    try:
+        wait_until("saw expose", lambda: said.read_text() or process.poll() is not None, patience=120)
+        assert process.poll() is None, said.with_suffix(".err").read_text()
+        yield str(json.loads(said.read_text())["url"])
+        assert process.poll() is None, said.with_suffix(".err").read_text()
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.mark.control("ID-02")
+def test_a_file_is_copied_in_and_a_server_of_the_agent_shows_it_by_a_granted_port(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    page = tmp_path / f"page-{secrets.token_hex(4)}.html"
+    page.write_text(secrets.token_hex(16), encoding="utf-8")
+    copied = json.loads(workspace.saw("cp", "--json", str(page), f"{workspace.id}:").stdout)
+    assert (copied["direction"], copied["files"], copied["bytes"]) == ("to", 1, 32)
+    [us] = [row["who"] for row in workspace.sessions() if row["id"] in copied["sessions"]]
+    serve = "cd; python3 -m http.server 3000 --bind 127.0.0.1 >/dev/null 2>&1 </dev/null & echo $!"
+    server = workspace.agent(serve).stdout.strip()
+    assert server.isdecimal()
+    try:
+        with granted(workspace, us), exposed(workspace, tmp_path / "said") as url:
+            address = f"{url}/{page.name}".replace("localhost", "127.0.0.1")
+
+            def fetch() -> str:
+                # A server that does not listen yet cuts the connection.
+                with suppress(OSError, HTTPException), urlopen(address, timeout=60) as answer:
+                    return str(answer.read().decode())
+                return ""
+
+            assert wait_until("the page", fetch, patience=60) == page.read_text(encoding="utf-8")
+            [session] = [row for row in workspace.sessions("--live") if row["forward_port"]]
+            assert (session["forward_port"], session["who"]) == (3000, us)
+    finally:
+        workspace.agent(f"kill {server}; rm ~/{page.name}")
 
 
 def test_the_report_says_what_ran_the_machine_and_that_the_terminal_kept_its_work(report: dict[str, Any]) -> None:

@@ -103,6 +103,12 @@ class Forwards:
             row = _get(tx.connection, identifier)
         return {**_view(row, now), "changed": True}
 
+    def show(self, identifier: str) -> dict[str, Any]:
+        """Return one grant; raise :class:`NotFoundError`."""
+        now = self._s.clock()
+        with self._s.store.read() as connection:
+            return _view(_get(connection, identifier), now)
+
     def listed(self, workspace: str | None, *, everything: bool) -> dict[str, Any]:
         """Return ``{forwards}``, the newest first: those that count; with ``everything`` also those that are over."""
         now = self._s.clock()
@@ -225,12 +231,17 @@ def _too_many(connection: Connection, now: datetime) -> ConflictError | None:
     return ConflictError(f"there are {MOST} grants", cure="revoke some", code="too_many_grants")
 
 
+def unknown_grant(identifier: str) -> NotFoundError:
+    """Return what is said of a grant that there is not, or that somebody may not see."""
+    return NotFoundError(
+        f"there is no grant {identifier[:64]!r}", cure="saw session grants lists them", code="unknown_grant"
+    )
+
+
 def _get(connection: Connection, identifier: str) -> Row[Any]:
     row = connection.execute(select(forward_grants).where(forward_grants.c.id == identifier)).one_or_none()
     if row is None:
-        raise NotFoundError(
-            f"there is no grant {identifier[:64]!r}", cure="saw session grants lists them", code="unknown_grant"
-        )
+        raise unknown_grant(identifier)
     return row
 
 

@@ -76,7 +76,7 @@ class TestProvider:
         self.secret = secrets.token_hex(16)
         self.secret_file = directory / "secret"
         self.secret_file.write_text(self.secret + "\n")
-        self.ca_file, certificate, key = _certificate(directory)
+        self.ca_file, certificate, key = localhost_certificate(directory)
         self.jwk = RSAKey.generate_key(2048, {"alg": "RS256", "use": "sig", "kid": "one"})
         grants = ["authorization_code", "refresh_token", "urn:ietf:params:oauth:grant-type:device_code"]
         client = {
@@ -130,7 +130,7 @@ class TestProvider:
         new.replace(self.people)
 
 
-def _certificate(directory: Path) -> tuple[Path, Path, Path]:
+def localhost_certificate(directory: Path) -> tuple[Path, Path, Path]:
     """An authority of its own and a certificate for localhost."""
     now = datetime.now(UTC)
     ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())

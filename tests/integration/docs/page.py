@@ -39,9 +39,24 @@ def blocks(page: str) -> Iterator[Block]:
         yield Block(page[: match.start()].count("\n") + 1, match[2], shown)
 
 
+def files(page: str) -> dict[str, str]:
+    """Return the blocks of a page that begin with the name of a file in a comment (``# inside.yml``), by that name."""
+    found = {
+        re.match(r"# ([\w./-]+\.\w+)\b", match[2]): match[2] for match in _FENCE.finditer(page) if match[1] != "sh"
+    }
+    return {name[1]: text for name, text in found.items() if name is not None}
+
+
 def lacks(shown: str, printed: str) -> bool:
     """Tell whether a shown line occurs nowhere in what was printed."""
     return re.search(".*".join(re.escape(part) for part in shown.split("…")), printed) is None
+
+
+def _placed(text: str, places: Mapping[str, str]) -> str:
+    """Return ``text`` with the places of a real host where they lie here."""
+    for place, here in places.items():
+        text = text.replace(place, here)
+    return text
 
 
 def run_page(
@@ -53,8 +68,9 @@ def run_page(
 ) -> list[str]:
     """Run every block of the page ``name`` in ``folder``; return what each printed.
 
-    ``read`` is the reader: from what a block printed, variables that the next ones use. ``places`` says where directories of
-    a real host lie here. Blocks that begin with a comment alone (``# name``) are parts of files and have tests of their own.
+    ``read`` is the reader: from what a block printed, variables that the next ones use. ``places`` says where directories and
+    addresses of a real host lie here, in commands and in what they print. Blocks that begin with a comment alone (``# name``)
+    are parts of files and have tests of their own.
     """
     page = (ROOT / name).read_text(encoding="utf-8")
     printed: list[str] = []
@@ -62,9 +78,7 @@ def run_page(
     for block in blocks(page):
         if re.match(r"(#!/bin/sh\n)?# [a-z-]+\n", block.text):
             continue
-        text = block.text
-        for place, here in (places or {}).items():
-            text = text.replace(place, here)
+        text, *shown = (_placed(one, places or {}) for one in (block.text, *block.shown))
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", text],
             cwd=folder,
@@ -76,7 +90,7 @@ def run_page(
         )
         where = f"{name}:{block.line}\n{block.text}\n{done.stdout}\n{done.stderr}"
         assert done.returncode == 0, where
-        missing = [line for line in block.shown if lacks(line, done.stdout + done.stderr)]
+        missing = [line for line in shown if lacks(line, done.stdout + done.stderr)]
         assert not missing, f"not printed: {missing}\n{where}"
         printed.append(done.stdout)
         told |= read(done.stdout)

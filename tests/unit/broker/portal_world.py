@@ -25,6 +25,7 @@ from saw.broker.config import BrokerConfig
 from saw.broker.context import Caller
 from saw.broker.core import Broker
 from saw.broker.delegations import Issue
+from saw.broker.forwarding_settings import ForwardingSettings
 from saw.broker.job_settings import JobSettings
 from saw.broker.perimeter import Shipment
 from saw.broker.schema import agents, people, releases, sso_sessions, workspaces
@@ -79,13 +80,20 @@ class Visitor:
 
 
 class World:
-    def __init__(self, directory: Path, *, operate: bool = False, jobs: JobSettings | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        operate: bool = False,
+        jobs: JobSettings | None = None,
+        forwarding: ForwardingSettings | None = None,
+    ) -> None:
         self.now = START
         provider = ProviderSettings(issuer="https://idp.example.com", client_id="saw")
         self.config = BrokerConfig(
             "saw.example", str(directory / "s"), str(directory / "o"), ("b.internal",),
             sso=SsoSettings(origin=ORIGIN, provider=provider, roles={"user": ("staff",)}, operate=operate),
-            jobs=jobs,
+            jobs=jobs, forwarding=forwarding,
         )  # fmt: skip
         initialise(self.config, START)
         self.broker = Broker.open(self.config, lambda: self.now, os.urandom)

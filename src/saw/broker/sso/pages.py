@@ -27,6 +27,7 @@ from saw.broker.sso.agent_pages import AgentPages
 from saw.broker.sso.job_pages import JobPages
 from saw.broker.sso.operate import operate_app
 from saw.broker.sso.passkeys import Answered, NewCredential
+from saw.broker.sso.port_pages import PortPages
 from saw.broker.sso.portal import Portal
 from saw.broker.sso.service import SingleSignOn
 from saw.broker.sso.sessions import Session
@@ -272,7 +273,8 @@ def page_routes(pages: Pages, broker: Broker) -> list[Route]:
     web = pages.web
     jobs = JobPages(web, broker)
     agents = AgentPages(web, broker)
-    portal, trail, terminal = Portal(web, broker, jobs, agents), TrailPages(web, broker), pages.terminal
+    ports = PortPages(web, broker)
+    portal, trail, terminal = Portal(web, broker, jobs, agents, ports), TrailPages(web, broker), pages.terminal
 
     def page(path: str, handle: Any, method: str = "GET", *, limited: bool = False) -> Route:
         return Route(path, web.page(handle, limited=limited), methods=[method])
@@ -285,6 +287,7 @@ def page_routes(pages: Pages, broker: Broker) -> list[Route]:
         page("/workspaces/{id}", portal.workspace),
         page("/workspaces/{id}/sessions", portal.sessions),
         page("/workspaces/{id}/kill", portal.kill, "POST"),
+        page("/workspaces/{id}/ports", ports.grant, "POST"),
         page("/workspaces/{id}/terminal", terminal.page),
         data("/workspaces/{id}/terminal", terminal.ticket),
         page("/workspaces/{id}/jobs/{kind}", jobs.confirm),
@@ -300,6 +303,7 @@ def page_routes(pages: Pages, broker: Broker) -> list[Route]:
         page("/sessions/{id}/end", portal.end_session, "POST"),
         page("/sessions/{id}/recording", portal.recording, "POST"),
         page("/delegations/{id}/revoke", portal.revoke, "POST"),
+        page("/forwards/{id}/revoke", ports.revoke, "POST"),
         page("/audit", trail.audit),
         page("/audit/download", trail.download, limited=True),
         page("/reviews", pages.reviews),

@@ -36,6 +36,7 @@ from saw.broker.sso.access import (
 )
 from saw.broker.sso.agent_pages import AgentPages
 from saw.broker.sso.job_pages import JobPages
+from saw.broker.sso.port_pages import PortPages
 from saw.broker.sso.refused import record_refused
 from saw.broker.sso.sessions import Session
 from saw.broker.sso.web import Visit, Web, redirect
@@ -67,10 +68,11 @@ class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How far back the history of a workspace is wanted: in front of which position of the trail; which engagements."""
+    """How far back the history of a workspace is wanted: in front of which position; which engagements and grants."""
 
     before: Annotated[int, msgspec.Meta(ge=1, lt=2**53)] | None = None
     engagements: Literal["", "all"] = ""
+    ports: Literal["", "all"] = ""
 
 
 class Numbered(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -95,11 +97,12 @@ class KillForm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Portal:
     """What these pages show and do."""
 
-    def __init__(self, web: Web, broker: Broker, jobs: JobPages, agents: AgentPages) -> None:
+    def __init__(self, web: Web, broker: Broker, jobs: JobPages, agents: AgentPages, ports: PortPages) -> None:
         self._web = web
         self._broker = broker
         self._jobs = jobs
         self._agents = agents
+        self._ports = ports
 
     def workspaces(self, visit: Visit) -> Response:
         """The workspaces that the person sponsors, or all; who has to do with reviews alone begins there."""
@@ -147,6 +150,7 @@ class Portal:
             may_revoke=may_revoke(person, shown["sponsor"]),
             may_kill=may_intervene(person) and shown["state"] not in _NO_KILL,
             lifecycle=self._jobs.of_workspace(visit, session, shown),
+            ports=self._ports.of_workspace(session, shown, everything=bool(wanted.ports)),
         )
 
     def sessions(self, visit: Visit) -> Response:
