@@ -74,12 +74,21 @@ def ensure(module: AnsibleModule, client: Any) -> dict[str, Any]:
         asked = {"workspace_id": wanted["workspace"], "person": wanted["person"], "live": 1}
         query = urlencode({name: value for name, value in asked.items() if value is not None})
         found = client.request("GET", f"/v1/sessions?{query}")["sessions"]
+        if not found and wanted["person"] is not None:
+            warn_of_nobody(module, client)
     before = [session for session in found if session["state"] in LIVE]
     if module.check_mode:
         return result(before, before, {session["id"]: "ending" for session in before})
     after = [client.request("POST", f"{one(session['id'])}/end", {"reason": wanted["reason"]}) for session in before]
     ended = [session for session in after if session["changed"]]
     return result(before, ended, {session["id"]: session["state"] for session in after})
+
+
+def warn_of_nobody(module: AnsibleModule, client: Any) -> None:
+    """A name that nobody has ends nothing, and nothing else would tell a slip from a person without sessions."""
+    person = module.params["person"]
+    if not client.request("GET", f"/v1/sessions?{urlencode({'person': person})}")["sessions"]:
+        module.warn(f"{person} never had a session here; people have the whole name that they signed in with")
 
 
 def one(identifier: str) -> str:
