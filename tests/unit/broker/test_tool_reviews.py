@@ -350,7 +350,6 @@ def test_an_approval_that_no_longer_counts_is_none(world: ToolWorld) -> None:
     assert world.begin(identifier).state == "executing"
 
 
-@pytest.mark.control("DEL-01")
 def test_an_agent_with_delegations_asks_and_claims_under_one_that_counts(world: ToolWorld) -> None:
     early = world.agreed(params_of("move", {"to": "d"}))
     wanted = Issue(workspace_id="ws-a", task="t", resources=(Resource("api.example.com"),), duration_s=3600)
