@@ -20,7 +20,15 @@ PIN = f"sha256:{'7' * 64}"
 POLICY_YAML = b"""
 version: 1
 filesystem_policy: {read_only: [/usr, /etc]}
-network_policies: {}
+network_policies:
+  tracker:
+    binaries: [{path: /usr/bin/node}]
+    endpoints:
+      - host: tracker.example.com
+        port: 443
+        path: /mcp
+        protocol: mcp
+        mcp: {allow_all_known_mcp_methods: true, versions: ["2025-06-18"]}
 """
 GOVERNANCE_YAML = f"""
 schema: 1
@@ -37,6 +45,11 @@ mcp:
           definition: {PIN}
           args: {{path: {{under: /workspace, required: true}}, text: {{max_length: 4000}}}}
         erase: {{class: deny}}
+        move: {{class: review, args: {{to: {{max_length: 99}}}}}}
+    tracker:
+      transport: http
+      url: https://tracker.example.com/mcp
+      tools:
         move: {{class: review, args: {{to: {{max_length: 99}}}}}}
 """.encode()
 MEMBERS = {"policy.yaml": POLICY_YAML, "governance.yaml": GOVERNANCE_YAML}
