@@ -149,7 +149,7 @@ def public_app(broker: Broker) -> Starlette:
             route("/v1/workspace/watch", "GET", watch),
             route("/v1/workspace/bundle", "GET", without_body(given_bundle)),
             route("/v1/workspace/report", "POST", limited(Report, report)),
-            *tool_review_routes(broker, route, asked),
+            *tool_review_routes(broker, route),
             route("/v1/perimeter/state", "GET", perimeter_state, perimeter),
             route(
                 "/v1/perimeter/events",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +23,11 @@ MakeRoute = Callable[[str, str, Any], Route]
 MAX_BODY = MAX_PARAMS // 3 * 4 + 16 * 1024
 
 
-def tool_review_routes(broker: Broker, route: MakeRoute, asked: RateLimit) -> list[Route]:
-    """Return the routes; ``route`` makes one, ``asked`` gives each workspace its share."""
+def tool_review_routes(broker: Broker, route: MakeRoute) -> list[Route]:
+    """Return the routes; ``route`` makes one that takes whoever presents a certificate, or none."""
     kept, waker = broker.tools, broker.waker
+    # A share of its own: an agent that asks too often must not keep its workspace from attesting.
+    asked = RateLimit(40, 4.0, time.monotonic)
     one = "/v1/workspace/reviews/{id}"
 
     async def view(request: Request, caller: Caller) -> ToolView:
@@ -42,8 +45,12 @@ def tool_review_routes(broker: Broker, route: MakeRoute, asked: RateLimit) -> li
         return found
 
     def ask(caller: Caller, body: AskTool, _request: Request) -> ToolView:
-        asked.take(body.workspace_id)
+        asked.take(caller.principal)
         return kept.ask(caller, body)
+
+    def claim(caller: Caller, body: ClaimTool, request: Request) -> ToolView:
+        asked.take(caller.principal)  # a refused one is an event
+        return kept.claim(caller, request.path_params["id"], body)
 
     return [
         route("/v1/workspace/reviews", "POST", with_body(AskTool, ask, limit=MAX_BODY)),
@@ -51,7 +58,7 @@ def tool_review_routes(broker: Broker, route: MakeRoute, asked: RateLimit) -> li
         route(
             f"{one}/claim",
             "POST",
-            with_body(ClaimTool, lambda c, b, r: kept.claim(c, r.path_params["id"], b), limit=MAX_BODY),
+            with_body(ClaimTool, claim, limit=MAX_BODY),
         ),
         route(f"{one}/result", "POST", with_body(EndTool, lambda c, b, r: kept.result(c, r.path_params["id"], b))),
     ]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
+from base64 import b64encode
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -14,6 +18,7 @@ from review_world import EDGE, OPERATOR, refused
 from sqlalchemy import select
 from tool_world import ANOTHER, ANSWER, ME, MINE, NEIGHBOUR, PARAMS, PIN, ToolWorld
 
+from saw.broker import apps, tool_review_routes
 from saw.broker.break_glass_settings import BreakGlassSettings
 from saw.broker.clock import iso
 from saw.broker.context import Caller
@@ -242,6 +247,30 @@ def test_what_waits_is_bounded_with_the_calls_of_the_network(world: ToolWorld) -
         world.ask(params_of("move", {"to": "a"}))
     world.broker.decisions.cancel(OPERATOR, last.id, Cancel("room"))
     assert world.ask(params_of("move", {"to": "a"})).state == "pending"
+
+
+def test_a_workspace_asks_and_claims_so_often_and_attests_all_the_same(
+    world: ToolWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool_review_routes, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr(apps, "tls_caller", lambda *_: ME)
+    body = {
+        "workspace_id": "ws-a",
+        "policy_digest": world.digest,
+        "server": "files",
+        "params": b64encode(PARAMS).decode(),
+    }
+
+    async def ask() -> list[int]:
+        transport = httpx.ASGITransport(apps.public_app(world.broker))
+        async with httpx.AsyncClient(transport=transport, base_url="https://broker") as client:
+            first = (await client.post("/v1/workspace/reviews", json=body)).json()["id"]
+            path = f"/v1/workspace/reviews/{first}/claim"
+            found = [(await client.post(path, json=body | {"claim": MINE})).status_code for _ in range(40)]
+            others = ("/v1/workspace/reviews", "/v1/attest/nonce")
+            return found + [(await client.post(path, json=body)).status_code for path in others]
+
+    assert asyncio.run(ask()) == [409] * 39 + [429, 429, 400]
 
 
 # --- what ends it ------------------------------------------------------------------------------------------------------------
