@@ -44,7 +44,7 @@ from saw.broker.schema import delegations, reviews
 from saw.broker.store import Transaction
 from saw.policy.bundle import describe, read_content
 from saw.policy.governance import Governance
-from saw.policy.mcp import decide_tool
+from saw.policy.mcp import ToolReview, decide_tool, tool_review
 from saw.review.messages import FINAL
 from saw.review.tool import (
     AskTool,
@@ -59,8 +59,8 @@ from saw.review.tool import (
 
 RUN_FOR = timedelta(minutes=15)
 """How long a workspace has from the claim to telling how the call ended."""
-OPEN_FOR = timedelta(days=1)
-"""How long such a review stays open."""
+SHORTEST_S, LONGEST_S = 60, 30 * 86400
+"""Bounds of the time for which a review stays open (seconds), as those of calls that leave the workspace."""
 
 
 class ToolReviews:
@@ -78,7 +78,7 @@ class ToolReviews:
         :class:`ConflictError` for another policy than the one in force, :class:`BusyError` when too much waits.
         """
         _require_self(caller, body.workspace_id)
-        call, group = self._judged(body)
+        call, asked = self._judged(body)
         digest = tool_digest(body.workspace_id, call)
         now = self._s.clock()
         identifier = self._s.new_id("rv")
@@ -103,8 +103,8 @@ class ToolReviews:
                         perimeter=caller.principal,
                         policy_digest=body.policy_digest,
                         request_digest=digest,
-                        group_name=group,
-                        quorum=1,
+                        group_name=asked.group,
+                        quorum=asked.quorum,
                         rule=f"mcp.servers.{call.server}.tools.{call.tool}"[:256],
                         delegation=delegation,
                         binary="",
@@ -119,7 +119,7 @@ class ToolReviews:
                         state="pending",
                         detail="",
                         opened_at=iso(now),
-                        expires_at=iso(now + OPEN_FOR),
+                        expires_at=iso(now + timedelta(seconds=min(max(asked.expires_s, SHORTEST_S), LONGEST_S))),
                     )
                 )
                 found = get_review(tx.connection, identifier)
@@ -244,7 +244,7 @@ class ToolReviews:
             code=code.get(row.state, "not_approved"),
         )
 
-    def _judged(self, body: AskTool) -> tuple[ReviewedTool, str]:
+    def _judged(self, body: AskTool) -> tuple[ReviewedTool, ToolReview]:
         """Return the call as policy describes it, and who decides; raise the refusal of what no person decides on."""
         try:
             tool, arguments = read_params(body.params)
@@ -264,7 +264,7 @@ class ToolReviews:
             raise ForbiddenError(decision.detail, cure="; ".join(decision.next_steps), code=code)
         pinned = rules.tools[tool].definition or ""
         call = ReviewedTool(server=body.server, command=rules.command, tool=tool, definition=pinned, params=body.params)
-        return call, governance.blueprint.owner
+        return call, tool_review(governance, rules.tools[tool])
 
     def _delegation(self, connection: Connection, workspace: Row[Any]) -> str:
         """Return the delegation under which the agent asks; an empty text where none is needed.

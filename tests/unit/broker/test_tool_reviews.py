@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from base64 import b64encode
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ from saw.broker.review_read_back import ReadAgain
 from saw.broker.reviewers import Retire
 from saw.broker.reviews import KEEP, MAX_OPEN
 from saw.broker.schema import notifications, reviews
-from saw.broker.tool_reviews import OPEN_FOR, RUN_FOR
+from saw.broker.tool_reviews import RUN_FOR
 from saw.policy.delegation import Resource
 from saw.review.decide import look
 from saw.review.receipt import verify_receipt
@@ -293,12 +294,24 @@ def test_the_sponsor_does_not_approve_what_the_own_agent_asks_for(world: ToolWor
     assert world.decide(identifier, "ben")["state"] == "approved"
 
 
+@pytest.mark.control("REV-02")
+def test_policy_says_how_many_of_whom_decide_on_a_tool_and_within_which_time(world: ToolWorld) -> None:
+    params = params_of("ship", {})
+    asked = world.ask(params)
+    assert (asked.quorum, asked.expires_at) == (2, iso(world.now + timedelta(hours=2)))
+    world.decide(asked.id, "ben")
+    with refused("not_approved"):
+        world.begin(asked.id, params=params)
+    world.decide(asked.id, "cleo")
+    assert world.begin(asked.id, params=params).state == "executing"
+
+
 def test_nobody_decided_in_time_and_a_cancelled_one_is_not_claimed(world: ToolWorld) -> None:
     late, cancelled = world.agreed(), world.agreed(params_of("move", {"to": "b"}))
     world.broker.decisions.cancel(OPERATOR, cancelled, Cancel("not needed"))
     with refused("review_cancelled"):
         world.begin(cancelled, params=params_of("move", {"to": "b"}))
-    world.now += OPEN_FOR
+    world.now += timedelta(days=1)
     assert world.look(late).state == "expired"
     with refused("review_expired"):
         world.begin(late)

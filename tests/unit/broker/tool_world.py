@@ -46,6 +46,7 @@ mcp:
           args: {{path: {{under: /workspace, required: true}}, text: {{max_length: 4000}}}}
         erase: {{class: deny}}
         move: {{class: review, args: {{to: {{max_length: 99}}}}}}
+        ship: {{class: review, reviewers: {{group: maintainers, quorum: 2}}, expires: 2h}}
     tracker:
       transport: http
       url: https://tracker.example.com/mcp
