@@ -177,7 +177,7 @@ class Place:
         command += ["--client-uid", str(os.getuid()), "--reviews", f"{self.folder}/desk.sock"]
         process = subprocess.Popen(command, stderr=(self.folder / f"{name}.log").open("ab"))
         self.mediators.append(process)
-        until(listen.exists)
+        until(lambda: listens(listen))
         return listen
 
     def approve(self, review: str) -> None:
@@ -205,6 +205,12 @@ def until(true: Callable[[], object]) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def listens(path: Path) -> bool:
+    """Tell whether somebody takes connections: the file is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 def review_of(answer: dict[str, Any]) -> dict[str, Any]:
