@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "jobs": BASE,
     "broker": BASE | {"policy", "identity", "attest", "audit", "budget", "review", "sessions", "jobs", "secrets"},
     "gateway": BASE | {"policy", "identity", "attest", "audit", "budget", "review"},
-    "runtime": BASE | {"policy", "identity", "attest", "audit", "budget"},
+    "runtime": BASE | {"policy", "identity", "attest", "audit", "budget", "review"},
     "edr": BASE | {"audit", "runtime"},
     "patching": BASE | {"audit", "edr", "image"},
     "gpu": BASE | {"audit", "edr", "policy", "vm"},

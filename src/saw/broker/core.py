@@ -59,6 +59,7 @@ from saw.broker.secret_place import (
 from saw.broker.sponsors import Sponsors
 from saw.broker.sso.service import SingleSignOn
 from saw.broker.store import Store
+from saw.broker.tool_reviews import ToolReviews
 from saw.broker.trail import Trail
 from saw.broker.wake import Waker
 from saw.identity.ssh import SshAuthority
@@ -98,6 +99,7 @@ class Broker:
     reviews: Reviews
     decisions: Decisions
     gates: Gates
+    tools: ToolReviews
     jobs: Jobs
     job_work: JobWork
     machines: Machines
@@ -169,6 +171,7 @@ class Broker:
             reviews=Reviews(services, vault),
             decisions=Decisions(services, vault),
             gates=Gates(services, vault),
+            tools=ToolReviews(services, vault),
             jobs=jobs,
             job_work=JobWork(services, jobs),
             machines=Machines(services, None if sso is None else sso.provider),

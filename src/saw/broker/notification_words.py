@@ -25,6 +25,7 @@ _HOST = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_]([a-z0-9_-]{0,62}))*
 _LONGEST = 256
 _AFTER = frozenset({Kind.AFTER_REVIEW_OWED, Kind.AFTER_REVIEW_OVERDUE})
 _GATE = "gate"  # as saw.broker.review_states, which tells through this module, calls changes to the fleet
+_CALL = "call"  # and what leaves a workspace
 NOT_A_DECISION = "This message decides nothing: to decide, sign in, or sign with your key."
 
 
@@ -61,11 +62,12 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def review_message(config: BrokerConfig, kind: Kind, row: Any, at: datetime) -> Message:
     """Return what is said about the review ``row`` (a row of ``reviews``)."""
-    gate = row.kind == _GATE
-    method = row.method if not gate and row.method in _METHODS else ""
-    host = row.host if not gate and len(row.host) <= 253 and (_HOST.match(row.host) or is_address(row.host)) else ""
+    gate, call = row.kind == _GATE, row.kind == _CALL
+    method = row.method if call and row.method in _METHODS else ""
+    host = row.host if call and len(row.host) <= 253 and (_HOST.match(row.host) or is_address(row.host)) else ""
     group, workspace = _plain(row.group_name), _plain(row.workspace_id)
-    what = f"A change to the fleet ({_plain(row.rule)})" if gate else f"A {method or 'call'} of {workspace}"
+    what = f"A {method or 'call'} of {workspace}" if call else f"A call of a tool of {workspace}"
+    what = f"A change to the fleet ({_plain(row.rule)})" if gate else what
     title = {
         Kind.REVIEW_OPENED: f"{what} waits for {group}",
         Kind.REVIEW_ENDED: f"{what} is {row.state}",

@@ -27,7 +27,7 @@ from saw.broker.review_evidence import (
     signed_decision,
     use_passkey,
 )
-from saw.broker.review_states import COLUMNS, GATE, OPEN, Moves, due_at, get_review, stored, why_void
+from saw.broker.review_states import COLUMNS, GATE, OPEN, TOOL, Moves, due_at, get_review, stored, why_void
 from saw.broker.review_vault import BytesChanged, Vault
 from saw.broker.reviewers import get_reviewer, is_self_approval
 from saw.broker.schema import review_decisions, review_nonces, reviews
@@ -37,6 +37,7 @@ from saw.review.gate import GateRequest, render_gate
 from saw.review.messages import FINAL, ReviewedCall
 from saw.review.receipt import RECEIPT_TYPE, BrokenGlass, Receipt
 from saw.review.statement import AFTER, ReviewStatement, StatementRefused, parse_statement, render_digest
+from saw.review.tool import ReviewedTool, render_tool
 
 NONCE_FOR = timedelta(minutes=10)
 """How long a reviewer has from taking a nonce to handing in the signed decision."""
@@ -110,8 +111,9 @@ class Decisions:
             row = get_review(connection, identifier)
             call = self._call(connection, row)
             sealed = stored(connection, row.id, "context")
-        if isinstance(call, GateRequest):
-            return {"id": row.id, "workspace_id": row.workspace_id, "gate": call}
+        if isinstance(call, GateRequest | ReviewedTool):
+            what = "gate" if isinstance(call, GateRequest) else "tool"
+            return {"id": row.id, "workspace_id": row.workspace_id, what: call}
         if call is None:
             raise NotFoundError(
                 f"the bytes of {identifier} are no longer kept", cure="its digest is", code="bytes_removed"
@@ -355,18 +357,22 @@ class Decisions:
             with self._s.store.write() as tx:
                 self._moves.settle(tx, get_review(tx.connection, identifier))
 
-    def _call(self, connection: Connection, row: Row[Any]) -> ReviewedCall | GateRequest | None:
+    def _call(self, connection: Connection, row: Row[Any]) -> ReviewedCall | GateRequest | ReviewedTool | None:
         raw = stored(connection, row.id, "call")
         if raw is None:
             return None
         if row.kind == GATE:
             return self._vault.open(row.id, "call", raw, GateRequest)
+        if row.kind == TOOL:
+            return self._vault.open(row.id, "call", raw, ReviewedTool)
         return self._vault.open(row.id, "call", raw, ReviewedCall)
 
     def _rendering(self, connection: Connection, row: Row[Any]) -> str | None:
         call = self._call(connection, row)
         if isinstance(call, GateRequest):
             return render_gate(row.perimeter, call)
+        if isinstance(call, ReviewedTool):
+            return render_tool(row.workspace_id, call)
         if call is None:
             return None
         raw = stored(connection, row.id, "context")

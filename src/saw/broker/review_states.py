@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sqlalchemy import Connection, Row, select
 
 from saw.audit import Subject
-from saw.broker.clock import iso
+from saw.broker.clock import iso, parse_iso
 from saw.broker.context import BROKER, Caller, Services
 from saw.broker.errors import NotFoundError
 from saw.broker.lifecycle import State
@@ -23,7 +23,9 @@ from saw.broker.store import Transaction
 from saw.review.messages import FINAL, ReviewState
 
 GATE = "gate"
-"""The kind of a review that is a change to the fleet; a call has ``call``."""
+"""The kind of a review that is a change to the fleet; a call that leaves the workspace has ``call``."""
+TOOL = "tool"
+"""The kind of a review that is a call of an MCP tool over stdio, which the workspace itself makes."""
 OPEN = frozenset({"pending", "approved"})
 """States from which a review can still be decided, cancelled, or expire."""
 UNENDED = OPEN | {"executing"}
@@ -141,6 +143,7 @@ class Moves:
                     "group": row.group_name,
                     "quorum": row.quorum,
                     **({"gate": row.rule, "requested_by": row.sponsor} if row.kind == GATE else {}),
+                    **({"tool": row.host} if row.kind == TOOL else {}),
                     **(said or {}),
                 },
             )
@@ -155,7 +158,9 @@ class Moves:
                 tx, BROKER, row, "expired", "nobody decided in time" if row.state == "pending" else "unused"
             )
         elif row.state == "executing" and row.claim_ends_at <= now:
-            who, what = ("the run", "wave") if row.kind == GATE else ("the perimeter", "call")
+            who, what = {GATE: ("the run", "wave"), TOOL: ("the workspace", "call")}.get(
+                row.kind, ("the perimeter", "call")
+            )
             found = self.move(tx, BROKER, row, "unknown", f"{who} did not tell in time how the {what} ended")
         return found or row
 
@@ -201,6 +206,13 @@ def why_void(connection: Connection, row: Row[Any], now: datetime) -> str:
         if given is None or not counts or given.workspace_id != row.workspace_id:
             return "delegation_ended"
     return ""
+
+
+def lease_counts(connection: Connection, workspace_id: str, now: datetime) -> bool:
+    """Tell whether the workspace's lease counts; while it has lapsed nothing of it is sent, and nothing is lost."""
+    query = select(workspaces.c.lease_expires_at).where(workspaces.c.id == workspace_id)
+    ends = connection.execute(query).scalar_one_or_none()
+    return ends is not None and parse_iso(ends) > now
 
 
 def subject_of(caller: Caller, row: Row[Any]) -> Subject:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import Connection, Row, func, select
@@ -30,12 +30,13 @@ from saw.broker.review_states import (
     claims_key,
     due_at,
     get_review,
+    lease_counts,
     stored,
     unknown_review,
     why_void,
 )
 from saw.broker.review_vault import BytesChanged, Vault
-from saw.broker.schema import review_nonces, reviews, workspaces
+from saw.broker.schema import review_nonces, reviews
 from saw.broker.store import Transaction
 from saw.review.digest import request_digest
 from saw.review.messages import (
@@ -96,7 +97,7 @@ class Reviews:
                 )
             first = self._same(tx, caller, wanted, digest)
             if first is None:
-                self._require_room(tx.connection, workspace.id)
+                require_room(tx.connection, workspace.id)
                 tx.connection.execute(
                     reviews.insert().values(
                         id=identifier,
@@ -274,22 +275,10 @@ class Reviews:
             return found
         return None
 
-    @staticmethod
-    def _require_room(connection: Connection, workspace_id: str) -> None:
-        of = reviews.c.workspace_id == workspace_id
-        waiting = connection.execute(select(func.count()).select_from(reviews).where(of, reviews.c.state.in_(OPEN)))
-        held = connection.execute(select(func.coalesce(func.sum(reviews.c.held_bytes), 0)).where(of)).scalar_one()
-        if waiting.scalar_one() >= MAX_OPEN or held >= MAX_HELD:
-            raise BusyError(
-                f"too many calls of {workspace_id} wait for review",
-                cure=f"at most {MAX_OPEN} wait, {MAX_HELD} bytes are kept: decide or cancel some",
-                code="too_many_reviews",
-            )
-
     def _claim(self, tx: Transaction, caller: Caller, row: Row[Any], token: str) -> Claimed | None:
         now = self._s.clock()
         row = self._void(tx, caller, self._moves.settle(tx, row))
-        if row.state != "approved" or not _lease_counts(tx.connection, row.workspace_id, now):
+        if row.state != "approved" or not lease_counts(tx.connection, row.workspace_id, now):
             return None
         if held_up_by(tx.connection, row, now) is not None:
             return None  # it waits, as with a lapsed lease
@@ -363,18 +352,24 @@ class Reviews:
         )
 
 
+def require_room(connection: Connection, workspace_id: str) -> None:
+    """Raise :class:`BusyError` when as much of a workspace waits, or is kept, as may."""
+    of = reviews.c.workspace_id == workspace_id
+    waiting = connection.execute(select(func.count()).select_from(reviews).where(of, reviews.c.state.in_(OPEN)))
+    held = connection.execute(select(func.coalesce(func.sum(reviews.c.held_bytes), 0)).where(of)).scalar_one()
+    if waiting.scalar_one() >= MAX_OPEN or held >= MAX_HELD:
+        raise BusyError(
+            f"too many calls of {workspace_id} wait for review",
+            cure=f"at most {MAX_OPEN} wait, {MAX_HELD} bytes are kept: decide or cancel some",
+            code="too_many_reviews",
+        )
+
+
 def _of(connection: Connection, caller: Caller, identifier: str, workspace_id: str) -> Row[Any]:
     row = get_review(connection, identifier)
     if row.workspace_id != workspace_id or row.perimeter != caller.principal:
         raise unknown_review(identifier)
     return row
-
-
-def _lease_counts(connection: Connection, workspace_id: str, now: datetime) -> bool:
-    """Tell whether the workspace's lease counts; while it has lapsed nothing of it is sent, and nothing is lost."""
-    query = select(workspaces.c.lease_expires_at).where(workspaces.c.id == workspace_id)
-    ends = connection.execute(query).scalar_one_or_none()
-    return ends is not None and parse_iso(ends) > now
 
 
 def _fingerprint(answer: ReviewedAnswer | None) -> str | None:

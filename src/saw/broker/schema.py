@@ -444,8 +444,9 @@ reviewers = Table(
     Column("retired_reason", Text),
 )
 
-#: Calls that wait for people, or did (:mod:`saw.broker.reviews`), and changes to the fleet (:mod:`saw.broker.gates`).
-#: ``call`` and ``answer`` are encrypted; the path has no query. Of a gate ``call`` is the statement, ``perimeter`` who asked.
+#: Calls that wait for people, or did (:mod:`saw.broker.reviews`), changes to the fleet (:mod:`saw.broker.gates`) and calls of
+#: tools inside workspaces (:mod:`saw.broker.tool_reviews`). ``call`` and ``answer`` are encrypted; the path has no query. Of a
+#: gate ``call`` is the statement; of a gate and a tool ``perimeter`` is who asked; of a tool ``host`` is server and tool.
 reviews = Table(
     "reviews",
     metadata,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import grp
+import pwd
 import signal
 import sys
 import time
@@ -22,6 +23,8 @@ from saw.runtime.policyd_activate import Activator, Step, ensure_secret_file
 from saw.runtime.policyd_broker import PolicyBroker
 from saw.runtime.policyd_config import PolicydConfig, bootstrap_settings, load_workspace, ring1_settings
 from saw.runtime.policyd_floor import FileFloor, Floors, TpmFloor
+from saw.runtime.policyd_reviews import ReviewBroker
+from saw.runtime.review_desk import ReviewDesk
 
 
 def main(argv: list[str]) -> int:
@@ -43,11 +46,14 @@ def main(argv: list[str]) -> int:
             write_atomic(arguments.output, raw)
         return 0
     agent = build(config)
+    desk = review_desk(config)
     signal.signal(signal.SIGTERM, lambda *_: agent.stop())
     notify("READY=1")
     try:
         agent.run()
     finally:
+        if desk is not None:
+            desk.close()
         agent.close()
     return 0
 
@@ -91,6 +97,21 @@ def build(config: PolicydConfig, step: Step = lambda _: None) -> Policyd:
         boottime=lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
         log=_log,
     )
+
+
+def review_desk(config: PolicydConfig) -> ReviewDesk | None:
+    """Return the socket where mediators ask people, answering; None where there are no mediators."""
+    if config.review_user is None:
+        return None
+    try:
+        uid = pwd.getpwnam(config.review_user).pw_uid
+    except KeyError:
+        _log(f"there is no user {config.review_user}: tools over stdio have no reviews here")
+        return None
+    broker = ReviewBroker(load_workspace(config), config.run)
+    desk = ReviewDesk(config.run / "review" / "tools.sock", uid, broker, _log)
+    desk.start()
+    return desk
 
 
 def _group(name: str | None) -> int | None:

@@ -16,11 +16,11 @@ from saw.policy import globs, websocket
 from saw.policy.calls import patterns
 from saw.policy.gitproto import PushUnreadable, RefUpdate, push_updates
 from saw.policy.globset import BORDER, BitTable, GlobSet, address_segments, bits_of, path_segments, places_of
-from saw.policy.governance import Action, ActionMatch, Governance, Reviewers, duration
+from saw.policy.governance import Action, ActionMatch, Governance, duration
 from saw.policy.mcp_http import CALL_TOOL
 from saw.policy.mcp_http import READ_METHODS as MCP_READS
 from saw.policy.model import READ_METHODS, Operation, Request
-from saw.policy.tool_rules import ActionClass
+from saw.policy.tool_rules import ActionClass, Reviewers
 
 _STRICTNESS: Mapping[str, int] = {"auto": 0, "staged": 1, "review": 2, "deny": 3}
 RECEIVE_PACK = "receive-pack"

@@ -47,7 +47,6 @@ from saw.policy.governance import (
     Lease,
     Limit,
     Price,
-    Reviewers,
     duration,
 )
 from saw.policy.linear_regex import LinearRegex, RegexError
@@ -60,7 +59,7 @@ from saw.policy.persistence import (
     check_text,
     check_writable,
 )
-from saw.policy.tool_rules import Argument, Mcp, McpServer, Tool, http_address
+from saw.policy.tool_rules import Argument, Mcp, McpServer, Reviewers, Tool, http_address
 
 T = TypeVar("T")
 
@@ -231,6 +230,22 @@ def _servers(mcp: Mcp, report: StructureReport) -> None:
         report("servers", f"more than {MAX_SERVERS} servers", "remove those that nobody needs, or split the bundle")
 
 
+def _tool(tool: Tool, report: StructureReport) -> None:
+    for name in ("reviewers", "expires"):
+        if getattr(tool, name) is not None and tool.class_ != "review":
+            report(name, f"{name} have no part in class {tool.class_}", "remove it or use class review")
+
+
+def _tools_over_http(server: McpServer, report: StructureReport) -> None:
+    asked = [name for name, tool in server.tools.items() if tool.reviewers is not None or tool.expires is not None]
+    if server.transport == "http" and asked:
+        report(
+            "tools",
+            f"reviewers and expires of {asked[0]!r} would not be read: over HTTP an action rule names them",
+            "write an action with match: {host, mcp: {tool}} and reviewers",
+        )
+
+
 def _server(server: McpServer, report: StructureReport) -> None:
     if server.transport == "stdio":
         if not server.command or not server.command[0]:
@@ -360,6 +375,7 @@ GOVERNANCE_CHECKS = Checks(
         (ActionMatch, "host"): check_host_glob,
         (ActionMatch, "path"): check_path_glob,
         (Action, "expires"): _duration,
+        (Tool, "expires"): _duration,
         (Argument, "under"): _under,
         (Persistence, "git_hooks"): _hooks,
         (Argument, "regex"): _regex,
@@ -390,7 +406,8 @@ GOVERNANCE_CHECKS = Checks(
         InferenceRoute: (check_priced,),
         Reviewers: (_reviewers,),
         Mcp: (_servers,),
-        McpServer: (_server,),
+        McpServer: (_server, _tools_over_http),
+        Tool: (_tool,),
         Argument: (_argument,),
         Governance: _GOVERNANCE,
     },

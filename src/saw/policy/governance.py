@@ -15,7 +15,7 @@ import msgspec
 
 from saw.policy.model import Part, says
 from saw.policy.persistence import Persistence
-from saw.policy.tool_rules import ActionClass, Mcp
+from saw.policy.tool_rules import ActionClass, Mcp, Reviewers
 
 _DURATION = re.compile(r"(0|[1-9][0-9]{0,8})([smhd])\Z")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -221,13 +221,6 @@ class ActionMatch(Part, frozen=True):
     json_rpc: Annotated[
         JsonRpcMatch | None, says("Only JSON-RPC, and of its calls these.", {"method": ["reports.list"]})
     ] = None
-
-
-class Reviewers(Part, frozen=True):
-    """Who decides on a reviewed action, and how many of them."""
-
-    group: Annotated[str, says("Group of the people who may decide.", "maintainers")]
-    quorum: Annotated[int, says("How many of them must agree, 1 to 16.", 2)] = 1
 
 
 class Action(Part, frozen=True):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
-from saw.policy.governance import Governance
+from saw.policy.governance import Governance, duration
 from saw.policy.linear_regex import LinearRegex
 from saw.policy.model import ALLOW, DENY, Decision
 from saw.policy.tool_rules import Argument, McpServer, Tool
@@ -20,6 +20,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "array": (list, tuple),
 }
 
+_A_DAY = 86400
 _LONG = 500
 """Longest list that an answer spells out (characters)."""
 _MOST = 64
@@ -172,6 +173,22 @@ def definition_changed(server: str, tool: str, action_class: str = "") -> Decisi
             "ask the policy's owner to look at the new definition and to pin it, or the server's owner to undo the change",
         ),
     )
+
+
+class ToolReview(NamedTuple):
+    """Who decides on a call of a tool over stdio, how many of them, and how long the request stays open (seconds)."""
+
+    group: str
+    quorum: int
+    expires_s: int
+
+
+def tool_review(governance: Governance, tool: Tool) -> ToolReview:
+    """Return who decides on ``tool``; without reviewers of its own one of the blueprint's owners, within a day."""
+    expires = _A_DAY if tool.expires is None else duration(tool.expires)
+    if tool.reviewers is None:
+        return ToolReview(governance.blueprint.owner, 1, expires)
+    return ToolReview(tool.reviewers.group, tool.reviewers.quorum, expires)
 
 
 def decide_tool(governance: Governance, server: str, tool: str, arguments: Mapping[str, object]) -> Decision:

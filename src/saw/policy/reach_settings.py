@@ -60,10 +60,10 @@ _KNOWN: dict[type, frozenset[str]] = {
         words.McpMatch: "method tool",
         words.JsonRpcMatch: "method",
         words.GitMatch: "service ref operation",
-        words.Reviewers: "group quorum",
+        tool_rules.Reviewers: "group quorum",
         tool_rules.Mcp: "servers",
         tool_rules.McpServer: "transport command url tools",
-        tool_rules.Tool: "class args definition",
+        tool_rules.Tool: "class args definition reviewers expires",
         tool_rules.Argument: "type required under regex enum min max max_length items",
     }.items()
 }

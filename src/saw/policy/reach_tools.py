@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 
 from saw.policy.governance import Governance
-from saw.policy.mcp import decide_tool
+from saw.policy.mcp import decide_tool, tool_review
 from saw.policy.reach_automata import Budget, TooLarge
 from saw.policy.reach_calls import verdict
 from saw.policy.reach_calls_arguments import sample, wider_arguments
@@ -28,6 +28,12 @@ def arguments_text(arguments: Mapping[str, object]) -> str:
     return json.dumps(
         {name: _short(value) for name, value in sorted(arguments.items())}, ensure_ascii=True, default=str
     )
+
+
+def _asked(governance: Governance, tool: Tool) -> tuple[str, int, int]:
+    """Return who decides on calls of a tool over stdio, how many of them, and within which time."""
+    asked = tool_review(governance, tool)
+    return asked.group, asked.quorum, asked.expires_s
 
 
 def _short(value: object) -> object:
@@ -99,6 +105,15 @@ class _Comparison:
         region = Region(server=server, tool=name, setting="definition", action_class=new.class_)
         self.items.append(Item("tool", "definition", f"tool {server}.{name}", why, region, "medium", rules))
 
+    def reviewers(self, server: str, name: str, old: Tool, new: Tool) -> None:
+        """Tell where others decide, other numbers of them, or within another time; which is stricter, only a reader can say."""
+        if level(old) != REVIEW or level(new) != REVIEW or _asked(self.old, old) == _asked(self.new, new):
+            return
+        base = sample((new,), self.budget)
+        if base is not None:
+            why = "is reviewed by others, by fewer, or may wait longer"
+            self._add((server, name, ""), "reviewers", "medium", why, base)
+
     def run(self) -> list[Item]:
         """Compare all servers and tools."""
         for server, now in sorted(self.new.mcp.servers.items()):
@@ -118,6 +133,7 @@ class _Comparison:
             for name, tool in sorted(now.tools.items()):
                 old = _ABSENT if before is None else before.tools.get(name, _ABSENT)
                 try:
+                    self.reviewers(server, name, old, tool)
                     self.tool(server, name, old, tool)
                 except TooLarge:
                     self._unknown(server, name)

@@ -67,6 +67,13 @@ class Argument(Part, frozen=True):
     items: Annotated[Argument | None, says("What each element of an array must be.", {"under": "/workspace"})] = None
 
 
+class Reviewers(Part, frozen=True):
+    """Who decides on a reviewed action, and how many of them."""
+
+    group: Annotated[str, says("Group of the people who may decide.", "maintainers")]
+    quorum: Annotated[int, says("How many of them must agree, 1 to 16.", 2)] = 1
+
+
 class Tool(Part, frozen=True):
     """The class of a tool's calls and its arguments; an argument that is not listed is refused.
 
@@ -88,6 +95,14 @@ class Tool(Part, frozen=True):
             f"sha256:{'0' * 64}",
         ),
     ] = None
+    reviewers: Annotated[
+        Reviewers | None,
+        says(
+            "Who decides, over stdio with class review; else one of the blueprint's owners. Over HTTP an action rule says it.",
+            {"group": "maintainers", "quorum": 2},
+        ),
+    ] = None
+    expires: Annotated[str | None, says("How long such a request stays open; without it a day.", "8h")] = None
 
 
 class McpServer(Part, frozen=True):

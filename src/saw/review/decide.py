@@ -22,6 +22,7 @@ from saw.review.statement import (
     render_digest,
     sign_review,
 )
+from saw.review.tool import ReviewedTool, render_tool, tool_digest
 
 _LOOKS = 3
 
@@ -50,13 +51,15 @@ class Seen(msgspec.Struct, frozen=True):
     """A review as the broker tells it, what it is about, and the digest and the text that this machine makes of that."""
 
     told: dict[str, Any]
-    content: ReviewedCall | GateRequest
+    content: ReviewedCall | GateRequest | ReviewedTool
     digest: str
     rendering: str
 
     @property
     def body(self) -> bytes:
-        """The exact body of the call, or the statement of a gate in canonical form."""
+        """The exact body of the call, the parameters of a tool, or the statement of a gate in canonical form."""
+        if isinstance(self.content, ReviewedTool):
+            return self.content.params
         return self.content.body if isinstance(self.content, ReviewedCall) else check_gate(self.content.statement)
 
 
@@ -84,10 +87,13 @@ def look(client: Client, identifier: str) -> Seen:
 def _look(client: Client, identifier: str) -> Seen:
     told = client.request("GET", review_path(identifier))
     raw = client.request("GET", f"{review_path(identifier)}/call")
-    content: ReviewedCall | GateRequest
+    content: ReviewedCall | GateRequest | ReviewedTool
     if told["kind"] == "gate":
         content = msgspec.convert(raw["gate"], GateRequest)
         digest, rendering = gate_digest(told["perimeter"], content.statement), render_gate(told["perimeter"], content)
+    elif told["kind"] == "tool":
+        content = msgspec.convert(raw["tool"], ReviewedTool)
+        digest, rendering = tool_digest(told["workspace_id"], content), render_tool(told["workspace_id"], content)
     else:
         content = msgspec.convert(raw["call"], ReviewedCall)
         kind = context_kind(content)

@@ -2,7 +2,7 @@
 
 It runs as a user of its own outside the sandbox. Clients (the sandbox's ``saw-mcp-connect``) connect to
 ``/run/saw/mcp/NAME.sock``; each connection is paired with a new connection to ``/run/saw/mcp-server/NAME.sock``, for which
-systemd starts a confined instance of the server.
+systemd starts a confined instance of the server. A call that people decide on is held, and asked about through the policy agent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from saw.policy.governance import Governance
 from saw.policy.model import Decision
 from saw.policy.tool_rules import McpServer
 from saw.runtime.decision_log import DecisionLog
+from saw.runtime.mcp_conversation import Conversation
 from saw.runtime.mcp_protocol import MAX_MESSAGE, Json, Out, Session
+from saw.runtime.mcp_reviews import AskDesk, Reviews
 
 MAX_SESSIONS = 16
 DRAIN_S = 5.0
@@ -79,7 +81,10 @@ class GovernanceSource:
 
 @dataclass
 class Mediator:
-    """Serves sessions on ``listen_path``; see the module's text. ``client_uids`` may connect."""
+    """Serves sessions on ``listen_path``; see the module's text. ``client_uids`` may connect.
+
+    ``ask`` asks people; without it calls that they must decide on are refused.
+    """
 
     name: str
     listen_path: str
@@ -89,7 +94,14 @@ class Mediator:
     client_uids: frozenset[int]
     log: Callable[[Json], None] = field(default_factory=lambda: DecisionLog(sys.stderr))
     maximum: int = MAX_MESSAGE
+    ask: AskDesk | None = None
     _active: int = field(default=0, init=False)
+    _reviews: Reviews | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        """Make the memory that all sessions share."""
+        if self.ask is not None:
+            self._reviews = Reviews(self.ask, self._log, pause=asyncio.sleep)
 
     def decide(self, tool: str, arguments: Json) -> Decision:
         """Judge a call by the current generation; anything that goes wrong is a denial."""
@@ -141,15 +153,24 @@ class Mediator:
         server_reader, server_writer = await asyncio.open_unix_connection(self.server_path, limit=self.maximum)
         session = Session(self.name, self.source.server, self.decide, self._log)
         writers = {"client": writer, "server": server_writer}
+        reviewed = None
+        if self._reviews is not None:
+            reviewed = Conversation(session, self._reviews, lambda: self.source.digest, writers)
+            session.hold = reviewed.hold
+        answer = session.from_server if reviewed is None else reviewed.from_server
         from_client = asyncio.create_task(self._pump(reader, session.from_client, writers, "client"))
-        from_server = asyncio.create_task(self._pump(server_reader, session.from_server, writers, "server"))
+        from_server = asyncio.create_task(self._pump(server_reader, answer, writers, "server"))
         try:
             await asyncio.wait({from_client, from_server}, return_when=asyncio.FIRST_COMPLETED)
             if from_client.done() and not from_server.done():
+                if reviewed is not None:
+                    reviewed.leave()
                 if server_writer.can_write_eof():
                     server_writer.write_eof()
                 await asyncio.wait({from_server}, timeout=DRAIN_S)
         finally:
+            if reviewed is not None:
+                reviewed.close()
             for task in (from_client, from_server):
                 task.cancel()
             await asyncio.gather(from_client, from_server, return_exceptions=True)

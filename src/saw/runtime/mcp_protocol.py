@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import msgspec
+
 from saw.policy.mcp import definition_changed
 from saw.policy.mcp_answers import (
     INITIALIZE,
@@ -37,17 +39,22 @@ from saw.policy.mcp_messages import (
 )
 from saw.policy.model import Decision
 from saw.policy.tool_rules import McpServer
+from saw.review.tool import MAX_PARAMS, params_of
 
-__all__ = ["MAX_MESSAGE", "Json", "Out", "Session"]
+__all__ = ["MAX_MESSAGE", "Held", "Json", "Out", "Session"]
 
 CLIENT_REQUESTS = frozenset({INITIALIZE, "ping", "tools/list", "tools/call", "logging/setLevel"})
-CLIENT_NOTIFICATIONS = frozenset({"notifications/initialized", "notifications/cancelled", "notifications/progress"})
+CANCELLED = "notifications/cancelled"
+CLIENT_NOTIFICATIONS = frozenset({"notifications/initialized", CANCELLED, "notifications/progress"})
 SERVER_REQUESTS = frozenset({"ping"})
 
-_NO_REVIEWS = (
-    "ask the policy's owner for another class, or for this server over HTTP, where calls can wait for a person"
-)
-
+_NO_REVIEWS = "ask the policy's owner for another class: this mediator cannot ask people"
+_TOO_LONG = "send shorter arguments: people must be shown all of them"
+_REFUSED_STEPS = {
+    "outside_delegation": "ask the sponsor for a delegation that lets you write",
+    "too_many_reviews": "wait for the calls that you asked for before",
+    "policy_changed": "call the tool again: another policy is in force now",
+}
 Decide = Callable[[str, Json], Decision]
 """(tool, arguments) → decision."""
 
@@ -63,18 +70,36 @@ def _error(identifier: object, code: int, text: str, data: Json | None = None) -
     return encode(error_message(identifier, code, text, data))
 
 
+class Held(NamedTuple):
+    """A call that waits for people: the number of its request, the tool, its arguments, and the bytes that are reviewed."""
+
+    number: int | str
+    tool: str
+    arguments: Json
+    params: bytes
+
+    @property
+    def identifier(self) -> Identifier:
+        """The number as what tells it apart from others."""
+        return (type(self.number), self.number)
+
+
 @dataclass
 class Session:
     """One client's session with one instance of the server.
 
     ``server``: the governance entry (tools and their classes); ``decide`` judges a tool call; ``log`` receives one
-    record per decision and per dropped message (tool names and reasons, never argument values).
+    record per decision and per dropped message (tool names and reasons, never argument values). ``hold`` takes a call that
+    people must decide on, which is then waiting until :meth:`release`, :meth:`tell` or :meth:`refuse`; without it such calls are
+    refused.
     """
 
     name: str
     server: Callable[[], McpServer]
     decide: Decide
     log: Callable[[Json], None]
+    hold: Callable[[Held], None] | None = None
+    held: dict[Identifier, Held] = field(default_factory=dict)
     asked_by_client: dict[Identifier, str] = field(default_factory=dict)
     asked_by_server: set[Identifier] = field(default_factory=set)
     definitions: Definitions = field(default_factory=Definitions)
@@ -95,6 +120,8 @@ class Session:
             return [Out("server", encode(message))]
         method = str(message["method"])
         if "id" not in message:
+            if self._takes_back(message, method):
+                return []
             if method in CLIENT_NOTIFICATIONS:
                 return [Out("server", encode(message))]
             self._note("client", "dropped", f"notification {method}")
@@ -102,6 +129,8 @@ class Session:
         refusal = self._refuse_request(message, method)
         if refusal is not None:
             return [Out("client", refusal)]
+        if identifier_of(message) in self.held:
+            return []
         if method == INITIALIZE:
             message = without_client_capabilities(message)
         self.asked_by_client[identifier_of(message)] = method
@@ -109,9 +138,9 @@ class Session:
 
     def _refuse_request(self, message: Json, method: str) -> bytes | None:
         identifier = identifier_of(message)
-        if identifier in self.asked_by_client:
+        if identifier in self.asked_by_client or identifier in self.held:
             return _error(message["id"], INVALID_REQUEST, "this id is still outstanding; use another")
-        if len(self.asked_by_client) >= MAX_OUTSTANDING:
+        if len(self.asked_by_client) + len(self.held) >= MAX_OUTSTANDING:
             return _error(
                 message["id"], INVALID_REQUEST, f"{MAX_OUTSTANDING} requests are outstanding; wait for answers"
             )
@@ -128,13 +157,91 @@ class Session:
             return _error(message["id"], INVALID_PARAMS, "params must be {name: string, arguments: object}")
         if set(params) - {"name", "arguments", "_meta"}:
             return _error(message["id"], INVALID_PARAMS, "params may hold name, arguments and _meta only")
-        decision = self.decide(tool, arguments)
-        if decision.verdict == "allow" and self.definitions.changed(tool, self.server().tools.get(tool)):
-            decision = definition_changed(self.name, tool, decision.action_class)
-        record: Json = {"event": "tool_call", "server": self.name, "tool": tool, "verdict": decision.verdict}
-        self.log({**record, "reason": decision.reason, "rule": decision.rule, "action_class": decision.action_class})
+        decision = self._decide(tool, arguments)
+        steps = decision.next_steps
+        if decision.reason == "review_required":
+            if self._wait_for_people(message, tool, arguments):
+                return None
+            steps = (_NO_REVIEWS if self.hold is None else _TOO_LONG,)
+        self._called(tool, decision)
         if decision.verdict == "allow":
             return None
+        return self._denied(message["id"], tool, msgspec.structs.replace(decision, next_steps=steps))
+
+    def _decide(self, tool: str, arguments: Json) -> Decision:
+        decision = self.decide(tool, arguments)
+        if decision.verdict != "allow" and decision.reason != "review_required":
+            return decision
+        if self.definitions.changed(tool, self.server().tools.get(tool)):
+            return definition_changed(self.name, tool, decision.action_class)
+        return decision
+
+    def _wait_for_people(self, message: Json, tool: str, arguments: Json) -> bool:
+        """Have the call held; tell whether it is."""
+        params = params_of(tool, arguments)
+        number = message["id"]
+        if self.hold is None or len(params) > MAX_PARAMS or not isinstance(number, int | str):
+            return False
+        found = Held(number, tool, arguments, params)
+        self.held[found.identifier] = found
+        self.hold(found)
+        return True
+
+    def _takes_back(self, message: Json, method: str) -> bool:
+        """Tell whether a notification takes back a call that is held; nobody else has heard of that one."""
+        params = message.get("params")
+        number = params.get("requestId") if method == CANCELLED and isinstance(params, dict) else None
+        return isinstance(number, int | str) and self.held.pop((type(number), number), None) is not None
+
+    def release(self, held: Held, review: str) -> Out | None:
+        """Return the call to be written to the server, once people agreed; None when it is not to be made any more.
+
+        It was taken back or refused meanwhile, or policy or the tool's definition no longer let it through. The server gets the
+        reviewed bytes, without ``_meta``.
+        """
+        if self.held.get(held.identifier) is not held:
+            return None
+        decision = self._decide(held.tool, held.arguments)
+        if decision.verdict != "allow" and decision.reason != "review_required":
+            return None
+        del self.held[held.identifier]
+        self._called(
+            held.tool, Decision(verdict="allow", rule=held.tool, action_class=decision.action_class), review=review
+        )
+        self.asked_by_client[held.identifier] = "tools/call"
+        number = encode({"id": held.number})[1:-2]
+        return Out("server", b'{"jsonrpc":"2.0",' + number + b',"method":"tools/call","params":' + held.params + b"}\n")
+
+    def tell(self, held: Held, result: Json) -> Out | None:
+        """Return ``result`` as the answer to a call that is held; None when nobody waits for one."""
+        if self.held.get(held.identifier) is not held:
+            return None
+        del self.held[held.identifier]
+        return Out("client", encode({"jsonrpc": "2.0", "id": held.number, "result": result}))
+
+    def refuse(self, held: Held, reason: str, detail: str, cure: str = "") -> Out | None:
+        """Return the refusal of a call that is held; None when nobody waits for one."""
+        if self.held.get(held.identifier) is not held:
+            return None
+        del self.held[held.identifier]
+        decision = Decision(
+            verdict="deny",
+            reason=reason,
+            detail=detail,
+            policy=self.name,
+            rule=held.tool,
+            action_class="review",
+            next_steps=(_REFUSED_STEPS.get(reason) or cure or "go on without this call",),
+        )
+        self._called(held.tool, decision)
+        return Out("client", self._denied(held.number, held.tool, decision))
+
+    def _called(self, tool: str, decision: Decision, **more: object) -> None:
+        record: Json = {"event": "tool_call", "server": self.name, "tool": tool, "verdict": decision.verdict}
+        record |= {"reason": decision.reason, "rule": decision.rule, "action_class": decision.action_class}
+        self.log({**record, **more})
+
+    def _denied(self, number: object, tool: str, decision: Decision) -> bytes:
         data: Json = {
             "error": "policy_denied",
             "layer": "mcp",
@@ -144,9 +251,9 @@ class Session:
             "detail": decision.detail,
             "rule": decision.rule,
             "rule_missing": decision.rule_missing,
-            "next_steps": [_NO_REVIEWS] if decision.reason == "review_required" else list(decision.next_steps),
+            "next_steps": list(decision.next_steps),
         }
-        return _error(message["id"], POLICY_DENIED, f"denied by policy: {decision.detail or decision.reason}", data)
+        return _error(number, POLICY_DENIED, f"denied by policy: {decision.detail or decision.reason}", data)
 
     def from_server(self, line: bytes) -> list[Out]:
         """Judge one line of the server; return what to send to whom."""

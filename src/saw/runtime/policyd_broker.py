@@ -188,19 +188,24 @@ class PolicyBroker:
             )
 
     def _open(self, *, identified: bool) -> httpx.Client:
-        context = ssl.create_default_context(cafile=str(self._ca))
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        if identified:
-            # Without an identity, or while it is being replaced, the broker records the report as unverified.
-            with contextlib.suppress(OSError, ssl.SSLError):
-                context.load_cert_chain(self._svid / "svid.pem", self._svid / "key.pem")
-        return httpx.Client(
-            base_url=self._workspace.broker_url,
-            verify=context,
-            timeout=self._timeout,
-            trust_env=False,
-            headers={"host": self._workspace.broker_name},
-        )
+        return open_client(self._workspace, self._ca, self._svid if identified else None, self._timeout)
+
+
+def open_client(workspace: Workspace, ca: Path, svid: Path | None, timeout: float) -> httpx.Client:
+    """Return a client of the broker; with the identity in the folder ``svid``, if there is one."""
+    context = ssl.create_default_context(cafile=str(ca))
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    if svid is not None:
+        # Without an identity, or while it is being replaced, the broker records the report as unverified.
+        with contextlib.suppress(OSError, ssl.SSLError):
+            context.load_cert_chain(svid / "svid.pem", svid / "key.pem")
+    return httpx.Client(
+        base_url=workspace.broker_url,
+        verify=context,
+        timeout=timeout,
+        trust_env=False,
+        headers={"host": workspace.broker_name},
+    )
 
 
 def _unreachable(what: str, error: Exception) -> BrokerUnreachable:

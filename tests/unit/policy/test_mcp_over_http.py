@@ -13,13 +13,13 @@ from saw.policy.actions import ReviewAsked
 from saw.policy.casefile import Call, as_request
 from saw.policy.errors import PolicyError
 from saw.policy.explain import explain_call
-from saw.policy.governance import Reviewers
 from saw.policy.loader import Bundle, load_members
 from saw.policy.matcher import Matcher
 from saw.policy.model import Decision, Request
 from saw.policy.openshell import export
 from saw.policy.reach_diff import diff_bundles
 from saw.policy.remedies import apply_changes
+from saw.policy.tool_rules import Reviewers
 
 pytestmark = [pytest.mark.control("RUN-05"), pytest.mark.control("POL-04")]
 

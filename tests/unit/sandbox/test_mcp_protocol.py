@@ -85,7 +85,7 @@ def test_a_denied_call_is_answered_and_never_forwarded(session, tool, arguments,
 def test_a_tool_that_needs_a_person_is_refused_with_what_to_do(session):
     message = only(session.from_client(call("publish", {})))[1]
     assert message["error"]["data"]["reason"] == "review_required"
-    assert "over HTTP" in message["error"]["data"]["next_steps"][0]
+    assert "another class" in message["error"]["data"]["next_steps"][0]
 
 
 @pytest.mark.control("RUN-05")
