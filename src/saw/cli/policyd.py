@@ -100,7 +100,7 @@ def build(config: PolicydConfig, step: Step = lambda _: None) -> Policyd:
 
 
 def review_desk(config: PolicydConfig) -> ReviewDesk | None:
-    """Return the socket where mediators ask people, answering; None where there are no mediators."""
+    """Return the socket where mediators ask people, answering; None where there are no mediators, or it cannot be made."""
     if config.review_user is None:
         return None
     try:
@@ -109,7 +109,11 @@ def review_desk(config: PolicydConfig) -> ReviewDesk | None:
         _log(f"there is no user {config.review_user}: tools over stdio have no reviews here")
         return None
     broker = ReviewBroker(load_workspace(config), config.run)
-    desk = ReviewDesk(config.run / "review" / "tools.sock", uid, broker, _log)
+    try:
+        desk = ReviewDesk(config.run / "review" / "tools.sock", uid, broker, _log)
+    except OSError as error:  # the policy goes on being enforced; calls that need people are refused
+        _log(f"tools over stdio have no reviews here: {error}")
+        return None
     desk.start()
     return desk
 

@@ -124,3 +124,13 @@ def test_people_are_asked_for_the_mediators_user_where_there_is_one(
     assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o711)
     desk.close()
     assert not path.exists()
+
+
+def test_where_the_socket_cannot_be_made_the_policy_is_enforced_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(policyd, "load_workspace", lambda _config: WORKSPACE)
+    (tmp_path / "review").write_text("no folder")
+    me = pwd.getpwuid(os.getuid()).pw_name
+    assert policyd.review_desk(PolicydConfig(run_dir=str(tmp_path), review_user=me)) is None
+    assert "have no reviews here" in capsys.readouterr().err
