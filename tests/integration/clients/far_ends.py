@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 Answer = tuple[int, str, bytes]
@@ -42,6 +45,24 @@ class App:
         head = [(b"content-type", kind.encode()), (b"content-length", str(len(raw)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": head})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else raw})
+
+
+async def git(repositories: Path, scope: Any, body: bytes) -> Answer:
+    """Answer one request of a Git client from the bare repositories below a folder (git-http-backend(1))."""
+    headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+    environment = {
+        "PATH": os.environ["PATH"], "GIT_PROJECT_ROOT": str(repositories), "GIT_HTTP_EXPORT_ALL": "1",
+        "PATH_INFO": scope["raw_path"].decode(), "QUERY_STRING": scope["query_string"].decode(),
+        "REQUEST_METHOD": scope["method"], "CONTENT_TYPE": headers.get("content-type", ""), "CONTENT_LENGTH": str(len(body)),
+        "HTTP_CONTENT_ENCODING": headers.get("content-encoding", ""), "GIT_PROTOCOL": headers.get("git-protocol", ""),
+    }  # fmt: skip
+    backend = await asyncio.create_subprocess_exec(
+        "git", "http-backend", env=environment, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await backend.communicate(body)
+    head, _, content = output.partition(b"\r\n\r\n")
+    fields = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
+    return int(fields.get("Status", "200").split()[0]), fields["Content-Type"], content
 
 
 async def _echo(receive: Any, send: Any) -> None:
