@@ -147,12 +147,16 @@ class Workspace(ring1_rig.Rig):
         self._inside_ground("mkdir", "-p", target)
         self._inside_ground("mount", "--bind", str(source), target)
 
-    def told(self) -> tuple[str, str]:
-        """Return reason and host of the last refusal, as a user of the sandbox reads it."""
+    def recent(self) -> list[tuple[str, str]]:
+        """Return reason and host of the last refusals, newest first, as a user of the sandbox reads them."""
         answer = self.client("curl", "-sS", "http://ring1.saw.internal/refusals")
-        last = json.loads(answer.out)["refusals"][0]
-        assert last["next_steps"]
-        return last["reason"], last["host"]
+        last = json.loads(answer.out)["refusals"]
+        assert all(one["next_steps"] for one in last)
+        return [(one["reason"], one["host"]) for one in last]
+
+    def told(self) -> tuple[str, str]:
+        """Return reason and host of the last refusal."""
+        return self.recent()[0]
 
     # ------------------------------------------------------------ what ring1_rig does in namespaces of its own
 
