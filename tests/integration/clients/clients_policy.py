@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from saw.conformance.local import HOME
 
 HOSTS = (
     "api.example.com", "pypi.example.com", "npm.example.com", "apt.example.com", "git.example.com", "grpc.example.com",
     "chat.example.com", "models.example.com", "hidden.example.com",
 )  # fmt: skip
+JAVA_SETTINGS = ", ".join(sorted(str(path) for path in Path("/etc").glob("java-*-openjdk"))) or "/etc/java"
 PYTHON, NODE = "/usr/bin/python3*", "/**/node"
 POLICY = f"""
 version: 1
 filesystem_policy:
   include_workdir: true
-  read_only: [/usr, /etc/ssl, /etc/java-17-openjdk, /run/clients/python, /run/clients/node_modules, /run/clients/node]
+  read_only: [/usr, /etc/ssl, {JAVA_SETTINGS}, /run/clients/python, /run/clients/node_modules, /run/clients/node]
   read_write: [/tmp, {HOME}, /dev/null]
 landlock: {{compatibility: hard_requirement}}
 process: {{run_as_user: agent, run_as_group: agent}}
@@ -46,7 +49,7 @@ network_policies:
     endpoints:
       - {{host: grpc.example.com, port: 443, protocol: rest, rules: [
           {{allow: {{method: POST, path: "/demo.Greeter/*"}}}}, {{allow: {{method: POST, path: "/demo.Held/*"}}}}]}}
-    binaries: [{{path: "{PYTHON}"}}]
+    binaries: [{{path: "{PYTHON}"}}, {{path: "{NODE}"}}]
   chat:
     endpoints:
       - {{host: chat.example.com, port: 443, protocol: websocket, rules: [

@@ -53,3 +53,23 @@ def test_nodes_own_websocket_is_opened_or_refused(workspace: Workspace) -> None:
     refused = workspace.client(NEWER, "-e", STREAM, "wss://chat.example.com/elsewhere")
     assert refused.out.startswith("refused"), refused.words
     assert workspace.told() == ("method_or_path_not_allowed", "chat.example.com")
+
+
+GRPC = """
+const grpc = require('/run/clients/node_modules/@grpc/grpc-js')
+const client = new grpc.Client('grpc.example.com:443', grpc.credentials.createSsl())
+client.makeUnaryRequest(process.argv[1], said => said, said => said, Buffer.from('ann'), (error, answer) => {
+  console.log(error ? `refused ${error.code} ${error.details}` : answer.toString())
+  client.close()
+})
+"""
+
+
+@pytest.mark.control("RUN-01")
+def test_a_grpc_call_is_allowed_or_refused(workspace: Workspace) -> None:
+    need(NPM)
+    done = workspace.client("node", "-e", GRPC, "/demo.Greeter/Hello")
+    assert (done.code, done.out) == (0, "hello ann\n"), done.words
+    refused = workspace.client("node", "-e", GRPC, "/demo.Other/Hello")
+    assert refused.out.startswith("refused 7 "), refused.words
+    assert workspace.told() == ("method_or_path_not_allowed", "grpc.example.com")
