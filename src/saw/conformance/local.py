@@ -98,7 +98,7 @@ def view_script(spec: SandboxSpec) -> str:
             lines.append(f"at {path} {'rw' if writable else 'ro'}")
             done += [] if writable else [path]
     # As systemd does it: the old root is gone, and programs have the names that a policy means.
-    return "\n".join([*lines, 'cd $root; pivot_root . .; umount -l .; cd /', 'exec "$@"'])
+    return "\n".join([*lines, "cd $root; pivot_root . .; umount -l .; cd /", 'exec "$@"'])
 
 
 def open_local(ground: Ground, python: str) -> tuple[Plan, list[str]]:

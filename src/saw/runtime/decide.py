@@ -296,7 +296,10 @@ def _answer(
 
 
 class DecideService:
-    """ASGI application on the Unix socket: ``/decide`` for Envoy, ``/status`` and ``/counts`` for policyd, ``/refusals`` for all."""
+    """ASGI application on the Unix socket.
+
+    ``/decide`` for Envoy, ``/status`` and ``/counts`` for policyd, ``/refusals`` for the sandbox, which Envoy lets through.
+    """
 
     def __init__(self, decider: Decider, log: Callable[[dict[str, object]], None]) -> None:
         self._decider = decider
