@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import ring1_rig
+from clients_far_ends import App
 from clients_policy import GOVERNANCE, HOSTS, POLICY
-from far_ends import App
 from ring2_broker import Uvicorn
 from ring2_rig import Rig as Ring2
 from ring2_rig import wait_for

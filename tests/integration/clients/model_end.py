@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from far_ends import Answer
+from clients_far_ends import Answer
 
 GOODBYE = "goodbye from the model"
 

@@ -7,7 +7,7 @@ import subprocess
 from functools import partial
 from pathlib import Path
 
-import far_ends
+import clients_far_ends as far_ends
 import pytest
 from clients_rig import Workspace
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from clients_packages import publish
 from clients_rig import PYTHON, Workspace
-from packages import publish
 
 APT = " ".join(
     f"-o {name}=$HOME/apt/{place}" for name, place in

@@ -10,7 +10,7 @@ import json
 import tarfile
 import zipfile
 
-from far_ends import App
+from clients_far_ends import App
 
 Files = dict[str, bytes]
 
