@@ -10,6 +10,7 @@ import base64
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -197,7 +198,9 @@ class Workspace(ring1_rig.Rig):
         for server in self.servers:
             server.close()
         if (sandbox := self.processes.pop("sandbox", None)) is not None:
-            sandbox.kill()  # unshare(1) holds back other signals, and takes its child along
+            # unshare(1) holds signals back, and its child, which changed its user, no longer ends with it.
+            for child in Path(f"/proc/{sandbox.pid}/task/{sandbox.pid}/children").read_text(encoding="ascii").split():
+                os.kill(int(child), signal.SIGKILL)
             sandbox.wait()
         if self.grpc is not None:
             self.grpc.kill()
