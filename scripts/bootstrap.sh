@@ -13,7 +13,7 @@ fail() { printf 'bootstrap: %s\n' "$*" >&2; exit 1; }
 packages="bubblewrap ca-certificates curl debian-archive-keyring dosfstools e2fsprogs eatmydata fdisk git iproute2 libtss2-tcti-swtpm0
  mmdebstrap mtools nftables nginx-light opensc openssh-client openssh-server openssl ovmf packer procps python3-venv
  qemu-system-x86 qemu-utils rsync shellcheck softhsm2 swtpm swtpm-tools systemd-container tpm2-tools tmux"
-tests="aide chromium clamav gpg gpg-agent lynis postgresql rsyslog rsyslog-relp sudo systemd-journal-remote unattended-upgrades"
+tests="aide chromium clamav default-jdk-headless gpg gpg-agent lynis postgresql rsyslog rsyslog-relp sudo systemd-journal-remote unattended-upgrades"
 # These packages would start a service; the tests run the programs themselves, so a service that was not here stays off.
 services="clamav-freshclam.service clamav-freshclam-once.service clamav-freshclam-once.timer lynis.timer nginx.service
   postgresql.service rsyslog.service ssh.service systemd-journal-remote.socket unattended-upgrades.service"
@@ -97,5 +97,6 @@ npm_tree() {  # FOLDER WHAT: what its lock file says, once
 if [ "$what" = all ]; then
   npm_tree roles/broker/files/terminal "the portal's terminal"
   npm_tree tests/oidc "the tests' OpenID provider"
-  case $(node --version) in v[0-9].* | v1[0-9].*) npm_tree tests/oidc/node "a newer Node.js for it" ;; esac
+  npm_tree tests/oidc/node "a newer Node.js for it and for clients in the sandbox"
+  npm_tree tests/clients "clients that tests run in the sandbox"
 fi

@@ -92,6 +92,7 @@ def declared() -> dict[str, set[str]]:
         for name in (
             "packer/mcp/package.json",
             "roles/broker/files/terminal/package.json",
+            "tests/clients/package.json",
             "tests/oidc/package.json",
             "tests/oidc/node/package.json",
         )

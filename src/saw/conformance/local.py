@@ -97,7 +97,8 @@ def view_script(spec: SandboxSpec) -> str:
         if writable or path in spec.protected or not any(Path(path).is_relative_to(one) for one in done):
             lines.append(f"at {path} {'rw' if writable else 'ro'}")
             done += [] if writable else [path]
-    return "\n".join([*lines, 'exec chroot $root "$@"'])
+    # As systemd does it: the old root is gone, and programs have the names that a policy means.
+    return "\n".join([*lines, "cd $root; pivot_root . .; umount -l .; cd /", 'exec "$@"'])
 
 
 def open_local(ground: Ground, python: str) -> tuple[Plan, list[str]]:

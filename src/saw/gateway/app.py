@@ -22,6 +22,7 @@ from saw.gateway.redaction import WORDS_HEADER, words_value
 from saw.gateway.spool import Spool
 from saw.gateway.tickets import Tickets
 from saw.gateway.usage_filter import BETWEEN, TOLD_HEADERS
+from saw.policy.grpc_calls import is_grpc
 from saw.policy.websocket import FRAMES_HEADER
 
 LOG = logging.getLogger("saw.gateway")
@@ -75,7 +76,7 @@ def read_call(headers: list[tuple[bytes, bytes]], body: bytes) -> Call:
         request_id=values.get("x-request-id", ""),
         headers={k: v for k, v in values.items() if k not in _CONTROL and not k.startswith("x-saw-")},
         body=body,
-        body_complete=values.get("x-envoy-auth-partial-body", "false") == "false",
+        body_complete=values.get("x-envoy-auth-partial-body", "false") == "false" and not is_grpc(values),
         send_ticket=values.get(SEND_TICKET, ""),
         upgrade=values.get("x-saw-upgrade", ""),
     )

@@ -34,6 +34,7 @@ from saw.gateway.envoy_parts import (
 )
 from saw.gateway.redaction import REDACTION_FILTER
 from saw.gateway.usage_filter import usage_filter
+from saw.policy.grpc_calls import unread_route
 from saw.policy.websocket import FRAME_FILTER, PROTOCOL
 
 REFUSAL = {"error": "policy_denied", "layer": "ring2"}
@@ -333,6 +334,16 @@ def _routes(*, reviews: bool, streams: bool = False, answers: bool = True) -> Js
         )
 
     refusal = json.dumps({**REFUSAL, "reason": "host_not_allowed", "detail": "no upstream was authorised"})
+    refused: Json = {
+        "match": {"prefix": "/"},
+        "direct_response": {"status": 403, "body": {"inline_string": refusal}},
+        "response_headers_to_add": [
+            {
+                "header": {"key": "content-type", "value": "application/json"},
+                "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+            }
+        ],
+    }
     return {
         "name": "governed",
         "virtual_hosts": [
@@ -349,16 +360,8 @@ def _routes(*, reviews: bool, streams: bool = False, answers: bool = True) -> Js
                         if streams
                         else []
                     ),
-                    {
-                        "match": {"prefix": "/"},
-                        "direct_response": {"status": 403, "body": {"inline_string": refusal}},
-                        "response_headers_to_add": [
-                            {
-                                "header": {"key": "content-type", "value": "application/json"},
-                                "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
-                            }
-                        ],
-                    },
+                    *([unread_route(refused)] if answers else []),
+                    refused,
                 ],
             }
         ],

@@ -31,6 +31,7 @@ from saw.gateway.view import View, offline_granted, release_for
 from saw.identity.x509 import Svid
 from saw.policy.addresses import is_blocked_host
 from saw.policy.errors import NotCanonical
+from saw.policy.grpc_calls import is_grpc
 from saw.policy.matcher import Matcher
 from saw.policy.mcp_servers import usable_tools
 from saw.policy.model import Decision, Request
@@ -447,6 +448,9 @@ def _delegated(
             _messages_delegated(held, request, decision, case.now)
         return cover(held, request, decision, git_host=git, now=case.now, approved=case.approved), ""
     except OutsideDelegation as error:
+        if error.code == "review_required" and is_grpc(request.headers):
+            detail = f"delegation {error.delegation} wants every write reviewed, and a gRPC client cannot wait for that"
+            raise Refused("outside_delegation", detail) from error
         if error.code == "review_required":
             return error.delegation, error.message
         raise Refused(error.code, error.message) from error

@@ -21,6 +21,7 @@ from saw.policy.checks_governance import parse_address
 from saw.policy.errors import NotCanonical, PolicyError
 from saw.policy.globset import GlobSet, path_segments
 from saw.policy.governance import Governance
+from saw.policy.grpc_calls import is_grpc
 from saw.policy.inference import CompiledRoute
 from saw.policy.loader import cross_problems
 from saw.policy.mcp_servers import HttpServer, http_servers
@@ -382,9 +383,16 @@ class Matcher:
         label = f"{endpoint.label}.{rule.label}"
         if action.action_class in _REASONS and not (approved and action.action_class == "review"):
             what = f" ({action.detail})" if action.detail else ""
-            if action.action_class == "review":
+            reason = _REASONS[action.action_class]
+            if action.action_class == "review" and is_grpc(request.headers):
+                reason = "action_denied"
+                detail = (
+                    f"a person would have to decide on this call, and a gRPC client cannot wait for that; {action.rule}"
+                )
+                steps: tuple[str, ...] = ("ask the policy's owner for an action rule of class auto for this path",)
+            elif action.action_class == "review":
                 detail = f"a person must decide on this write first{what}; {action.rule}"
-                steps: tuple[str, ...] = (
+                steps = (
                     "propose the change in a form that needs no review",
                     "ask the sponsor for an action rule",
                 )
@@ -393,7 +401,7 @@ class Matcher:
                 steps = ("use another way that the policy allows",)
             return Decision(
                 verdict=DENY,
-                reason=_REASONS[action.action_class],
+                reason=reason,
                 detail=detail,
                 policy=endpoint.key,
                 rule=f"{label}; {action.rule}",

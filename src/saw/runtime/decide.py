@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
 import msgspec
 
+from saw.policy.grpc_calls import is_grpc
 from saw.policy.matcher import Matcher
 from saw.policy.model import Decision, Request
 from saw.policy.review_poll import NOT_REACHED, may_poll, poll_of
@@ -30,6 +33,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s\[\]:@/\\?#%\x00-\x20\x7f-\U0010ffff]+)(?::([0-9]{1,5}))?")
 _REVIEW = "review_required"
+_REMEMBERED, _MOST_SHOWN = 20, 400
+"""How many refusals the sandbox can read again, and how much of each text (characters)."""
 
 
 class DecideConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -101,6 +106,7 @@ class Decider:
         self._lease = lease
         self._heartbeat = heartbeat
         self._attribution = attribution
+        self._refused: deque[dict[str, object]] = deque(maxlen=_REMEMBERED)
 
     def status(self) -> dict[str, object]:
         """Return what is loaded, for policyd's read-back."""
@@ -133,7 +139,16 @@ class Decider:
         except Refused as refused:
             decision = refused.decision
         self.counts.add(loaded.digest if loaded else "", decision, tunnel=asked.stage == "connect")
-        return _answer(asked, target, granted or (caller.binary if caller else None), decision, loaded)
+        answer = _answer(asked, target, granted or (caller.binary if caller else None), decision, loaded)
+        if answer.status == 403:
+            self._refused.appendleft(
+                {"time": datetime.now(UTC).isoformat(timespec="seconds"), **json.loads(answer.body)}
+            )
+        return answer
+
+    def refusals(self) -> list[dict[str, object]]:
+        """Return the last refusals, newest first: the bodies of the answers with the time of each, long texts cut."""
+        return [{name: _cut(value) for name, value in refused.items()} for refused in self._refused]
 
     def _match(
         self, loaded: Loaded, asked: Asked, target: Target, caller: Caller | None
@@ -167,6 +182,10 @@ class Decider:
             if (alone.verdict, alone.reason) == (decision.verdict, decision.reason):
                 return decision, binary
         return decision, request.binary
+
+
+def _cut(value: object) -> object:
+    return value[:_MOST_SHOWN] if isinstance(value, str) else value
 
 
 def _inner(matcher: Matcher, request: Request) -> Decision:
@@ -277,7 +296,10 @@ def _answer(
 
 
 class DecideService:
-    """ASGI application on the Unix socket: ``/decide`` for Envoy, ``/status`` and ``/counts`` for policyd."""
+    """ASGI application on the Unix socket.
+
+    ``/decide`` for Envoy, ``/status`` and ``/counts`` for policyd, ``/refusals`` for the sandbox, which Envoy lets through.
+    """
 
     def __init__(self, decider: Decider, log: Callable[[dict[str, object]], None]) -> None:
         self._decider = decider
@@ -286,6 +308,10 @@ class DecideService:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request (ASGI)."""
         if scope["type"] != "http":
+            return
+        if scope["path"] == facts.REFUSALS_PATH:  # from the sandbox itself, whose body nobody wants
+            body = json.dumps({"refusals": self._decider.refusals()}, indent=1).encode() + b"\n"
+            await _respond(send, 200, (("content-type", "application/json"),), body)
             return
         chunks: list[bytes] = []
         more = True
@@ -327,7 +353,7 @@ def _asked(scope: Scope, body: bytes) -> Asked:
         request_id=headers.get("x-request-id", ""),
         headers={name: headers[name] for name in facts.POLICY_HEADERS if name in headers},
         body=body or None,
-        body_complete=headers.get("x-envoy-auth-partial-body", "false") == "false",
+        body_complete=headers.get("x-envoy-auth-partial-body", "false") == "false" and not is_grpc(headers),
     )
 
 

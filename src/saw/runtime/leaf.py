@@ -6,6 +6,8 @@ workspace. The leaf names exactly the hosts of the policy (RFC 5280 section 4.2.
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -14,6 +16,8 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import pkcs12
+from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from saw.errors import ConfigError
@@ -21,6 +25,7 @@ from saw.files import write_atomic, write_private
 
 _BACKDATE = timedelta(hours=1)
 _LIFETIME = timedelta(days=397)
+_PEM = re.compile(rb"-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----")
 
 
 class LeafAuthority:
@@ -107,7 +112,7 @@ def san_of(host: str) -> str | None:
 
 
 def publish_bundle(system_bundle: Path, authority: LeafAuthority, target: Path) -> None:
-    """Write the sandbox's trust bundle: the system's authorities and ring 1's."""
+    """Write the sandbox's trust bundle, the system's authorities and ring 1's, and the same for Java beside it (``.p12``)."""
     try:
         system = system_bundle.read_bytes()
     except OSError as error:
@@ -117,8 +122,32 @@ def publish_bundle(system_bundle: Path, authority: LeafAuthority, target: Path) 
         ) from error
     target.parent.mkdir(parents=True, exist_ok=True)
     wanted = system.rstrip(b"\n") + b"\n" + authority.ca_pem
-    if not target.exists() or target.read_bytes() != wanted:
+    for_java = target.with_suffix(".p12")
+    if not target.exists() or target.read_bytes() != wanted or not for_java.exists():
+        write_atomic(for_java, _java_trust(wanted))
         write_atomic(target, wanted)
+
+
+def _java_trust(bundle: bytes) -> bytes:
+    """Return a PKCS #12 file (RFC 7292) of the certificates of ``bundle``, marked as Java marks what it trusts.
+
+    It has no password, as it holds nothing secret: ring 1's authority may be read by all, and nobody in the sandbox may write it.
+    """
+    certificates: dict[bytes, x509.Certificate] = {}
+    for block in _PEM.findall(bundle):
+        try:
+            with warnings.catch_warnings():
+                # An old authority with a serial number that RFC 5280 does not know is the distribution's matter.
+                warnings.simplefilter("ignore", CryptographyDeprecationWarning)
+                certificate = x509.load_pem_x509_certificate(block)
+        except ValueError:
+            continue  # what cannot be read cannot be trusted; the others can
+        certificates[certificate.fingerprint(hashes.SHA256())] = certificate
+    named = [
+        pkcs12.PKCS12Certificate(certificate, f"authority-{number}".encode())
+        for number, certificate in enumerate(certificates.values())
+    ]
+    return pkcs12.serialize_java_truststore(named, serialization.NoEncryption())
 
 
 def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:

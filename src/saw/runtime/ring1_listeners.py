@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from saw.policy.grpc_calls import unread_route
 from saw.policy.websocket import FRAME_FILTER
 from saw.runtime.ring1_settings import (
     ANSWER_AUTHORITY,
@@ -20,6 +21,7 @@ from saw.runtime.ring1_settings import (
     POLICY_HEADERS,
     PROBE_HOST,
     PROBE_PATH,
+    REFUSALS_PATH,
     STATE_AUTHORITY,
     STATE_SOURCE,
     Config,
@@ -136,7 +138,7 @@ def _sandbox_listener(settings: Ring1, generation: str) -> Config:
     hcm["route_config"] = {
         "name": f"sandbox-{generation}",
         "virtual_hosts": [
-            _probe_host(generation),
+            _probe_host(generation, refusals=True),
             {
                 "name": "all",
                 "domains": ["*"],
@@ -150,6 +152,7 @@ def _sandbox_listener(settings: Ring1, generation: str) -> Config:
                             "upgrade_configs": [{"upgrade_type": "CONNECT", "connect_config": {}}],
                         },
                     },
+                    unread_route(_to_ring2()),
                     _to_ring2(),
                 ],
             },
@@ -220,7 +223,7 @@ def _tunnelled(settings: Ring1, generation: str, stage: str) -> Config:
     hcm["upgrade_configs"] = [{"upgrade_type": "websocket"}]
     hcm["route_config"] = {
         "name": f"inspect-{stage}-{generation}",
-        "virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [_to_ring2()]}],
+        "virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [unread_route(_to_ring2()), _to_ring2()]}],
     }
     return hcm
 
@@ -403,27 +406,29 @@ def _to_ring2() -> Config:
     }
 
 
-def _probe_host(generation: str) -> Config:
-    return {
-        "name": "probe",
-        "domains": [PROBE_HOST],
-        "routes": [
-            {
-                "match": {"path": PROBE_PATH},
-                "direct_response": {"status": 200, "body": {"inline_string": generation}},
-                "typed_per_filter_config": {
-                    "envoy.filters.http.ext_authz": {
-                        "@type": f"{API}.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute",
-                        "disabled": True,
-                    },
-                    **{
-                        name: {"@type": f"{API}.extensions.filters.http.lua.v3.LuaPerRoute", "disabled": True}
-                        for name in (_SENDER, _FRAMES)
-                    },
-                },
-            }
-        ],
+def _probe_host(generation: str, *, refusals: bool = False) -> Config:
+    """Return the host that tells the sandbox about ring 1; ``refusals``: a decision service is there that knows them."""
+    undecided = {
+        "envoy.filters.http.ext_authz": {
+            "@type": f"{API}.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute",
+            "disabled": True,
+        },
+        **{
+            name: {"@type": f"{API}.extensions.filters.http.lua.v3.LuaPerRoute", "disabled": True}
+            for name in (_SENDER, _FRAMES)
+        },
     }
+    probe: Config = {
+        "match": {"path": PROBE_PATH},
+        "direct_response": {"status": 200, "body": {"inline_string": generation}},
+        "typed_per_filter_config": undecided,
+    }
+    recent: Config = {
+        "match": {"path": REFUSALS_PATH, "headers": [{"name": ":method", "string_match": {"exact": "GET"}}]},
+        "route": {"cluster": "decide", "timeout": "5s"},
+        "typed_per_filter_config": undecided,
+    }
+    return {"name": "probe", "domains": [PROBE_HOST], "routes": [probe, *([recent] if refusals else [])]}
 
 
 def _router() -> Config:

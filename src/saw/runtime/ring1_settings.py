@@ -37,6 +37,8 @@ POLICY_HEADERS = (
 
 PROBE_HOST = "ring1.saw.internal"
 PROBE_PATH = "/generation"
+REFUSALS_PATH = "/refusals"
+"""Where the sandbox reads what was refused last, for clients that show no more of an answer than its status."""
 STATE_AUTHORITY = "saw.connect.authority"
 STATE_SOURCE = "saw.connect.source"
 

@@ -25,6 +25,11 @@ from saw.runtime.launcher import Launch
 GENERATION = Path("/run/saw/generations/current")
 LAUNCH_DIRECTORY = "/run/saw/sandbox"
 CA_BUNDLE = "/run/saw/sandbox/ca-bundle.pem"
+JAVA_TRUST = "/run/saw/sandbox/ca-bundle.p12"
+"""The same authorities as :data:`CA_BUNDLE`, in the only form that every Java reads."""
+APT_CONFIG = "/run/saw/sandbox/apt.conf"
+APT_CONFIGURATION = f'Acquire::https::CAInfo "{CA_BUNDLE}";\n'
+"""What apt must be told in a file: it takes the proxy from the environment, but no authority (apt-transport-https(1))."""
 PROXY_ADDRESS, PROXY_PORT = "10.200.0.1", 3128
 PROXY_URL = f"http://{PROXY_ADDRESS}:{PROXY_PORT}"
 
@@ -204,7 +209,7 @@ def environment(governance: Governance, *, user: str, home: str) -> dict[str, st
         "PATH": "/usr/local/bin:/usr/bin:/bin:/opt/saw/libexec",
         "NODE_USE_ENV_PROXY": "1",
     }
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "WS_PROXY", "WSS_PROXY"):
         values[name] = values[name.lower()] = PROXY_URL
     values["NO_PROXY"] = values["no_proxy"] = "localhost,127.0.0.1,::1"
     for name in (
@@ -214,8 +219,14 @@ def environment(governance: Governance, *, user: str, home: str) -> dict[str, st
         "NODE_EXTRA_CA_CERTS",
         "GIT_SSL_CAINFO",
         "DENO_CERT",
+        "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
+        # These two win over a machine's own settings file, which may name an authority of its own.
+        "NPM_CONFIG_CAFILE",
+        "PIP_CERT",
     ):
         values[name] = CA_BUNDLE
+    values["APT_CONFIG"] = APT_CONFIG
+    values["JAVA_TOOL_OPTIONS"] = _java_options()
     values |= git_environment(governance.persistence)
     for credential in governance.credentials:
         key = credential_key(credential.id)
@@ -226,6 +237,18 @@ def environment(governance: Governance, *, user: str, home: str) -> dict[str, st
             )
         values[key] = placeholder(credential.id)
     return values
+
+
+def _java_options() -> str:
+    """Return the options that bring a Java virtual machine to the proxy and to our authorities: it reads no other variable.
+
+    No quotes in it and no spaces but those between options, so that it means the same to every program that reads it.
+    """
+    options = {"http.nonProxyHosts": "localhost|127.*|[::1]"}
+    for scheme in ("http", "https"):
+        options |= {f"{scheme}.proxyHost": PROXY_ADDRESS, f"{scheme}.proxyPort": str(PROXY_PORT)}
+    options |= {"javax.net.ssl.trustStore": JAVA_TRUST, "javax.net.ssl.trustStoreType": "PKCS12"}
+    return " ".join(f"-D{name}={value}" for name, value in options.items())
 
 
 def placeholder(identifier: str) -> str:

@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 
 from saw.runtime.sandbox import (
+    APT_CONFIG,
+    APT_CONFIGURATION,
     BASE_READ_WRITE,
     LAUNCH_DIRECTORY,
     UNREACHABLE,
@@ -289,8 +291,8 @@ def compile_units(spec: SandboxSpec, *, systemd: int = 257) -> dict[str, str]:
 
 
 def compile_launch_files(spec: SandboxSpec) -> dict[str, bytes]:
-    """Return every launch file of the generation as name (below ``/run/saw/sandbox``) → content."""
-    files = {"shell.json": encode_launch(spec.shell_launch())}
+    """Return every launch file of the generation as name (below ``/run/saw/sandbox``) → content, and apt's settings."""
+    files = {"shell.json": encode_launch(spec.shell_launch()), Path(APT_CONFIG).name: APT_CONFIGURATION.encode()}
     files |= {f"mcp-{server.name}.json": encode_launch(spec.mcp_launch(server)) for server in spec.mcp_servers}
     return files
 

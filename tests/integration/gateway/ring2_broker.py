@@ -30,8 +30,8 @@ from saw.review.messages import ClaimReview
 class Uvicorn:
     """A uvicorn server in a thread of its own, on a socket that was made in some namespace."""
 
-    def __init__(self, app: Any, sock: Any, **options: Any) -> None:
-        config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none", http="httptools", **options)
+    def __init__(self, app: Any, sock: Any, *, ws: Any = "none", **options: Any) -> None:
+        config = uvicorn.Config(app, log_level="critical", lifespan="off", ws=ws, http="httptools", **options)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [sock]}, daemon=True)
         self._thread.start()

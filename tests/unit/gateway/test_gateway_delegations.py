@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
 from saw.gateway.delegations import Engagement, OutsideDelegation, cover, engagements, verify_statements
+from saw.gateway.judge import Refused, _delegated
 from saw.gateway.state import WorkspaceEntry
 from saw.identity.statement import sign_statement
 from saw.identity.x509 import Authority, new_key_and_csr
@@ -156,6 +158,21 @@ def test_approval_bounds_what_the_agent_does_on_its_own(broker: Broker) -> None:
     assert outcome(broker.engagement(record()), "POST") == "dlg-1"
     both = broker.engagement(record(approval="read-only"), record("dlg-3"))
     assert outcome(both, "POST") == "dlg-3"
+
+
+@pytest.mark.control("DEL-01")
+def test_a_grpc_call_that_a_person_would_have_to_decide_on_is_refused(broker: Broker) -> None:
+    reviewed = broker.engagement(record(approval="review"))
+    case: Any = SimpleNamespace(view=SimpleNamespace(engagements={"ws-1": reviewed}), now=NOW, approved=False)
+    release: Any = SimpleNamespace(matcher=SimpleNamespace(speaks_git=lambda _: False))
+    entry: Any = SimpleNamespace(id="ws-1")
+    decision = Decision(verdict="allow", canonical_path="/v1/x")
+    request = Request(scheme="https", host="api.example.com", port=443, method="POST", path="/v1/x")
+    assert _delegated(case, entry, request, release, decision)[0] == "dlg-1"
+    grpc = msgspec.structs.replace(request, headers={"content-type": "application/grpc"})
+    with pytest.raises(Refused, match="a gRPC client cannot wait") as refusal:
+        _delegated(case, entry, grpc, release, decision)
+    assert refusal.value.reason == "outside_delegation"
 
 
 @pytest.mark.control("DEL-01")

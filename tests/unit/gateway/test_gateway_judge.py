@@ -191,6 +191,18 @@ def test_authorities() -> None:
         assert parsed(authority) is None, authority
 
 
+@pytest.mark.control("RUN-01")
+@pytest.mark.parametrize(
+    ("kind", "complete"), [("application/json", True), ("application/grpc", False), ("Application/GRPC+x", False)]
+)
+def test_the_body_of_a_grpc_call_counts_as_not_seen(kind: str, complete: bool) -> None:
+    assert read_call([(b"content-type", kind.encode())], b"").body_complete is complete
+    twice = [(b"content-type", kind.encode()), (b"content-type", b"application/json")]
+    assert read_call(twice, b"").body_complete is complete
+    partial = (b"x-envoy-auth-partial-body", b"true")
+    assert read_call([(b"content-type", kind.encode()), partial], b"").body_complete is False
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     headers=st.lists(

@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 import uvicorn
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.serialization import pkcs12
 
 from saw.errors import SawError
 from saw.policy.model import Decision
 from saw.runtime import generation, policyd_floor
 from saw.runtime.decide import Decider, DecideService
 from saw.runtime.decide_counts import Counted, Counts
-from saw.runtime.leaf import LeafAuthority, san_of
+from saw.runtime.leaf import LeafAuthority, publish_bundle, san_of
 from saw.runtime.policyd_calls import CallReports
 from saw.runtime.policyd_floor import FileFloor, FloorError, Floors, TpmFloor
 
@@ -194,6 +196,30 @@ def test_an_authority_lasts_for_the_boot_and_knows_its_leaves(tmp_path):
     assert again.issued(leaf)
     assert not other.issued(leaf)
     assert not first.issued(b"no certificate")
+
+
+def test_java_trusts_what_the_rest_of_the_sandbox_trusts(tmp_path):
+    ours, system = (LeafAuthority.ensure(tmp_path / name, NOW) for name in ("ca", "system"))
+    bundle, target, java = tmp_path / "system.pem", tmp_path / "trust/ca-bundle.pem", tmp_path / "trust/ca-bundle.p12"
+    unreadable = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+    bundle.write_bytes(system.ca_pem + unreadable + system.ca_pem)
+
+    def trusted():
+        content = pkcs12.load_pkcs12(java.read_bytes(), None)
+        assert (content.key, content.cert) == (None, None)
+        return {one.certificate.public_bytes(serialization.Encoding.PEM) for one in content.additional_certs}
+
+    publish_bundle(bundle, ours, target)
+    assert target.read_bytes().endswith(ours.ca_pem)
+    assert trusted() == {ours.ca_pem, system.ca_pem}
+    # Java takes a certificate as an authority only with this attribute of Oracle's on it (2.16.840.1.113894.746875.1.1).
+    assert java.read_bytes().count(bytes.fromhex("6086480186f966adca7b0101")) == 2
+    java.unlink()
+    publish_bundle(bundle, ours, target)
+    assert trusted() == {ours.ca_pem, system.ca_pem}
+    bundle.write_bytes(b"")
+    publish_bundle(bundle, ours, target)
+    assert trusted() == {ours.ca_pem}
 
 
 def test_a_placed_generation_is_exchanged_in_one_step(tmp_path):

@@ -173,3 +173,11 @@ def test_a_header_that_is_there_twice_is_worth_what_both_say() -> None:
     assert asked.headers["content-type"] == "application/json,text/plain"
     once = _asked({"method": "POST", "headers": twice[:2]}, b"{}")
     assert once.headers["content-type"] == "application/json"
+
+
+@pytest.mark.control("RUN-01")
+@pytest.mark.parametrize(
+    ("kind", "complete"), [("application/json", True), ("application/grpc", False), ("Application/GRPC+x", False)]
+)
+def test_the_body_of_a_grpc_call_counts_as_not_seen(kind, complete):
+    assert _asked({"method": "POST", "headers": [(b"content-type", kind.encode())]}, b"").body_complete is complete

@@ -11,6 +11,7 @@ import pytest
 from saw.policy.loader import load_governance, load_policy
 from saw.runtime import sandbox, sandbox_home, sandbox_prepare, sandbox_units
 from saw.runtime.sandbox import SandboxError, compile_spec
+from saw.runtime.sandbox_units import compile_launch_files
 
 ACCOUNT = (2000, 2000, "/home/agent")
 POLICY = """
@@ -60,9 +61,22 @@ def build(
 def test_environment_has_placeholders_and_proxy_only():
     spec = build()
     assert spec.environment["GIT_TOKEN"] == "openshell:resolve:env:GIT_TOKEN"
-    for name in ("HTTP_PROXY", "https_proxy", "ALL_PROXY"):
+    for name in ("HTTP_PROXY", "https_proxy", "ALL_PROXY", "wss_proxy"):
         assert spec.environment[name] == "http://10.200.0.1:3128"
     assert spec.environment["NODE_EXTRA_CA_CERTS"] == spec.environment["GIT_SSL_CAINFO"] == sandbox.CA_BUNDLE
+
+
+def test_programs_with_settings_of_their_own_get_the_same_proxy_and_authorities():
+    spec = build()
+    for name in ("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", "NPM_CONFIG_CAFILE", "PIP_CERT"):
+        assert spec.environment[name] == sandbox.CA_BUNDLE
+    java = dict(option.removeprefix("-D").split("=", 1) for option in spec.environment["JAVA_TOOL_OPTIONS"].split(" "))
+    for scheme in ("http", "https"):
+        assert f"http://{java[f'{scheme}.proxyHost']}:{java[f'{scheme}.proxyPort']}" == spec.environment["HTTP_PROXY"]
+    assert (java["javax.net.ssl.trustStore"], java["javax.net.ssl.trustStoreType"]) == (sandbox.JAVA_TRUST, "PKCS12")
+    placed = compile_launch_files(spec)
+    assert spec.environment["APT_CONFIG"] == "/run/saw/sandbox/apt.conf"
+    assert placed["apt.conf"].decode() == f'Acquire::https::CAInfo "{sandbox.CA_BUNDLE}";\n'
 
 
 def test_credential_cannot_replace_a_variable():
