@@ -60,6 +60,7 @@ from saw.policy.persistence import (
     check_text,
     check_writable,
 )
+from saw.policy.references import parse_reference
 from saw.policy.tool_rules import Argument, Mcp, McpServer, Tool, http_address
 
 T = TypeVar("T")
@@ -72,7 +73,6 @@ _DEFINITION = re.compile(r"sha256:[0-9a-f]{64}\Z")
 _VERSION = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+(?:[-+][A-Za-z0-9.+-]+)?\Z")
 _TOOL = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
 _HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,63}\Z")
-_REFERENCE = re.compile(r"[a-z][a-z0-9+-]*:[A-Za-z0-9_./{}-]{1,200}\Z")
 _FORMAT = re.compile(r"[ -~]*\Z")
 _B64 = re.compile(r"\{b64:[^{}]*\{secret\}[^{}]*\}")
 _FORBIDDEN_HEADERS = frozenset(
@@ -160,6 +160,14 @@ def _landlock(value: LandlockFloor, report: StructureReport) -> None:
 def _header(value: str, report: Report) -> None:
     if not _HEADER.match(value) or value.lower() in _FORBIDDEN_HEADERS or value.lower().startswith("x-saw-"):
         report(f"{value!r} cannot carry a credential", "use Authorization or a header of the service")
+
+
+def _credential_ref(value: str, report: Report) -> None:
+    try:
+        parse_reference(value)
+    except ValueError as error:
+        # Without the value: what somebody wrote here by mistake may be the secret.
+        report(f"the reference is not usable: {error}", "write file:NAME or vault:MOUNT/PATH, never the secret itself")
 
 
 def _format(value: str, report: Report) -> None:
@@ -336,7 +344,7 @@ GOVERNANCE_CHECKS = Checks(
         (Lease, "ttl"): _duration,
         (Lease, "offline_ttl"): _duration,
         (Credential, "id"): _matches(_ID, "an id", "use lower-case letters, digits and dashes"),
-        (Credential, "ref"): _matches(_REFERENCE, "a reference", "write store:path, never the secret itself"),
+        (Credential, "ref"): _credential_ref,
         (Credential, "paths"): not_empty(
             "the list is empty, so the credential would never be used", "add /** or remove the field"
         ),

@@ -83,7 +83,15 @@ class Credential(Part, frozen=True):
     """
 
     id: Annotated[str, says("Name of the credential in this file and in the audit trail.", "git-token")]
-    ref: Annotated[str, says("Where the secret lies: store and path, never the secret itself.", "local:git-token")]
+    ref: Annotated[
+        str,
+        says(
+            "Where the secret lies, never the secret itself: file:NAME or vault:MOUNT/PATH#ENTRY; {sponsor} and {workspace} "
+            "are whole parts of a path.",
+            "file:git-token",
+            "vault:kv/git/{sponsor}",
+        ),
+    ]
     inject: Annotated[
         Inject, says("How it is put into a call.", {"header": "Authorization", "format": "Bearer {secret}"})
     ]
@@ -326,7 +334,7 @@ class Governance(Part, frozen=True):
         tuple[Credential, ...],
         says(
             "What is added to allowed calls outside the VM.",
-            [{"id": "model-key", "ref": "local:model-key", "inject": {"header": "X-Key", "format": "{secret}"}}],
+            [{"id": "model-key", "ref": "file:model-key", "inject": {"header": "X-Key", "format": "{secret}"}}],
         ),
     ] = ()
     inference: Annotated[
