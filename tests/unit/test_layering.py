@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "sessions": BASE | {"identity"},
     "jobs": BASE,
     "broker": BASE | {"policy", "identity", "attest", "audit", "budget", "review", "sessions", "jobs", "secrets"},
-    "gateway": BASE | {"policy", "identity", "attest", "audit", "budget", "review"},
+    "gateway": BASE | {"policy", "identity", "attest", "audit", "budget", "review", "secrets"},
     "runtime": BASE | {"policy", "identity", "attest", "audit", "budget"},
     "edr": BASE | {"audit", "runtime"},
     "patching": BASE | {"audit", "edr", "image"},

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
+
+if TYPE_CHECKING:
+    from saw.policy.governance import Governance
 
 Store = Literal["file", "vault"]
 STORES: tuple[Store, ...] = ("file", "vault")
@@ -63,6 +66,16 @@ class Reference(msgspec.Struct, frozen=True):
             escape(values.get(known[part], ""), known[part]) if part in known else part for part in self.segments
         )
         return Place(self.store, segments, self.entry)
+
+
+def stores_of(governance: Governance) -> tuple[tuple[str, Store], ...]:
+    """Return the id of each credential with each store that something of it lies in."""
+    found: dict[tuple[str, Store], None] = {}
+    for credential in governance.credentials:
+        handed = credential.oauth2.client_secret if credential.oauth2 else None
+        for ref in filter(None, (credential.ref, handed)):
+            found[credential.id, parse_reference(ref).store] = None
+    return tuple(found)
 
 
 def escape(value: str, name: str) -> str:

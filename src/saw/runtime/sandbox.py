@@ -229,7 +229,10 @@ def environment(governance: Governance, *, user: str, home: str) -> dict[str, st
 
 
 def placeholder(identifier: str) -> str:
-    """Return what stands for a credential inside the sandbox: the gatekeeper knows it by its beginning and never lets it out."""
+    """Return what stands for a credential inside the sandbox.
+
+    The gatekeeper knows it by its beginning and lets it out in no header and no query; in bodies it may be spoken of.
+    """
     return f"openshell:resolve:env:{credential_key(identifier)}"
 
 
