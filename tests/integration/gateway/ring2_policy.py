@@ -84,6 +84,8 @@ credentials:
   - {id: store-token, ref: "file:token/{sponsor}", hosts: ["api.example.com:443"], paths: ["/store/tokens/**"], methods: [GET],
      oauth2: {token_url: "https://api.example.com/oauth2/token", client_id: agents},
      inject: {header: Authorization, format: "Bearer {secret}"}}
+  - {id: vault-key, ref: "vault:secret/keys/{sponsor}", hosts: ["api.example.com:443"], paths: ["/store/vault/**"],
+     inject: {header: X-Api-Key, format: "{secret}"}}
   - {id: model-key, ref: "local:model-key", inject: {header: Authorization, format: "Bearer {secret}"}}
 inference:
   routes: [{alias: inference.local, models: ["demo-*"], upstream: "https://models.example.com/api/v1", credential: model-key}]
