@@ -15,9 +15,23 @@ def https_client(url: str, ca_file: str | None, timeout_s: float, setting: str) 
     ``ca_file``: authorities (PEM) of the far end, None for the system's; ``setting`` is its name in the configuration, for the
     :class:`ConfigError` when it cannot be used. ``timeout_s`` counts for each step, seconds.
     """
+    context = _context(ca_file, setting)
+    return httpx.Client(verify=context, base_url=url, timeout=timeout_s, trust_env=False, follow_redirects=False)
+
+
+def https_async_client(ca_file: str | None, timeout_s: float, setting: str) -> httpx.AsyncClient:
+    """Return the same as :func:`https_client` for asynchronous use and for any server that ``ca_file`` vouches for.
+
+    Use one per exchange where names of servers are told apart: connections are kept by address.
+    """
+    context = _context(ca_file, setting)
+    return httpx.AsyncClient(verify=context, timeout=timeout_s, trust_env=False, follow_redirects=False)
+
+
+def _context(ca_file: str | None, setting: str) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=ca_file)
     except OSError as error:
         raise ConfigError(f"{setting} cannot be used: {error.strerror or error}", cure="check the file") from error
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return httpx.Client(verify=context, base_url=url, timeout=timeout_s, trust_env=False, follow_redirects=False)
+    return context

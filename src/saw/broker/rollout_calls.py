@@ -37,6 +37,7 @@ _OF_THE_POLICY = frozenset(
         "tool_not_allowed",
         "argument_not_allowed",
         "credential_unavailable",
+        "placeholder_unbound",
     }
 )
 

@@ -32,6 +32,7 @@ from saw.policy.casefile import load_cases, run_case
 from saw.policy.errors import PolicyError
 from saw.policy.loader import load_bundle_folder
 from saw.policy.matcher import Matcher
+from saw.policy.references import STORES, stores_of
 from saw.policy.schema import KINDS, schema_of
 
 _EXIT_CODES = """exit codes:
@@ -51,10 +52,18 @@ def check(options: argparse.Namespace) -> Answer:
     except PolicyError as error:
         problems = [msgspec.to_builtins(problem) for problem in error.problems]
         return {"ok": False, "problems": problems}, "\n".join(str(problem) for problem in error.problems), 1
-    blueprint = bundle.governance.blueprint
+    blueprint, wanted = bundle.governance.blueprint, stores_of(bundle.governance)
+    absent = sorted({store for _, store in wanted} - set(options.store)) if options.store else []
+    if absent:
+        missing = [
+            f"credential {name} lies in a store that the perimeter has not: {s}" for name, s in wanted if s in absent
+        ]
+        return {"ok": False, "problems": [], "missing_stores": absent}, "\n".join(missing), 1
+    found = sorted({store for _, store in wanted})
+    needs = f"; its credentials lie in: {', '.join(found)}" if found else ""
     return (
-        {"ok": True, "blueprint": blueprint.name, "version": blueprint.version},
-        f"{options.path}: good ({blueprint.name} {blueprint.version})",
+        {"ok": True, "blueprint": blueprint.name, "version": blueprint.version, "stores": found},
+        f"{options.path}: good ({blueprint.name} {blueprint.version}){needs}",
         0,
     )
 
@@ -141,7 +150,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("path")
     sub.add_argument("--name", help="blueprint name (default: the folder's name)")
     sub.add_argument("--owner", default="unassigned", help="the team that answers for it")
-    add("check", check, "say everything that is wrong with a bundle folder").add_argument("path")
+    sub = add("check", check, "say everything that is wrong with a bundle folder")
+    sub.add_argument("path")
+    sub.add_argument(
+        "--store",
+        action="append",
+        choices=STORES,
+        default=[],
+        help="a store of credentials that the perimeter has; with it, credentials in any other are refused",
+    )
     sub = add("test", test, "run the cases of tests.yaml")
     sub.add_argument("path")
     sub.add_argument("--cases", help="another file of cases")

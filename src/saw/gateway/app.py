@@ -45,6 +45,7 @@ _NEXT_STEPS = {
     "gatekeeper_stale": "the perimeter has lost the broker; try again later",
     "gatekeeper_unavailable": "try again shortly; if it lasts, ask the platform team about saw-gatekeeper",
     "credential_unavailable": "ask the platform team to place the credential on the perimeter host",
+    "placeholder_unbound": "leave the credential out of this call, or ask the policy's owner to bind one to it",
     "resolution_failed": "check the host name",
     "destination_blocked": "this destination can never be reached from a workspace",
     "budget_unenforced": "ask the platform team for a perimeter that meters, or the policy's owner for a route without budget",
@@ -213,7 +214,7 @@ def _onward(dial: Dial) -> Answer:
     if dial.frames:
         headers.append((FRAMES_HEADER.encode(), dial.frames.encode("latin-1")))
     if dial.inject is not None:
-        headers.append((dial.inject.name.encode("latin-1"), dial.inject.value.encode("latin-1")))
+        headers += [(name.encode("latin-1"), value.encode("latin-1")) for name, value in dial.inject.headers]
         if dial.inject.reflections:
             headers.append((WORDS_HEADER.encode(), words_value(dial.inject.reflections).encode("latin-1")))
     if dial.remove:

@@ -9,6 +9,12 @@ import msgspec
 
 from saw.errors import ConfigError
 from saw.files import load_json
+from saw.secrets.settings import problems_of_vault
+from saw.secrets.vault_settings import AppRole, VaultSettings
+
+LONGEST_VAULT_STEP_S = 5
+LONGEST_CACHE_S = 300
+"""How long a value of a vault may count at most (seconds): a revoked one is used no longer."""
 
 
 class Ring2Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -48,6 +54,35 @@ class NftConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     bastion_port: int | None = None
 
 
+class CredentialVault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The HashiCorp Vault or OpenBao in which credentials lie whose ``ref`` says ``vault:``.
+
+    ``url``: https, without a path. ``ca_file``: authorities (PEM) of its certificate, None for the system's. One of
+    ``token_file`` (read again for each call, so that an agent may renew it) and ``approle``; these files are private to the
+    gatekeeper. ``timeout_s``: for each step of a call. ``cache_s``: how long a value may be used without asking again.
+    """
+
+    url: str
+    ca_file: str | None = None
+    namespace: str | None = None
+    token_file: str | None = None
+    approle: AppRole | None = None
+    timeout_s: float = 2.0
+    cache_s: float = 0.0
+
+    @property
+    def secret_file(self) -> Path:
+        """Return the file with what proves who we are there."""
+        return Path(self.approle.secret_id_file if self.approle else self.token_file or "")
+
+    def settings(self) -> VaultSettings:
+        """Return the same in the words of the client."""
+        return VaultSettings(
+            url=self.url, ca_file=self.ca_file, namespace=self.namespace, token_file=self.token_file, approle=self.approle,
+            timeout_s=self.timeout_s,
+        )  # fmt: skip
+
+
 class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything saw-gatekeeper is told.
 
@@ -57,7 +92,8 @@ class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     may wait for the broker before calls are refused. ``reservation_s`` is how long what was set aside for a call of a model
     service waits for news of its end before it counts as spent. ``authz_group`` owns the authorisation socket with the
     gatekeeper: whoever can write to it can obtain credentials. ``review_socket``, of the same group, is where calls
-    that wait for a person are taken in; without it they are refused with ``review_required``.
+    that wait for a person are taken in; without it they are refused with ``review_required``. ``credentials_dir`` and ``vault``
+    are where credentials lie; without a vault, calls that need one from there are refused.
     """
 
     name: str
@@ -73,6 +109,7 @@ class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     review_socket: Path | None = None
     ring2: Ring2Config
     credentials_dir: Path = Path("/etc/saw/credentials")
+    vault: CredentialVault | None = None
     stale_after_s: float = 90.0
     release_grace_s: float = 120.0
     clock_bound_s: float = 5.0
@@ -129,6 +166,14 @@ def load_config(path: Path | str) -> GatekeeperConfig:
     for field in ("stale_after_s", "release_grace_s", "clock_bound_s"):
         if getattr(config, field) < 0:
             raise ConfigError(f"{field} is negative", cure="write seconds, 0 or more")
+    if (vault := config.vault) is not None:
+        problems = list(problems_of_vault(vault.settings(), "vault"))
+        if vault.timeout_s > LONGEST_VAULT_STEP_S:
+            problems.append(f"vault.timeout_s must be 1 to {LONGEST_VAULT_STEP_S}")
+        if not 0 <= vault.cache_s <= LONGEST_CACHE_S:
+            problems.append(f"vault.cache_s must be 0 to {LONGEST_CACHE_S}")
+        if problems:
+            raise ConfigError(f"{path} is not valid: {'; '.join(problems)}", cure="correct the named field")
     if not 60 <= config.reservation_s <= 86400:
         raise ConfigError(f"reservation_s is {config.reservation_s}", cure="write 60 to 86400 whole seconds")
     if not 1 <= config.poll_wait_s <= 30:

@@ -1,40 +1,45 @@
-"""Credentials: read at the moment of use, shaped as policy says, never kept, logged or shown to a workspace."""
+"""Credentials: read at the moment of use, shaped as policy says, never logged or shown to a workspace."""
 
 from __future__ import annotations
 
 import base64
-import os
 import re
-import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
+from saw.gateway.credential_sources import CredentialSource, FileSource
 from saw.gateway.envoy_parts import HOP_HEADERS
 from saw.gateway.errors import CredentialUnavailable
-from saw.gateway.redaction import reflections
+from saw.gateway.oauth2 import Handed, TokenKeeper
+from saw.gateway.redaction import longest_first, reflections
+from saw.gateway.sigv4 import HEADERS as SIGNATURE
+from saw.gateway.sigv4 import Outgoing, sign
 from saw.policy.governance import Credential
+from saw.policy.providers import OAuth2
+from saw.policy.references import Place, parse_reference
 
-MAX_SECRET = 8192
-"""Longest credential value (bytes)."""
-
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _HEADER = re.compile(r"[a-z0-9!#$%&'*+.^`|~-]+")
 _FIELD = re.compile(r"\{b64:([^{}]*)\{secret\}([^{}]*)\}|\{secret\}")
 _FORBIDDEN = frozenset({*HOP_HEADERS, "host", "x-forwarded-client-cert", "x-request-id"})
-PLACEHOLDER = "openshell:resolve:env:"
-"""How a credential looks inside the sandbox; such a value never leaves the perimeter on a call that has a credential."""
 
 
 def header_name(credential: Credential) -> str:
     """Return the lower-case header that ``credential`` sets; raise :class:`CredentialUnavailable` for one it must not."""
-    name = credential.inject.header.lower()
+    header = "" if credential.inject is None else credential.inject.header
+    name = header.lower()
     if not _HEADER.fullmatch(name) or name in _FORBIDDEN or name.startswith(("x-saw-", "x-envoy-")):
         raise CredentialUnavailable(
-            f"credential {credential.id} may not set the header {credential.inject.header!r}",
+            f"credential {credential.id} may not set the header {header!r}",
             cure="inject into Authorization or a header of the service's own",
         )
     return name
+
+
+def header_names(credential: Credential) -> frozenset[str]:
+    """Return the lower-case headers that ``credential`` sets; raise :class:`CredentialUnavailable` for one it must not."""
+    return frozenset(SIGNATURE) if credential.sigv4 is not None else frozenset({header_name(credential)})
 
 
 def fill(template: str, secret: str) -> str:
@@ -49,46 +54,73 @@ def fill(template: str, secret: str) -> str:
 
 
 class Injection(msgspec.Struct, frozen=True):
-    """The header to inject, and every form in which its secret could come back in an answer; never logged."""
+    """The headers to inject, and every form in which a secret in them could come back in an answer; never logged.
 
-    name: str
-    value: str
+    ``replaces`` are headers of the client that do not go on beside them.
+    """
+
+    headers: tuple[tuple[str, str], ...]
     reflections: tuple[str, ...]
+    replaces: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Return the names of the headers, in lower case."""
+        return frozenset(name for name, _ in self.headers)
 
 
 class CredentialStore:
-    """Values as files named by credential id in one directory, private to this user (no group or other access)."""
+    """Turns what policy says of a credential into headers: finds the secret at its ``ref``, and puts in it or its token.
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    ``vault`` and ``tokens`` are None where this perimeter host has neither: what needs one is refused.
+    """
 
-    def injection(self, credential: Credential) -> Injection:
-        """Return the header to inject; raise :class:`CredentialUnavailable` (without the value)."""
-        name, template, secret = header_name(credential), credential.inject.format, self._read(credential.id)
+    def __init__(
+        self, directory: Path, *, vault: CredentialSource | None = None, tokens: TokenKeeper | None = None
+    ) -> None:
+        self._sources: dict[str, CredentialSource] = {"file": FileSource(directory)}
+        if vault is not None:
+            self._sources["vault"] = vault
+        self._tokens = tokens
+
+    async def injection(
+        self, credential: Credential, caller: Mapping[str, str], outgoing: Outgoing | None = None
+    ) -> Injection:
+        """Return the headers to inject for ``caller``, whose ``sponsor`` and ``workspace`` stand in for the fields of a ``ref``.
+
+        ``outgoing`` is the call, for credentials that sign it. Raises :class:`CredentialUnavailable` (without the value).
+        """
+        if (signing := credential.sigv4) is not None:
+            _, keys = await self._secret(credential.id, credential.ref, caller)
+            signed = await sign(credential.id, signing, keys, outgoing)
+            forms = (form for secret in signed.secrets for form in reflections(secret, ()))
+            return Injection(signed.headers, longest_first(forms), SIGNATURE)
+        name, template = header_name(credential), "" if credential.inject is None else credential.inject.format
+        place, secret = await self._secret(credential.id, credential.ref, caller)
+        if (wanted := credential.oauth2) is not None:
+            secret = await self._token(credential, wanted, Handed(place, secret), caller)
         encoded = [fill(field[0], secret) for field in _FIELD.finditer(template) if field[0] != "{secret}"]
-        return Injection(name, fill(template, secret), reflections(secret, encoded))
+        return Injection(((name, fill(template, secret)),), reflections(secret, encoded))
 
-    def _read(self, identifier: str) -> str:
-        if not _ID.fullmatch(identifier):
-            raise CredentialUnavailable(f"credential id {identifier!r} is not usable as a file name")
-        path = self._directory / identifier
+    async def _token(self, credential: Credential, wanted: OAuth2, handed: Handed, caller: Mapping[str, str]) -> str:
+        if self._tokens is None:
+            raise CredentialUnavailable(f"this perimeter host fetches no token for credential {credential.id}")
+        client_secret = ""
+        if wanted.client_secret is not None:
+            _, client_secret = await self._secret(credential.id, wanted.client_secret, caller)
+        elif wanted.grant == "client_credentials":
+            client_secret = handed.secret
+        return await self._tokens.token(credential.id, wanted, handed, client_secret)
+
+    async def _secret(self, identifier: str, ref: str, caller: Mapping[str, str]) -> tuple[Place, str]:
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as error:
+            place = parse_reference(ref).at(caller)
+        except ValueError as error:
+            raise CredentialUnavailable(f"credential {identifier} cannot be looked up: {error}") from None
+        source = self._sources.get(place.store)
+        if source is None:
             raise CredentialUnavailable(
-                f"credential {identifier} is not at hand: {error.strerror}",
-                cure="place its value on the perimeter host",
-            ) from error
-        with os.fdopen(descriptor, "rb") as stream:
-            status = os.fstat(stream.fileno())
-            raw = stream.read(MAX_SECRET + 1).strip(b"\r\n")
-        if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o077:
-            raise CredentialUnavailable(
-                f"the file of credential {identifier} is open to group or others", cure="give it mode 0600"
+                f"credential {identifier} lies in a store that this perimeter host has not: {place.store}",
+                cure="ask the platform team to configure it on the perimeter host",
             )
-        if not raw or len(raw) > MAX_SECRET or any(byte < 0x20 or byte > 0x7E for byte in raw):
-            raise CredentialUnavailable(
-                f"the value of credential {identifier} is empty, too long or not printable ASCII",
-                cure="store the bare value on one line",
-            )
-        return raw.decode("ascii")
+        return place, await source.read(identifier, place)

@@ -17,6 +17,10 @@ class CredentialUnavailable(SawError):
     code = "credential_unavailable"
 
 
+class CallUnsignable(CredentialUnavailable):
+    """A call cannot be signed with the credential that policy grants for it; another form of the same call may be."""
+
+
 class ResolutionFailed(SawError):
     """A destination has no address, or the resolver did not answer in time."""
 

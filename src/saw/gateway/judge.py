@@ -11,9 +11,10 @@ from urllib.parse import urlsplit
 import msgspec
 
 from saw.errors import SawError
-from saw.gateway.credentials import PLACEHOLDER, CredentialStore, Injection
+from saw.gateway.credentials import CredentialStore, Injection
 from saw.gateway.delegations import NONE, Engagement, OutsideDelegation, cover, reach
 from saw.gateway.errors import (
+    CallUnsignable,
     CredentialUnavailable,
     DestinationBlocked,
     PeerRefused,
@@ -24,8 +25,10 @@ from saw.gateway.mcp_exchange import KnownDefinitions, Rules
 from saw.gateway.metering import Meter, tellable
 from saw.gateway.paying import pay
 from saw.gateway.peer import PeerReader
+from saw.gateway.placeholders import headers_with_placeholder, target_with_placeholder
 from saw.gateway.releases import Release
 from saw.gateway.resolve import Resolver, choose
+from saw.gateway.sigv4 import Outgoing
 from saw.gateway.state import WorkspaceEntry
 from saw.gateway.view import View, offline_granted, release_for
 from saw.identity.x509 import Svid
@@ -260,7 +263,7 @@ class Judge:
         if decision.canonical_path != call.target:
             raise Refused("not_canonical", "the path is not in the form in which it was decided")
         case.delegation, why = _delegated(case, entry, request, release, decision)
-        case.dial = await self._dial(case, request, release, decision)
+        case.dial = await self._dial(case, entry, request, release, decision)
         if not asked.allowed or why:
             detail = why if asked.allowed else asked.detail
             case.held, problem = held_by(release, request, asked, case.delegation if why else "")
@@ -295,7 +298,9 @@ class Judge:
         except PeerRefused as error:
             raise Refused("no_identity", error.message) from error
 
-    async def _dial(self, case: _Case, request: Request, release: Release, decision: Decision) -> Dial:
+    async def _dial(
+        self, case: _Case, entry: WorkspaceEntry, request: Request, release: Release, decision: Decision
+    ) -> Dial:
         scheme, host, port, path = request.scheme, request.host, request.port, decision.canonical_path
         credential_id = decision.credential
         exact, allowed = _reach(release.matcher, host, port)
@@ -308,12 +313,13 @@ class Judge:
         blocked = is_blocked_host(host)
         if blocked:
             raise Refused("destination_blocked", blocked)
-        inject = self._inject(release, credential_id)
+        _bound(case.call, credential_id)
+        authority = host if port == DEFAULT_PORT[scheme] else f"{host}:{port}"
+        inject = await self._inject(release, credential_id, entry, _outgoing(case.call, scheme, authority, path))
         try:
             address = choose(host, await self._resolver.addresses(host), exact=exact, allowed=allowed)
         except (DestinationBlocked, ResolutionFailed) as error:
             raise Refused(error.code, error.message) from error
-        authority = host if port == DEFAULT_PORT[scheme] else f"{host}:{port}"
         return Dial(
             address=f"[{address}]:{port}" if ":" in address else f"{address}:{port}",
             authority=authority,
@@ -324,11 +330,16 @@ class Judge:
             frames=decision.frames,
         )
 
-    def _inject(self, release: Release, identifier: str | None) -> Injection | None:
+    async def _inject(
+        self, release: Release, identifier: str | None, entry: WorkspaceEntry, outgoing: Outgoing
+    ) -> Injection | None:
         if identifier is None:
             return None
+        caller = {"sponsor": entry.sponsor, "workspace": entry.id}
         try:
-            return self._credentials.injection(release.governance.credential(identifier))
+            return await self._credentials.injection(release.governance.credential(identifier), caller, outgoing)
+        except CallUnsignable as error:
+            raise Refused("credential_unavailable", error.message, error.cure) from error
         except CredentialUnavailable as error:
             raise Refused("credential_unavailable", error.message) from error
         except KeyError as error:
@@ -509,11 +520,29 @@ def _upstream_path(path: str, prefix: str) -> str:
     raise Refused("method_or_path_not_allowed", "inference paths start with /v1/")
 
 
+def _outgoing(call: Call, scheme: str, authority: str, target: str) -> Outgoing:
+    """Return a call as it will reach its service, without the credential."""
+    dropped = headers_with_placeholder(call.headers)
+    headers = {name: value for name, value in call.headers.items() if name not in dropped}
+    return Outgoing(call.method, scheme, authority, target, headers, call.body, call.body_complete)
+
+
+def _bound(call: Call, credential: str | None) -> None:
+    """Refuse a call that would take a placeholder out: in the query, or in a header where no credential takes its place."""
+    if target_with_placeholder(call.target):
+        raise Refused(
+            "placeholder_unbound", "the path or query holds the placeholder of a credential, and none is put there"
+        )
+    names = headers_with_placeholder(call.headers)
+    if names and credential is None:
+        detail = f"the header {min(names)[:64]} holds the placeholder of a credential, and none is bound to this call"
+        raise Refused("placeholder_unbound", detail)
+
+
 def _placeholders(headers: Mapping[str, str], inject: Injection | None) -> tuple[str, ...]:
     """Return the client's headers that must not go on: its own authorisation, and every placeholder, once we inject."""
     if inject is None:
         return ()
-    found = {name for name, value in headers.items() if PLACEHOLDER in value}
-    if "authorization" in headers:
-        found.add("authorization")
-    return tuple(sorted(found - {inject.name}))
+    found = set(headers_with_placeholder(headers))
+    found |= {name for name in ("authorization", *inject.replaces) if name in headers}
+    return tuple(sorted(found - inject.names))

@@ -23,7 +23,12 @@ def reflections(secret: str, encoded: Iterable[str]) -> tuple[str, ...]:
     ``encoded`` are the Base64 forms in which the value is sent. All are printable ASCII.
     """
     forms = {secret, json.dumps(secret)[1:-1], secret.replace("/", "\\/"), quote(secret, safe=""), *encoded}
-    return tuple(sorted((form for form in forms if len(form) >= SHORTEST), key=lambda form: (-len(form), form)))
+    return longest_first(form for form in forms if len(form) >= SHORTEST)
+
+
+def longest_first(forms: Iterable[str]) -> tuple[str, ...]:
+    """Return each of ``forms`` once, so that one within another is looked for after it."""
+    return tuple(sorted(set(forms), key=lambda form: (-len(form), form)))
 
 
 def words_value(words: Iterable[str]) -> str:

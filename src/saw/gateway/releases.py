@@ -10,7 +10,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from saw.errors import ConfigError
-from saw.gateway.credentials import header_name
+from saw.gateway.credentials import header_names
 from saw.gateway.errors import CredentialUnavailable, StateRefused
 from saw.gateway.state import PerimeterState, decode_release
 from saw.policy.bundle import verify_bundle
@@ -35,7 +35,7 @@ class Release(msgspec.Struct, frozen=True):
         names: set[str] = set()
         for credential in self.governance.credentials:
             try:
-                names.add(header_name(credential))
+                names |= header_names(credential)
             except CredentialUnavailable:
                 continue
         return frozenset(names)

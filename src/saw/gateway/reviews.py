@@ -15,12 +15,12 @@ from datetime import datetime
 from saw.audit.events import EventFactory
 from saw.errors import SawError
 from saw.gateway.app import Receive, Scope, Send
-from saw.gateway.credentials import PLACEHOLDER
 from saw.gateway.envoy_parts import HOP_HEADERS
 from saw.gateway.errors import ReviewRefused, ReviewUnavailable, UnknownReview
 from saw.gateway.events import review_event
 from saw.gateway.held import Held
 from saw.gateway.judge import Verdict
+from saw.gateway.placeholders import holds_placeholder
 from saw.gateway.review_answers import Answer, git_waits, problem, state_of, waits
 from saw.gateway.review_link import ReviewLink
 from saw.gateway.review_mcp import ToolAsked, ToolReviews, tool_asked, tool_ended, tool_waits
@@ -256,7 +256,7 @@ def kept_headers(headers: Iterable[tuple[str, str]], credential_headers: frozens
         and name not in credential_headers
         and name not in named
         and not name.startswith(("x-saw-", "x-envoy-", "x-forwarded-", "proxy-"))
-        and PLACEHOLDER not in value
+        and not holds_placeholder(value)
     )
 
 

@@ -22,17 +22,19 @@ from saw.gateway.app import AuthorizationApp
 from saw.gateway.clock import Clock
 from saw.gateway.config import GatekeeperConfig
 from saw.gateway.contact import Contact
+from saw.gateway.credential_sources import VaultSource
 from saw.gateway.credentials import CredentialStore
 from saw.gateway.judge import Judge, Verdict
 from saw.gateway.link import BrokerLink
 from saw.gateway.mcp_relay import McpRelay
 from saw.gateway.metering import Meter
 from saw.gateway.notify import notify
+from saw.gateway.oauth2 import HttpsTokenEndpoint, TokenKeeper
 from saw.gateway.peer import PeerReader
 from saw.gateway.ports import conflicts
 from saw.gateway.readable import may_read
 from saw.gateway.releases import TrustRoot
-from saw.gateway.resolve import Resolver
+from saw.gateway.resolve import Resolver, choose
 from saw.gateway.review_link import ReviewLink
 from saw.gateway.review_send import Sender
 from saw.gateway.reviews import ReviewApp
@@ -45,6 +47,9 @@ from saw.gateway.xds import XdsWriter
 from saw.ports import require_own_socket
 
 LOG = logging.getLogger("saw.gateway")
+
+TOKEN_STEP_S = 3.0
+"""Time for each step of fetching an access token (seconds)."""
 
 
 def listen(path: Path, group: str, setting: str = "authz_socket") -> socket.socket:
@@ -120,14 +125,24 @@ class Gatekeeper:
         factory = EventFactory("saw-gatekeeper", host=config.name, new_uid=lambda: str(uuid.uuid4()))
         self._ledger = Ledger(config.state_dir / "budget.db", life_s=config.reservation_s)
         self._meter = Meter(self._ledger, self._spool, factory, now=clock.now, new_id=lambda: str(uuid.uuid4()))
+        resolver = Resolver(config.resolver, time.monotonic)
+        self._vault = VaultSource(config.vault, time.monotonic) if config.vault is not None else None
+
+        async def address_of(host: str) -> str:
+            """Return where a token endpoint that policy names is dialled."""
+            return choose(host, await resolver.addresses(host), exact=True, allowed=())
+
+        endpoint = HttpsTokenEndpoint(str(config.ring2.upstream_ca_file), TOKEN_STEP_S, address_of)
         judge = Judge(
             view=lambda: self._keeper.view,
             doubt=self._keeper.doubt,
             offline=self._keeper.offline_s,
             now=clock.now,
             peers=PeerReader(ca_pem),
-            resolver=Resolver(config.resolver, time.monotonic),
-            credentials=CredentialStore(config.credentials_dir),
+            resolver=resolver,
+            credentials=CredentialStore(
+                config.credentials_dir, vault=self._vault, tokens=TokenKeeper(endpoint, time.monotonic)
+            ),
             release_grace_s=config.release_grace_s,
             reviews=config.review_socket is not None,
             meter=self._meter,
@@ -242,6 +257,8 @@ class Gatekeeper:
             self._config.authz_socket.unlink(missing_ok=True)
             self._spool.close()
             self._ledger.close()
+            if self._vault is not None:
+                self._vault.close()
 
     @contextlib.asynccontextmanager
     async def _serving(self) -> AsyncIterator[None]:

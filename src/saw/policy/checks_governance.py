@@ -59,6 +59,22 @@ from saw.policy.persistence import (
     check_text,
     check_writable,
 )
+from saw.policy.providers import (
+    OAuth2,
+    SigV4,
+    check_client_id,
+    check_method,
+    check_oauth2,
+    check_optional_reference,
+    check_provider,
+    check_reference,
+    check_resource,
+    check_scope,
+    check_signed,
+    check_token_url,
+    may_share,
+    routed_scope,
+)
 from saw.policy.tool_rules import Argument, Mcp, McpServer, Reviewers, Tool, http_address
 
 T = TypeVar("T")
@@ -71,7 +87,6 @@ _DEFINITION = re.compile(r"sha256:[0-9a-f]{64}\Z")
 _VERSION = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+(?:[-+][A-Za-z0-9.+-]+)?\Z")
 _TOOL = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
 _HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,63}\Z")
-_REFERENCE = re.compile(r"[a-z][a-z0-9+-]*:[A-Za-z0-9_./{}-]{1,200}\Z")
 _FORMAT = re.compile(r"[ -~]*\Z")
 _B64 = re.compile(r"\{b64:[^{}]*\{secret\}[^{}]*\}")
 _FORBIDDEN_HEADERS = frozenset(
@@ -318,9 +333,13 @@ def _credentials_apart(value: Governance, report: StructureReport) -> None:
         for left in value.credentials[:index]:
             with suppress(Unknown):
                 shared = {host.lower() for host in left.hosts} & {host.lower() for host in right.hosts}
-                if shared and any(globs.may_overlap(a, b) for a in left.paths for b in right.paths):
+                if (
+                    shared
+                    and may_share(left.methods, right.methods)
+                    and any(globs.may_overlap(a, b) for a in left.paths for b in right.paths)
+                ):
                     reason = f"{left.id} and {right.id} both apply on {', '.join(sorted(shared))}"
-                    report(("credentials", index), reason, "make their paths disjoint")
+                    report(("credentials", index), reason, "make their paths or methods disjoint")
 
 
 def _no_plain_credentials(value: Governance, report: StructureReport) -> None:
@@ -339,6 +358,7 @@ _GOVERNANCE = (
     _route_credentials,
     _credentials_apart,
     _no_plain_credentials,
+    routed_scope,
     *GOVERNANCE_BUDGETS,
 )
 
@@ -351,7 +371,13 @@ GOVERNANCE_CHECKS = Checks(
         (Lease, "ttl"): _duration,
         (Lease, "offline_ttl"): _duration,
         (Credential, "id"): _matches(_ID, "an id", "use lower-case letters, digits and dashes"),
-        (Credential, "ref"): _matches(_REFERENCE, "a reference", "write store:path, never the secret itself"),
+        (Credential, "ref"): check_reference,
+        (SigV4, "service"): check_signed,
+        (SigV4, "region"): check_signed,
+        (OAuth2, "token_url"): check_token_url,
+        (OAuth2, "client_id"): check_client_id,
+        (OAuth2, "client_secret"): check_optional_reference,
+        (OAuth2, "resource"): check_resource,
         (Credential, "paths"): not_empty(
             "the list is empty, so the credential would never be used", "add /** or remove the field"
         ),
@@ -387,6 +413,8 @@ GOVERNANCE_CHECKS = Checks(
         (Governance, "plaintext"): _address,
         (Credential, "hosts"): _address,
         (Credential, "paths"): check_path_glob,
+        (Credential, "methods"): check_method,
+        (OAuth2, "scopes"): check_scope,
         (InferenceRoute, "models"): check_flat_glob,
         (Price, "models"): check_flat_glob,
         (ActionMatch, "method"): _verb,
@@ -404,6 +432,8 @@ GOVERNANCE_CHECKS = Checks(
         Action: (_action_reviewers,),
         ActionMatch: (_git_or_method, check_action_match),
         InferenceRoute: (check_priced,),
+        OAuth2: (check_oauth2,),
+        Credential: (check_provider,),
         Reviewers: (_reviewers,),
         Mcp: (_servers,),
         McpServer: (_server, _tools_over_http),

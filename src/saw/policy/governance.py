@@ -15,6 +15,7 @@ import msgspec
 
 from saw.policy.model import Part, says
 from saw.policy.persistence import Persistence
+from saw.policy.providers import OAuth2, SigV4
 from saw.policy.tool_rules import ActionClass, Mcp, Reviewers
 
 _DURATION = re.compile(r"(0|[1-9][0-9]{0,8})([smhd])\Z")
@@ -77,20 +78,46 @@ class Inject(Part, frozen=True):
 
 
 class Credential(Part, frozen=True):
-    """A credential that ring 2 adds to allowed calls to these ``host:port`` pairs and path globs.
+    """A credential that ring 2 adds to allowed calls to these ``host:port`` pairs, path globs and methods.
 
     Without ``hosts`` the credential is used only where an inference route names it.
     """
 
     id: Annotated[str, says("Name of the credential in this file and in the audit trail.", "git-token")]
-    ref: Annotated[str, says("Where the secret lies: store and path, never the secret itself.", "local:git-token")]
-    inject: Annotated[
-        Inject, says("How it is put into a call.", {"header": "Authorization", "format": "Bearer {secret}"})
+    ref: Annotated[
+        str,
+        says(
+            "Where the secret lies, never the secret itself: file:NAME or vault:MOUNT/PATH#ENTRY; {sponsor} and {workspace} "
+            "are whole parts of a path.",
+            "file:git-token",
+            "vault:kv/git/{sponsor}",
+        ),
     ]
+    inject: Annotated[
+        Inject | None,
+        says(
+            "How it is put into a call; absent only with sigv4.",
+            {"header": "Authorization", "format": "Bearer {secret}"},
+        ),
+    ] = None
     hosts: Annotated[
         tuple[str, ...], says("Exact host and port of each service that may receive it.", ["git.example.com:443"])
     ] = ()
     paths: Annotated[tuple[str, ...], says("Globs over the paths that receive it.", ["/team/**"])] = ("/**",)
+    methods: Annotated[
+        tuple[str, ...], says("HTTP methods that receive it, HEAD with GET; empty: all.", ["GET", "POST"])
+    ] = ()
+    oauth2: Annotated[
+        OAuth2 | None,
+        says(
+            "The secret is not sent: it is handed in for an access token, which is.",
+            {"token_url": "https://id.example.com/oauth2/token", "client_id": "agents"},
+        ),
+    ] = None
+    sigv4: Annotated[
+        SigV4 | None,
+        says("The secret is not sent: calls are signed with it.", {"service": "s3", "region": "eu-central-1"}),
+    ] = None
 
 
 class Price(Part, frozen=True):
@@ -319,7 +346,7 @@ class Governance(Part, frozen=True):
         tuple[Credential, ...],
         says(
             "What is added to allowed calls outside the VM.",
-            [{"id": "model-key", "ref": "local:model-key", "inject": {"header": "X-Key", "format": "{secret}"}}],
+            [{"id": "model-key", "ref": "file:model-key", "inject": {"header": "X-Key", "format": "{secret}"}}],
         ),
     ] = ()
     inference: Annotated[

@@ -23,6 +23,7 @@ from saw.policy.loader import Bundle, endpoint_specificity, load_policy
 from saw.policy.matcher import Matcher, parse_query
 from saw.policy.model import CALL_PROTOCOLS, Binary, Decision, Endpoint, NetworkRule, Policy, Request
 from saw.policy.paths import canonicalise_path
+from saw.policy.providers import fits
 from saw.policy.yamltext import dump, read
 
 PROPOSABLE = frozenset({"host_not_allowed", "method_or_path_not_allowed", "binary_not_allowed"})
@@ -236,7 +237,9 @@ class _Scholar:
                 return False
         for credential in self.base.governance.credentials:
             here = f"{first.host}:{first.port}" in {host.lower() for host in credential.hosts}
-            overlap = any(globs.may_overlap(path, proposal.path) for path in credential.paths)
+            overlap = any(globs.may_overlap(path, proposal.path) for path in credential.paths) and any(
+                fits(credential.methods, asked.method) for asked in proposal.asked
+            )
             if here and overlap and credential.id not in self.consent:
                 return False
         try:

@@ -20,7 +20,7 @@ from saw.policy.addresses import is_blocked_host
 from saw.policy.checks_governance import parse_address
 from saw.policy.errors import NotCanonical, PolicyError
 from saw.policy.globset import GlobSet, path_segments
-from saw.policy.governance import Governance
+from saw.policy.governance import Credential, Governance
 from saw.policy.grpc_calls import is_grpc
 from saw.policy.inference import CompiledRoute
 from saw.policy.loader import cross_problems
@@ -36,6 +36,7 @@ from saw.policy.model import (
     Request,
 )
 from saw.policy.paths import canonicalise_path
+from saw.policy.providers import fits
 
 __all__ = ["Matcher", "NotCanonical", "canonicalise_path", "parse_query"]
 
@@ -68,16 +69,21 @@ def _missing(protocol: str, asked: Operation | None) -> dict[str, object]:
 class _Credentials:
     """The credentials of one host and port."""
 
-    __slots__ = ("_ids", "_paths")
+    __slots__ = ("_held", "_paths")
 
-    def __init__(self, entries: list[tuple[str, str]]) -> None:
+    def __init__(self, entries: list[tuple[str, Credential]]) -> None:
         self._paths = GlobSet([path_segments(glob) for glob, _ in entries])
-        self._ids = dict(zip(self._paths.accepts, (identifier for _, identifier in entries), strict=True))
+        self._held = dict(zip(self._paths.accepts, (credential for _, credential in entries), strict=True))
 
-    def at(self, path: str) -> str | None:
-        """Return the credential for ``path``, or ``None``."""
+    def at(self, path: str, method: str) -> str | None:
+        """Return the credential for a call of ``method`` to ``path``, or ``None``."""
         found = self._paths.walk(self._paths.start, path_segments(path)) & self._paths.accepting
-        return self._ids[(found & -found).bit_length() - 1] if found else None
+        while found:
+            credential = self._held[(found & -found).bit_length() - 1]
+            if fits(credential.methods, method):
+                return credential.id
+            found &= found - 1
+        return None
 
 
 class Matcher:
@@ -124,11 +130,11 @@ class Matcher:
         self._upstreams = frozenset(route.upstream_address[0].lower() for route in routes)
         self._actions = ActionTable(governance)
         self._servers = http_servers(policy, governance)
-        credentials: dict[tuple[str, int], list[tuple[str, str]]] = {}
+        credentials: dict[tuple[str, int], list[tuple[str, Credential]]] = {}
         for credential in governance.credentials:
             for address in credential.hosts:
                 entries = credentials.setdefault(parse_address(address), [])
-                entries += [(glob, credential.id) for glob in credential.paths]
+                entries += [(glob, credential) for glob in credential.paths]
         self._credentials = {address: _Credentials(entries) for address, entries in credentials.items()}
         addresses = {EndpointAddress(host, port, (host, port) not in self._plain) for host, port in everything}
         addresses |= {EndpointAddress(host, port, tls=True) for host, port in self._routes}
@@ -414,7 +420,7 @@ class Matcher:
         credential = None
         if not endpoint.audit:
             at = self._credentials.get((host, request.port))
-            credential = at.at(path) if at else None
+            credential = at.at(path, request.method.upper()) if at else None
         return Decision(
             verdict=ALLOW,
             detail=action.detail,

@@ -150,7 +150,7 @@ class CallComparison:
                 (msgspec.structs.replace(p.endpoint, port=None, ports=(), allowed_ips=()), p.binaries)
                 for p in side.candidates(host, port)
             ]
-            credentials = [(glob, side.secret(c.id)) for glob, c in side.credentials(host, port)]
+            credentials = [(glob, c.methods, side.secret_of(c)) for glob, c in side.credentials(host, port)]
             route = side.routes.get((host, port))
             service = route and (route.models, route.upstream, side.secret(route.credential), side.passing(route))
             actions = [action for _, action in side.actions(host, port)]
@@ -254,6 +254,7 @@ def _item(group: _Group, key: tuple[object, ...], side: Side, *, lost: bool) -> 
             upstream=route.upstream,
             credential=decision.credential or "",
         )
+        region = _with_secret(region, side, decision)
         rules: tuple[str, ...] = (f"inference.routes {route.alias}",)
     else:
         region = _region(group, side, cell, (str(policy), str(rule), str(label)))
@@ -264,11 +265,18 @@ def _item(group: _Group, key: tuple[object, ...], side: Side, *, lost: bool) -> 
             tool=_tool(decision) if cell.argument else "",
             argument=cell.argument,
         )
+        region = _with_secret(region, side, decision)
         rules = (f"network_policies.{policy}.{rule}", str(label))
     found: Risk | None = next((known for known in RISKS if known == risk), None)
     why = (_WHY_LOST if lost else _WHY)[str(kind)]
     witness = Witness(call=as_call(cell), old=verdict(before), new=verdict(after))
     return Item("call", str(kind), _what(region), why, region, found, tuple(filter(None, rules)), True, witness)
+
+
+def _with_secret(region: Region, side: Side, decision: Decision) -> Region:
+    """Return ``region`` with where the secret of its calls lies, and how it becomes what is sent."""
+    secret = side.secret(decision.credential)
+    return region if secret is None else msgspec.structs.replace(region, ref=secret.ref, provider=secret.provider)
 
 
 def _tool(decision: Decision) -> str:
@@ -330,7 +338,7 @@ def _what(region: Region) -> str:
     if region.refs:
         text += f" ({', '.join(region.operations)} of {', '.join(region.refs)})"
     if region.credential:
-        text += f" with credential {region.credential}"
+        text += f" with credential {region.credential} ({', '.join(filter(None, (region.ref, region.provider)))})"
     return text
 
 

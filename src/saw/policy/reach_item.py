@@ -32,6 +32,8 @@ class Region(msgspec.Struct, frozen=True, omit_defaults=True):
     upstream: str = ""
     action_class: str = ""
     credential: str = ""
+    ref: str = ""
+    provider: str = ""
     server: str = ""
     tool: str = ""
     argument: str = ""

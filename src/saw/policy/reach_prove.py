@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -21,6 +22,7 @@ from saw.policy.loader import Bundle
 from saw.policy.mcp import decide_tool
 from saw.policy.mcp_http import CALL_TOOL
 from saw.policy.model import Decision
+from saw.policy.providers import fits
 from saw.policy.reach_arguments import NOTHING, find
 from saw.policy.reach_automata import Budget, TooLarge
 from saw.policy.reach_budgets import budget_fault
@@ -213,15 +215,34 @@ def _strays(invariant: Invariant, case: _Case) -> str | None:
         host, port = case.side.routes[host, port].upstream_address
     elif case.level == REVIEW:
         at = case.side.credentials(host, port)
-        identifier = next((c.id for glob, c in at if globs.path_glob(glob).match(case.path)), None)
+        identifier = next(
+            (c.id for glob, c in at if globs.path_glob(glob).match(case.path) and fits(c.methods, request.method)), None
+        )
     if identifier is None or not globs.flat_glob(invariant.credential).fullmatch(identifier):
         return None
+    return _away(invariant, identifier, host, port, case.path)
+
+
+def _away(invariant: Invariant, identifier: str, host: str, port: int, path: str) -> str | None:
+    """Return what is wrong with sending the credential ``identifier`` there, or ``None``."""
     for glob, wanted in map(split_address, invariant.hosts):
         if globs.host_glob(glob).fullmatch(host) and wanted in {None, port}:
-            if not invariant.paths or any(globs.path_glob(p).match(case.path) for p in invariant.paths):
+            if not invariant.paths or any(globs.path_glob(p).match(path) for p in invariant.paths):
                 return None
             return f"{identifier} goes to {host}:{port} outside {', '.join(invariant.paths)}"
     return f"{identifier} goes to {host}:{port}"
+
+
+def _handed_in(bundle: Bundle, invariant: Invariant) -> Finding | None:
+    """Return the finding on a secret that is handed in for a token elsewhere than the invariant says."""
+    for index, credential in enumerate(bundle.governance.credentials):
+        token = credential.oauth2
+        if token is None or not globs.flat_glob(invariant.credential).fullmatch(credential.id):
+            continue
+        fault = _away(invariant, credential.id, *token.address, urlsplit(token.token_url).path or "/")
+        if fault is not None:
+            return _finding(invariant, "broken", f"{fault} for a token", (f"credentials[{index}].oauth2.token_url",))
+    return None
 
 
 class _Calls:
@@ -383,6 +404,8 @@ def prove(bundle: Bundle, invariants: Invariants, parents: Mapping[str, Bundle] 
     for invariant in invariants.invariants:
         if invariant.kind == "tool_never":
             findings.append(calls.get(invariant.id) or _tools(bundle, invariant))
+        elif invariant.kind == "credential_only_to" and (handed_in := _handed_in(bundle, invariant)) is not None:
+            findings.append(calls.get(invariant.id) or handed_in)
         elif invariant.kind in CALL_KINDS:
             holds = _finding(invariant, "holds", "no call that the bundle allows breaks it")
             findings.append(calls.get(invariant.id, holds))

@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 
 from saw.policy import governance as words
-from saw.policy import model, persistence, tool_rules
+from saw.policy import model, persistence, providers, tool_rules
 from saw.policy.governance import Governance, duration
 from saw.policy.model import Policy
 from saw.policy.persistence import Persistence
@@ -47,7 +47,9 @@ _KNOWN: dict[type, frozenset[str]] = {
         persistence.Persistence: "files writable git_hooks git_settings",
         words.Lease: "ttl offline_ttl",
         words.LandlockFloor: "minimum_abi allow_best_effort",
-        words.Credential: "id ref inject hosts paths",
+        words.Credential: "id ref inject hosts paths methods oauth2 sigv4",
+        providers.SigV4: "service region",
+        providers.OAuth2: "token_url client_id grant client_secret scopes resource",
         words.Inject: "header format",
         words.Inference: "routes",
         words.InferenceRoute: "alias models upstream credential port budget prices max_input_tokens max_output_tokens",

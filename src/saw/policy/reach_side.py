@@ -16,6 +16,8 @@ from saw.policy.inference import passing
 from saw.policy.loader import Bundle
 from saw.policy.matcher import Matcher
 from saw.policy.model import Decision, Endpoint, Match, Policy, Request
+from saw.policy.providers import OAuth2, SigV4
+from saw.policy.references import parse_reference
 from saw.policy.tool_rules import McpServer, Tool
 
 LEVELS = ("refused", "review", "staged", "auto")
@@ -35,11 +37,23 @@ class Placed(NamedTuple):
 
 
 class Secret(NamedTuple):
-    """What a credential puts into a call: where the secret is kept, the header, its format. Its id does not matter."""
+    """What a credential puts into a call: where the secret is kept, the header, its format, how it is turned into what is sent.
+
+    Its id does not matter.
+    """
 
     ref: str
     header: str
     format: str
+    token: OAuth2 | None = None
+    sigv4: SigV4 | None = None
+
+    @property
+    def provider(self) -> str:
+        """Return how the secret becomes what is sent, in words; empty where it is sent itself."""
+        if self.sigv4 is not None:
+            return f"signature for {self.sigv4.service} in {self.sigv4.region}"
+        return "" if self.token is None else f"token of {self.token.token_url}"
 
 
 class Addresses(NamedTuple):
@@ -82,7 +96,7 @@ class PathView(NamedTuple):
 
     endpoints: tuple[tuple[Placed, tuple[Match, ...] | None, tuple[Match, ...]], ...]
     actions: tuple[tuple[int, Action], ...]
-    secret: Secret | None
+    secrets: tuple[tuple[tuple[str, ...], Secret], ...]
     route: InferenceRoute | None
     passing: object
     tools: Mapping[str, Tool] | None = None
@@ -97,7 +111,7 @@ class PathView(NamedTuple):
             ]
             actions = [(a.match, a.class_, a.reviewers, a.expires) for _, a in view.actions]
             service = view.route and (view.route.models, view.route.upstream, view.passing)
-            return endpoints, actions, view.secret, service, view.tools
+            return endpoints, actions, view.secrets, service, view.tools
 
         return essence(self) == essence(other)
 
@@ -178,8 +192,17 @@ class Side:
         """Return what the credential with this id puts into a call."""
         if identifier is None:
             return None
-        credential = self.governance.credential(identifier)
-        return Secret(credential.ref, credential.inject.header.lower(), credential.inject.format)
+        return self.secret_of(self.governance.credential(identifier))
+
+    def secret_of(self, credential: Credential) -> Secret:
+        """Return what ``credential`` puts into a call."""
+        ref = parse_reference(credential.ref).text()
+        token = credential.oauth2
+        if token is not None and token.client_secret is not None:
+            token = msgspec.structs.replace(token, client_secret=parse_reference(token.client_secret).text())
+        put = credential.inject
+        header, form = ("", "") if put is None else (put.header.lower(), put.format)
+        return Secret(ref, header, form, token, credential.sigv4)
 
     def addresses(self, host: str, port: int) -> Addresses:
         """Return which private addresses the gateway would dial for ``host``, or for the model service behind it."""
@@ -210,15 +233,19 @@ class Side:
             for index, action in self.actions(host, port)
             if globs.path_glob(action.match.path).match(path)
         )
-        secret = next(
-            (self.secret(c.id) for glob, c in self.credentials(host, port) if globs.path_glob(glob).match(path)), None
-        )
         route = self.routes.get((host, port))
         paid = self.passing(route) if route else None
         server = self.servers(host, port).get(path)
         tools = None if server is None else server.tools
-        shown = self.secret(route.credential) if route else secret
-        return PathView(tuple(endpoints), actions, shown, route, paid, tools)
+        secrets = tuple(
+            (tuple(sorted(c.methods)), self.secret_of(c))
+            for glob, c in self.credentials(host, port)
+            if globs.path_glob(glob).match(path)
+        )
+        if route:
+            routed = self.secret(route.credential)
+            secrets = () if routed is None else (((), routed),)
+        return PathView(tuple(endpoints), actions, secrets, route, paid, tools)
 
     def passing(self, route: InferenceRoute) -> object:
         """Return what of the budget and prices of ``route`` bears on which calls pass."""

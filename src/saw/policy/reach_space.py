@@ -309,6 +309,7 @@ class _Local:
         """Return the methods that some rule may name, and :data:`OTHER` for the rest."""
         named = {match.method.upper() for match in self._matches()} - {"*"}
         named |= {method for view in self.views for _, action in view.actions for method in action.match.method}
+        named |= {method for view in self.views for methods, _ in view.secrets for method in methods}
         return (*STANDARD, *sorted(named - set(STANDARD) - STREAM_METHODS), OTHER)
 
     def streams(self) -> tuple[str, ...]:

@@ -252,7 +252,10 @@ def _java_options() -> str:
 
 
 def placeholder(identifier: str) -> str:
-    """Return what stands for a credential inside the sandbox: the gatekeeper knows it by its beginning and never lets it out."""
+    """Return what stands for a credential inside the sandbox.
+
+    The gatekeeper knows it by its beginning and lets it out in no header and no query; in bodies it may be spoken of.
+    """
     return f"openshell:resolve:env:{credential_key(identifier)}"
 
 

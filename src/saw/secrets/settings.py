@@ -52,24 +52,29 @@ def problems_of_secrets(settings: SecretsSettings) -> Iterator[str]:
         yield "secrets.sealed.credential must be the name of a credential"
     if (vault := settings.vault) is None:
         return
-    url = urlsplit(vault.url)
-    if url.scheme != "https" or not url.hostname or url.username or url.query or url.fragment or url.path.strip("/"):
-        yield "secrets.vault.url must be https://NAME or https://NAME:PORT"
-    if (vault.token_file is None) == (vault.approle is None):
-        yield "secrets.vault takes one of token_file and approle"
+    yield from problems_of_vault(vault, "secrets.vault")
     if not is_name(vault.mount) or not is_name(vault.prefix):
         yield "secrets.vault.mount and prefix must be paths of a-z, 0-9, '.', '_' and '-'"
+
+
+def problems_of_vault(vault: VaultSettings, setting: str) -> Iterator[str]:
+    """Yield what is wrong with how a server is reached; ``setting`` is where that stands in the configuration."""
+    url = urlsplit(vault.url)
+    if url.scheme != "https" or not url.hostname or url.username or url.query or url.fragment or url.path.strip("/"):
+        yield f"{setting}.url must be https://NAME or https://NAME:PORT"
+    if (vault.token_file is None) == (vault.approle is None):
+        yield f"{setting} takes one of token_file and approle"
     if vault.namespace is not None and not _NAMESPACE.fullmatch(vault.namespace):
-        yield "secrets.vault.namespace must be a path"
+        yield f"{setting}.namespace must be a path"
     if not 1 <= vault.timeout_s <= 120:
-        yield "secrets.vault.timeout_s must be 1 to 120"
+        yield f"{setting}.timeout_s must be 1 to 120"
     files = [vault.ca_file, vault.token_file]
     if vault.approle is not None:
         files.append(vault.approle.secret_id_file)
         if not vault.approle.role_id or not is_name(vault.approle.mount):
-            yield "secrets.vault.approle needs role_id, and mount must be a path"
+            yield f"{setting}.approle needs role_id, and mount must be a path"
     if not all(Path(name).is_absolute() for name in files if name is not None):
-        yield "files of secrets.vault must be absolute paths"
+        yield f"files of {setting} must be absolute paths"
 
 
 def open_store(

@@ -28,6 +28,8 @@ network_policies:
           - allow: {method: DELETE, path: "/v1/items/**"}
           - allow: {method: PUT, path: "/v1/admin/**"}
           - allow: {method: POST, path: /v1/orders}
+          - allow: {method: GET, path: "/store/**"}
+          - allow: {method: PUT, path: "/store/**"}
         deny_rules:
           - {method: GET, path: "/v1/admin/**"}
       - {host: api.example.com, port: 443, path: /graphql, protocol: graphql, access: read-write,
@@ -77,6 +79,13 @@ credentials:
      inject: {header: X-Api-Key, format: "{secret}"}}
   - {id: git-token, ref: "local:git-token", hosts: ["git.example.com:443"], paths: ["/team/**"],
      inject: {header: Authorization, format: "Basic {b64:x-access-token:{secret}}"}}
+  - {id: store-keys, ref: "file:store/{sponsor}", hosts: ["api.example.com:443"], paths: ["/store/keys/**"],
+     sigv4: {service: s3, region: eu-central-1}}
+  - {id: store-token, ref: "file:token/{sponsor}", hosts: ["api.example.com:443"], paths: ["/store/tokens/**"], methods: [GET],
+     oauth2: {token_url: "https://api.example.com/oauth2/token", client_id: agents},
+     inject: {header: Authorization, format: "Bearer {secret}"}}
+  - {id: vault-key, ref: "vault:secret/keys/{sponsor}", hosts: ["api.example.com:443"], paths: ["/store/vault/**"],
+     inject: {header: X-Api-Key, format: "{secret}"}}
   - {id: model-key, ref: "local:model-key", inject: {header: Authorization, format: "Bearer {secret}"}}
 inference:
   routes: [{alias: inference.local, models: ["demo-*"], upstream: "https://models.example.com/api/v1", credential: model-key}]
@@ -99,6 +108,7 @@ actions:
      reviewers: {group: writers}}
   - {match: {host: git.example.com, git: {service: receive-pack}}, class: review, reviewers: {group: maintainers}}
   - {match: {host: api.example.com, method: [POST], path: /v1/notes}, class: auto}
+  - {match: {host: api.example.com, method: [PUT], path: "/store/**"}, class: auto}
   - {match: {host: api.example.com, json_rpc: {}}, class: auto}
   - {match: {host: api.example.com, mcp: {}}, class: auto}
   - {match: {host: api.example.com, graphql: {operation_type: [mutation], fields: [note]}}, class: auto}

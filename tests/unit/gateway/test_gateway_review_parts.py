@@ -306,7 +306,7 @@ def test_the_socket_for_approved_calls_lets_through_what_its_ticket_says_and_not
         "api.example.com",
         "tls",
         "/v1/x",
-        Injection("authorization", "Bearer t", ("a-token-that-is-long",)),
+        Injection((("authorization", "Bearer t"),), ("a-token-that-is-long",)),
         (),
     )
     allowed = Verdict(call=call, time=NOW, allowed=True, host="api.example.com", port=443, dial=dial)

@@ -315,6 +315,36 @@ def test_a_credential_is_added_on_its_paths_and_nowhere_else(patterns: list[str]
     assert decision.allowed and decision.credential == expected
 
 
+METHODS = ("GET", "HEAD", "POST", "DELETE")
+SCOPES = st.lists(st.tuples(GLOB, st.lists(st.sampled_from(METHODS), max_size=2)), min_size=1, max_size=4)
+
+
+@given(SCOPES, PATH, st.sampled_from(METHODS))
+@settings(max_examples=200, deadline=None)
+def test_a_credential_is_added_to_its_methods_and_no_other(
+    scopes: list[tuple[str, list[str]]], path: str, method: str
+) -> None:
+    credentials = tuple(
+        Credential(
+            id=f"c{number}",
+            ref="file:x",
+            inject=Inject(header="Authorization", format="{secret}"),
+            hosts=("x.y.w:443",),
+            paths=(glob,),
+            methods=tuple(methods),
+        )
+        for number, (glob, methods) in enumerate(scopes)
+    )
+    governance = Governance(schema=1, blueprint=GOVERNANCE.blueprint, credentials=credentials)
+    decision = Matcher(ANY_HOST, governance).decide(Request("https", "x.y.w", 443, method, path, binary="/bin/a"))
+    alike = {method, "GET"} if method == "HEAD" else {method}
+    expected = next(
+        (f"c{n}" for n, (glob, named) in enumerate(scopes) if means(glob, path) and (not named or alike & {*named})),
+        None,
+    )
+    assert decision.verdict == "deny" or decision.credential == expected
+
+
 @pytest.mark.parametrize(
     "host", ["evil.org/x.y.z", "evil.org#.y.z", "a b.y.z", "u@x.y.z", "x.//.y.z", "%78.y.z", "x\n.y.z"]
 )

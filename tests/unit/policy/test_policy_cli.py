@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -30,7 +31,10 @@ def keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
 
 
 def test_check_test_and_explain(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, "check", CODING) == (0, {"ok": True, "blueprint": "coding", "version": "1.0.0"})
+    assert run(capsys, "check", CODING) == (
+        0,
+        {"ok": True, "blueprint": "coding", "version": "1.0.0", "stores": ["file"]},
+    )
     code, answer = run(capsys, "test", CODING)
     assert code == 0 and answer["ok"] and len(answer["cases"]) > 15
     url = "https://api.example.com/v1/x"
@@ -38,6 +42,24 @@ def test_check_test_and_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and answer["decision"]["credential"] == "api-token"
     code, answer = run(capsys, "explain", CODING, "GET", url, "--binary", "/usr/bin/wget")
     assert code == 1 and answer["decision"]["reason"] == "binary_not_allowed"
+
+
+@pytest.mark.control("CRED-01")
+def test_a_credential_in_a_store_that_the_perimeter_has_not_fails_the_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(CODING, tmp_path / "coding")
+    assert run(capsys, "check", folder, "--store", "file")[0] == 0
+    text = (folder / "governance.yaml").read_text()
+    (folder / "governance.yaml").write_text(text.replace("local:git-token", "vault:kv/git/{sponsor}"))
+    assert run(capsys, "check", folder)[1]["stores"] == ["file", "vault"]
+    assert run(capsys, "check", folder, "--store", "file", "--store", "vault")[0] == 0
+    assert run(capsys, "check", folder, "--store", "file") == (
+        1,
+        {"ok": False, "problems": [], "missing_stores": ["vault"]},
+    )
+    assert main(["policy", "check", str(folder), "--store", "file"]) == 1
+    assert "credential git-token lies in a store that the perimeter has not: vault" in capsys.readouterr().out
 
 
 def test_a_failing_case_fails_the_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -239,8 +239,8 @@ def test_refused_endpoints(old: str, new: str, reason: str) -> None:
         ("lease: {ttl: 10m, offline_ttl: 1s}\n", "longer than a workspace's certificate counts"),
         ("lease: {ttl: 1h, offline_ttl: 1s}\n", "longer than a workspace's certificate counts"),
         ("credentials: [{id: a, ref: secretvalue, inject: {header: A, format: '{secret}'}}]\n", "not a reference"),
-        ("credentials: [{id: a, ref: 'l:a', inject: {header: Host, format: '{secret}'}}]\n", "cannot carry"),
-        ("credentials: [{id: a, ref: 'l:a', inject: {header: A, format: 'x'}}]\n", "must hold {secret}"),
+        ("credentials: [{id: a, ref: 'file:a', inject: {header: Host, format: '{secret}'}}]\n", "cannot carry"),
+        ("credentials: [{id: a, ref: 'file:a', inject: {header: A, format: 'x'}}]\n", "must hold {secret}"),
         ("inference: {routes: [{alias: i.local, models: [m], upstream: 'http://m.example.com'}]}\n", "must be https"),
         (
             "inference: {routes: [{alias: i.local, models: [m], upstream: 'https://m.example.com', credential: x}]}\n",
@@ -304,7 +304,7 @@ def test_the_two_files_must_agree() -> None:
     best_effort = GOOD + "landlock: {compatibility: best_effort}\n"
     assert "best_effort is not allowed" in cross(best_effort, "")
     credential = (
-        "credentials: [{id: a, ref: 'l:a', hosts: ['x.example.com:443'], inject: {header: A, format: '{secret}'}}]\n"
+        "credentials: [{id: a, ref: 'file:a', hosts: ['x.example.com:443'], inject: {header: A, format: '{secret}'}}]\n"
     )
     assert "no endpoint of the policy is x.example.com:443" in cross(GOOD, credential)
     route = "inference: {routes: [{alias: api.example.com, models: [m], upstream: 'https://m.example.com'}]}\n"

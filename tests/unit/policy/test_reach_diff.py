@@ -144,7 +144,13 @@ CREDENTIAL = st.fixed_dictionaries(
         "inject": st.just(INJECT),
         "hosts": st.lists(st.sampled_from(["a.x.org:443", "b.x.org:443"]), min_size=1, max_size=2, unique=True),
         "paths": st.lists(st.sampled_from(PATHS), min_size=1, max_size=2, unique=True),
-    }
+    },
+    optional={
+        "methods": st.lists(st.sampled_from(["GET", "HEAD", "POST", "PURGE"]), max_size=2, unique=True),
+        "oauth2": st.fixed_dictionaries(
+            {"token_url": st.sampled_from(["https://id.y.org/1", "https://id.y.org/2"]), "client_id": st.just("c")}
+        ),
+    },
 )
 ROUTE = st.fixed_dictionaries(
     {
@@ -164,6 +170,9 @@ GOVERNANCE = st.fixed_dictionaries(
     },
     optional={"plaintext": st.just(["a.x.org:443"])},
 )
+
+
+TOKEN = "oauth2: {token_url: https://id.example.com/token, client_id: agents}"
 
 
 def load(policy: dict[str, Any], governance: dict[str, Any]) -> Bundle:
@@ -382,6 +391,8 @@ POLICY_FILE, GOVERNANCE_FILE = "policy.yaml", "governance.yaml"
         (GOVERNANCE_FILE, "class: staged", "class: auto", ("high", "class")),
         (GOVERNANCE_FILE, "quorum: 1", "quorum: 2", ("medium", "reviewers")),
         (GOVERNANCE_FILE, '"local:api-token"', '"local:root-token"', ("critical", "credential")),
+        (GOVERNANCE_FILE, '"local:api-token"', '"vault:kv/api/{sponsor}"', ("critical", "credential")),
+        (GOVERNANCE_FILE, '    paths: ["/v1/**"]', f'    paths: ["/v1/**"]\n    {TOKEN}', ("critical", "credential")),
         (GOVERNANCE_FILE, '["demo-*"]', '["demo*"]', ("medium", "call")),
         (GOVERNANCE_FILE, "https://models.example.com", "https://models.example.org", ("critical", "upstream")),
         (GOVERNANCE_FILE, "min: 1, max: 100000", "min: 1, max: 100001", ("high", "argument")),
@@ -540,3 +551,32 @@ def test_hostile_rules_are_over_reported_in_bounded_time() -> None:
     assert diff.widening and not all(item.exact for item in diff.gained)
     assert diff.covers(Request("https", "a.x.org", 443, "GET", "/ssx/s/y", "/bin/a"))
     assert diff.digest == diff_bundles(bundle("abcdefghijklmnopqr"), bundle("abcdefghijklmnopqrs")).digest
+
+
+def test_an_item_says_where_a_secret_lies_what_becomes_of_it_and_with_which_methods(coding: Bundle) -> None:
+    narrow = edited(coding, GOVERNANCE_FILE, '    paths: ["/v1/**"]', '    paths: ["/v1/**"]\n    methods: [GET]')
+    wide = edited(coding, GOVERNANCE_FILE, '    paths: ["/v1/**"]', f'    paths: ["/v1/**"]\n    {TOKEN}')
+    (item,) = (item for item in diff_bundles(narrow, coding).gained if item.kind == "credential")
+    assert item.region.methods == ("POST",), "GET and HEAD had it before"
+    assert (item.region.ref, item.region.provider) == ("file:api-token", "")
+    assert item.what.endswith("with credential api-token (file:api-token)")
+    assert not [item for item in diff_bundles(coding, narrow).gained if item.kind == "credential"]
+    found = [item for item in diff_bundles(coding, wide).gained if item.kind == "credential"]
+    assert {item.region.provider for item in found} == {"token of https://id.example.com/token"}
+    assert all("(file:api-token, token of https://id.example.com/token)" in item.what for item in found)
+
+
+def test_a_signature_in_place_of_a_header_is_another_secret(coding: Bundle) -> None:
+    inject = '    inject: {header: Authorization, format: "Bearer {secret}"}\n  - id: model-key'
+    signed = edited(
+        coding, GOVERNANCE_FILE, inject, "    sigv4: {service: s3, region: eu-central-1}\n  - id: model-key"
+    )
+    other = edited(signed, GOVERNANCE_FILE, "region: eu-central-1", "region: us-east-1")
+    for old, new, region in ((coding, signed, "eu-central-1"), (signed, other, "us-east-1")):
+        found = [item for item in diff_bundles(old, new).gained if item.kind == "credential"]
+        assert {(item.risk, item.region.provider) for item in found} == {("critical", f"signature for s3 in {region}")}
+
+
+def test_the_older_name_of_a_store_is_no_other_store(coding: Bundle) -> None:
+    same = edited(coding, GOVERNANCE_FILE, '"local:api-token"', '"file:api-token"')
+    assert diff_bundles(coding, same).gained == diff_bundles(same, coding).gained == ()

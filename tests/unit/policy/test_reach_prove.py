@@ -76,6 +76,31 @@ def test_invariants_about_calls(coding: Bundle, kind: str, broken: dict[str, Any
     assert finding(coding, kind, **kept).ok
 
 
+def test_a_secret_that_is_handed_in_for_a_token_goes_to_the_token_endpoint_too(coding: Bundle) -> None:
+    token = "oauth2: {token_url: https://id.example.com/oauth2/token, client_id: agents}"
+    wider = edited(coding, "governance.yaml", '    paths: ["/v1/**"]', f'    paths: ["/v1/**"]\n    {token}')
+    only = {"credential": "api-token", "hosts": ["api.example.com:443"]}
+    assert finding(coding, "credential_only_to", **only).ok
+    bad = finding(wider, "credential_only_to", **only)
+    assert (bad.verdict, bad.detail) == ("broken", "api-token goes to id.example.com:443 for a token")
+    assert bad.rules == ("credentials[1].oauth2.token_url",)
+    both = {"credential": "api-token", "hosts": ["api.example.com:443", "id.example.com:443"]}
+    assert finding(wider, "credential_only_to", **both).ok
+    assert not finding(wider, "credential_only_to", **both, paths=["/v1/**"]).ok
+    assert finding(wider, "credential_only_to", **both, paths=["/v1/**", "/oauth2/token"]).ok
+
+
+def test_a_credential_is_proven_by_method(coding: Bundle) -> None:
+    rule = '  - match: {host: git.example.com, git: {service: receive-pack, ref: "refs/heads/agent/**"}}'
+    asked = f"  - match: {{host: api.example.com, method: [POST]}}\n    class: review\n    reviewers: {{group: writers}}\n{rule}"
+    reviewed = edited(coding, "governance.yaml", rule, asked)
+    reading = edited(reviewed, "governance.yaml", '    paths: ["/v1/**"]', '    paths: ["/v1/**"]\n    methods: [GET]')
+    for bundle, verdict in ((reviewed, "broken"), (reading, "broken")):
+        assert finding(bundle, "credential_only_to", credential="api-token", hosts=["x.example.com"]).verdict == verdict
+    none = edited(reviewed, "governance.yaml", '    paths: ["/v1/**"]', '    paths: ["/v1/**"]\n    methods: [PURGE]')
+    assert finding(none, "credential_only_to", credential="api-token", hosts=["x.example.com"]).ok
+
+
 @pytest.mark.parametrize(
     ("kind", "broken", "kept"),
     [

@@ -14,7 +14,8 @@ from vault_far_end import POLICY, ROOT_TOKEN, Contract, FarEnd, OpenBao, bao_pro
 
 from saw.errors import ConfigError, SawError, UnavailableError
 from saw.secrets.store import SecretBroken, SecretError, SecretExists, SecretMissing
-from saw.secrets.vault import MAX_ANSWER, TRIES, VaultDenied, VaultStore
+from saw.secrets.vault import VaultStore
+from saw.secrets.vault_calls import MAX_ANSWER, TRIES, VaultDenied
 
 VALUE = b"the value of a secret"
 

@@ -1,0 +1,92 @@
+"""The role perimeter: what it writes is a configuration that the gatekeeper reads, and files that it finds."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar, trust_as_template
+
+from saw.errors import ConfigError
+from saw.gateway.config import CredentialVault, GatekeeperConfig, load_config
+from saw.gateway.credential_sources import file_name
+from saw.policy.references import parse_reference
+from saw.secrets.vault_settings import AppRole
+
+ROLE = Path(__file__).resolve().parents[3] / "roles/perimeter"
+NEEDED = {
+    "inventory_hostname_short": "edge",
+    "perimeter_broker_address": "10.77.0.10:8443",
+    "perimeter_operator_networks": ["10.77.0.0/24"],
+    "groups": {},
+}
+
+
+def templar_of(**values: object) -> Templar:
+    defaults = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
+    own = {name: trust_as_template(told) if isinstance(told, str) else told for name, told in defaults.items()}
+    return Templar(loader=DataLoader(), variables={**own, **NEEDED, **values})
+
+
+def rendered(base: Path, **values: object) -> GatekeeperConfig:
+    """The configuration that the role makes of ``values``, as the gatekeeper reads it."""
+    text = (ROLE / "templates/gatekeeper.json.j2").read_text()
+    place = base / "gatekeeper.json"
+    place.write_text(str(templar_of(**values).template(trust_as_template(text))))
+    return load_config(place)
+
+
+def files(name: str, **values: object) -> list[dict[str, Any]]:
+    """The files that ``name`` of the last step stands for."""
+    (step,) = (step for step in yaml.safe_load((ROLE / "tasks/service.yml").read_text()) if "vars" in step)
+    own = {key: trust_as_template(told) if isinstance(told, str) else told for key, told in step["vars"].items()}
+    for key, told in step["vars"].items():
+        if isinstance(told, dict):
+            own[key] = {part: trust_as_template(text) for part, text in told.items()}
+    templar = templar_of(**{**own, **values})
+    found: list[dict[str, Any]] = templar.template(own[name])
+    return found
+
+
+def test_without_a_vault_the_gatekeeper_has_none(tmp_path: Path) -> None:
+    assert rendered(tmp_path).vault is None
+    assert files("perimeter_vault_files") == []
+
+
+def test_a_vault_is_told_as_it_is_and_a_wrong_one_is_refused(tmp_path: Path) -> None:
+    role = {"role_id": "7d1c", "secret_id_file": "/etc/saw/gatekeeper-vault"}
+    told = {"url": "https://vault.example.com:8200", "ca_file": "/etc/ssl/v.pem", "approle": role, "cache_s": 5}
+    assert rendered(tmp_path, perimeter_vault=told).vault == CredentialVault(
+        url=told["url"], ca_file="/etc/ssl/v.pem", approle=AppRole(**role), cache_s=5.0
+    )  # fmt: skip
+    for bad in ({"url": "http://vault.example.com"}, {"token_file": "/t"}, {"cache_s": 301}, {"more": 1}):
+        with pytest.raises(ConfigError):
+            rendered(tmp_path, perimeter_vault={**told, **bad})
+
+
+@pytest.mark.control("CRED-01")
+def test_what_proves_who_we_are_at_the_vault_is_private_to_the_gatekeeper() -> None:
+    (file,) = files("perimeter_vault_files", perimeter_vault_secret="s.1234")
+    assert base64.b64decode(file.pop("secret_base64")) == b"s.1234"
+    assert file == {"dest": "/etc/saw/gatekeeper-vault", "mode": "0600", "owner": "saw-gateway", "group": "saw-gateway"}
+
+
+@pytest.mark.control("CRED-01")
+@pytest.mark.parametrize("name", ["git-token", "git/mia", "git/a%2Fb"])
+def test_a_value_lies_where_the_gatekeeper_looks_for_it(name: str) -> None:
+    (file,) = files("perimeter_credential_files", perimeter_credentials={name: "the value"})
+    if "/" not in name:
+        place = parse_reference(f"file:{name}").at({})
+    else:
+        sponsor = {"git/mia": "mia", "git/a%2Fb": "a/b"}[name]
+        place = parse_reference("file:git/{sponsor}").at({"sponsor": sponsor})
+    assert file["dest"] == f"/etc/saw/credentials/{file_name(place)}"
+    assert (base64.b64decode(file["secret_base64"]), file["mode"], file["owner"]) == (
+        b"the value",
+        "0600",
+        "saw-gateway",
+    )
