@@ -13,6 +13,7 @@ from pathlib import Path
 from saw.files import write_atomic
 from saw.image.base_os import BaseOs
 from saw.image.disk import ImageError, free_space_needed, run
+from saw.image.settle import ENVIRONMENT
 from saw.image.variant import CPU, Variant
 
 NEED_BYTES = 1024**3
@@ -102,7 +103,7 @@ def base_tar(listing: Path, cache: Path, base: BaseOs, variant: Variant = CPU, m
         with log.open("wb") as stream:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, check=False,
-                env={**os.environ, "TMPDIR": str(scratch)},
+                env={**os.environ, **ENVIRONMENT, "TMPDIR": str(scratch)},
             )  # fmt: skip
     finally:
         shutil.rmtree(scratch, ignore_errors=True)  # what cannot go now is removed by the next run
