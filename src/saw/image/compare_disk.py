@@ -43,11 +43,11 @@ def compare_disks(one: Path, other: Path) -> Found:
     """Return what differs between two disks (raw or qcow2); empty when they hold the same bytes. Raises :class:`ImageError`."""
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(TemporaryDirectory(prefix=".saw-compare-")))
-        left, right = (stack.enter_context(_opened(path, scratch / name)) for path, name in ((one, "a"), (other, "b")))
+        left, right = (stack.enter_context(opened(path, scratch / name)) for path, name in ((one, "a"), (other, "b")))
         if same(left, right):
             return {}
         found: Found = {}
-        tables = _table(left, one), _table(right, other)
+        tables = partitions(left, one), partitions(right, other)
         _differ(found, "disk", {"size": (len(left), len(right)), "identifier": (tables[0][0], tables[1][0])})
         _differ(found, "disk", {"partitions": (tables[0][1], tables[1][1])})
         names = {part.name: part for part in tables[0][1]}, {part.name: part for part in tables[1][1]}
@@ -79,7 +79,7 @@ def _differ(found: Found, where: str, pairs: dict[str, tuple[object, object]]) -
 
 
 @contextmanager
-def _opened(path: Path, raw: Path) -> Iterator[memoryview]:
+def opened(path: Path, raw: Path) -> Iterator[memoryview]:
     """Open a disk as raw bytes. One that reads from further files is refused: they would be any file of this machine."""
     try:
         head = path.open("rb").read(104)
@@ -101,7 +101,7 @@ def _opened(path: Path, raw: Path) -> Iterator[memoryview]:
         yield memoryview(mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ))  # goes with its last slice
 
 
-def _table(data: memoryview, path: Path) -> tuple[str, list[Partition]]:
+def partitions(data: memoryview, path: Path) -> tuple[str, list[Partition]]:
     """Return the disk's GUID and its partitions."""
     header = bytes(data[SECTOR : SECTOR + 92])
     (entries,) = struct.unpack_from("<Q", header, 72)

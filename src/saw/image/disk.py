@@ -20,11 +20,14 @@ import msgspec
 
 from saw.errors import SawError
 from saw.files import write_atomic
+from saw.image.identity import refuse_traces
 from saw.image.settle import ENVIRONMENT, EXT4_ENVIRONMENT, settle_ext4, settle_tree, space_of
 
 MIB = 1024 * 1024
 ESP_TYPE = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
 ROOT_TYPE = "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709"  # root, x86-64 (Discoverable Partitions Specification)
+SPARE_BYTES = 768 * MIB
+"""Free space of the root file system, besides a fifth of what it holds."""
 COMMAND_LINE = "rw rootfstype=ext4 rootwait console=ttyS0 quiet systemd.show_status=no systemd.firstboot=off panic=10"
 
 
@@ -83,7 +86,8 @@ def assemble(root: Path, output: Path, *, seed: str) -> Disk:
     """Make ``output`` (qcow2) from ``root``. Identifiers derive from ``seed``: equal trees and seeds give equal bytes.
 
     Times in ``root`` that are later than that of :mod:`saw.image.settle` become it. The file appears under its final name only
-    when it is complete. Raises :class:`ImageError`; a failure leaves nothing.
+    when it is complete. Raises :class:`ImageError`, and IdentityError for a tree that identifies a machine; a failure leaves
+    nothing.
     """
     disk_id, root_id = uuid.uuid5(uuid.NAMESPACE_OID, f"{seed}/disk"), uuid.uuid5(uuid.NAMESPACE_OID, f"{seed}/root")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -92,14 +96,15 @@ def assemble(root: Path, output: Path, *, seed: str) -> Disk:
         uki, esp, ext4, raw = work / "uki.efi", work / "esp.img", work / "root.img", work / "disk.raw"
         settle_tree(root)
         command_line = build_uki(root, uki, str(root_id))
+        refuse_traces(root)
         esp_size = max(64 * MIB, -(-uki.stat().st_size * 5 // 4 // MIB) * MIB)
         with esp.open("wb") as stream:
             stream.truncate(esp_size)
         serial = hashlib.sha256(seed.encode()).hexdigest()[:8]
-        run("mkfs.vfat", "-F", "32", "-n", "ESP", "-i", serial, str(esp), env=ENVIRONMENT)
+        run("mkfs.vfat", "--invariant", "-F", "32", "-n", "ESP", "-i", serial, str(esp))  # else the label gets a time
         run("mmd", "-i", str(esp), "::/EFI", "::/EFI/BOOT", env=ENVIRONMENT)
         run("mcopy", "-i", str(esp), str(uki), "::/EFI/BOOT/BOOTX64.EFI", env=ENVIRONMENT)
-        size = -(-(space_of(root) * 6 // 5 + 768 * MIB) // MIB) * MIB
+        size = -(-(space_of(root) * 6 // 5 + SPARE_BYTES) // MIB) * MIB
         with ext4.open("wb") as stream:
             stream.truncate(size)
         run(

@@ -39,6 +39,7 @@ def tree(root: Path, *, order: int = 1) -> Path:
     (root / "boot").mkdir(parents=True)
     (root / "boot/vmlinuz-6.12.1").write_bytes(b"kernel")
     (root / "etc/many").mkdir(parents=True)
+    (root / "etc/machine-id").touch()
     for name in NAMES[::order]:
         (root / "etc/many" / name).write_text(f"{name}\n")
     (root / "etc/large").write_bytes(b"x" * 5000 + bytes(200_000) + b"y")
@@ -61,6 +62,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
         return root_partition
 
     monkeypatch.setattr(disk, "build_uki", boot_program)
+    monkeypatch.setattr(disk, "SPARE_BYTES", 32 * MIB)
 
     def made(root: Path, output: Path, seed: str = SEED, text: bytes = b"command line") -> Path:
         words["text"] = text
@@ -91,6 +93,18 @@ def test_the_same_tree_makes_the_same_disk_at_another_time_in_another_place(
         os.umask(before)
     assert compare(one, other).differences == []
     assert one.read_bytes() == other.read_bytes()
+    raw = tmp_path / "raw"
+    subprocess.run(["qemu-img", "convert", "-O", "raw", str(one), str(raw)], check=True)
+    with compare_disk.opened(raw, raw) as data:
+        parts = {part.name: data[part.start : part.start + part.size] for part in compare_disk.partitions(data, raw)[1]}
+        system = Ext4(parts["root"])
+        assert {system.fields()[f"{what} at"] for what in ("made", "written", "checked")} == {str(EPOCH)}
+        times = {at // 10**9 for _, node in system.walk() for at in (node.atime, node.mtime, node.ctime, node.crtime)}
+        assert times == {EPOCH, EPOCH - 10**6}
+        labels = bytes(parts["esp"]).split(b"ESP        \x08")[1:]
+        assert [1980 + (struct.unpack_from("<H", label, 12)[0] >> 9) for label in labels] == [
+            2015
+        ]  # that of --invariant
 
 
 def test_another_seed_makes_another_disk_and_it_is_said_where(tmp_path: Path, make: Callable[..., Path]) -> None:
@@ -216,7 +230,7 @@ def test_a_file_system_is_read_as_the_tree_was(tmp_path: Path) -> None:
         assert (node.mode, node.uid, node.gid) == (status.st_mode, status.st_uid, status.st_gid)
         assert node.mtime // 10**9 == int(status.st_mtime)
         if path.is_symlink():
-            assert b"".join(system.content(node)) == os.fsencode(os.fspath(path.readlink()))
+            assert b"".join(system.content(node)) == os.fsencode(os.readlink(path))  # noqa: PTH115 - as it is written
         elif path.is_file():
             assert b"".join(system.content(node)) == path.read_bytes()
             assert node.links == status.st_nlink
