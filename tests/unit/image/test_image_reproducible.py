@@ -72,7 +72,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     return made
 
 
-@pytest.mark.control("IMG-02")
+@pytest.mark.control("IMG-01")
 def test_the_same_tree_makes_the_same_disk_at_another_time_in_another_place(
     tmp_path: Path, make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
