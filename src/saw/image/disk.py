@@ -126,7 +126,7 @@ def assemble(root: Path, output: Path, *, seed: str) -> Disk:
 def lay_out(raw: Path, esp: Path, ext4: Path, disk_id: str, root_id: str) -> None:
     """Write the GPT and both partitions into the sparse file ``raw``."""
     esp_size, root_size = esp.stat().st_size, ext4.stat().st_size
-    esp_id = uuid.uuid5(uuid.UUID(disk_id), "esp")
+    esp_id = uuid.uuid5(uuid.NAMESPACE_OID, f"{disk_id}/esp")
     with raw.open("wb") as stream:
         stream.truncate(MIB + esp_size + root_size + MIB)
     table = (
