@@ -169,32 +169,33 @@ def test_two_machines_on_one_image_share_nothing_that_identifies(
 def test_what_lies_on_their_disks_afterwards_is_each_ones_own(
     clones: tuple[list[dict[str, str]], list[Path]], tmp_path: Path
 ) -> None:
-    """The image at rest holds none of it; each machine made its own, and no two are equal."""
-    before = held(IMAGES[0] / DISK, tmp_path)
-    assert before == {"/etc/machine-id": hashlib.sha256().hexdigest()}
-    one, other = (held(place / "root.qcow2", tmp_path) for place in clones[1])
-    assert {
-        "/etc/ssh/ssh_host_ed25519_key",
-        "/var/lib/systemd/credential.secret",
-        "/var/lib/systemd/random-seed",
-    } <= one.keys()
-    assert one.keys() == other.keys()
-    assert [name for name in one if one[name] == other[name]] == []
+    """The image at rest holds none of it; each machine made its own, and no file that both wrote is equal."""
+    image = held(IMAGES[0] / DISK, tmp_path)
+    known = {
+        path: digest for path, digest in image.items() if any(fnmatch.fnmatchcase(path[1:], one) for one in TRACES)
+    }
+    assert known == {"/etc/machine-id": hashlib.sha256().hexdigest()}
+    written = []
+    for report, place in zip(*clones, strict=True):
+        files = {
+            path: digest for path, digest in held(place / "root.qcow2", tmp_path).items() if image.get(path) != digest
+        }
+        written.append({path.replace(report["machine-id"], "ID"): digest for path, digest in files.items()})
+    one, other = written
+    assert {"/etc/machine-id", "/etc/ssh/ssh_host_ed25519_key", "/var/lib/systemd/credential.secret"} <= one.keys()
+    assert {"/var/lib/systemd/random-seed", "/var/log/journal/ID/system.journal"} <= one.keys()
+    assert [path for path in sorted(one.keys() & other.keys()) if one[path] == other[path]] == []
 
 
 def held(image: Path, scratch: Path) -> dict[str, str]:
-    """Return path → SHA-256 of every file on a disk that identifies a machine."""
+    """Return path → SHA-256 of every file on a disk."""
     raw = scratch / "raw"
     subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(image), str(raw)], check=True)
     with raw.open("rb") as stream:
         data = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
         root = {part.name: part for part in partitions(data, raw)[1]}["root"]
         system = Ext4(data[root.start : root.start + root.size])
-        found = {
-            path: system.digest(node)
-            for path, node in system.walk()
-            if node.kind == "file" and any(fnmatch.fnmatchcase(path[1:], pattern) for pattern in TRACES)
-        }
+        found = {path: system.digest(node) for path, node in system.walk() if node.kind == "file"}
     raw.unlink()
     return found
 
