@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Build the golden image twice from the same inputs, in two places, with another umask, time zone and language and out of a copy of this
 # checkout, and compare; then boot two machines on it and compare what identifies them. `make image-reproducible` calls it; needs root.
-# What both builds download is downloaded twice as well; SAW_IMAGE_KEEP=DIR keeps both builds there.
+# What both builds download is downloaded twice as well. SAW_IMAGE_KEEP=DIR keeps both builds there; a later run then builds them anew
+# from the packages that it finds.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
@@ -22,6 +23,7 @@ else
 fi
 
 copy=$scratch/another/place/checkout
+rm -rf --one-file-system "$copy" "$scratch/one/images" "$scratch/another/place/two/images" # of an earlier run that was kept
 mkdir -p "$copy" || exit 1
 # what git knows and what it would not ignore, as it lies here
 git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' name; do [ -e "$name" ] && printf '%s\0' "$name"; done |
