@@ -15,11 +15,15 @@ import pytest
 from saw.cli.main import main
 from saw.errors import SawError
 from saw.image import compare_disk, disk
+from saw.image.base import FORGET
+from saw.image.build import ImageBuild
 from saw.image.compare import DISK, Allowed, allowed_list, compare
 from saw.image.disk import MIB, ImageError, assemble
 from saw.image.ext4 import Ext4, NotExt4Error
 from saw.image.settle import ENVIRONMENT, EPOCH, UnsettledError, settle_ext4, settle_tree, settled_umask, space_of
+from saw.lab.nspawn import LabNetwork, LightHost
 
+ROOT = Path(__file__).resolve().parents[3]
 SEED = "seed of a test"
 NAMES = ("b", "a", "Z", "ä", "_", "10", "9", "A")
 """Names whose order depends on the language."""
@@ -207,6 +211,38 @@ def test_the_umask_of_a_build_is_its_own(tmp_path: Path) -> None:
         os.umask(before)
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("inside", "after")] == [0o644, 0o600]
     assert ENVIRONMENT["SOURCE_DATE_EPOCH"] == str(EPOCH)
+
+
+def test_what_provisions_the_tree_runs_in_the_one_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "packer").write_text(f"#!/bin/sh\nenv > {tmp_path}/environment\n")
+    (tools / "packer").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("TZ", "Asia/Kathmandu")
+    build = ImageBuild(ROOT, tmp_path / "build", lambda _: None)
+    build.build.mkdir()
+    host = LightHost("image", "10.93.8.10", tmp_path / "lab", LabNetwork("sawunit", "10.93.8"), booted=False)
+    build.packer(host, tmp_path, tmp_path, "seed", tmp_path / "image.qcow2")
+    found = set((tmp_path / "environment").read_text().splitlines())
+    assert {f"{name}={value}" for name, value in ENVIRONMENT.items()} <= found
+
+
+def test_a_base_tree_forgets_the_machine_that_made_it(tmp_path: Path) -> None:
+    for name in (
+        "etc/ssh/ssh_host_rsa_key",
+        "etc/machine-id",
+        "etc/hostname",
+        "var/cache/ldconfig/aux-cache",
+        "etc/hosts",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("of the builder")
+    (tmp_path / "etc/resolv.conf").symlink_to("/run/resolver-of-the-builder")
+    subprocess.run(["sh", "-ec", FORGET, "sh", str(tmp_path)], check=True)
+    left = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"etc/resolv.conf": "", "etc/hosts": "of the builder"}
+    assert not (tmp_path / "etc/resolv.conf").is_symlink()
 
 
 def file_system(tmp_path: Path) -> Path:
