@@ -17,7 +17,7 @@ export SAW_IMAGE_EDR_SIGNATURES := $(abspath $(EDR_SIGNATURES))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help workspace test test-unit test-roles test-e2e lint bench image image-edr-check clean start stop rebuild kill destroy tools tools-python
+.PHONY: help workspace test test-unit test-roles test-e2e lint bench image image-edr-check image-reproducible clean start stop rebuild kill destroy tools tools-python
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ image: tools ## build the golden image, or reuse it; VARIANT=gpu MODULE_KEY=… 
 
 image-edr-check: tools ## attack a workspace on an image with endpoint detection; some 20 minutes, no part of `make test`
 	@scripts/image_edr_check.sh
+
+image-reproducible: tools ## build the image twice and compare, boot two machines on it and compare; no part of `make test`
+	@scripts/image_reproducible.sh
 
 start stop rebuild kill destroy: tools-python ## (each) do that to the demonstration workspace
 	@$(SAW) lab $@

@@ -13,11 +13,18 @@ from pathlib import Path
 from saw.files import write_atomic
 from saw.image.base_os import BaseOs
 from saw.image.disk import ImageError, free_space_needed, run
+from saw.image.settle import ENVIRONMENT, EPOCH
 from saw.image.variant import CPU, Variant
 
 NEED_BYTES = 1024**3
 """Free space that making one tar takes at most: its tree and the tar itself."""
 EXCLUDED = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*")
+FORGET = (
+    'cd "$1" && rm -f etc/ssh/ssh_host_* etc/machine-id var/lib/dbus/machine-id etc/hostname var/cache/ldconfig/aux-cache && '
+    "rm -f etc/resolv.conf && : > etc/resolv.conf"
+)
+"""Shell command on a finished tree: no identity, and neither name nor resolver of the machine that made it, which the installer
+copies in."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ def base_packages(listing: Path, variant: Variant = CPU, more: Path | None = Non
 def base_path(listing: Path, cache: Path, base: BaseOs, variant: Variant = CPU, more: Path | None = None) -> Path:
     """Return where the tar of ``listing`` lies once it is made; named after its content."""
     own = [*variant.components, variant.setup] if variant.packages else []
-    words = [base.suite, *EXCLUDED, *base_packages(listing, variant, more), *own]
+    words = [base.suite, str(EPOCH), FORGET, *EXCLUDED, *base_packages(listing, variant, more), *own]
     digest = hashlib.sha256("\n".join(words).encode()).hexdigest()
     name = listing.stem if variant.name == "cpu" else f"{listing.stem}-{variant.name}"
     return cache / f"base-{name}-{digest[:16]}.tar"
@@ -96,13 +103,13 @@ def base_tar(listing: Path, cache: Path, base: BaseOs, variant: Variant = CPU, m
             "--hook-dir=/usr/share/mmdebstrap/hooks/eatmydata", "--dpkgopt=force-unsafe-io",
             '--aptopt=APT::Install-Recommends "false"', *(f"--dpkgopt=path-exclude={path}" for path in EXCLUDED),
             *([f"--setup-hook={variant.setup}"] if variant.setup else []),
-            "--customize-hook=rm -f \"$1\"/etc/ssh/ssh_host_* \"$1\"/etc/machine-id \"$1\"/var/lib/dbus/machine-id",
+            f"--customize-hook={FORGET}",
             f"--include={','.join(packages)}", suite, str(temporary), str(sources_file),
         ]  # fmt: skip
         with log.open("wb") as stream:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, check=False,
-                env={**os.environ, "TMPDIR": str(scratch)},
+                env={**os.environ, **ENVIRONMENT, "TMPDIR": str(scratch)},
             )  # fmt: skip
     finally:
         shutil.rmtree(scratch, ignore_errors=True)  # what cannot go now is removed by the next run

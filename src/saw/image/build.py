@@ -37,6 +37,7 @@ from saw.image.disk import ImageError, assemble, free_space_needed, run
 from saw.image.edr import NONE, PROVIDERS, VARIABLE, ImageEdr, chosen, variables_file
 from saw.image.provenance import Build, write_provenance
 from saw.image.sbom import Sources, make_sboms
+from saw.image.settle import ENVIRONMENT, settled_umask
 from saw.image.variant import CPU, VARIANTS, ModuleKey, Variant, certificate_digest, key_for, variant_of
 from saw.image.wheelhouse import wheelhouse
 from saw.lab.nspawn import LabNetwork, LightHost, known_hosts, login_key_of
@@ -119,6 +120,7 @@ class ImageBuild:
         self.say(f"golden image will be {reason}")
         return self.make(inputs), reason
 
+    @settled_umask()
     def make(self, inputs: image_inputs.Inputs) -> GoldenImage:
         """Build the image for ``inputs``."""
         begin, begun = time.monotonic(), _now()
@@ -139,7 +141,10 @@ class ImageBuild:
         self.say("  MCP servers")
         servers = self.mcp_servers(cache)
         self.say("  Packer: Ansible roles on the tree, then the disk")
-        host = LightHost("image", self.network.prefix + ".10", self.build / "image-tree", self.network, booted=False)
+        host = LightHost(
+            "image", self.network.prefix + ".10", self.build / "image-tree", self.network, booted=False,
+            environment=tuple(f"{name}={value}" for name, value in ENVIRONMENT.items()),
+        )  # fmt: skip
         host.down(purge=True)
         try:
             host.up(base)
@@ -190,7 +195,7 @@ class ImageBuild:
         work.mkdir()
         for name in ("package.json", "package-lock.json"):
             shutil.copyfile(lock.with_name(name), work / name)
-        run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(work))
+        run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(work), env=ENVIRONMENT)
         os.replace(work, target)
         return target
 
@@ -222,7 +227,7 @@ class ImageBuild:
         options += [option for key, value in values.items() for option in ("-var", f"{key}={value}")]
         log = self.build / "packer.log"
         environment = {
-            **os.environ, "ANSIBLE_COLLECTIONS_PATH": str(self.link_collection()), "CHECKPOINT_DISABLE": "1",
+            **os.environ, **ENVIRONMENT, "ANSIBLE_COLLECTIONS_PATH": str(self.link_collection()), "CHECKPOINT_DISABLE": "1",
             "ANSIBLE_CONFIG": str(self.repository / "ansible.cfg"),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }  # fmt: skip

@@ -20,10 +20,14 @@ import msgspec
 
 from saw.errors import SawError
 from saw.files import write_atomic
+from saw.image.identity import refuse_traces
+from saw.image.settle import ENVIRONMENT, EXT4_ENVIRONMENT, settle_ext4, settle_tree, space_of
 
 MIB = 1024 * 1024
 ESP_TYPE = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
 ROOT_TYPE = "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709"  # root, x86-64 (Discoverable Partitions Specification)
+SPARE_BYTES = 768 * MIB
+"""Free space of the root file system, besides a fifth of what it holds."""
 COMMAND_LINE = "rw rootfstype=ext4 rootwait console=ttyS0 quiet systemd.show_status=no systemd.firstboot=off panic=10"
 
 
@@ -73,36 +77,41 @@ def build_uki(root: Path, output: Path, root_partition: str) -> str:
     )
     run(
         "unshare", "--mount", "--propagation", "private", "sh", "-ec", script, "sh",
-        str(root), release, command_line, str(output),
+        str(root), release, command_line, str(output), env=ENVIRONMENT,
     )  # fmt: skip
     return command_line
 
 
 def assemble(root: Path, output: Path, *, seed: str) -> Disk:
-    """Make ``output`` (qcow2) from ``root``. Identifiers derive from ``seed``, so equal inputs give equal layouts.
+    """Make ``output`` (qcow2) from ``root``. Identifiers derive from ``seed``: equal trees and seeds give equal bytes.
 
-    The file appears under its final name only when it is complete. Raises :class:`ImageError`; a failure leaves nothing.
+    Times in ``root`` that are later than that of :mod:`saw.image.settle` become it. The file appears under its final name only
+    when it is complete. Raises :class:`ImageError`, and IdentityError for a tree that identifies a machine; a failure leaves
+    nothing.
     """
     disk_id, root_id = uuid.uuid5(uuid.NAMESPACE_OID, f"{seed}/disk"), uuid.uuid5(uuid.NAMESPACE_OID, f"{seed}/root")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".assemble-", dir=output.parent) as scratch:
         work = Path(scratch)
         uki, esp, ext4, raw = work / "uki.efi", work / "esp.img", work / "root.img", work / "disk.raw"
+        settle_tree(root)
         command_line = build_uki(root, uki, str(root_id))
+        refuse_traces(root)
         esp_size = max(64 * MIB, -(-uki.stat().st_size * 5 // 4 // MIB) * MIB)
         with esp.open("wb") as stream:
             stream.truncate(esp_size)
-        run("mkfs.vfat", "-F", "32", "-n", "ESP", "-i", hashlib.sha256(seed.encode()).hexdigest()[:8], str(esp))
-        run("mmd", "-i", str(esp), "::/EFI", "::/EFI/BOOT")
-        run("mcopy", "-i", str(esp), str(uki), "::/EFI/BOOT/BOOTX64.EFI")
-        used = int(run("du", "-sB1", "--one-file-system", str(root)).split()[0])
-        size = -(-(used * 6 // 5 + 768 * MIB) // MIB) * MIB
+        serial = hashlib.sha256(seed.encode()).hexdigest()[:8]
+        run("mkfs.vfat", "--invariant", "-F", "32", "-n", "ESP", "-i", serial, str(esp))  # else the label gets a time
+        run("mmd", "-i", str(esp), "::/EFI", "::/EFI/BOOT", env=ENVIRONMENT)
+        run("mcopy", "-i", str(esp), str(uki), "::/EFI/BOOT/BOOTX64.EFI", env=ENVIRONMENT)
+        size = -(-(space_of(root) * 6 // 5 + SPARE_BYTES) // MIB) * MIB
         with ext4.open("wb") as stream:
             stream.truncate(size)
         run(
             "mkfs.ext4", "-q", "-F", "-U", str(root_id), "-L", "saw-root", "-m", "1",
-            "-E", f"hash_seed={root_id},lazy_itable_init=1", "-d", str(root), str(ext4),
+            "-E", f"hash_seed={root_id},lazy_itable_init=1", "-d", str(root), str(ext4), env=EXT4_ENVIRONMENT,
         )  # fmt: skip
+        settle_ext4(ext4)
         lay_out(raw, esp, ext4, str(disk_id), str(root_id))
         qcow2 = work / "disk.qcow2"
         run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(qcow2))
@@ -117,11 +126,12 @@ def assemble(root: Path, output: Path, *, seed: str) -> Disk:
 def lay_out(raw: Path, esp: Path, ext4: Path, disk_id: str, root_id: str) -> None:
     """Write the GPT and both partitions into the sparse file ``raw``."""
     esp_size, root_size = esp.stat().st_size, ext4.stat().st_size
+    esp_id = uuid.uuid5(uuid.NAMESPACE_OID, f"{disk_id}/esp")
     with raw.open("wb") as stream:
         stream.truncate(MIB + esp_size + root_size + MIB)
     table = (
         f"label: gpt\nlabel-id: {disk_id}\nunit: sectors\n"
-        f"start={MIB // 512}, size={esp_size // 512}, type={ESP_TYPE}, name=esp\n"
+        f"start={MIB // 512}, size={esp_size // 512}, type={ESP_TYPE}, uuid={esp_id}, name=esp\n"
         f"start={(MIB + esp_size) // 512}, size={root_size // 512}, type={ROOT_TYPE}, uuid={root_id}, name=root\n"
     )
     done = subprocess.run(["sfdisk", "-q", str(raw)], input=table, capture_output=True, text=True, check=False)

@@ -23,9 +23,8 @@ from pathlib import Path
 
 from saw.files import write_atomic
 from saw.image.disk import ImageError, digest_of, run
+from saw.image.settle import MOMENT
 
-MOMENT = "2026-01-01T00:00:00Z"
-"""Stands in every bill, so that equal inputs give equal bytes; the release record says when the image was made."""
 NAMESPACE = "urn:saw:image"
 
 

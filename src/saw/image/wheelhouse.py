@@ -12,6 +12,7 @@ from pathlib import Path
 
 from saw.files import write_atomic
 from saw.image.disk import ImageError, digest_of, run
+from saw.image.settle import ENVIRONMENT
 
 PYTHON = "3.13"
 _MARKER = re.compile(r" ; python_(?:full_)?version (<|>=) '(\d+\.\d+)'(?= *\\?$)")
@@ -78,8 +79,7 @@ def wheelhouse(repository: Path, cache: Path, group: str | None = None) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     source = third_party(repository, cache, group)
     with tempfile.TemporaryDirectory(prefix=".own-", dir=cache) as scratch:
-        epoch = {"SOURCE_DATE_EPOCH": "1767225600"}
-        run(uv(), "build", "--quiet", "--wheel", "--out-dir", scratch, str(repository), env=epoch)
+        run(uv(), "build", "--quiet", "--wheel", "--out-dir", scratch, str(repository), env=ENVIRONMENT)
         wheel = next(Path(scratch).glob("*.whl"))
         own = digest_of(wheel)
         listing = (source / "requirements.txt").read_text(encoding="utf-8")

@@ -106,6 +106,8 @@ class LightHost:
     """Names that nspawn's filter lets through besides its own, such as those of Landlock, which older versions refuse."""
     booted: bool = True
     """False runs nothing but an SSH server on the tree, for building images: systemd is not there, nothing starts."""
+    environment: tuple[str, ...] = ()
+    """What that server sets for every command (``NAME=VALUE``, no spaces)."""
 
     @property
     def directory(self) -> Path:
@@ -228,11 +230,12 @@ class LightHost:
         keys.mkdir(mode=0o700, exist_ok=True)
         write_private(keys / "host", host_key_of(self.lab, self.name).read_bytes())
         write_private(keys / "login", login_key_of(self.lab).with_suffix(".pub").read_bytes())
+        environment = " ".join(("SYSTEMD_OFFLINE=1", *self.environment))
         script = (
             f"ip address add {self.address}/24 dev host0 && ip link set host0 up && mkdir -p /run/sshd && "
             "install -m 0700 -d /run/keys && install -m 0600 /run/lab-keys/host /run/lab-keys/login /run/keys/ && "
             "exec /usr/sbin/sshd -D -e -f /dev/null -h /run/keys/host -o AuthorizedKeysFile=/run/keys/login "
-            "-o PermitRootLogin=prohibit-password -o SetEnv=SYSTEMD_OFFLINE=1 -o Subsystem='sftp internal-sftp'"
+            f"-o PermitRootLogin=prohibit-password -o 'SetEnv={environment}' -o Subsystem='sftp internal-sftp'"
         )
         return [f"--bind-ro={keys}:/run/lab-keys", "--as-pid2", "/bin/sh", "-ec", script]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from saw.image.identity import TRACES, traces
 from saw.lab.nspawn import LabNetwork, LightHost, known_hosts, login_key_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -37,7 +38,10 @@ def tree(tmp_path: Path) -> Iterator[LightHost]:
             (folder / "some.ko.xz").write_bytes(lzma.compress(Path("/bin/true").read_bytes()))
             (made.root / f"boot/initrd.img-{kernel}").touch()
         (made.root / "etc/machine-id").write_text("0" * 32 + "\n")
-        (made.root / "etc/ssh/ssh_host_ed25519_key").write_text("a key")
+        for pattern in TRACES.keys() - {"etc/machine-id"}:
+            path = made.root / pattern.replace("ssh_host_*", "ssh_host_ed25519_key").replace("*", "some")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("an identity")
         yield made
     finally:
         made.down(purge=True)
@@ -53,6 +57,7 @@ def state(tree: LightHost) -> dict[str, object]:
         "initrd": len(list((root / "boot").glob("initrd.img-*"))),
         "machine-id": (root / "etc/machine-id").stat().st_size,
         "host key": (root / "etc/ssh/ssh_host_ed25519_key").exists(),
+        "traces": len(traces(root)),
         "masked": (root / "etc/systemd/system/apt-daily.timer").is_symlink(),
     }
 
@@ -87,6 +92,7 @@ def test_check_mode_tells_before_and_after_and_both_kernels_are_served(tree: Lig
         return int(re.findall(r"changed=(\d+)", done.stdout)[0])
 
     before = state(tree)
+    assert before["traces"] == len(TRACES)
     forecast = changes("--check")
     assert forecast == 4
     assert state(tree) == before
@@ -97,6 +103,7 @@ def test_check_mode_tells_before_and_after_and_both_kernels_are_served(tree: Lig
         "initrd": 0,
         "machine-id": 0,
         "host key": False,
+        "traces": 0,
         "masked": True,
     }
     assert changes() == 0

@@ -15,12 +15,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from saw.attest.image_record import RecordInvalid, parse_record
 from saw.image import inputs as image_inputs
-from saw.image.base import EXCLUDED, base_packages, base_path, read_packages
+from saw.image.base import EXCLUDED, FORGET, base_packages, base_path, read_packages
 from saw.image.base_os import base_os
 from saw.image.build import GoldenImage, ImageBuild, main, variant_prefix
 from saw.image.disk import ImageError
 from saw.image.inputs import Inputs
 from saw.image.provenance import Build, statement
+from saw.image.settle import EPOCH
 from saw.image.variant import CPU, GPU, ModuleKey, certificate_digest, key_for, variant_of
 
 pytestmark = pytest.mark.control("GPU-01", "IMG-01")
@@ -73,9 +74,9 @@ def test_the_owners_certificate_is_an_input_and_the_key_is_not(repository: Path,
     assert collect().changed_since(before) == ["module-certificate"]
 
 
-def test_the_base_tree_of_the_image_cpu_has_the_name_it_always_had(tmp_path: Path) -> None:
+def test_the_base_tree_of_the_image_cpu_is_named_after_what_every_base_tree_has(tmp_path: Path) -> None:
     base = base_os(ROOT)
-    words = [base.suite, *EXCLUDED, *read_packages(LISTING)]
+    words = [base.suite, str(EPOCH), FORGET, *EXCLUDED, *read_packages(LISTING)]
     digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
     assert base_path(LISTING, tmp_path, base) == tmp_path / f"base-workspace-{digest}.tar"
     other = base_path(LISTING, tmp_path, base, GPU)

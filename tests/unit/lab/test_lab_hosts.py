@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 import subprocess
 from pathlib import Path
@@ -148,6 +149,14 @@ def test_a_tree_for_building_images_stays_as_the_tar_has_it(tar: Path, tmp_path:
     host.unpack(tar)
     assert (host.root / "etc/machine-id").read_text() == "of the build"
     assert not (host.root / "etc/hostname").exists()
+
+
+@pytest.mark.parametrize("more", [(), ("SOURCE_DATE_EPOCH=1", "TZ=UTC")], ids=["nothing more", "of a build"])
+def test_the_server_of_such_a_tree_sets_what_every_command_gets(tmp_path: Path, more: tuple[str, ...]) -> None:
+    host = LightHost("h", "10.93.7.10", tmp_path / "lab", LAN, booted=False, environment=more)
+    host.directory.mkdir(parents=True)
+    command = shlex.split(host.ssh_server_only()[-1].partition("exec ")[2])
+    assert f"SetEnv={' '.join(('SYSTEMD_OFFLINE=1', *more))}" in command
 
 
 def links() -> list[str]:
