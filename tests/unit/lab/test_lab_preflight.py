@@ -179,7 +179,7 @@ def test_the_labs_own_uplink_is_no_stranger(lab: Lab) -> None:
 def test_a_second_run_is_refused_while_the_first_holds_the_lock_and_goes_on_after(lab: Lab) -> None:
     with (lab.build / ".lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(up.LabBusy, match="another run uses this build directory") as refused, up.exclusive(lab):
+        with pytest.raises(LabBusy, match="another run uses this build directory") as refused, up.exclusive(lab):
             pass
         assert refused.value.cure == "wait for it, or end it"
         assert refused.value.code == "lab_busy"

@@ -1,0 +1,91 @@
+"""What uses an image on this machine. An image that something uses is never removed, and what cannot be read counts as a use.
+
+Three things use one: the root disk of a VM, which reads from the image file as long as it exists (qcow2's backing file); a
+release record, since whoever registered it may go back to the image, and its bills of materials are asked for as long as it is
+in force; and whoever names it. Only the broker knows which records are in force; without it, each record counts.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+
+from saw.image.disk import ImageError
+
+RECORD = "release.json"
+VMS = "var/lib/saw/vms"
+_MAGIC = b"QFI\xfb"
+_LONGEST = 1023
+"""qcow2: the backing file's name has at most 1023 bytes (QEMU's specification of the format)."""
+
+
+class Image(msgspec.Struct, frozen=True):
+    """What became of an image: kept, with every reason, or removed (no reason)."""
+
+    name: str
+    why: tuple[str, ...] = ()
+
+
+def backing_of(disk: Path) -> str:
+    """Return the backing file that the header of a qcow2 disk names, empty for none; raises :class:`ImageError`."""
+    try:
+        with disk.open("rb") as stream:
+            head = stream.read(20)
+            at, size = int.from_bytes(head[8:16], "big"), int.from_bytes(head[16:20], "big")
+            if head[:4] != _MAGIC or len(head) < 20 or size > _LONGEST:
+                raise ImageError(f"{disk} is no qcow2 disk", cure="finish or remove what was made there")
+            if not at:
+                return ""
+            stream.seek(at)
+            return stream.read(size).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImageError(f"cannot read {disk}: {error}", cure="run this as root, and look at that disk") from error
+
+
+def disks(build: Path, machine: Path = Path("/")) -> Iterator[Path]:
+    """Yield the root disks of VMs: of light hosts below ``build``, and of this machine where it is a hypervisor itself."""
+    for state in (*build.glob(f"*/hosts/*/root/{VMS}"), machine / VMS):
+        yield from sorted(state.glob("*/root.qcow2*"))
+
+
+def by_disks(build: Path, machine: Path = Path("/")) -> dict[str, list[str]]:
+    """Return the names of images that root disks read from, each with those disks; raises :class:`ImageError`."""
+    found: dict[str, list[str]] = {}
+    for disk in disks(build, machine):
+        backing = backing_of(disk)
+        if backing:
+            found.setdefault(Path(backing).parent.name, []).append(f"the root disk of {disk.parent.name} reads from it")
+    return found
+
+
+def removable(
+    images: Iterable[Path], build: Path, uses: Mapping[str, Iterable[str]], *, in_force: Mapping[str, str] | None = None
+) -> list[Image]:
+    """Return each image, kept with its reasons or free to go; raises :class:`ImageError` when a disk cannot be read.
+
+    ``uses`` are further reasons by name; ``in_force`` are the records that the broker says are in force, by name.
+    """
+    reading = by_disks(build)
+    found = []
+    for image in images:
+        why = [*uses.get(image.name, ()), *reading.get(image.name, ())]
+        if in_force is None and (image / RECORD).exists():
+            why.append("it has a release record, and the broker was not asked")
+        elif in_force and image.name in in_force:
+            why.append(in_force[image.name])
+        found.append(Image(image.name, tuple(why)))
+    return found
+
+
+def remove(image: Path) -> None:
+    """Remove an image so that an interrupted removal leaves none that looks finished."""
+    going = image.with_name(f".{image.name}.partial")
+    shutil.rmtree(going, ignore_errors=True)
+    image.rename(going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
+__all__ = ["RECORD", "Image", "backing_of", "by_disks", "disks", "removable", "remove"]
