@@ -126,7 +126,7 @@ def base_tar(
     leaves nothing that looks finished. Takes 25–40 s on two cores with a near mirror.
     """
     names, suite = base_packages(listing, variant, more), base.suite
-    target = base_path(listing, cache, base, packages, variant, more)
+    target = base_path(listing, cache, base, packages, variant, more=more)
     if target.exists():
         return target
     if shutil.which("mmdebstrap") is None:

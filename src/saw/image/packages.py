@@ -27,7 +27,7 @@ FILE = "packages.json"
 """The package set beside an image, and beside the cached tree that it was made of."""
 SECURITY = "Debian-Security"
 """Label of the archive of security updates (its Release file), which apt shows with every version that comes from there."""
-ASK_S = 120.0
+ASK_S = 600.0
 """Longest time that asking may take, the indices included."""
 NAME = re.compile(r"[a-z0-9][a-z0-9+.-]*")
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+:~-]*")

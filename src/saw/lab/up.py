@@ -21,8 +21,9 @@ from saw.errors import SawError, UnavailableError
 from saw.files import write_atomic
 from saw.image import settle
 from saw.image.base_os import base_os
-from saw.image.build import GoldenImage, ImageBuild
+from saw.image.build import ImageBuild
 from saw.image.edr import chosen
+from saw.image.finished import GoldenImage
 from saw.image.wheelhouse import wheelhouse
 from saw.lab import demo_pki
 from saw.lab.exclusive import exclusive as hold
