@@ -1,4 +1,4 @@
-"""``saw image``: sign, register, promote, deprecate and revoke golden images."""
+"""``saw image``: sign, register, promote, deprecate, revoke and list golden images, and those that lie on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 import rfc8785
 
 from saw.attest.image_record import PAYLOAD_TYPE, parse_record
-from saw.cli import image_scan
+from saw.cli import image_local, image_scan
 from saw.cli.operator_options import add_options, fields, show, table
 from saw.cli.policy_signing import add_signing, present, signers_of
 from saw.errors import ConfigError
@@ -110,8 +110,11 @@ def _read(name: str) -> bytes:
         raise ConfigError(f"cannot read {name}: {error.strerror}", cure="name a readable file") from error
 
 
-_HERE = {"sign": _sign, "scan": image_scan.scan, "evidence": image_scan.evidence}
-"""What needs no broker."""
+_HERE = {
+    "sign": _sign, "scan": image_scan.scan, "evidence": image_scan.evidence,
+    "local": image_local.local, "prune": image_local.prune,
+}  # fmt: skip
+"""What is done on this machine; ``prune`` asks the broker by itself."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,4 +139,5 @@ def _parser() -> argparse.ArgumentParser:
         add_options(step)
     add_options(commands.add_parser("list", help="list registered images"))
     image_scan.add_commands(commands)
+    image_local.add_commands(commands)
     return parser
