@@ -102,21 +102,20 @@ def prune(options: argparse.Namespace) -> int:
         one.name: f"its record is {one.state}" + (f", and {' '.join(ids)} made of it" if ids else "")
         for one, ids in listed
     }
-    lines: list[str] = []
     with exclusive(options.build.resolve(), _aside):
-        found = [
-            one
-            for build in _kinds(options, lines.append)
+        found = {
+            one.name: one
+            for build in _kinds(options, lambda _: None)
             for one in build.prune(*options.keep, in_force=records, dry=options.dry_run)
-        ]
-    gone = [one.name for one in found if not one.why]
+        }
+    gone = [one.name for one in found.values() if not one.why]
     answer = {
         "ok": True,
         "changed": bool(gone) and not options.dry_run,
         "removed": gone,
-        "images": msgspec.to_builtins(found),
+        "images": msgspec.to_builtins(list(found.values())),
     }
-    kept = [f"{one.name}: kept, {'; '.join(one.why)}" for one in found if one.why]
+    kept = [f"{one.name}: kept, {'; '.join(one.why)}" for one in found.values() if one.why]
     went = [f"{name}: {'would be removed' if options.dry_run else 'removed'}, nothing uses it" for name in gone]
     show(answer, "\n".join([*kept, *went]) or "no image was built here", as_json=options.json)
     return 0

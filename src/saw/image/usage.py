@@ -17,6 +17,8 @@ from saw.image.disk import ImageError
 
 RECORD = "release.json"
 VMS = "var/lib/saw/vms"
+MACHINE = Path("/")
+"""This machine's root: it may be a hypervisor itself."""
 _MAGIC = b"QFI\xfb"
 _LONGEST = 1023
 """qcow2: the backing file's name has at most 1023 bytes (QEMU's specification of the format)."""
@@ -45,16 +47,16 @@ def backing_of(disk: Path) -> str:
         raise ImageError(f"cannot read {disk}: {error}", cure="run this as root, and look at that disk") from error
 
 
-def disks(build: Path, machine: Path = Path("/")) -> Iterator[Path]:
+def disks(build: Path) -> Iterator[Path]:
     """Yield the root disks of VMs: of light hosts below ``build``, and of this machine where it is a hypervisor itself."""
-    for state in (*build.glob(f"*/hosts/*/root/{VMS}"), machine / VMS):
+    for state in (*build.glob(f"*/hosts/*/root/{VMS}"), MACHINE / VMS):
         yield from sorted(state.glob("*/root.qcow2*"))
 
 
-def by_disks(build: Path, machine: Path = Path("/")) -> dict[str, list[str]]:
+def by_disks(build: Path) -> dict[str, list[str]]:
     """Return the names of images that root disks read from, each with those disks; raises :class:`ImageError`."""
     found: dict[str, list[str]] = {}
-    for disk in disks(build, machine):
+    for disk in disks(build):
         backing = backing_of(disk)
         if backing:
             found.setdefault(Path(backing).parent.name, []).append(f"the root disk of {disk.parent.name} reads from it")
