@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,8 @@ from saw.cli.operator_options import show, table
 from saw.errors import ConfigError, SawError
 
 if TYPE_CHECKING:
-    from saw.image.build import ImageBuild
+    from saw.image.finished import GoldenImage
+    from saw.image.inputs import Inputs
     from saw.image.packages import PackageSet
 
 _COLUMNS = ("name", "created", "packages", "age_days", "newer", "security", "used")
@@ -46,34 +46,29 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def local(options: argparse.Namespace) -> int:
     """List finished images; what is newer is as the archive was last asked."""
-    from saw.image.finished import packages_of
+    from saw.image.finished import finished_in, packages_of
     from saw.image.packages import compare
     from saw.image.usage import RECORD, by_disks
 
     now = datetime.now(UTC)
     rows: list[dict[str, Any]] = []
     reading = by_disks(options.build)
-    for build in _kinds(options):
-        last = _last(build)
-        for image, _ in build.ours():
-            have = packages_of(image)
-            waiting = [one for one in compare(have, last) if one.new and not one.older] if have and last else []
-            used = [
-                *reading.get(image.name, ()),
-                *(["release record"] if Path(image.directory, RECORD).exists() else []),
-            ]
-            rows.append(
-                {
-                    "name": image.name,
-                    "created": image.created,
-                    "packages": have.asked if have else "",
-                    "age_days": (now - datetime.fromisoformat(have.asked)).days if have else None,
-                    "newer": len(waiting) if have and last else None,
-                    "security": sum(one.security for one in waiting) if have and last else None,
-                    "asked": last.asked if last else "",
-                    "used": used,
-                }
-            )
+    for image, inputs in sorted(finished_in(options.build / "images"), key=lambda item: item[0].created, reverse=True):
+        have, last = packages_of(image), _last(options, image, inputs)
+        waiting = [one for one in compare(have, last) if one.new and not one.older] if have and last else []
+        record = ["release record"] if Path(image.directory, RECORD).exists() else []
+        rows.append(
+            {
+                "name": image.name,
+                "created": image.created,
+                "packages": have.asked if have else "",
+                "age_days": (now - datetime.fromisoformat(have.asked)).days if have else None,
+                "newer": len(waiting) if have and last else None,
+                "security": sum(one.security for one in waiting) if have and last else None,
+                "asked": last.asked if last else "",
+                "used": [*reading.get(image.name, ()), *record],
+            }
+        )
     shown = [
         {**{name: "-" if value in {None, ""} else value for name, value in row.items() if name != "used"},
          "used": "; ".join(row["used"]) or "-"}
@@ -90,6 +85,8 @@ def local(options: argparse.Namespace) -> int:
 def prune(options: argparse.Namespace) -> int:
     """Remove what no VM reads from, no record in force names, and nobody asked to keep."""
     from saw.broker.client import OperatorClient, listed_workspaces
+    from saw.image.finished import kinds_in
+    from saw.image.usage import prune as prune_kind
     from saw.lab.exclusive import exclusive
     from saw.patching.images import in_force
 
@@ -103,45 +100,36 @@ def prune(options: argparse.Namespace) -> int:
         for one, ids in listed
     }
     with exclusive(options.build.resolve(), _aside):
-        found = {
-            one.name: one
-            for build in _kinds(options, lambda _: None)
-            for one in build.prune(*options.keep, in_force=records, dry=options.dry_run)
-        }
-    gone = [one.name for one in found.values() if not one.why]
+        found = [
+            one
+            for kind in kinds_in(options.build / "images")
+            for one in prune_kind(
+                options.build, [image.name for image, _ in kind], _aside, named=options.keep, in_force=records,
+                dry=options.dry_run,
+            )
+        ]  # fmt: skip
+    gone = [one.name for one in found if not one.why]
     answer = {
         "ok": True,
         "changed": bool(gone) and not options.dry_run,
         "removed": gone,
-        "images": msgspec.to_builtins(list(found.values())),
+        "images": msgspec.to_builtins(found),
     }
-    kept = [f"{one.name}: kept, {'; '.join(one.why)}" for one in found.values() if one.why]
+    kept = [f"{one.name}: kept, {'; '.join(one.why)}" for one in found if one.why]
     went = [f"{name}: {'would be removed' if options.dry_run else 'removed'}, nothing uses it" for name in gone]
     show(answer, "\n".join([*kept, *went]) or "no image was built here", as_json=options.json)
     return 0
 
 
-def _kinds(options: argparse.Namespace, say: Any = None) -> Iterator[ImageBuild]:
-    """Yield a build for each variant and each choice of endpoint detection: what both differ in are images beside each other."""
+def _last(options: argparse.Namespace, image: GoldenImage, inputs: Inputs) -> PackageSet | None:
+    """Return what the archive said last of such an image; None where it was not asked, or this is no checkout."""
     from saw.image.build import ImageBuild
-    from saw.image.edr import PROVIDERS, ImageEdr
-    from saw.image.variant import VARIANTS
+    from saw.image.edr import ImageEdr
+    from saw.image.variant import variant_of
 
-    for variant in VARIANTS.values():
-        for provider in PROVIDERS:
-            yield ImageBuild(
-                options.repository.resolve(),
-                options.build.resolve(),
-                say or _aside,
-                variant=variant,
-                edr=ImageEdr(provider),
-            )
-
-
-def _last(build: ImageBuild) -> PackageSet | None:
-    """Return what the archive said last; None where it was not asked, or this is no checkout."""
     try:
-        asked = build.base.asked()
+        edr = ImageEdr(inputs.options.get("edr", "none"))
+        asked = ImageBuild(options.repository, options.build, variant=variant_of(image.variant), edr=edr).base.asked()
     except (SawError, OSError):
         return None
     return asked.packages if asked else None

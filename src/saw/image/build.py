@@ -32,7 +32,7 @@ import msgspec
 from saw.errors import SawError
 from saw.files import write_atomic
 from saw.image import inputs as image_inputs
-from saw.image import settle, usage
+from saw.image import package_state, usage
 from saw.image.base_os import base_os, variable_file
 from saw.image.disk import ImageError, assemble, digest_of, free_space_needed, run
 from saw.image.edr import NONE, PROVIDERS, VARIABLE, ImageEdr, chosen, variables_file
@@ -46,8 +46,6 @@ from saw.lab.exclusive import exclusive
 from saw.lab.nspawn import LabNetwork, LightHost, known_hosts, login_key_of
 
 Say = Callable[[str], None]
-KEPT = 2
-"""How many images of a kind are kept whether something uses them or not: the newest, and the one to go back to."""
 NEED_BYTES = 3 * 1024**3
 """Free space that one build takes at most: the tree, the root file system, the raw disk and the image at the same time."""
 
@@ -67,7 +65,7 @@ class ImageBuild:
     variant: Variant = CPU
     module_key: ModuleKey | None = None
     edr: ImageEdr = NONE
-    choice: settle.Choice = settle.Choice()  # noqa: RUF009 - frozen value object
+    choice: package_state.Choice = package_state.Choice()  # noqa: RUF009 - frozen value object
 
     @property
     def images(self) -> Path:
@@ -75,11 +73,11 @@ class ImageBuild:
         return self.build / "images"
 
     @property
-    def base(self) -> settle.Base:
+    def base(self) -> package_state.Base:
         """What the base tree of the image is made of."""
         system, packer = base_os(self.repository), self.repository / "packer"
         more = packer / self.edr.packages if self.edr.packages else None
-        return settle.Base(packer / system.packages, self.build / "cache", system, self.variant, more)
+        return package_state.Base(packer / system.packages, self.build / "cache", system, self.variant, more)
 
     def latest(self) -> Finished | None:
         """Return the newest finished image of the variant with these options and its inputs, or None."""
@@ -110,7 +108,9 @@ class ImageBuild:
         if matching and self.choice.mode == "reuse" and not self.choice.pinned and packages_of(matching[0]) is None:
             return matching[0], f"reused: the inputs have not changed (digest {matching[1].digest[:12]})"
         newest = packages_of(ours[0][0]) if ours else None
-        packages, note = settle.settle(self.base, self.choice, newest, packages_of(matching[0]) if matching else None)
+        packages, note = package_state.settle(
+            self.base, self.choice, newest, packages_of(matching[0]) if matching else None
+        )
         inputs = sources.given(image_inputs.PACKAGES, packages.digest)
         same = next((image for image, theirs in ours if theirs.digest == inputs.digest), None)
         if same:
@@ -121,7 +121,7 @@ class ImageBuild:
 
     def news(self, image: GoldenImage) -> None:
         """Say what ``image`` lacks by now; the archive is asked once a day."""
-        settle.news(self.base, packages_of(image), self.say)
+        package_state.news(self.base, packages_of(image), self.say)
 
     def make(self, inputs: image_inputs.Inputs, packages: PackageSet) -> GoldenImage:
         """Build the image for ``inputs`` with ``packages``; a finished one is never replaced."""
@@ -178,44 +178,17 @@ class ImageBuild:
             return
         if target.name in {image.name for image, _ in finished_in(self.images)}:
             raise ImageError(f"{target} is a finished image", cure="take it as it is, or move it away")
-        found = usage.removable([target], self.build, {})[0]
-        if found.why:
+        used = usage.uses_of([target], self.build)[target.name]
+        if used:
             raise ImageError(
-                f"{target} is no whole image any more, and is used: {'; '.join(found.why)}",
+                f"{target} is no whole image any more, and is used: {'; '.join(used)}",
                 cure="restore its build.json and inputs.json from a copy, or move the folder away",
             )
         usage.remove(target)
 
-    def prune(self, *named: str, in_force: dict[str, str] | None = None, dry: bool = False) -> list[usage.Image]:
-        """Remove the images of the variant with these options that nothing uses, but the newest two and those ``named``.
-
-        What interrupted builds left goes too. Says what is kept for a reason of its own, and returns what became of each.
-        Raises :class:`ImageError`, and removes nothing, when what uses them cannot be read.
-        """
-        if not dry:
-            for unfinished in self.images.glob(".workspace-*.partial"):
-                shutil.rmtree(unfinished, ignore_errors=True)
-        ours = [image for image, _ in self.ours()]
-        uses: dict[str, list[str]] = {}
-        for image in ours[:KEPT]:
-            uses.setdefault(image.name, []).append("it is one of the newest")
-        for name in named:
-            uses.setdefault(name, []).append("it was named")
-        names = [image.name for image in ours]
-        # A release of ours from before 2027 gave a folder its name before all was there, and may have been killed then.
-        names += [
-            path.name for path in self.images.glob(f"{self.variant.prefix}*")
-            if variant_prefix(path.name) == self.variant.prefix and not (path / "build.json").exists()
-        ]  # fmt: skip
-        found = usage.removable([self.images / name for name in names], self.build, uses, in_force=in_force)
-        for one in found:
-            if not one.why:
-                self.say(f"  {'would remove' if dry else 'removing'} {one.name}: nothing uses it")
-                if not dry:
-                    usage.remove(self.images / one.name)
-            elif one.name not in uses:
-                self.say(f"  kept {one.name}: {'; '.join(one.why)}")
-        return found
+    def prune(self, *named: str) -> list[usage.Image]:
+        """Remove images of the variant with these options that nothing uses; see :func:`saw.image.usage.prune`."""
+        return usage.prune(self.build, [image.name for image, _ in self.ours()], self.say, named=named)
 
     def mcp_servers(self, cache: Path) -> Path:
         """Install the locked MCP servers (npm) once per lock content; return the directory with node_modules."""
@@ -301,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
             sub.add_argument("--edr-signatures", help="signatures of ClamAV for EDR=embedded, a folder")
         if verb in {"image", "host-tar"}:
             sub.add_argument(
-                "--packages", metavar="HOW", help=f"ask, fresh, reuse, or a packages.json ({settle.VARIABLE})"
+                "--packages", metavar="HOW", help=f"ask, fresh, reuse, or a packages.json ({package_state.VARIABLE})"
             )
         if verb == "wheelhouse":
             sub.add_argument("--group", help="a dependency group that is wanted besides, such as controller")
@@ -321,9 +294,9 @@ def main(argv: list[str] | None = None) -> int:
             print(wheelhouse(repository, build / "cache", options.group))
         elif options.verb == "host-tar":
             with exclusive(build, quiet):
-                base = settle.Base(repository / "packer/packages/host.txt", build / "cache", base_os(repository))
+                base = package_state.Base(repository / "packer/packages/host.txt", build / "cache", base_os(repository))
                 base.cache.mkdir(parents=True, exist_ok=True)
-                print(base.tar(settle.settle(base, _choice(options, "reuse"))[0]))
+                print(base.tar(package_state.settle(base, _choice(options, "reuse"))[0]))
         else:
             said = {
                 VARIABLE: options.edr, f"{VARIABLE}_VARIABLES": options.edr_variables,
@@ -350,9 +323,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _choice(options: argparse.Namespace, default: str) -> settle.Choice:
-    said = {settle.VARIABLE: options.packages} if options.packages else {}
-    return settle.chosen(default, {**os.environ, **said})
+def _choice(options: argparse.Namespace, default: str) -> package_state.Choice:
+    said = {package_state.VARIABLE: options.packages} if options.packages else {}
+    return package_state.chosen(default, {**os.environ, **said})
 
 
 if __name__ == "__main__":

@@ -47,6 +47,14 @@ def finished_in(images: Path) -> list[Finished]:
     return found
 
 
+def kinds_in(images: Path) -> list[list[Finished]]:
+    """Return the finished images by kind, each the newest first: a variant with its options does not push out another."""
+    kinds: dict[tuple[str, tuple[tuple[str, str], ...]], list[Finished]] = {}
+    for image, inputs in sorted(finished_in(images), key=lambda item: item[0].created, reverse=True):
+        kinds.setdefault((image.variant, tuple(sorted(inputs.options.items()))), []).append((image, inputs))
+    return list(kinds.values())
+
+
 def packages_of(image: GoldenImage) -> PackageSet | None:
     """Return the package set of a finished image, None where it has none that counts (it was built by an older release)."""
     try:

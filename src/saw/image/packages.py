@@ -213,8 +213,8 @@ def _options(home: Path) -> list[str]:
         "APT::Architectures": run("dpkg", "--print-architecture").strip(), "APT::Install-Recommends": "false",
         "APT::Install-Suggests": "false", "APT::Update::Error-Mode": "any", "Acquire::Languages": "none",
         "Acquire::AllowInsecureRepositories": "false", "Acquire::AllowWeakRepositories": "false",
-        "Acquire::AllowDowngradeToInsecureRepositories": "false", "Acquire::Check-Valid-Until": "true", "Acquire::Check-Date": "true",
-        "Acquire::Retries": 1, "Acquire::http::Timeout": 10, "Acquire::https::Timeout": 10,
+        "Acquire::AllowDowngradeToInsecureRepositories": "false", "Acquire::Check-Valid-Until": "true",
+        "Acquire::Check-Date": "true", "Acquire::Retries": 1, "Acquire::http::Timeout": 10, "Acquire::https::Timeout": 10,
     }  # fmt: skip
     return ["-q", *(word for name, value in values.items() for word in ("-o", f"{name}={value}"))]
 

@@ -8,7 +8,7 @@ in force; and whoever names it. Only the broker knows which records are in force
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -16,6 +16,8 @@ import msgspec
 from saw.image.disk import ImageError
 
 RECORD = "release.json"
+KEPT = 2
+"""How many images of a kind are kept whether something uses them or not: the newest, and the one to go back to."""
 VMS = "var/lib/saw/vms"
 MACHINE = Path("/")
 """This machine's root: it may be a hypervisor itself."""
@@ -63,22 +65,53 @@ def by_disks(build: Path) -> dict[str, list[str]]:
     return found
 
 
-def removable(
-    images: Iterable[Path], build: Path, uses: Mapping[str, Iterable[str]], *, in_force: Mapping[str, str] | None = None
-) -> list[Image]:
-    """Return each image, kept with its reasons or free to go; raises :class:`ImageError` when a disk cannot be read.
+def uses_of(images: Iterable[Path], build: Path, *, in_force: Mapping[str, str] | None = None) -> dict[str, list[str]]:
+    """Return what uses each image, by name; raises :class:`ImageError` when a disk cannot be read.
 
-    ``uses`` are further reasons by name; ``in_force`` are the records that the broker says are in force, by name.
+    ``in_force`` are the records that the broker says are in force, by name; None where it was not asked.
     """
     reading = by_disks(build)
-    found = []
+    found = {}
     for image in images:
-        why = [*uses.get(image.name, ()), *reading.get(image.name, ())]
+        why = list(reading.get(image.name, ()))
         if in_force is None and (image / RECORD).exists():
             why.append("it has a release record, and the broker was not asked")
         elif in_force and image.name in in_force:
             why.append(in_force[image.name])
-        found.append(Image(image.name, tuple(why)))
+        found[image.name] = why
+    return found
+
+
+def prune(
+    build: Path,
+    names: list[str],
+    say: Callable[[str], None],
+    *,
+    named: Iterable[str] = (),
+    in_force: Mapping[str, str] | None = None,
+    dry: bool = False,
+) -> list[Image]:
+    """Remove the images of one kind (``names``, the newest first) that nothing uses, but the newest two and those ``named``.
+
+    What interrupted builds left goes too. Says what is kept because it is used, and returns what became of each. Raises
+    :class:`ImageError`, and removes no image, when what uses them cannot be read.
+    """
+    folder = build / "images"
+    if not dry:
+        for unfinished in folder.glob(".workspace-*.partial"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+    used = uses_of([folder / name for name in names], build, in_force=in_force)
+    found = []
+    for number, name in enumerate(names):
+        ours = ["it is one of the newest"] if number < KEPT else []
+        ours += ["it was named"] if name in set(named) else []
+        found.append(Image(name, (*ours, *used[name])))
+        if used[name] and not ours:
+            say(f"  kept {name}: {'; '.join(used[name])}")
+        elif not used[name] and not ours:
+            say(f"  {'would remove' if dry else 'removing'} {name}: nothing uses it")
+            if not dry:
+                remove(folder / name)
     return found
 
 
@@ -90,4 +123,4 @@ def remove(image: Path) -> None:
     shutil.rmtree(going, ignore_errors=True)
 
 
-__all__ = ["RECORD", "Image", "backing_of", "by_disks", "disks", "removable", "remove"]
+__all__ = ["RECORD", "Image", "backing_of", "by_disks", "disks", "prune", "remove", "uses_of"]

@@ -12,7 +12,7 @@ from saw.image.base_os import base_os
 from saw.image.build import NEED_BYTES as NEED_IMAGE
 from saw.image.build import ImageBuild
 from saw.image.edr import chosen
-from saw.image.settle import Base
+from saw.image.package_state import Base
 from saw.lab.process import run
 from saw.lab.topology import WORKSPACE, Lab
 

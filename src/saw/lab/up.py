@@ -19,7 +19,7 @@ from saw.attest.verifier import RELEASED_PCRS
 from saw.broker.client import OperatorClient
 from saw.errors import SawError, UnavailableError
 from saw.files import write_atomic
-from saw.image import settle
+from saw.image import package_state
 from saw.image.base_os import base_os
 from saw.image.build import ImageBuild
 from saw.image.edr import chosen
@@ -90,7 +90,7 @@ class Bringup:
 
         The archive is not asked for newer packages unless that was chosen; what waits is told (docs/decisions/0058).
         """
-        choice = settle.chosen("reuse")
+        choice = package_state.chosen("reuse")
         build = ImageBuild(self.lab.repository, self.lab.build, self.progress.say, edr=chosen(), choice=choice)
         newest = build.latest() if keep else None
         image, reason = (newest[0], "kept as asked") if newest else build.ensure()
@@ -102,8 +102,8 @@ class Bringup:
         """Start the light hosts; return the wheelhouse."""
         cache = self.lab.build / "cache"
         cache.mkdir(parents=True, exist_ok=True)
-        base = settle.Base(self.lab.repository / "packer/packages/host.txt", cache, base_os(self.lab.repository))
-        tar = base.tar(settle.settle(base, settle.Choice("reuse"))[0])
+        base = package_state.Base(self.lab.repository / "packer/packages/host.txt", cache, base_os(self.lab.repository))
+        tar = base.tar(package_state.settle(base, package_state.Choice("reuse"))[0])
         wheels = wheelhouse(self.lab.repository, cache)
         for host in self.hosts.values():
             host.up(tar)

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from saw.image import settle
+from saw.image import package_state
 from saw.image.base import set_of
 from saw.image.base_os import variable_file
 from saw.image.build import ImageBuild
@@ -59,11 +59,12 @@ def finished(
     return image
 
 
-def cached(base: settle.Base, packages: PackageSet) -> Path:
+def cached(base: package_state.Base, packages: PackageSet) -> Path:
     """Put a tar with ``packages`` into the cache."""
     base.cache.mkdir(parents=True, exist_ok=True)
     tar = (
-        base.cache / f"{settle.base_kind(base.listing, base.system, base.variant, base.more)}{packages.digest[:16]}.tar"
+        base.cache
+        / f"{package_state.base_kind(base.listing, base.system, base.variant, base.more)}{packages.digest[:16]}.tar"
     )
     write_set(set_of(tar), packages)
     tar.write_bytes(b"tar")
@@ -100,6 +101,6 @@ class Archive:
 
 def install(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> Archive:
     """Let the build ask ``archive``, and build nothing."""
-    monkeypatch.setattr(settle, "ask_base", archive.ask)
+    monkeypatch.setattr(package_state, "ask_base", archive.ask)
     monkeypatch.setattr(ImageBuild, "make", archive.make())
     return archive

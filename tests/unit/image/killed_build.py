@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from saw.image import build as image_build
-from saw.image import settle, usage
+from saw.image import package_state, usage
 from saw.image.packages import PackageSet
 from saw.lab.nspawn import LabNetwork, LightHost
 
@@ -47,7 +47,7 @@ def replace(source: Path, target: Path) -> None:
         halt()
 
 
-settle.ask_base = lambda *_, **__: PACKAGES
+package_state.ask_base = lambda *_, **__: PACKAGES
 image_build.wheelhouse = wheels
 image_build.make_sboms = lambda *_, **__: {}
 image_build.ImageBuild.mcp_servers = wheels

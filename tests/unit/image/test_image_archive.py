@@ -161,12 +161,13 @@ def test_an_archive_that_does_not_answer_is_given_up(
     tools.mkdir()
     (tools / "apt-get").write_text("#!/bin/sh\nexec tail -f /dev/null\n")
     (tools / "apt-get").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
-    with pytest.raises(IndexAway, match="did not answer within 0 s"):
-        ask(mirror.archive(), mirror.base(), ["openssl"], tmp_path, patience=0.1)
-    monkeypatch.setenv("PATH", str(tmp_path / "none"))
-    with pytest.raises(IndexAway, match="apt-get is not installed"):
-        ask(mirror.archive(), mirror.base(), ["openssl"], tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+        with pytest.raises(IndexAway, match="did not answer within 0 s"):
+            ask(mirror.archive(), mirror.base(), ["openssl"], tmp_path, patience=0.1)
+        patch.setenv("PATH", str(tmp_path / "none"))
+        with pytest.raises(IndexAway, match="apt-get is not installed"):
+            ask(mirror.archive(), mirror.base(), ["openssl"], tmp_path)
 
 
 def test_changes_are_told_with_the_worst_first() -> None:

@@ -181,8 +181,9 @@ def test_images_with_and_without_stand_beside_each_other(
         found, reason = build.ensure()
         assert (found, reason[:6]) == (images[provider], "reused"), "the newer one is of the other kind"
     for number in range(3):
-        (builds["none"].images / f"workspace-old{number}").mkdir()
+        finished(builds["none"], image_inputs.Inputs(f"{number}" * 64, {}), f"2026-03-0{number + 1}")
     builds["none"].prune()
+    assert not Path(images["none"].directory).exists()
     assert Path(images["embedded"].directory).exists(), "the images of one kind do not push out those of the other"
     options = ["image", "--repository", str(root), "--build", str(tmp_path / "build"), "--json"]
     assert image_build.main([*options, "--edr", "embedded"]) == 0

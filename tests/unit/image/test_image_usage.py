@@ -10,7 +10,6 @@ from typing import Self
 import pytest
 from image_rig import finished, small_repository
 
-from saw.cli import image_local
 from saw.cli.image import main
 from saw.errors import SawError
 from saw.image import usage
@@ -118,10 +117,15 @@ def test_the_broker_knows_which_records_are_in_force(build: ImageBuild, said: li
     images = several(build)
     for image in images:
         Path(image.directory, "release.json").write_text("{}")
-    build.prune(in_force={images[0].name: "its record is stable"}, dry=True)
+
+    def asked(*, dry: bool = False) -> None:
+        names = [image.name for image, _ in build.ours()]
+        usage.prune(build.build, names, said.append, in_force={images[0].name: "its record is stable"}, dry=dry)
+
+    asked(dry=True)
     assert left(build) == {image.name for image in images}
     assert f"  would remove {images[1].name}: nothing uses it" in said
-    build.prune(in_force={images[0].name: "its record is stable"})
+    asked()
     assert left(build) == {image.name for image in (images[0], *images[3:])}
 
 
@@ -235,4 +239,3 @@ def test_without_the_broker_the_command_removes_nothing(build: ImageBuild, tmp_p
     assert left(build) == {image.name for image in images}
     with pytest.raises(SawError, match="there are no images"):
         main(["prune", "--build", str(tmp_path / "elsewhere"), "--context", str(context)])
-    assert image_local._last(build) is None

@@ -11,12 +11,12 @@ import pytest
 from image_rig import OLD, Archive, cached, finished, install, package_set, small_repository
 
 from saw.errors import ConfigError
-from saw.image import settle
+from saw.image import package_state
 from saw.image.build import ImageBuild
 from saw.image.disk import ImageError
 from saw.image.finished import packages_of
+from saw.image.package_state import Choice, chosen
 from saw.image.packages import FILE, IndexAway, IndexOlder, PackageSet, write_set
-from saw.image.settle import Choice, chosen
 
 pytestmark = pytest.mark.control("P0-02")
 NEWER = package_set({**OLD, "openssl": "3.5.1-1+deb13u1", "bash": "5.2-2"}, "openssl", asked="2026-02-01")
@@ -263,4 +263,4 @@ def test_a_tree_without_its_package_set_is_not_known(build: ImageBuild) -> None:
     assert build.base.known() == [package_set()]
     tar.with_suffix(".packages.json").unlink()
     assert build.base.known() == []
-    assert settle.MODES == ("ask", "fresh", "reuse")
+    assert package_state.MODES == ("ask", "fresh", "reuse")
