@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,8 +26,9 @@ class Mirror:
     """An archive in a folder: main and security updates, signed with a key of its own."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.home = folder, folder / "gnupg"
-        self.home.mkdir(mode=0o700, parents=True)
+        # gpg's agent listens below its home, and the path of a socket is short (unix(7): 108 bytes).
+        self.folder, self.home = folder, Path(tempfile.mkdtemp(prefix="saw-gpg-", dir="/tmp"))
+        folder.mkdir(parents=True)
         self.gpg = ["gpg", "--homedir", str(self.home), "--batch", "--quiet", "--no-tty", "--pinentry-mode", "loopback"]
         self._run([*self.gpg, "--passphrase", "", "--quick-generate-key", "a@example.com", "ed25519", "sign", "never"])
         self.key = folder / "key.gpg"
@@ -56,6 +58,7 @@ class Mirror:
     def close(self) -> None:
         """End gpg's agent."""
         self._run(["gpgconf", "--homedir", str(self.home), "--kill", "all"])
+        shutil.rmtree(self.home, ignore_errors=True)
 
     def _index(
         self, folder: Path, label: str, codename: str, packages: dict[str, str], valid: timedelta, *, signed: bool
