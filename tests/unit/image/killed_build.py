@@ -38,8 +38,10 @@ def wheels(_: Path, cache: Path) -> Path:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Rename, and halt before or after that of the finished image."""
+    """Rename, and halt before that of the base tree, or before or after that of the finished image."""
     ours = Path(target).parent.name == "images"
+    if Path(target).suffix == ".tar" and point == "before the name of the base":
+        halt()
     if ours and point == "before the rename":
         halt()
     _replace(source, target)
@@ -51,7 +53,7 @@ package_state.ask_base = lambda *_, **__: PACKAGES
 image_build.wheelhouse = wheels
 image_build.make_sboms = lambda *_, **__: {}
 image_build.ImageBuild.mcp_servers = wheels
-image_build.os.replace = replace
+os.replace = replace
 LightHost.up = lambda self, tar: self.unpack(tar)
 LightHost.down = lambda self, **_: self.remove_tree()
 LabNetwork.down = lambda _: None

@@ -130,16 +130,17 @@ def test_apt_says_what_a_tree_would_get_and_what_of_it_is_a_security_update(mirr
     assert newer.digest != first.digest
 
 
-@pytest.mark.parametrize("wrong", ["gone", "unsigned", "out of date", "another key", "no such package"])
+@pytest.mark.parametrize("wrong", ["gone", "unsigned", "never signed", "out of date", "another key", "no such package"])
 def test_an_index_that_cannot_be_had_or_trusted_is_an_error_though_an_old_one_is_there(
     mirror: Mirror, tmp_path: Path, wrong: str
 ) -> None:
     ask(mirror.archive(), mirror.base(), ["openssl"], tmp_path)
-    wanted, other = ["openssl"], None
+    wanted, other, cache = ["openssl"], None, tmp_path
     if wrong == "gone":
         shutil.rmtree(mirror.folder / "security")
-    elif wrong == "unsigned":
+    elif wrong in {"unsigned", "never signed"}:
         mirror.publish(signed=False)
+        cache = tmp_path / "new" if wrong == "never signed" else tmp_path
     elif wrong == "out of date":
         mirror.publish(valid=timedelta(days=-1))
     elif wrong == "another key":
@@ -151,7 +152,7 @@ def test_an_index_that_cannot_be_had_or_trusted_is_an_error_though_an_old_one_is
         wanted = ["openssl", "nothing-of-that-name"]
     try:
         with pytest.raises(IndexAway, match="the archive cannot be asked: E: "):
-            ask(mirror.archive(), mirror.base(), wanted, tmp_path)
+            ask(mirror.archive(), mirror.base(), wanted, cache)
     finally:
         if other:
             other.close()
