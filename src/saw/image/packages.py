@@ -11,6 +11,7 @@ import email.utils
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -128,6 +129,16 @@ def ask(archive: Archive, base: BaseOs, wanted: Iterable[str], cache: Path, *, p
     pins of this machine. An index that cannot be had is an error here, though apt would go on with an old one.
     """
     home = cache / archive.name
+    new = not home.exists()
+    try:
+        return _asked(home, archive, base, wanted, patience)
+    except BaseException:
+        if new:  # half of the first lists are no use, and may be what fills the disk
+            shutil.rmtree(home, ignore_errors=True)
+        raise
+
+
+def _asked(home: Path, archive: Archive, base: BaseOs, wanted: Iterable[str], patience: float) -> PackageSet:
     for name in ("lists/partial", "archives/partial", "none"):
         (home / name).mkdir(parents=True, exist_ok=True)
     (home / "status").touch()

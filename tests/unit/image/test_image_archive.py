@@ -153,6 +153,9 @@ def test_an_index_that_cannot_be_had_or_trusted_is_an_error_though_an_old_one_is
     try:
         with pytest.raises(IndexAway, match="the archive cannot be asked: E: "):
             ask(mirror.archive(), mirror.base(), wanted, cache)
+        assert (cache / mirror.archive().name).exists() is (cache == tmp_path), (
+            "a first asking that failed leaves nothing"
+        )
     finally:
         if other:
             other.close()
