@@ -19,8 +19,8 @@ class LabBusy(SawError):
 
 
 @contextmanager
-def exclusive(build: Path, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Hold the lock of ``build``; a second run ends with a message instead of a mess.
+def exclusive(build: Path, say: Callable[[str], None] = print, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of ``build``; a second run ends with a message instead of a mess, or waits for the first with ``wait``.
 
     What a killed run left working is ended first, and its scratch removed, so that nobody else writes into what is made here.
     """
@@ -35,7 +35,10 @@ def exclusive(build: Path, say: Callable[[str], None] = print) -> Iterator[None]
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise LabBusy("another run uses this build directory", cure="wait for it, or end it") from error
+            if not wait:
+                raise LabBusy("another run uses this build directory", cure="wait for it, or end it") from error
+            say(f"waiting for another run on {build}")
+            fcntl.flock(stream, fcntl.LOCK_EX)
         ended = end_marked(build)
         removed = clear_scratch(build)
         if ended or removed:

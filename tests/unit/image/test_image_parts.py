@@ -22,7 +22,9 @@ from saw.image.base import base_tar, machine_mirrors, read_packages, set_of
 from saw.image.base_os import base_os, variable_file
 from saw.image.build import ImageBuild
 from saw.image.disk import MIB, ImageError, assemble, free_space_needed, lay_out
+from saw.image.package_state import Base
 from saw.image.wheelhouse import for_python, third_party
+from saw.lab.exclusive import exclusive
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lab"))
 from private_ns import private
@@ -185,6 +187,27 @@ def test_the_cache_keeps_the_newest_tree_of_a_kind_and_the_one_before(bootstrap:
         os.utime(made[-1], (number, number))
     assert sorted(cache.glob("*.tar")) == sorted(made[2:])
     assert len(list(cache.iterdir())) == 6
+
+
+def test_the_tar_of_the_hosts_is_made_by_one_and_taken_by_others(
+    bootstrap: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(Archive(), monkeypatch)
+    tree(bootstrap / "tree.tar", package_set().packages)
+    repository = small_repository(bootstrap / "repository")
+    (repository / "packer/packages/host.txt").write_text("openssl\n")
+    options = ["host-tar", "--repository", str(repository), "--build", str(bootstrap / "build")]
+    command = [sys.executable, "-m", "saw.image.build", *options]
+    with exclusive(bootstrap / "build"):
+        other = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert other.stderr is not None
+        assert "waiting for another run" in other.stderr.readline()
+        base = Base(repository / "packer/packages/host.txt", bootstrap / "build/cache", base_os(repository))
+        base.cache.mkdir(parents=True)
+        made = base.tar(package_set())
+        assert image_build.main(options) == 0, "a tar that is there needs no lock"
+        assert capsys.readouterr().out == f"{made}\n"
+    assert other.communicate(timeout=240)[0] == f"{made}\n"
 
 
 # --- base systems ------------------------------------------------------------------------------------------------------
