@@ -15,6 +15,17 @@ endif
 ifdef EDR_SIGNATURES
 export SAW_IMAGE_EDR_SIGNATURES := $(abspath $(EDR_SIGNATURES))
 endif
+# Where the packages of the golden image come from (docs/images.md): FRESH=1 insists on asking, REUSE=1 does not ask, PACKAGES=FILE
+# takes an earlier set; OLDER=1 lets packages be older than before.
+ifneq ($(words $(if $(FRESH),1) $(if $(REUSE),1) $(if $(PACKAGES),1)),0)
+ifneq ($(words $(if $(FRESH),1) $(if $(REUSE),1) $(if $(PACKAGES),1)),1)
+$(error choose one of FRESH=1, REUSE=1, PACKAGES=FILE)
+endif
+export SAW_IMAGE_PACKAGES := $(if $(FRESH),fresh,$(if $(REUSE),reuse,$(abspath $(PACKAGES))))
+endif
+ifdef OLDER
+export SAW_IMAGE_OLDER := $(OLDER)
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help workspace test test-unit test-roles test-e2e lint bench image image-edr-check image-reproducible clean start stop rebuild kill destroy tools tools-python
@@ -32,7 +43,7 @@ tools-python:
 workspace: ## from an empty machine to a governed workspace; prints the control report (needs root)
 	@scripts/workspace.sh
 
-image: tools ## build the golden image, or reuse it; VARIANT=gpu MODULE_KEY=… MODULE_CERTIFICATE=… adds a GPU's driver
+image: tools ## build the golden image with the newest packages, or reuse it; FRESH=1, REUSE=1, VARIANT=gpu: docs/images.md
 	@echo "==> golden image ($(VARIANT)) in $(SAW_BUILD)/images"
 	@.venv/bin/python -m saw.image.build image --build "$(SAW_BUILD)" --variant "$(VARIANT)" --json \
 	  $(if $(MODULE_KEY),--module-key "$(MODULE_KEY)") $(if $(MODULE_CERTIFICATE),--module-certificate "$(MODULE_CERTIFICATE)")

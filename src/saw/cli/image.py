@@ -1,4 +1,4 @@
-"""``saw image``: sign, register, promote, deprecate and revoke golden images."""
+"""``saw image``: sign, register, promote, deprecate, revoke and list golden images, and those that lie on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 import rfc8785
 
 from saw.attest.image_record import PAYLOAD_TYPE, parse_record
-from saw.cli import image_compare, image_scan
+from saw.cli import image_compare, image_local, image_scan
 from saw.cli.operator_options import add_options, fields, show, table
 from saw.cli.policy_signing import add_signing, present, signers_of
 from saw.errors import ConfigError
@@ -115,8 +115,10 @@ _HERE = {
     "scan": image_scan.scan,
     "evidence": image_scan.evidence,
     "compare": image_compare.compare,
+    "local": image_local.local,
+    "prune": image_local.prune,
 }
-"""What needs no broker."""
+"""What is done on this machine; ``prune`` asks the broker by itself."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,4 +144,5 @@ def _parser() -> argparse.ArgumentParser:
     add_options(commands.add_parser("list", help="list registered images"))
     image_scan.add_commands(commands)
     image_compare.add_command(commands)
+    image_local.add_commands(commands)
     return parser

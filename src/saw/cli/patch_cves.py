@@ -19,6 +19,8 @@ from saw.policy.governance import duration
 if TYPE_CHECKING:
     from saw.image.vulnerabilities import Finding, Verdict, Waiver
 
+INCOMPLETE = 3
+"""Exit code of ``saw patch images`` when an image in force could not be judged, whatever became of the others."""
 _COLUMNS = ("image", "state", "age_days", "pending", "open", "workspaces")
 
 
@@ -47,7 +49,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "hosts", nargs="+", type=Path, help="HOST.json: what `saw patch status --json --packages` said there"
     )
     _add_gate(cves)
-    text = "hold images in force, and so their workspaces, against the tracker of today; 1 when one fails (on the controller)"
+    text = (
+        "hold images in force, and so their workspaces, against the tracker of today; 1 when one fails, 3 when one cannot be "
+        "judged (on the controller)"
+    )
     images = commands.add_parser("images", help=text, description=text)
     images.add_argument("images", type=Path, help="folder of images: FOLDER/NAME/sbom/debian.cdx.json")
     images.add_argument(
@@ -99,10 +104,11 @@ def judge_images(options: argparse.Namespace) -> Answer:
         factory = _factory()
         _send(options.syslog, [event for one in reports for event in image_events(one, factory, gate.now)])
     bad = any(one.problems for one in reports)
+    incomplete = [one.name for one in reports if not one.judged]
     rows = [
         {
-            "image": one.name, "state": one.state, "age_days": one.age_days, "pending": one.pending,
-            "open": len(one.open), "workspaces": " ".join(one.workspaces),
+            "image": one.name, "state": one.state, "age_days": one.age_days, "pending": one.pending if one.judged else "?",
+            "open": len(one.open) if one.judged else "?", "workspaces": " ".join(one.workspaces),
         }
         for one in reports
     ]  # fmt: skip
@@ -110,11 +116,12 @@ def judge_images(options: argparse.Namespace) -> Answer:
     lines += [f"problem: {one.name}: {text}" for one in reports for text in one.problems]
     answer: dict[str, Any] = {
         "ok": not bad,
+        "incomplete": incomplete,
         "database_sha256": gate.digest,
         "images": msgspec.to_builtins(reports),
         "workspaces": workspaces_of(reports),
     }
-    return answer, "\n".join(lines), 1 if bad else 0
+    return answer, "\n".join(lines), INCOMPLETE if incomplete else int(bad)
 
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:

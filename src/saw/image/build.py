@@ -6,9 +6,10 @@
     python -m saw.image.build wheelhouse --repository . --build build [--group controller]
     python -m saw.image.build host-tar --repository . --build build
 
-Result: ``build/images/workspace-<digest12>/{image.qcow2, vmlinuz, sbom/, provenance.json, inputs.json, build.json}``, for the
-variant gpu ``workspace-gpu-<digest12>``. The last file is written last: a directory without it is an unfinished build and is
-thrown away by the next.
+Result: ``build/images/workspace-<digest12>/{image.qcow2, vmlinuz, sbom/, provenance.json, packages.json, inputs.json,
+build.json}``, for the variant gpu ``workspace-gpu-<digest12>``. A directory gets its name when all of it is there; what has
+another name (``.workspace-….partial``) is an unfinished build and is thrown away by the next. A finished image is never
+replaced, and removed only when nothing uses it (saw.image.usage).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,15 +33,18 @@ import msgspec
 from saw.errors import SawError
 from saw.files import write_atomic
 from saw.image import inputs as image_inputs
-from saw.image.base import base_tar
+from saw.image import package_state, usage
 from saw.image.base_os import base_os, variable_file
-from saw.image.disk import ImageError, assemble, free_space_needed, run
+from saw.image.disk import ImageError, assemble, digest_of, free_space_needed, run
 from saw.image.edr import NONE, PROVIDERS, VARIABLE, ImageEdr, chosen, variables_file
+from saw.image.finished import Finished, GoldenImage, finished_in, made_of, packages_of, why
+from saw.image.packages import FILE, PackageSet, write_set
 from saw.image.provenance import Build, write_provenance
 from saw.image.sbom import Sources, make_sboms
 from saw.image.settle import ENVIRONMENT, settled_umask
 from saw.image.variant import CPU, VARIANTS, ModuleKey, Variant, certificate_digest, key_for, variant_of
 from saw.image.wheelhouse import wheelhouse
+from saw.lab.exclusive import exclusive
 from saw.lab.nspawn import LabNetwork, LightHost, known_hosts, login_key_of
 
 Say = Callable[[str], None]
@@ -47,28 +52,12 @@ NEED_BYTES = 3 * 1024**3
 """Free space that one build takes at most: the tree, the root file system, the raw disk and the image at the same time."""
 
 
-class GoldenImage(msgspec.Struct, frozen=True):
-    """A finished image on this machine."""
-
-    name: str
-    directory: str
-    image: str
-    image_sha256: str
-    inputs_digest: str
-    created: str
-    seconds: float
-    kernel: str
-    variant: str = "cpu"
-    evidence: dict[str, str] = msgspec.field(default_factory=dict)
-    """Files beside the image (path → SHA-256): bills of materials and provenance."""
-
-
 @dataclass(frozen=True)
 class ImageBuild:
     """One build: where the repository and the build directory are, how to report progress, what variant is built, and what is
     chosen of EDR.
 
-    ``module_key`` is what the variant ``gpu`` signs its kernel modules with.
+    ``module_key`` is what the variant ``gpu`` signs its kernel modules with; ``choice`` says where the packages come from.
     """
 
     repository: Path
@@ -78,64 +67,76 @@ class ImageBuild:
     variant: Variant = CPU
     module_key: ModuleKey | None = None
     edr: ImageEdr = NONE
+    choice: package_state.Choice = package_state.Choice()  # noqa: RUF009 - frozen value object
 
     @property
     def images(self) -> Path:
         """Directory of finished images."""
         return self.build / "images"
 
-    def latest(self) -> tuple[GoldenImage, image_inputs.Inputs] | None:
+    @property
+    def base(self) -> package_state.Base:
+        """What the base tree of the image is made of."""
+        system, packer = base_os(self.repository), self.repository / "packer"
+        more = packer / self.edr.packages if self.edr.packages else None
+        return package_state.Base(packer / system.packages, self.build / "cache", system, self.variant, more)
+
+    def latest(self) -> Finished | None:
         """Return the newest finished image of the variant with these options and its inputs, or None."""
-        found = [item for item in self._finished() if self._is_ours(*item)]
-        return max(found, key=lambda item: item[0].created) if found else None
+        return next(iter(self.ours()), None)
+
+    def ours(self) -> list[Finished]:
+        """Return all finished images of the variant with these options and their inputs, the newest first."""
+        found = [item for item in finished_in(self.images) if self._is_ours(*item)]
+        return sorted(found, key=lambda item: item[0].created, reverse=True)
+
+    def sources(self) -> image_inputs.Inputs:
+        """Return the present inputs but for the packages."""
+        given = {"module-certificate": certificate_digest(self.module_key)} if self.module_key else {}
+        return image_inputs.collect(self.repository, self.variant, given, self.edr)
+
+    def matching(self) -> GoldenImage | None:
+        """Return the newest image that was made of the present sources, whatever its packages, or None."""
+        sources = self.sources()
+        return next((image for image, inputs in self.ours() if made_of(inputs, sources)), None)
 
     def _is_ours(self, image: GoldenImage, inputs: image_inputs.Inputs) -> bool:
         return image.variant == self.variant.name and inputs.options == self.edr.options
 
-    def _finished(self) -> list[tuple[GoldenImage, image_inputs.Inputs]]:
-        found = []
-        for record in self.images.glob("workspace-*/build.json"):
-            try:
-                image = msgspec.json.decode(record.read_bytes(), type=GoldenImage)
-                inputs = msgspec.json.decode(record.with_name("inputs.json").read_bytes(), type=image_inputs.Inputs)
-            except (OSError, msgspec.DecodeError):
-                continue
-            if Path(image.image).exists():
-                found.append((image, inputs))
-        return found
-
     def ensure(self) -> tuple[GoldenImage, str]:
-        """Return the image for the present inputs and the reason why it was built or reused."""
-        given = {"module-certificate": certificate_digest(self.module_key)} if self.module_key else {}
-        inputs = image_inputs.collect(self.repository, self.variant, given, self.edr)
-        newest = self.latest()
-        if newest and newest[1].digest == inputs.digest:
-            return newest[0], f"reused: the inputs have not changed (digest {inputs.digest[:12]})"
-        if newest:
-            changed = inputs.changed_since(newest[1])
-            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-            reason = f"rebuilt: {', '.join(changed[:5])}{more} changed"
-        else:
-            reason = "built: there is no finished image yet"
-        self.say(f"golden image will be {reason}")
-        return self.make(inputs), reason
+        """Return the image for the present inputs, packages included, and the reason why it was built or reused."""
+        sources, ours = self.sources(), self.ours()
+        matching = next((item for item in ours if made_of(item[1], sources)), None)
+        if matching and self.choice.mode == "reuse" and not self.choice.pinned and packages_of(matching[0]) is None:
+            return matching[0], f"reused: the inputs have not changed (digest {matching[1].digest[:12]})"
+        newest = packages_of(ours[0][0]) if ours else None
+        packages, note = package_state.settle(
+            self.base, self.choice, newest, packages_of(matching[0]) if matching else None
+        )
+        inputs = sources.given(image_inputs.PACKAGES, packages.digest)
+        same = next((image for image, theirs in ours if theirs.digest == inputs.digest), None)
+        if same:
+            return same, f"reused: the inputs have not changed (digest {inputs.digest[:12]}); {note}"
+        reason = why(inputs, packages, ours[0][1], newest) if ours else "built: there is no finished image yet"
+        self.say(f"golden image will be {reason}; {note}")
+        return self.make(inputs, packages), reason
+
+    def news(self, image: GoldenImage) -> None:
+        """Say what ``image`` lacks by now; the archive is asked once a day."""
+        package_state.news(self.base, packages_of(image), self.say)
 
     @settled_umask()
-    def make(self, inputs: image_inputs.Inputs) -> GoldenImage:
-        """Build the image for ``inputs``."""
+    def make(self, inputs: image_inputs.Inputs, packages: PackageSet) -> GoldenImage:
+        """Build the image for ``inputs`` with ``packages``; a finished one is never replaced."""
         begin, begun = time.monotonic(), _now()
         name = f"{self.variant.prefix}{inputs.digest[:12]}"
         target = self.images / name
-        if target.exists():
-            shutil.rmtree(target)
+        self._make_way(target)
         free_space_needed(self.build, NEED_BYTES * (1 if self.variant == CPU else 2))
         cache = self.build / "cache"
         cache.mkdir(parents=True, exist_ok=True)
-        system = base_os(self.repository)
-        packages = self.repository / "packer" / system.packages
         self.say("  base tree from the distribution's packages")
-        more = self.repository / "packer" / self.edr.packages if self.edr.packages else None
-        base = base_tar(packages, cache, system, self.variant, more)
+        base = self.base.tar(packages)
         self.say("  offline wheelhouse for /opt/saw")
         wheels = wheelhouse(self.repository, cache)
         self.say("  MCP servers")
@@ -158,31 +159,42 @@ class ImageBuild:
             shutil.copyfile(host.root / f"boot/vmlinuz-{disk['kernel']}", work / "vmlinuz")
             write_atomic(work / "inputs.json", msgspec.json.encode(inputs))
             self.say("  bills of materials and provenance")
-            bills = make_sboms(Sources(host.root, wheels, servers), work, name=name, seed=inputs.digest)
-            made = Build(name, disk["sha256"], inputs, system.suite, base, wheels, begun, _now(), self.variant.name)
+            write_set(work / FILE, packages)
+            bills = {
+                **make_sboms(Sources(host.root, wheels, servers), work, name=name, seed=inputs.digest),
+                FILE: digest_of(work / FILE),
+            }
+            made = Build(name, disk["sha256"], inputs, packages, base, wheels, begun, _now(), self.variant.name)
             evidence = {**bills, **write_provenance(made, bills, work)}
         finally:
             host.down(purge=True)
             self.network.down()
-        os.replace(work, target)
         image = GoldenImage(
             name, str(target), str(target / "image.qcow2"), disk["sha256"], inputs.digest,
-            _now(), round(time.monotonic() - begin, 1), disk["kernel"], self.variant.name, evidence,
+            _now(), round(time.monotonic() - begin, 1), disk["kernel"], self.variant.name, evidence, packages.note(),
         )  # fmt: skip
-        write_atomic(target / "build.json", msgspec.json.format(msgspec.json.encode(image)))
-        self.prune(keep=target)
+        write_atomic(work / "build.json", msgspec.json.format(msgspec.json.encode(image)))
+        os.replace(work, target)  # from here on it is finished, and not before
+        self.prune(name)
         return image
 
-    def prune(self, keep: Path) -> None:
-        """Keep the two newest images of the variant with these options; throw away what interrupted builds left."""
-        for unfinished in self.images.glob(".workspace-*.partial"):
-            shutil.rmtree(unfinished, ignore_errors=True)
-        others = {image.name for image, inputs in self._finished() if not self._is_ours(image, inputs)}
-        ours = [path for path in self.images.glob("workspace-*") if variant_prefix(path.name) == self.variant.prefix]
-        kept = [path for path in ours if path.name not in others]
-        for old in sorted(kept, key=lambda path: path.stat().st_mtime)[:-2]:
-            if old != keep:
-                shutil.rmtree(old, ignore_errors=True)
+    def _make_way(self, target: Path) -> None:
+        """Remove what lies where an image will be, if that is no finished one and nothing uses it."""
+        if not target.exists():
+            return
+        if target.name in {image.name for image, _ in finished_in(self.images)}:
+            raise ImageError(f"{target} is a finished image", cure="take it as it is, or move it away")
+        used = usage.uses_of([target], self.build)[target.name]
+        if used:
+            raise ImageError(
+                f"{target} is no whole image any more, and is used: {'; '.join(used)}",
+                cure="restore its build.json and inputs.json from a copy, or move the folder away",
+            )
+        usage.remove(target)
+
+    def prune(self, *named: str) -> list[usage.Image]:
+        """Remove images of the variant with these options that nothing uses; see :func:`saw.image.usage.prune`."""
+        return usage.prune(self.build, [image.name for image, _ in self.ours()], self.say, named=named)
 
     def mcp_servers(self, cache: Path) -> Path:
         """Install the locked MCP servers (npm) once per lock content; return the directory with node_modules."""
@@ -266,6 +278,10 @@ def main(argv: list[str] | None = None) -> int:
             sub.add_argument("--edr", choices=PROVIDERS, help=f"endpoint detection of the image (or {VARIABLE})")
             sub.add_argument("--edr-variables", help="variables of the role edr, a YAML file")
             sub.add_argument("--edr-signatures", help="signatures of ClamAV for EDR=embedded, a folder")
+        if verb in {"image", "host-tar"}:
+            sub.add_argument(
+                "--packages", metavar="HOW", help=f"ask, fresh, reuse, or a packages.json ({package_state.VARIABLE})"
+            )
         if verb == "wheelhouse":
             sub.add_argument("--group", help="a dependency group that is wanted besides, such as controller")
     disk = verbs.add_parser("assemble")
@@ -279,13 +295,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{made.path}: sha256 {made.sha256}")
             return 0
         repository, build = options.repository.resolve(), options.build.resolve()
+        quiet: Say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
         if options.verb == "wheelhouse":
             print(wheelhouse(repository, build / "cache", options.group))
         elif options.verb == "host-tar":
-            (build / "cache").mkdir(parents=True, exist_ok=True)
-            print(base_tar(repository / "packer/packages/host.txt", build / "cache", base_os(repository)))
+            base = package_state.Base(repository / "packer/packages/host.txt", build / "cache", base_os(repository))
+            print(_host_tar(base, _choice(options, "reuse"), lambda: exclusive(build, quiet, wait=True)))
         else:
-            quiet: Say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
             said = {
                 VARIABLE: options.edr, f"{VARIABLE}_VARIABLES": options.edr_variables,
                 f"{VARIABLE}_SIGNATURES": options.edr_signatures,
@@ -293,7 +309,11 @@ def main(argv: list[str] | None = None) -> int:
             edr = chosen({**os.environ, **{name: value for name, value in said.items() if value is not None}})
             variant = variant_of(options.variant)
             key = key_for(variant, options.module_key, options.module_certificate)
-            image, reason = ImageBuild(repository, build, quiet, variant=variant, module_key=key, edr=edr).ensure()
+            choice = _choice(options, "ask")
+            with exclusive(build, quiet):
+                image, reason = ImageBuild(
+                    repository, build, quiet, variant=variant, module_key=key, edr=edr, choice=choice
+                ).ensure()
             answer = {
                 "ok": True,
                 "changed": not reason.startswith("reused"),
@@ -305,6 +325,23 @@ def main(argv: list[str] | None = None) -> int:
         print(f"image build: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _host_tar(
+    base: package_state.Base, choice: package_state.Choice, lock: Callable[[], AbstractContextManager[None]]
+) -> Path:
+    """Return the tar of the light hosts; several tests ask for it at the same time, and one of them makes it."""
+    known = base.known()
+    if known and choice == package_state.Choice("reuse"):
+        return base.tar(known[0])
+    with lock():
+        base.cache.mkdir(parents=True, exist_ok=True)
+        return base.tar(package_state.settle(base, choice, known[0] if known else None)[0])
+
+
+def _choice(options: argparse.Namespace, default: str) -> package_state.Choice:
+    said = {package_state.VARIABLE: options.packages} if options.packages else {}
+    return package_state.chosen(default, {**os.environ, **said})
 
 
 if __name__ == "__main__":

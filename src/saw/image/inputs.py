@@ -31,6 +31,8 @@ ROOTS = (
 IGNORED = {"__pycache__", "node_modules", "molecule", "tests", "README.md"}
 INCLUDED = {"src/saw/lab/__init__.py", "src/saw/lab/engagement.py"}
 """What the image does run out of the excluded packages below."""
+PACKAGES = "packages"
+"""Name of the input that is the digest of the package set (saw.image.packages)."""
 EXCLUDED_PACKAGES = ("src/saw/lab/", "src/saw/broker/", "src/saw/gateway/", "src/saw/vm/")
 """Parts of the distribution that no program of the workspace image runs; changing them does not rebuild the image."""
 
@@ -41,6 +43,11 @@ class Inputs(msgspec.Struct, frozen=True, omit_defaults=True):
     digest: str
     files: dict[str, str]
     options: dict[str, str] = {}
+
+    def given(self, name: str, digest: str) -> Inputs:
+        """Return these inputs with one more, by a name that is no path (SHA-256)."""
+        files = {**self.files, name: digest}
+        return Inputs(_digest(files, self.options), files, self.options)
 
     def changed_since(self, older: Inputs) -> list[str]:
         """Return the paths that were added, changed or removed."""
@@ -69,6 +76,10 @@ def collect(
                 continue
             files[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     files |= {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in edr.files().items()}
+    return Inputs(_digest(files, edr.options), files, edr.options)
+
+
+def _digest(files: dict[str, str], options: dict[str, str]) -> str:
     listed = "".join(f"{name}\0{files[name]}\n" for name in sorted(files))
-    listed += "".join(f"{name}={value}\n" for name, value in sorted(edr.options.items()))
-    return Inputs(hashlib.sha256(listed.encode()).hexdigest(), files, edr.options)
+    listed += "".join(f"{name}={value}\n" for name, value in sorted(options.items()))
+    return hashlib.sha256(listed.encode()).hexdigest()

@@ -14,7 +14,8 @@ import rfc8785
 from saw import __version__
 from saw.files import write_atomic
 from saw.image.disk import digest_of
-from saw.image.inputs import Inputs
+from saw.image.inputs import PACKAGES, Inputs
+from saw.image.packages import PackageSet
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
@@ -25,12 +26,12 @@ FILE = "provenance.json"
 
 @dataclass(frozen=True)
 class Build:
-    """One finished build: image name and SHA-256, its inputs, the base tree's archive, the wheelhouse, and when (RFC 3339)."""
+    """One finished build: image name and SHA-256, its inputs, packages, the base tree's archive, wheels, and when (RFC 3339)."""
 
     name: str
     image_sha256: str
     inputs: Inputs
-    suite: str
+    packages: PackageSet
     base: Path
     wheels: Path
     begun: str
@@ -40,10 +41,16 @@ class Build:
 
 def statement(build: Build, byproducts: dict[str, str]) -> dict[str, Any]:
     """Return the statement; ``byproducts`` are files beside the image (path → SHA-256), the bills of materials."""
-    parameters = {"suite": build.suite, "inputs_digest": build.inputs.digest}
+    parameters: dict[str, Any] = {
+        "suite": build.packages.suite, "inputs_digest": build.inputs.digest, "packages": build.packages.note(),
+    }  # fmt: skip
     if build.variant != "cpu":
         parameters["variant"] = build.variant
-    materials = [{"uri": f"file:{path}", "digest": {"sha256": digest}} for path, digest in build.inputs.files.items()]
+    materials = [
+        {"uri": f"file:{path}", "digest": {"sha256": digest}}
+        for path, digest in build.inputs.files.items()
+        if path != PACKAGES
+    ]
     materials.append({"uri": f"file:{build.base.name}", "digest": {"sha256": digest_of(build.base)}})
     materials += [
         {"uri": f"file:{wheel.name}", "digest": {"sha256": digest_of(wheel)}} for wheel in _wheels(build.wheels)

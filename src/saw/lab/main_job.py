@@ -17,10 +17,12 @@ import msgspec
 
 from saw.errors import SawError, UnavailableError
 from saw.files import StorageError, describe_file_system, storage_error, takes_no_more
+from saw.image.finished import GoldenImage
 from saw.lab.evidence import attestation, head, trail
 from saw.lab.preflight import preflight
 from saw.lab.process import wait_for
 from saw.lab.report import Report
+from saw.lab.retire import retire_images
 from saw.lab.steps import Progress
 from saw.lab.topology import Lab
 from saw.lab.up import Bringup, boot_seconds, exclusive
@@ -137,6 +139,7 @@ def steps(lab: Lab, progress: Progress, report: Report, *, keep_image: bool) -> 
         shown = job.saw("workspace", "show", workspace)
         report.workspace = {**shown, "boot_seconds": boot_seconds(job, shown, started)}
         report.accelerator = accelerator(job)
+        tidy(job, image)
     with progress.step("attach with a certificate of minutes"):
         report.workspace["attach"] = job.attach(workspace)
     with progress.step("demonstration engagement in the sandbox"):
@@ -144,6 +147,14 @@ def steps(lab: Lab, progress: Progress, report: Report, *, keep_image: bool) -> 
     with progress.step("audit trail"):
         report.audit = job.client().request("GET", "/v1/audit/verify")
         report.attestation = attested(job, workspace, str(release["policy_digest"]))
+
+
+def tidy(job: Bringup, image: GoldenImage) -> None:
+    """Remove images that the lab has gone past; what stands in the way of that is told, and no failure of the run."""
+    try:
+        retire_images(job.lab.build, job.saw, job.progress.say, image)
+    except (SawError, OSError) as error:
+        job.progress.say(f"older images stay: {error}")
 
 
 def converge(job: Bringup) -> str:

@@ -7,13 +7,12 @@ import shutil
 from pathlib import Path
 
 from saw.errors import UnavailableError
-from saw.image import inputs
 from saw.image.base import NEED_BYTES as NEED_BASE
-from saw.image.base import base_path
 from saw.image.base_os import base_os
 from saw.image.build import NEED_BYTES as NEED_IMAGE
 from saw.image.build import ImageBuild
 from saw.image.edr import chosen
+from saw.image.package_state import Base
 from saw.lab.process import run
 from saw.lab.topology import WORKSPACE, Lab
 
@@ -77,16 +76,14 @@ def still_needed(lab: Lab) -> dict[str, int]:
     """
     needed: dict[str, int] = {}
     cache, system = lab.build / "cache", base_os(lab.repository)
-    edr, packages = chosen(), lab.repository / "packer"
-    newest = ImageBuild(lab.repository, lab.build, edr=edr).latest()
-    if newest is None or newest[1].digest != inputs.collect(lab.repository, edr=edr).digest:
+    build = ImageBuild(lab.repository, lab.build, edr=chosen())
+    if build.matching() is None:
         needed["golden image"] = NEED_MIB["image"]
-        more = packages / edr.packages if edr.packages else None
-        if not base_path(packages / system.packages, cache, system, more=more).exists():
+        if not build.base.known():
             needed["packages of the image"] = NEED_MIB["packages"]
         if not list(cache.glob("mcp-*")):
             needed["MCP servers"] = NEED_MIB["mcp"]
-    if not base_path(lab.repository / "packer/packages/host.txt", cache, system).exists():
+    if not Base(lab.repository / "packer/packages/host.txt", cache, system).known():
         needed["packages of the hosts"] = NEED_MIB["packages"]
     if not list(cache.glob("wheels-*")):
         needed["Python wheels"] = NEED_MIB["wheels"]

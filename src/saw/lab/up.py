@@ -5,14 +5,12 @@ Every step ensures a state and may be repeated: after Ctrl-C or kill -9 the next
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,18 +19,19 @@ from saw.attest.verifier import RELEASED_PCRS
 from saw.broker.client import OperatorClient
 from saw.errors import SawError, UnavailableError
 from saw.files import write_atomic
-from saw.image.base import base_tar
+from saw.image import package_state
 from saw.image.base_os import base_os
-from saw.image.build import GoldenImage, ImageBuild
+from saw.image.build import ImageBuild
 from saw.image.edr import chosen
+from saw.image.finished import GoldenImage
 from saw.image.wheelhouse import wheelhouse
 from saw.lab import demo_pki
+from saw.lab.exclusive import exclusive as hold
 from saw.lab.image_release import release_image
 from saw.lab.nspawn import login_key_of
 from saw.lab.playbook import PlaybookRun, run_playbook
 from saw.lab.process import run
 from saw.lab.steps import Progress
-from saw.lab.strays import MARK, clear_scratch, end_marked, mark_children
 from saw.lab.topology import BASTION_PORT, ENTERPRISE_NAMES, TRUST_DOMAIN, WORKSPACE, Lab
 
 DELEGATION = {
@@ -48,39 +47,9 @@ DELEGATION = {
 """What the agent of the demonstration workspace is handed: less than its policy allows, which the engagement shows."""
 
 
-class LabBusy(SawError):
-    """Another run holds the lab."""
-
-    code = "lab_busy"
-
-
-@contextmanager
-def exclusive(lab: Lab) -> Iterator[None]:
+def exclusive(lab: Lab) -> AbstractContextManager[None]:
     """Hold the lab's lock; a second run ends with a message instead of a mess."""
-    try:
-        lab.build.mkdir(parents=True, exist_ok=True)
-        lock = (lab.build / ".lock").open("w", encoding="ascii")
-    except OSError as error:
-        raise UnavailableError(
-            f"cannot write in {lab.build}: {error.strerror}", cure="run it with sudo, and look at the disk's free space"
-        ) from error
-    with lock as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LabBusy("another run uses this build directory", cure="wait for it, or end it") from error
-        ended = end_marked(lab.build)
-        removed = clear_scratch(lab.build)
-        if ended or removed:
-            print(f"an earlier run was cut off: {ended} processes of it ended, {len(removed)} scratch folders removed")
-        before = os.environ.get(MARK)
-        mark_children(lab.build)
-        try:
-            yield
-        finally:
-            os.environ.pop(MARK)
-            if before is not None:
-                os.environ[MARK] = before
+    return hold(lab.build)
 
 
 class Bringup:
@@ -117,18 +86,24 @@ class Bringup:
     # --- steps -------------------------------------------------------------------------------------------------------
 
     def image(self, *, keep: bool = False) -> GoldenImage:
-        """Build or reuse the golden image; ``keep`` takes the newest finished one as it is."""
-        build = ImageBuild(self.lab.repository, self.lab.build, self.progress.say, edr=chosen())
+        """Build or reuse the golden image; ``keep`` takes the newest finished one as it is.
+
+        The archive is not asked for newer packages unless that was chosen; what waits is told (docs/decisions/0059).
+        """
+        choice = package_state.chosen("reuse")
+        build = ImageBuild(self.lab.repository, self.lab.build, self.progress.say, edr=chosen(), choice=choice)
         newest = build.latest() if keep else None
         image, reason = (newest[0], "kept as asked") if newest else build.ensure()
         self.progress.say(f"golden image {image.name}: {reason}")
+        build.news(image)
         return image
 
     def start_hosts(self) -> Path:
         """Start the light hosts; return the wheelhouse."""
         cache = self.lab.build / "cache"
         cache.mkdir(parents=True, exist_ok=True)
-        tar = base_tar(self.lab.repository / "packer/packages/host.txt", cache, base_os(self.lab.repository))
+        base = package_state.Base(self.lab.repository / "packer/packages/host.txt", cache, base_os(self.lab.repository))
+        tar = base.tar(package_state.settle(base, package_state.Choice("reuse"))[0])
         wheels = wheelhouse(self.lab.repository, cache)
         for host in self.hosts.values():
             host.up(tar)

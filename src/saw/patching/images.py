@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from saw.audit.events import EventFactory, Subject
-from saw.errors import UnavailableError
+from saw.errors import SawError, UnavailableError
 from saw.image.disk import digest_of
 from saw.image.vulnerabilities import Finding, Verdict
 from saw.patching.findings import STANDARD
@@ -55,7 +55,8 @@ class Runs(msgspec.Struct, frozen=True):
 class ImageReport(msgspec.Struct, frozen=True):
     """What one image in force has: ``pending`` counts source packages that lack a released fix, ``age_days`` whole days.
 
-    ``problems`` is empty while it passes the gate, is not overdue, and could be looked at.
+    ``problems`` is empty while it passes the gate, is not overdue, and could be looked at. ``judged`` is false when it could not
+    be: nothing is known of its packages then.
     """
 
     name: str
@@ -68,6 +69,7 @@ class ImageReport(msgspec.Struct, frozen=True):
     problems: tuple[str, ...]
     open: tuple[Finding, ...] = ()
     waived: tuple[Finding, ...] = ()
+    judged: bool = True
 
 
 def in_force(
@@ -97,11 +99,15 @@ def bill_of(record: Record, images: Path) -> tuple[Path | None, str]:
     bill = images / record.name / BILL
     wanted = record.evidence.get(BILL)
     if wanted is None:
-        return None, "its record names no bill of Debian packages"
+        return None, "its record names no bill of Debian packages (build, sign and register a newer image)"
     if not bill.is_file():
-        return None, f"its bill {bill} is not there"
+        gone = "the image is gone from there" if not bill.parents[1].is_dir() else "the image is there without it"
+        return None, (
+            f"its bill {bill} is not there, {gone} (copy {BILL} of it there from where it was built or kept; "
+            "or move its workspaces to a newer image, then deprecate it)"
+        )
     if digest_of(bill) != wanted:
-        return None, f"{bill} is not the bill that its record names"
+        return None, f"{bill} is not the bill that its record names (copy the one there that was signed)"
     return bill, ""
 
 
@@ -114,7 +120,10 @@ def report_on(
     longest: timedelta,
     now: datetime,
 ) -> ImageReport:
-    """Report on one image: ``judged`` holds a bill against the advisories; an image older than ``longest`` is overdue."""
+    """Report on one image: ``judged`` holds a bill against the advisories; an image older than ``longest`` is overdue.
+
+    An image that cannot be judged is a report with that problem and no error, so that the others are judged all the same.
+    """
     age = now - record.created
     problems: list[str] = []
     if age > longest:
@@ -124,8 +133,12 @@ def report_on(
     if now >= record.not_after:
         problems.append(f"its record counts no longer since {record.not_after:%Y-%m-%d}")
     bill, why = bill_of(record, images)
-    verdict = Verdict((), (), (), ()) if bill is None else judged(bill)
-    problems += [why] if bill is None else verdict.problems
+    verdict = Verdict((), (), (), ())
+    try:
+        verdict = judged(bill) if bill else verdict
+    except SawError as error:
+        bill, why = None, str(error)
+    problems += [f"not judged: {why}"] if bill is None else verdict.problems
     return ImageReport(
         name=record.name,
         image_sha256=record.image_sha256,
@@ -137,6 +150,7 @@ def report_on(
         problems=tuple(problems),
         open=verdict.open,
         waived=verdict.waived,
+        judged=bill is not None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from broker_rig import Lab, image_record
 from saw.audit import validate
 from saw.cli.patch import main
 from saw.errors import SawError
-from saw.image.disk import digest_of
+from saw.image.disk import ImageError, digest_of
 from saw.patching.vulnerable import Source, Told, bill_of
 
 pytestmark = pytest.mark.control("P0-02")
@@ -136,14 +137,43 @@ def test_a_bill_that_is_not_the_records_does_not_count(
     fleet.image("no-bill-named", "1:10.0p1-7", bill=False)
     database = tracker(tmp_path / "today.json")
     code, told = fleet.asked(capsys, database)
-    assert [one["problems"] for one in told["images"]] == [[], ["its record names no bill of Debian packages"]]
+    assert (code, told["incomplete"]) == (3, ["no-bill-named"])
+    assert [len(one["problems"]) for one in told["images"]] == [0, 1]
+    assert told["images"][1]["problems"][0].startswith("not judged: its record names no bill of Debian packages (")
     file = tmp_path / "images/kept" / BILL
     file.write_text(file.read_text().replace("1:10.0p1-7", "1:10.0p1-9"))
     code, told = fleet.asked(capsys, database)
-    assert (code, "is not the bill that its record names" in told["images"][0]["problems"][0]) == (1, True)
-    file.unlink()
+    assert (code, "is not the bill that its record names" in told["images"][0]["problems"][0]) == (3, True)
+
+
+def test_an_image_whose_bill_is_gone_is_named_with_a_cure_and_the_others_are_judged(
+    fleet: Fleet, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("gone", "kept", "fine"):
+        fleet.image(name, "1:10.0p1-8" if name == "fine" else "1:10.0p1-7")
+    fleet.workspace("ws-a", "gone")
+    shutil.rmtree(tmp_path / "images/gone")
+    database = tracker(tmp_path / "today.json", openssh=FIXED)
     code, told = fleet.asked(capsys, database)
-    assert (code, "is not there" in told["images"][0]["problems"][0]) == (1, True)
+    found = {one["name"]: one for one in told["images"]}
+    assert (code, told["ok"], told["incomplete"]) == (3, False, ["gone"])
+    assert (found["gone"]["judged"], found["gone"]["workspaces"]) == (False, ["ws-a"])
+    assert "is not there, the image is gone from there (copy sbom/debian.cdx.json" in found["gone"]["problems"][0]
+    assert found["kept"]["problems"] == ["CVE-2026-1 in openssh 1:10.0p1-7 is fixed in 1:10.0p1-8"]
+    assert found["fine"]["problems"] == []
+    fleet.broker.move_image("gone", "deprecated")
+    fleet.broker.step("ws-a", "decommissioned")
+    code, told = fleet.asked(capsys, database)
+    assert (code, told["incomplete"]) == (1, []), "the cure worked"
+
+    def broken(bill: Path, *_: object) -> tuple[()]:
+        if "/kept/" in str(bill):
+            raise ImageError("debsbom cannot read it")
+        return ()
+
+    monkeypatch.setattr("saw.image.vulnerabilities.scan", broken)
+    code, told = fleet.asked(capsys, database)
+    assert (code, told["incomplete"]) == (3, ["kept"])
 
 
 def test_what_is_open_can_be_waived_and_the_gate_is_that_of_images(

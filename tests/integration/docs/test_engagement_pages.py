@@ -164,6 +164,7 @@ def test_the_page_on_images(desk: tuple[Lab, Path]) -> None:
     del record["not_after"]
     make_evidence(folder, record)
     (folder / "image.release.json").write_text(json.dumps(record))
+    (folder / "build/images").mkdir(parents=True)
     form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     for name, key in zip(("officer-a", "officer-b"), lab.officers.keys, strict=False):
         write_private(folder / f"{name}.key", key.private_bytes(*form))

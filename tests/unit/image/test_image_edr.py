@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from image_rig import Archive, finished, install, package_set, small_repository
 
 from saw.edr import clamav
 from saw.errors import ConfigError
@@ -14,7 +15,7 @@ from saw.image import edr as image_edr
 from saw.image import inputs as image_inputs
 from saw.image.base import base_path
 from saw.image.base_os import base_os
-from saw.image.build import GoldenImage, ImageBuild
+from saw.image.build import ImageBuild
 from saw.image.edr import NONE, ImageEdr, chosen, variables_file
 from saw.image.provenance import Build, statement
 
@@ -41,10 +42,14 @@ def variables(tmp_path: Path, text: str) -> Path:
 
 
 def repository(tmp_path: Path) -> Path:
-    root = tmp_path / "repository"
-    (root / "packer").mkdir(parents=True)
+    root = small_repository(tmp_path / "repository")
     (root / "packer/a.txt").write_text("a")
     return root
+
+
+OURS = {
+    "packer/a.txt", "packer/packages/edr.txt", "packer/packages/workspace.txt", "packer/pkrvars/debian-13.pkrvars.hcl",
+}  # fmt: skip
 
 
 def test_an_image_without_a_choice_is_what_it_was(tmp_path: Path) -> None:
@@ -52,11 +57,8 @@ def test_an_image_without_a_choice_is_what_it_was(tmp_path: Path) -> None:
     assert chosen({}) == chosen({"SAW_IMAGE_EDR": ""}) == chosen({"SAW_IMAGE_EDR": "none"}) == NONE
     plain = image_inputs.collect(root)
     assert plain == image_inputs.collect(root, edr=NONE)
-    assert plain.files.keys() == {"packer/a.txt"}
+    assert plain.files.keys() == OURS
     assert json.loads(variables_file(NONE)) == {"workspace_converge_edr": "none"}
-    system = base_os(ROOT)
-    listing = ROOT / "packer" / system.packages
-    assert base_path(listing, tmp_path, system) == base_path(listing, tmp_path, system, more=None)
     assert NONE.packages == ""
 
 
@@ -67,12 +69,12 @@ def test_what_is_chosen_is_an_input_with_each_of_its_files(tmp_path: Path, signa
     edr = ImageEdr("embedded", variables(tmp_path, "edr_scan_minutes: 30\n"), signatures)
     full = image_inputs.collect(root, edr=edr)
     assert full.options == {"edr": "embedded"}
-    assert full.files.keys() == {"packer/a.txt", "edr/variables.yml", "edr/signatures/test.hdb"}
+    assert full.files.keys() == OURS | {"edr/variables.yml", "edr/signatures/test.hdb"}
     seen.add(full.digest)
     (signatures / "test.hdb").write_text("1" * 32 + ":68:Test\n")
     seen.add(image_inputs.collect(root, edr=edr).digest)
     agent = ImageEdr("vendor_package", variables(tmp_path, AGENT))
-    assert image_inputs.collect(root, edr=agent).files.keys() == {"packer/a.txt", "edr/variables.yml", "edr/agent.deb"}
+    assert image_inputs.collect(root, edr=agent).files.keys() == OURS | {"edr/variables.yml", "edr/agent.deb"}
     seen.add(image_inputs.collect(root, edr=agent).digest)
     (tmp_path / "agent.deb").write_bytes(b"another package")
     seen.add(image_inputs.collect(root, edr=agent).digest)
@@ -85,7 +87,7 @@ def test_the_provenance_that_the_release_record_names_tells_the_choice(tmp_path:
 
     def told(edr: ImageEdr) -> object:
         inputs = image_inputs.collect(repository(tmp_path / edr.provider), edr=edr)
-        made = Build("workspace-a", "0" * 64, inputs, "trixie", base, tmp_path, "a", "b")
+        made = Build("workspace-a", "0" * 64, inputs, package_set(), base, tmp_path, "a", "b")
         return statement(made, {})["predicate"]["buildDefinition"]["externalParameters"].get("edr")
 
     assert (told(ImageEdr("embedded")), told(NONE)) == ("embedded", None)
@@ -118,7 +120,9 @@ def test_the_packages_of_the_image_are_those_of_the_role() -> None:
     system = base_os(ROOT)
     listing = ROOT / "packer" / system.packages
     more = ROOT / "packer" / ImageEdr("embedded").packages
-    assert base_path(listing, Path(), system, more=more) != base_path(listing, Path(), system)
+    assert base_path(listing, Path(), system, package_set(), more=more) != base_path(
+        listing, Path(), system, package_set()
+    )
     assert image_edr.SIGNATURES == clamav.SIGNATURES
 
 
@@ -162,34 +166,24 @@ def test_signatures_that_are_not_there_are_refused(tmp_path: Path, signatures: P
         ImageEdr("vendor_package", None, signatures)
 
 
-def test_images_with_and_without_stand_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_with_and_without_stand_beside_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = repository(tmp_path)
     builds = {edr.provider: ImageBuild(root, tmp_path / "build", lambda _: None, edr=edr)
               for edr in (NONE, ImageEdr("embedded"))}  # fmt: skip
-    images = {}
-    for number, (provider, build) in enumerate(builds.items()):
-        inputs = image_inputs.collect(root, edr=build.edr)
-        target = build.images / f"workspace-{inputs.digest[:12]}"
-        target.mkdir(parents=True)
-        (target / "image.qcow2").write_bytes(b"disk")
-        images[provider] = GoldenImage(
-            target.name,
-            str(target),
-            str(target / "image.qcow2"),
-            "0" * 64,
-            inputs.digest,
-            f"2026-01-0{number + 1}",
-            1.0,
-            "6",
-        )
-        image_build.write_atomic(target / "inputs.json", image_build.msgspec.json.encode(inputs))
-        image_build.write_atomic(target / "build.json", image_build.msgspec.json.encode(images[provider]))
+    install(Archive(), monkeypatch)
+    images = {
+        provider: finished(build, build.sources(), f"2026-01-0{number + 1}", package_set())
+        for number, (provider, build) in enumerate(builds.items())
+    }
     for provider, build in builds.items():
         found, reason = build.ensure()
         assert (found, reason[:6]) == (images[provider], "reused"), "the newer one is of the other kind"
     for number in range(3):
-        (builds["none"].images / f"workspace-old{number}").mkdir()
-    builds["none"].prune(keep=Path(images["none"].directory))
+        finished(builds["none"], image_inputs.Inputs(f"{number}" * 64, {}), f"2026-03-0{number + 1}")
+    builds["none"].prune()
+    assert not Path(images["none"].directory).exists()
     assert Path(images["embedded"].directory).exists(), "the images of one kind do not push out those of the other"
     options = ["image", "--repository", str(root), "--build", str(tmp_path / "build"), "--json"]
     assert image_build.main([*options, "--edr", "embedded"]) == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from image_rig import package_set
 
 from saw.attest.image_record import RecordInvalid, parse_record
 from saw.cli.image import main
@@ -90,8 +91,8 @@ def built(sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base.write_bytes(b"base")
     bills = make_sboms(sources, folder, name="workspace-1", seed="1" * 64)
     made = Build(
-        "workspace-1", digest_of(folder / "image.qcow2"), Inputs("1" * 64, {"uv.lock": "2" * 64}), "trixie", base, sources.wheels,
-        "2026-11-29T00:00:00+00:00", "2026-11-29T00:10:00+00:00",
+        "workspace-1", digest_of(folder / "image.qcow2"), Inputs("1" * 64, {"uv.lock": "2" * 64}), package_set(), base,
+        sources.wheels, "2026-11-29T00:00:00+00:00", "2026-11-29T00:10:00+00:00",
     )  # fmt: skip
     record = {
         "format": "saw-image-release/2", "name": "workspace-1", "image_sha256": digest_of(folder / "image.qcow2"),

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
-import msgspec
 import pytest
+from image_rig import Archive, finished, install, package_set, small_repository
 
 from saw.errors import SawError
 from saw.image import build as image_build
 from saw.image import disk
 from saw.image import inputs as image_inputs
-from saw.image.base import base_tar, machine_mirrors, read_packages
+from saw.image.base import base_tar, machine_mirrors, read_packages, set_of
 from saw.image.base_os import base_os, variable_file
-from saw.image.build import GoldenImage, ImageBuild
+from saw.image.build import ImageBuild
 from saw.image.disk import MIB, ImageError, assemble, free_space_needed, lay_out
+from saw.image.package_state import Base
 from saw.image.wheelhouse import for_python, third_party
+from saw.lab.exclusive import exclusive
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lab"))
 from private_ns import private
@@ -33,7 +37,7 @@ DISK_ID = "0f7f0c52-2f3c-5d34-8a9e-8d0d3a7c1b2e"
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """A small repository with a file under some of the roots."""
-    root = tmp_path / "repository"
+    root = small_repository(tmp_path / "repository")
     for name in ("packer/a.txt", "src/saw/policy.py", "src/saw/lab/up.py", "roles/egress/README.md", "uv.lock"):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,32 +112,102 @@ def test_a_machine_without_a_debian_archive_is_told_what_to_do(tmp_path: Path, m
     assert (mirrors.archive, mirrors.security) == ("http://archive.example/debian", None)
 
 
-def test_a_failed_bootstrap_leaves_nothing_that_looks_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listing = tmp_path / "host.txt"
-    listing.write_text("curl\n")
+def tree(path: Path, packages: dict[str, str]) -> Path:
+    """A tar with a dpkg database."""
+    status = "\n".join(
+        f"Package: {name}\nStatus: install ok installed\nVersion: {version}\n" for name, version in packages.items()
+    )
+    with tarfile.open(path, "w") as stream:
+        member = tarfile.TarInfo("./var/lib/dpkg/status")
+        member.size = len(status)
+        stream.addfile(member, io.BytesIO(status.encode()))
+    return path
+
+
+@pytest.fixture
+def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Programs in place of apt-get and mmdebstrap: the tree is ``tree.tar``, and it fails while ``fail`` is there."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    apt, bootstrap = tools / "apt-get", tools / "mmdebstrap"
+    apt, made = tools / "apt-get", tools / "mmdebstrap"
     apt.write_text("#!/bin/sh\necho 'Packages|Debian|http://archive.example/debian/'\n")
-    bootstrap.write_text(
-        '#!/bin/sh\nfor word in "$@"; do case "$word" in *.partial) echo tree > "$word";; esac; done\n'
-        "[ -e \"$FAIL\" ] && { echo 'E: no such package' >&2; exit 100; }; exit 0\n"
+    made.write_text(
+        '#!/bin/sh\nfor word in "$@"; do\n'
+        f'  case "$word" in *.partial) cp {tmp_path}/tree.tar "$word";;\n'
+        f'    */sources.list) cp "${{word%/*}}/pins" {tmp_path}/pins;; esac\n'
+        f"done\n[ -e {tmp_path}/fail ] && {{ echo 'E: no such package' >&2; exit 100; }}; exit 0\n"
     )
     apt.chmod(0o755)
-    bootstrap.chmod(0o755)
+    made.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    monkeypatch.setenv("FAIL", str(listing))
-    cache = tmp_path / "cache"
+    return tmp_path
+
+
+def test_a_failed_bootstrap_leaves_nothing_that_looks_finished(bootstrap: Path) -> None:
+    listing, cache = bootstrap / "host.txt", bootstrap / "cache"
+    listing.write_text("curl\n")
+    packages = package_set({"curl": "8.1-1", "bash": "5.2-1"})
+    tree(bootstrap / "tree.tar", packages.packages)
+    (bootstrap / "fail").touch()
     with pytest.raises(ImageError, match="mmdebstrap failed: E: no such package") as refused:
-        base_tar(listing, cache, base_os(ROOT))
+        base_tar(listing, cache, base_os(ROOT), packages)
     assert "check the mirror and the free disk space" in refused.value.cure
     assert [path.suffix for path in cache.iterdir()] == [".log"]
-    monkeypatch.setenv("FAIL", "/nonexistent")
-    made = base_tar(listing, cache, base_os(ROOT))
-    assert made.read_text() == "tree\n"
-    assert sorted(path.name for path in cache.iterdir()) == [made.name, f"{made.name}.log"]
-    bootstrap.unlink()
-    assert base_tar(listing, cache, base_os(ROOT)) == made
+    (bootstrap / "fail").unlink()
+    made = base_tar(listing, cache, base_os(ROOT), packages)
+    assert sorted(path.name for path in cache.iterdir()) == sorted([made.name, f"{made.name}.log", set_of(made).name])
+    (bootstrap / "tools/mmdebstrap").unlink()
+    assert base_tar(listing, cache, base_os(ROOT), packages) == made
+
+
+def test_the_installer_is_held_to_the_package_set_and_its_work_is_compared_with_it(bootstrap: Path) -> None:
+    listing, cache = bootstrap / "host.txt", bootstrap / "cache"
+    listing.write_text("curl\n")
+    packages = package_set({"curl": "1:8.1-1", "bash": "5.2-1"})
+    for others in ({"curl": "1:8.1-2", "bash": "5.2-1"}, {"curl": "1:8.1-1"}, {**packages.packages, "dash": "1"}):
+        tree(bootstrap / "tree.tar", others)
+        with pytest.raises(ImageError, match="has other packages than it should"):
+            base_tar(listing, cache, base_os(ROOT), packages)
+        assert [path.suffix for path in cache.iterdir()] == [".log"]
+    tree(bootstrap / "tree.tar", packages.packages)
+    base_tar(listing, cache, base_os(ROOT), packages)
+    pins = (bootstrap / "pins").read_text()
+    assert pins.startswith("Package: *\nPin: release *\nPin-Priority: -1\n")
+    assert "Package: curl\nPin: version 1:8.1-1\nPin-Priority: 1001\n" in pins
+
+
+def test_the_cache_keeps_the_newest_tree_of_a_kind_and_the_one_before(bootstrap: Path) -> None:
+    listing, cache = bootstrap / "host.txt", bootstrap / "cache"
+    listing.write_text("curl\n")
+    made = []
+    for number in range(4):
+        packages = package_set({"curl": f"8.{number}"})
+        tree(bootstrap / "tree.tar", packages.packages)
+        made.append(base_tar(listing, cache, base_os(ROOT), packages))
+        os.utime(made[-1], (number, number))
+    assert sorted(cache.glob("*.tar")) == sorted(made[2:])
+    assert len(list(cache.iterdir())) == 6
+
+
+def test_the_tar_of_the_hosts_is_made_by_one_and_taken_by_others(
+    bootstrap: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(Archive(), monkeypatch)
+    tree(bootstrap / "tree.tar", package_set().packages)
+    repository = small_repository(bootstrap / "repository")
+    (repository / "packer/packages/host.txt").write_text("openssl\n")
+    options = ["host-tar", "--repository", str(repository), "--build", str(bootstrap / "build")]
+    command = [sys.executable, "-m", "saw.image.build", *options]
+    with exclusive(bootstrap / "build"):
+        other = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert other.stderr is not None
+        assert "waiting for another run" in other.stderr.readline()
+        base = Base(repository / "packer/packages/host.txt", bootstrap / "build/cache", base_os(repository))
+        base.cache.mkdir(parents=True)
+        made = base.tar(package_set())
+        assert image_build.main(options) == 0, "a tar that is there needs no lock"
+        assert capsys.readouterr().out == f"{made}\n"
+    assert other.communicate(timeout=240)[0] == f"{made}\n"
 
 
 # --- base systems ------------------------------------------------------------------------------------------------------
@@ -209,19 +283,6 @@ def test_packer_takes_what_depends_on_the_base_system_from_its_file(tmp_path: Pa
 # --- reuse -------------------------------------------------------------------------------------------------------------
 
 
-def finished(build: ImageBuild, inputs: image_inputs.Inputs, created: str = "2026-01-01T00:00:00+00:00") -> GoldenImage:
-    """Write what a finished build leaves."""
-    target = build.images / f"workspace-{inputs.digest[:12]}"
-    target.mkdir(parents=True)
-    (target / "image.qcow2").write_bytes(b"disk")
-    image = GoldenImage(
-        target.name, str(target), str(target / "image.qcow2"), "0" * 64, inputs.digest, created, 1.0, "6.12.1"
-    )
-    (target / "inputs.json").write_bytes(msgspec.json.encode(inputs))
-    (target / "build.json").write_bytes(msgspec.json.encode(image))
-    return image
-
-
 @pytest.fixture
 def build(repository: Path, tmp_path: Path) -> ImageBuild:
     return ImageBuild(repository, tmp_path / "build", lambda _: None)
@@ -252,22 +313,20 @@ def test_the_newest_of_several_counts(build: ImageBuild) -> None:
     assert newest[0] == new
 
 
-def test_equal_inputs_reuse_the_image_and_say_so(build: ImageBuild) -> None:
-    image = finished(build, image_inputs.collect(build.repository))
+def test_equal_inputs_reuse_the_image_and_say_so(build: ImageBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = install(Archive(), monkeypatch)
+    image = finished(build, build.sources(), packages=package_set())
     found, reason = build.ensure()
     assert found == image
-    assert reason == f"reused: the inputs have not changed (digest {image.inputs_digest[:12]})"
+    assert reason.startswith(
+        f"reused: the inputs have not changed (digest {image.inputs_digest[:12]}); packages as of "
+    )
+    assert archive.asked == 1
 
 
 def test_changed_inputs_rebuild_and_name_the_files(build: ImageBuild, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[image_inputs.Inputs] = []
     said: list[str] = []
-
-    def make(self: ImageBuild, inputs: image_inputs.Inputs) -> GoldenImage:
-        made.append(inputs)
-        return finished(self, inputs, f"2026-02-01T00:00:0{len(made)}+00:00")
-
-    monkeypatch.setattr(ImageBuild, "make", make)
+    archive = install(Archive(), monkeypatch)
     build = ImageBuild(build.repository, build.build, said.append)
     assert build.ensure()[1] == "built: there is no finished image yet"
     (build.repository / "packer/a.txt").write_text("new")
@@ -276,31 +335,29 @@ def test_changed_inputs_rebuild_and_name_the_files(build: ImageBuild, monkeypatc
         (build.repository / f"packer/{number}.txt").write_text("new")
     reason = build.ensure()[1]
     assert reason == "rebuilt: " + ", ".join(f"packer/{number}.txt" for number in range(5)) + " and 1 more changed"
-    assert said[-1] == f"golden image will be {reason}"
-    assert len(made) == 3
+    assert said[-1].startswith(f"golden image will be {reason}; packages as of ")
+    assert len(archive.made) == 3
     assert build.ensure()[1].startswith("reused")
 
 
-def test_old_images_and_interrupted_builds_are_thrown_away(build: ImageBuild) -> None:
-    images = []
-    for number in range(4):
-        images.append(finished(build, image_inputs.Inputs(str(number) * 64, {}), f"2026-01-0{number + 1}T00:00:00Z"))
-        os.utime(images[-1].directory, (number, number))
-    (build.images / ".workspace-aaaa.partial").mkdir()
-    build.prune(keep=Path(images[-1].directory))
-    assert sorted(path.name for path in build.images.iterdir()) == [images[2].name, images[3].name]
-
-
 def test_the_command_line_answers_json_and_refuses_with_exit_code_1(
-    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finished(ImageBuild(repository, tmp_path / "build"), image_inputs.collect(repository))
+    archive = install(Archive(), monkeypatch)
+    build = ImageBuild(repository, tmp_path / "build")
+    finished(build, build.sources(), packages=package_set())
     options = ["image", "--repository", str(repository), "--build", str(tmp_path / "build"), "--json"]
     assert image_build.main(options) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["ok"]
     assert not answer["changed"]
     assert answer["image"].endswith("image.qcow2")
+    assert answer["packages"]["asked"] == "2026-01-01T00:00:00+00:00"
+    archive.away = "no route to it"
+    assert image_build.main([*options, "--packages", "fresh"]) == 1
+    assert "no route to it" in capsys.readouterr().err
+    assert image_build.main([*options, "--packages", "newest"]) == 1
+    assert "packages of an image are not chosen by 'newest'" in capsys.readouterr().err
     assert (
         image_build.main(["assemble", "--root", str(tmp_path), "--output", str(tmp_path / "x/y"), "--seed", "s"]) == 1
     )

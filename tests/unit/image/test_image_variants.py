@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +11,16 @@ import pytest
 import rfc8785
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from image_rig import package_set
 
 from saw.attest.image_record import RecordInvalid, parse_record
 from saw.image import inputs as image_inputs
-from saw.image.base import EXCLUDED, FORGET, base_packages, base_path, read_packages
+from saw.image.base import base_packages, base_path
 from saw.image.base_os import base_os
 from saw.image.build import GoldenImage, ImageBuild, main, variant_prefix
 from saw.image.disk import ImageError
 from saw.image.inputs import Inputs
 from saw.image.provenance import Build, statement
-from saw.image.settle import EPOCH
 from saw.image.variant import CPU, GPU, ModuleKey, certificate_digest, key_for, variant_of
 
 pytestmark = pytest.mark.control("GPU-01", "IMG-01")
@@ -74,14 +73,14 @@ def test_the_owners_certificate_is_an_input_and_the_key_is_not(repository: Path,
     assert collect().changed_since(before) == ["module-certificate"]
 
 
-def test_the_base_tree_of_the_image_cpu_is_named_after_what_every_base_tree_has(tmp_path: Path) -> None:
-    base = base_os(ROOT)
-    words = [base.suite, str(EPOCH), FORGET, *EXCLUDED, *read_packages(LISTING)]
-    digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
-    assert base_path(LISTING, tmp_path, base) == tmp_path / f"base-workspace-{digest}.tar"
-    other = base_path(LISTING, tmp_path, base, GPU)
-    assert other.name.startswith("base-workspace-gpu-")
-    assert digest not in other.name
+def test_the_base_trees_of_variants_and_of_package_sets_have_names_of_their_own(tmp_path: Path) -> None:
+    base, packages = base_os(ROOT), package_set()
+    cpu, gpu = (base_path(LISTING, tmp_path, base, packages, variant) for variant in (CPU, GPU))
+    assert (cpu.name[:15], gpu.name[:19]) == ("base-workspace-", "base-workspace-gpu-"[:19])
+    later = package_set(packages.packages, "openssl", asked="2026-05-05")
+    assert base_path(LISTING, tmp_path, base, later) == cpu, "the day and the label are no part of the content"
+    newer = package_set({**packages.packages, "openssl": "3.5.1-2"})
+    assert base_path(LISTING, tmp_path, base, newer) != cpu
     more = set(base_packages(LISTING, GPU)) - set(base_packages(LISTING))
     assert {"nvidia-open-kernel-dkms", "nvidia-smi", "firmware-nvidia-gsp", "nvidia-persistenced"} <= more
 
@@ -123,9 +122,9 @@ def test_each_variant_has_its_own_newest_image_and_keeps_two(tmp_path: Path) -> 
     cpu, gpu = ImageBuild(ROOT, build), ImageBuild(ROOT, build, variant=GPU)
     assert cpu.latest()[0].name == "workspace-bb"  # type: ignore[index]
     assert gpu.latest()[0].name == "workspace-gpu-cc"  # type: ignore[index]
-    cpu.prune(keep=build / "images/workspace-bb")
+    cpu.prune()
     assert len(list((build / "images").iterdir())) == 5
-    gpu.prune(keep=build / "images/workspace-gpu-cc")
+    gpu.prune()
     assert len(list((build / "images").glob("workspace-gpu-*"))) == 2
     assert (variant_prefix("workspace-0a1b"), variant_prefix("workspace-gpu-0a1b")) == (CPU.prefix, GPU.prefix)
 
@@ -134,7 +133,7 @@ def test_provenance_and_release_record_name_the_variant(tmp_path: Path) -> None:
     (tmp_path / "base.tar").touch()
     for variant in ("cpu", "gpu"):
         made = Build(
-            "workspace-x", "0" * 64, Inputs("d", {}), "trixie", tmp_path / "base.tar", tmp_path, "b", "e", variant
+            "workspace-x", "0" * 64, Inputs("d", {}), package_set(), tmp_path / "base.tar", tmp_path, "b", "e", variant
         )
         parameters = statement(made, {})["predicate"]["buildDefinition"]["externalParameters"]
         assert parameters.get("variant", "cpu") == variant

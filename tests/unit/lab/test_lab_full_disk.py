@@ -207,7 +207,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("programs")
 def test_a_bring_up_whose_disk_fills_names_it_reports_it_and_leaves_nothing_that_looks_finished(place: Path) -> None:
     """Plenty of bytes, but no more files: the check at the start passes, the image build does not."""
-    seen = private(lambda: Run(place), tmpfs={str(place): "64g,nr_inodes=7"})
+    seen = private(lambda: Run(place), tmpfs={str(place): "64g,nr_inodes=13"})
     assert seen.code == 1
     assert f"the file system {place} (tmpfs" in seen.err
     assert "is full" in seen.err or "was full" in seen.err
@@ -243,7 +243,7 @@ def test_the_next_run_goes_on_once_there_is_room(place: Path) -> None:
         sh("mount", "-o", "remount,nr_inodes=100000", str(place))
         return first, Run(place)
 
-    first, second = private(attempt, tmpfs={str(place): "64g,nr_inodes=7"})
+    first, second = private(attempt, tmpfs={str(place): "64g,nr_inodes=13"})
     assert "storage_refused" in json.dumps(first.report)
     assert second.report is not None
     assert "storage_refused" not in json.dumps(second.report)

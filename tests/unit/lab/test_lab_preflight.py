@@ -14,10 +14,12 @@ from private_ns import private, sh
 
 from saw.errors import SawError, UnavailableError
 from saw.image import inputs
-from saw.image.base import base_path
+from saw.image.base import base_path, set_of
 from saw.image.base_os import base_os
-from saw.image.build import GoldenImage
+from saw.image.finished import GoldenImage
+from saw.image.packages import PackageSet, write_set
 from saw.lab import preflight, up
+from saw.lab.exclusive import LabBusy
 from saw.lab.topology import Lab
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes private namespaces")
@@ -89,11 +91,14 @@ def test_a_small_disk_is_refused_with_both_numbers_the_parts_and_the_cure(lab: L
 
 def make(lab: Lab) -> None:
     """Put there what a finished run leaves, as far as the check looks at it."""
-    cache, digest = lab.build / "cache", inputs.collect(ROOT)
+    packages = PackageSet("trixie", "2026-01-01T00:00:00+00:00", "", {"bash": "5.2-1"})
+    cache, digest = lab.build / "cache", inputs.collect(ROOT).given(inputs.PACKAGES, packages.digest)
     for name in ("mcp-1", "wheels-1"):
         (cache / name).mkdir(parents=True)
     for name in ("host", "workspace"):
-        base_path(ROOT / f"packer/packages/{name}.txt", cache, base_os(ROOT)).touch()
+        tar = base_path(ROOT / f"packer/packages/{name}.txt", cache, base_os(ROOT), packages)
+        write_set(set_of(tar), packages)
+        tar.touch()
     image = lab.images / "workspace-1"
     image.mkdir(parents=True)
     (image / "image.qcow2").touch()
@@ -179,7 +184,7 @@ def test_the_labs_own_uplink_is_no_stranger(lab: Lab) -> None:
 def test_a_second_run_is_refused_while_the_first_holds_the_lock_and_goes_on_after(lab: Lab) -> None:
     with (lab.build / ".lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(up.LabBusy, match="another run uses this build directory") as refused, up.exclusive(lab):
+        with pytest.raises(LabBusy, match="another run uses this build directory") as refused, up.exclusive(lab):
             pass
         assert refused.value.cure == "wait for it, or end it"
         assert refused.value.code == "lab_busy"
