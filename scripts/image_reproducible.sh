@@ -33,8 +33,7 @@ printf '==> first build\n'
 (umask 022 && TZ=UTC LC_ALL=C python -m saw.image.build image --repository . --build "$scratch/one") || exit 1
 one=$(echo "$scratch"/one/images/workspace-*)
 printf '==> second build\n'
-(umask 077 && TZ=Asia/Kathmandu LC_ALL=C.UTF-8 python -m saw.image.build image --repository "$copy" --build "$scratch/another/place/two" \
-  --packages "$one/packages.json") || exit 1
+(umask 077 && TZ=Asia/Kathmandu LC_ALL=C.UTF-8 SAW_IMAGE_PACKAGES="$one/packages.json" python -m saw.image.build image --repository "$copy" --build "$scratch/another/place/two") || exit 1
 two=$(echo "$scratch"/another/place/two/images/workspace-*)
 printf '==> comparison\n'
 saw image compare "$one" "$two" || exit 1
