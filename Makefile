@@ -16,6 +16,17 @@ ifdef EDR_SIGNATURES
 export SAW_IMAGE_EDR_SIGNATURES := $(abspath $(EDR_SIGNATURES))
 endif
 
+# The owner's key that the boot image is signed with, its certificate and the variable store that lets it in (docs/images.md).
+ifdef SECURE_BOOT_KEY
+export SAW_IMAGE_SECURE_BOOT_KEY := $(abspath $(SECURE_BOOT_KEY))
+endif
+ifdef SECURE_BOOT_CERTIFICATE
+export SAW_IMAGE_SECURE_BOOT_CERTIFICATE := $(abspath $(SECURE_BOOT_CERTIFICATE))
+endif
+ifdef SECURE_BOOT_VARIABLES
+export SAW_IMAGE_SECURE_BOOT_VARIABLES := $(abspath $(SECURE_BOOT_VARIABLES))
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help workspace test test-unit test-roles test-e2e lint bench image image-edr-check clean start stop rebuild kill destroy tools tools-python
 
@@ -32,7 +43,7 @@ tools-python:
 workspace: ## from an empty machine to a governed workspace; prints the control report (needs root)
 	@scripts/workspace.sh
 
-image: tools ## build the golden image, or reuse it; VARIANT=gpu MODULE_KEY=… MODULE_CERTIFICATE=… adds a GPU's driver
+image: tools ## build the golden image, or reuse it; VARIANT=gpu MODULE_KEY=… MODULE_CERTIFICATE=… adds a GPU's driver; SECURE_BOOT_KEY=… signs it (docs/images.md)
 	@echo "==> golden image ($(VARIANT)) in $(SAW_BUILD)/images"
 	@.venv/bin/python -m saw.image.build image --build "$(SAW_BUILD)" --variant "$(VARIANT)" --json \
 	  $(if $(MODULE_KEY),--module-key "$(MODULE_KEY)") $(if $(MODULE_CERTIFICATE),--module-certificate "$(MODULE_CERTIFICATE)")

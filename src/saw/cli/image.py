@@ -12,7 +12,7 @@ import msgspec
 import rfc8785
 
 from saw.attest.image_record import PAYLOAD_TYPE, parse_record
-from saw.cli import image_scan
+from saw.cli import image_scan, image_secure_boot
 from saw.cli.operator_options import add_options, fields, show, table
 from saw.cli.policy_signing import add_signing, present, signers_of
 from saw.errors import ConfigError
@@ -110,7 +110,7 @@ def _read(name: str) -> bytes:
         raise ConfigError(f"cannot read {name}: {error.strerror}", cure="name a readable file") from error
 
 
-_HERE = {"sign": _sign, "scan": image_scan.scan, "evidence": image_scan.evidence}
+_HERE = {"sign": _sign, "scan": image_scan.scan, "evidence": image_scan.evidence, "secure-boot": image_secure_boot.main}
 """What needs no broker."""
 
 
@@ -136,4 +136,5 @@ def _parser() -> argparse.ArgumentParser:
         add_options(step)
     add_options(commands.add_parser("list", help="list registered images"))
     image_scan.add_commands(commands)
+    image_secure_boot.add_commands(commands)
     return parser

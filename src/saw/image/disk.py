@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -78,8 +79,10 @@ def build_uki(root: Path, output: Path, root_partition: str) -> str:
     return command_line
 
 
-def assemble(root: Path, output: Path, *, seed: str) -> Disk:
+def assemble(root: Path, output: Path, *, seed: str, sign: Callable[[Path], None] | None = None) -> Disk:
     """Make ``output`` (qcow2) from ``root``. Identifiers derive from ``seed``, so equal inputs give equal layouts.
+
+    ``sign`` signs the boot image in place.
 
     The file appears under its final name only when it is complete. Raises :class:`ImageError`; a failure leaves nothing.
     """
@@ -89,6 +92,8 @@ def assemble(root: Path, output: Path, *, seed: str) -> Disk:
         work = Path(scratch)
         uki, esp, ext4, raw = work / "uki.efi", work / "esp.img", work / "root.img", work / "disk.raw"
         command_line = build_uki(root, uki, str(root_id))
+        if sign is not None:
+            sign(uki)
         esp_size = max(64 * MIB, -(-uki.stat().st_size * 5 // 4 // MIB) * MIB)
         with esp.open("wb") as stream:
             stream.truncate(esp_size)

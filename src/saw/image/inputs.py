@@ -49,10 +49,11 @@ class Inputs(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def collect(
-    repository: Path, variant: Variant = CPU, given: dict[str, str] | None = None, edr: ImageEdr = NONE
-) -> Inputs:
+    repository: Path, variant: Variant = CPU, given: dict[str, str] | None = None, edr: ImageEdr = NONE,
+    more: dict[str, str] | None = None,
+) -> Inputs:  # fmt: skip
     """Read all inputs of ``variant`` below ``repository``, and those of the endpoint detection that was chosen; ``given`` are
-    others, by a name that is no path (name → SHA-256).
+    others, by a name that is no path (name → SHA-256). ``more`` are further options.
 
     What goes into images of another variant alone is left out.
     """
@@ -70,5 +71,6 @@ def collect(
             files[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     files |= {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in edr.files().items()}
     listed = "".join(f"{name}\0{files[name]}\n" for name in sorted(files))
-    listed += "".join(f"{name}={value}\n" for name, value in sorted(edr.options.items()))
-    return Inputs(hashlib.sha256(listed.encode()).hexdigest(), files, edr.options)
+    options = {**edr.options, **(more or {})}
+    listed += "".join(f"{name}={value}\n" for name, value in sorted(options.items()))
+    return Inputs(hashlib.sha256(listed.encode()).hexdigest(), files, options)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from saw.errors import UnavailableError
-from saw.image import inputs
+from saw.image import secure_boot
 from saw.image.base import NEED_BYTES as NEED_BASE
 from saw.image.base import base_path
 from saw.image.base_os import base_os
@@ -78,8 +78,9 @@ def still_needed(lab: Lab) -> dict[str, int]:
     needed: dict[str, int] = {}
     cache, system = lab.build / "cache", base_os(lab.repository)
     edr, packages = chosen(), lab.repository / "packer"
-    newest = ImageBuild(lab.repository, lab.build, edr=edr).latest()
-    if newest is None or newest[1].digest != inputs.collect(lab.repository, edr=edr).digest:
+    builder = ImageBuild(lab.repository, lab.build, edr=edr, owner=secure_boot.chosen())
+    newest = builder.latest()
+    if newest is None or newest[1].digest != builder.inputs().digest:
         needed["golden image"] = NEED_MIB["image"]
         more = packages / edr.packages if edr.packages else None
         if not base_path(packages / system.packages, cache, system, more=more).exists():

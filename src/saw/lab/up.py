@@ -17,10 +17,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from saw.attest.verifier import RELEASED_PCRS
 from saw.broker.client import OperatorClient
 from saw.errors import SawError, UnavailableError
 from saw.files import write_atomic
+from saw.image import secure_boot
 from saw.image.base import base_tar
 from saw.image.base_os import base_os
 from saw.image.build import GoldenImage, ImageBuild
@@ -118,7 +121,9 @@ class Bringup:
 
     def image(self, *, keep: bool = False) -> GoldenImage:
         """Build or reuse the golden image; ``keep`` takes the newest finished one as it is."""
-        build = ImageBuild(self.lab.repository, self.lab.build, self.progress.say, edr=chosen())
+        build = ImageBuild(
+            self.lab.repository, self.lab.build, self.progress.say, edr=chosen(), owner=secure_boot.chosen()
+        )
         newest = build.latest() if keep else None
         image, reason = (newest[0], "kept as asked") if newest else build.ensure()
         self.progress.say(f"golden image {image.name}: {reason}")
@@ -196,6 +201,7 @@ class Bringup:
                 "inputs_digest": image.inputs_digest, "created": image.created, "evidence": image.evidence,
                 "boot": {"pcrs": {number: value for number, value in answer["pcrs"].items() if int(number) <= 13}},
                 **({} if image.variant == "cpu" else {"variant": image.variant}),
+                **({"secure_boot": msgspec.to_builtins(image.secure_boot)} if image.secure_boot else {}),
             }  # fmt: skip
             write_atomic(record_file, json.dumps(record, indent=2) + "\n")
         release_image(self.lab, self.saw, record_file, datetime.now(UTC))
