@@ -27,6 +27,17 @@ ifdef OLDER
 export SAW_IMAGE_OLDER := $(OLDER)
 endif
 
+# The owner's key that the boot image is signed with, its certificate and the variable store that lets it in (docs/images.md).
+ifdef SECURE_BOOT_KEY
+export SAW_IMAGE_SECURE_BOOT_KEY := $(abspath $(SECURE_BOOT_KEY))
+endif
+ifdef SECURE_BOOT_CERTIFICATE
+export SAW_IMAGE_SECURE_BOOT_CERTIFICATE := $(abspath $(SECURE_BOOT_CERTIFICATE))
+endif
+ifdef SECURE_BOOT_VARIABLES
+export SAW_IMAGE_SECURE_BOOT_VARIABLES := $(abspath $(SECURE_BOOT_VARIABLES))
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help workspace test test-unit test-roles test-e2e lint bench image image-edr-check image-reproducible clean start stop rebuild kill destroy tools tools-python
 
@@ -43,7 +54,7 @@ tools-python:
 workspace: ## from an empty machine to a governed workspace; prints the control report (needs root)
 	@scripts/workspace.sh
 
-image: tools ## build the golden image with the newest packages, or reuse it; FRESH=1, REUSE=1, VARIANT=gpu: docs/images.md
+image: tools ## build the golden image with the newest packages, or reuse it; FRESH=1, VARIANT=gpu, SECURE_BOOT_KEY=…: docs/images.md
 	@echo "==> golden image ($(VARIANT)) in $(SAW_BUILD)/images"
 	@.venv/bin/python -m saw.image.build image --build "$(SAW_BUILD)" --variant "$(VARIANT)" --json \
 	  $(if $(MODULE_KEY),--module-key "$(MODULE_KEY)") $(if $(MODULE_CERTIFICATE),--module-certificate "$(MODULE_CERTIFICATE)")

@@ -29,8 +29,12 @@ build {
   }
 
   provisioner "shell-local" {
+    environment_vars = [
+      "SECURE_BOOT_KEY=${var.secure_boot_key}",
+      "SECURE_BOOT_CERTIFICATE=${var.secure_boot_certificate}",
+    ]
     inline = [
-      "${var.python} -m saw.image.build assemble --root ${var.root_tree} --output ${var.output} --seed ${var.seed}",
+      "${var.python} -m saw.image.build assemble --root ${var.root_tree} --output ${var.output} --seed ${var.seed} --secure-boot-key \"$SECURE_BOOT_KEY\" --secure-boot-certificate \"$SECURE_BOOT_CERTIFICATE\"",
     ]
   }
 }

@@ -94,6 +94,18 @@ variable "module_certificate" {
   description = "Its certificate on this machine; the variant gpu needs it."
 }
 
+variable "secure_boot_key" {
+  type        = string
+  default     = ""
+  description = "Owner's private key for boot images on this machine; empty leaves the image unsigned (docs/images.md)."
+}
+
+variable "secure_boot_certificate" {
+  type        = string
+  default     = ""
+  description = "Its certificate on this machine."
+}
+
 # What depends on the base operating system: pkrvars/, one file for each.
 
 variable "suite" {

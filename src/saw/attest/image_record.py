@@ -47,8 +47,21 @@ class Scan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     waived_until: date | None = None
 
 
-Evidence = Literal["sbom", "provenance", "scan"]
-"""What a record may carry about how the image was made, beside what its boot measures."""
+class SecureBoot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Whose key the boot image is signed with: SHA-256 of the certificate (DER), and of the variable store beside the image.
+
+    ``pcr_7`` is what the build computed out of both; the reference boot has to have measured it.
+    """
+
+    certificate_sha256: Hex
+    variables_sha256: Hex
+    pcr_7: Hex
+
+
+STORE = "secure-boot.fd"
+"""The owner's variable store among the files beside an image."""
+Evidence = Literal["sbom", "provenance", "scan", "secure_boot"]
+"""What a record may carry about how the image was made and boots, beside what its boot measures."""
 _FILES: dict[str, tuple[str, ...]] = {
     "sbom": (
         "sbom/debian.cdx.json",
@@ -72,15 +85,18 @@ class ReleaseRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     not_after: datetime
     boot: Boot
     evidence: Annotated[dict[Annotated[str, msgspec.Meta(max_length=128)], Hex], msgspec.Meta(max_length=64)] = {}
-    """Files beside the image (path → SHA-256): bills of materials and provenance."""
+    """Files beside the image (path → SHA-256): bills of materials, provenance, the owner's variable store."""
     scan: Scan | None = None
     variant: Literal["cpu", "gpu"] = "cpu"
     """What the image is made for; ``gpu`` has NVIDIA's driver. Records of ``cpu`` do not state it."""
+    secure_boot: SecureBoot | None = None
+    """Of an image that is signed for secure boot; its PCR values come from a boot with the owner's keys."""
 
     def missing(self, required: Iterable[Evidence]) -> list[str]:
-        """Return what of ``required`` the record does not carry, by file name or as ``scan``."""
+        """Return what of ``required`` the record does not carry, by file name or as ``scan`` and ``secure_boot``."""
         lacking = [name for kind in required for name in _FILES.get(kind, ()) if name not in self.evidence]
-        return [*lacking, *(["scan"] if "scan" in required and self.scan is None else [])]
+        held: dict[Evidence, object] = {"scan": self.scan, "secure_boot": self.secure_boot}
+        return [*lacking, *(name for name, value in held.items() if name in required and value is None)]
 
     def expected_pcrs(self) -> dict[int, str]:
         """Return the values that a boot must measure, by PCR number."""
@@ -107,11 +123,23 @@ def parse_record(payload: bytes) -> ReleaseRecord:
             f"scan.scanned_at of {record.name} has no zone",
             cure="write it in UTC, as saw image scan does",
         )
+    if record.evidence.get(STORE) != (record.secure_boot and record.secure_boot.variables_sha256):
+        raise RecordInvalid(
+            "record_malformed",
+            f"secure_boot of {record.name} and {STORE} among its evidence are not one",
+            cure="take both from the image's build.json",
+        )
     missing = [str(pcr) for pcr in RELEASED_PCRS if str(pcr) not in record.boot.pcrs]
     if missing:
         raise RecordInvalid(
             "record_incomplete",
             f"the release record of {record.name} lacks PCR {', '.join(missing)}",
             cure="read all of them back from a reference boot",
+        )
+    if record.secure_boot and record.boot.pcrs["7"] != record.secure_boot.pcr_7:
+        raise RecordInvalid(
+            "record_malformed",
+            f"PCR 7 of {record.name} is not what its owner's keys give: the reference boot ran with others, or with none",
+            cure="copy the image's whole directory to the hypervisor, then saw vm measure again",
         )
     return record

@@ -12,7 +12,7 @@ import msgspec
 import rfc8785
 
 from saw.attest.image_record import PAYLOAD_TYPE, parse_record
-from saw.cli import image_compare, image_local, image_scan
+from saw.cli import image_compare, image_local, image_scan, image_secure_boot
 from saw.cli.operator_options import add_options, fields, show, table
 from saw.cli.policy_signing import add_signing, present, signers_of
 from saw.errors import ConfigError
@@ -117,6 +117,7 @@ _HERE = {
     "compare": image_compare.compare,
     "local": image_local.local,
     "prune": image_local.prune,
+    "secure-boot": image_secure_boot.main,
 }
 """What is done on this machine; ``prune`` asks the broker by itself."""
 
@@ -145,4 +146,5 @@ def _parser() -> argparse.ArgumentParser:
     image_scan.add_commands(commands)
     image_compare.add_command(commands)
     image_local.add_commands(commands)
+    image_secure_boot.add_commands(commands)
     return parser

@@ -2,6 +2,7 @@
 
     python -m saw.image.build image --repository . --build build      # what the image_build playbook calls
     python -m saw.image.build image --variant gpu --module-key FILE --module-certificate FILE
+    python -m saw.image.build image --secure-boot-key FILE --secure-boot-certificate FILE --secure-boot-variables FILE
     python -m saw.image.build assemble --root TREE --output FILE --seed DIGEST   # what Packer calls at its end
     python -m saw.image.build wheelhouse --repository . --build build [--group controller]
     python -m saw.image.build host-tar --repository . --build build
@@ -26,6 +27,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -41,6 +43,8 @@ from saw.image.finished import Finished, GoldenImage, finished_in, made_of, pack
 from saw.image.packages import FILE, PackageSet, write_set
 from saw.image.provenance import Build, write_provenance
 from saw.image.sbom import Sources, make_sboms
+from saw.image.secure_boot import VARIABLE as SECURE_BOOT
+from saw.image.secure_boot import OwnerKey, owner_key, place_store, sign
 from saw.image.settle import ENVIRONMENT, settled_umask
 from saw.image.variant import CPU, VARIANTS, ModuleKey, Variant, certificate_digest, key_for, variant_of
 from saw.image.wheelhouse import wheelhouse
@@ -57,7 +61,8 @@ class ImageBuild:
     """One build: where the repository and the build directory are, how to report progress, what variant is built, and what is
     chosen of EDR.
 
-    ``module_key`` is what the variant ``gpu`` signs its kernel modules with; ``choice`` says where the packages come from.
+    ``module_key`` is what the variant ``gpu`` signs its kernel modules with, ``owner`` what the boot image is signed with;
+    ``choice`` says where the packages come from.
     """
 
     repository: Path
@@ -68,6 +73,12 @@ class ImageBuild:
     module_key: ModuleKey | None = None
     edr: ImageEdr = NONE
     choice: package_state.Choice = package_state.Choice()  # noqa: RUF009 - frozen value object
+    owner: OwnerKey | None = None
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What was chosen, as the record of the build names it."""
+        return {**self.edr.options, **({"secure_boot": "signed"} if self.owner else {})}
 
     @property
     def images(self) -> Path:
@@ -93,7 +104,8 @@ class ImageBuild:
     def sources(self) -> image_inputs.Inputs:
         """Return the present inputs but for the packages."""
         given = {"module-certificate": certificate_digest(self.module_key)} if self.module_key else {}
-        return image_inputs.collect(self.repository, self.variant, given, self.edr)
+        given |= self.owner.inputs if self.owner else {}
+        return image_inputs.collect(self.repository, self.variant, given, self.edr, self.options)
 
     def matching(self) -> GoldenImage | None:
         """Return the newest image that was made of the present sources, whatever its packages, or None."""
@@ -101,7 +113,7 @@ class ImageBuild:
         return next((image for image, inputs in self.ours() if made_of(inputs, sources)), None)
 
     def _is_ours(self, image: GoldenImage, inputs: image_inputs.Inputs) -> bool:
-        return image.variant == self.variant.name and inputs.options == self.edr.options
+        return image.variant == self.variant.name and inputs.options == self.options
 
     def ensure(self) -> tuple[GoldenImage, str]:
         """Return the image for the present inputs, packages included, and the reason why it was built or reused."""
@@ -129,6 +141,7 @@ class ImageBuild:
     def make(self, inputs: image_inputs.Inputs, packages: PackageSet) -> GoldenImage:
         """Build the image for ``inputs`` with ``packages``; a finished one is never replaced."""
         begin, begun = time.monotonic(), _now()
+        signed_by = self.owner.signed_by if self.owner else None
         name = f"{self.variant.prefix}{inputs.digest[:12]}"
         target = self.images / name
         self._make_way(target)
@@ -166,12 +179,15 @@ class ImageBuild:
             }
             made = Build(name, disk["sha256"], inputs, packages, base, wheels, begun, _now(), self.variant.name)
             evidence = {**bills, **write_provenance(made, bills, work)}
+            if self.owner and signed_by:
+                evidence |= place_store(self.owner, work, signed_by)
         finally:
             host.down(purge=True)
             self.network.down()
         image = GoldenImage(
             name, str(target), str(target / "image.qcow2"), disk["sha256"], inputs.digest,
             _now(), round(time.monotonic() - begin, 1), disk["kernel"], self.variant.name, evidence, packages.note(),
+            signed_by,
         )  # fmt: skip
         write_atomic(work / "build.json", msgspec.json.format(msgspec.json.encode(image)))
         os.replace(work, target)  # from here on it is finished, and not before
@@ -235,6 +251,8 @@ class ImageBuild:
                 "image_variant": self.variant.name, "module_key": self.module_key.key,
                 "module_certificate": self.module_key.certificate,
             }  # fmt: skip
+        if self.owner:
+            values |= {"secure_boot_key": self.owner.key, "secure_boot_certificate": self.owner.certificate}
         options = [f"-var-file={variable_file(self.repository)}"]
         options += [option for key, value in values.items() for option in ("-var", f"{key}={value}")]
         log = self.build / "packer.log"
@@ -262,6 +280,13 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def _signer(options: argparse.Namespace) -> Callable[[Path], None] | None:
+    key, certificate = options.secure_boot_key, options.secure_boot_certificate
+    if bool(key) != bool(certificate):
+        raise ImageError("a key needs its certificate and the other way round", cure="give both or none")
+    return partial(sign, key=Path(key), certificate=Path(certificate)) if key else None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line of this module (see its text)."""
     parser = argparse.ArgumentParser(prog="python -m saw.image.build")
@@ -275,6 +300,12 @@ def main(argv: list[str] | None = None) -> int:
             sub.add_argument("--variant", default="cpu", help="cpu (the default), or gpu with NVIDIA's driver")
             sub.add_argument("--module-key", type=Path, help="owner's key (PEM) for kernel modules; with gpu")
             sub.add_argument("--module-certificate", type=Path, help="its certificate (PEM or DER)")
+            for part, text in (
+                ("key", "owner's key (PEM) that the boot image is signed with"), ("certificate", "its certificate (PEM)"),
+                ("variables", "variable store with the owner's keys: saw image secure-boot enrol"),
+            ):  # fmt: skip
+                default = os.environ.get(f"{SECURE_BOOT}_{part.upper()}", "")
+                sub.add_argument(f"--secure-boot-{part}", default=default, metavar="FILE", help=text)
             sub.add_argument("--edr", choices=PROVIDERS, help=f"endpoint detection of the image (or {VARIABLE})")
             sub.add_argument("--edr-variables", help="variables of the role edr, a YAML file")
             sub.add_argument("--edr-signatures", help="signatures of ClamAV for EDR=embedded, a folder")
@@ -288,10 +319,12 @@ def main(argv: list[str] | None = None) -> int:
     disk.add_argument("--root", type=Path, required=True)
     disk.add_argument("--output", type=Path, required=True)
     disk.add_argument("--seed", required=True)
+    disk.add_argument("--secure-boot-key", default="", help="sign the boot image with it; empty: unsigned")
+    disk.add_argument("--secure-boot-certificate", default="")
     options = parser.parse_args(argv)
     try:
         if options.verb == "assemble":
-            made = assemble(options.root, options.output, seed=options.seed)
+            made = assemble(options.root, options.output, seed=options.seed, sign=_signer(options))
             print(f"{made.path}: sha256 {made.sha256}")
             return 0
         repository, build = options.repository.resolve(), options.build.resolve()
@@ -310,9 +343,10 @@ def main(argv: list[str] | None = None) -> int:
             variant = variant_of(options.variant)
             key = key_for(variant, options.module_key, options.module_certificate)
             choice = _choice(options, "ask")
+            owner = owner_key(options.secure_boot_key, options.secure_boot_certificate, options.secure_boot_variables)
             with exclusive(build, quiet):
                 image, reason = ImageBuild(
-                    repository, build, quiet, variant=variant, module_key=key, edr=edr, choice=choice
+                    repository, build, quiet, variant=variant, module_key=key, edr=edr, choice=choice, owner=owner
                 ).ensure()
             answer = {
                 "ok": True,

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -82,8 +83,10 @@ def build_uki(root: Path, output: Path, root_partition: str) -> str:
     return command_line
 
 
-def assemble(root: Path, output: Path, *, seed: str) -> Disk:
+def assemble(root: Path, output: Path, *, seed: str, sign: Callable[[Path], None] | None = None) -> Disk:
     """Make ``output`` (qcow2) from ``root``. Identifiers derive from ``seed``: equal trees and seeds give equal bytes.
+
+    ``sign`` signs the boot image in place; a signature that has its time in it makes every build another one.
 
     Times in ``root`` that are later than that of :mod:`saw.image.settle` become it. The file appears under its final name only
     when it is complete. Raises :class:`ImageError`, and IdentityError for a tree that identifies a machine; a failure leaves
@@ -97,6 +100,8 @@ def assemble(root: Path, output: Path, *, seed: str) -> Disk:
         settle_tree(root)
         command_line = build_uki(root, uki, str(root_id))
         refuse_traces(root)
+        if sign is not None:
+            sign(uki)
         esp_size = max(64 * MIB, -(-uki.stat().st_size * 5 // 4 // MIB) * MIB)
         with esp.open("wb") as stream:
             stream.truncate(esp_size)

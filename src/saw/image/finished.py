@@ -9,6 +9,7 @@ import msgspec
 from saw.image.disk import ImageError
 from saw.image.inputs import PACKAGES, Inputs
 from saw.image.packages import FILE, PackageSet, compare, read_set, words
+from saw.image.secure_boot import SignedBy
 
 
 class GoldenImage(msgspec.Struct, frozen=True):
@@ -24,9 +25,10 @@ class GoldenImage(msgspec.Struct, frozen=True):
     kernel: str
     variant: str = "cpu"
     evidence: dict[str, str] = msgspec.field(default_factory=dict)
-    """Files beside the image (path → SHA-256): bills of materials, provenance and package set."""
+    """Files beside the image (path → SHA-256): bills of materials, provenance, package set, and the owner's variable store."""
     packages: dict[str, str] = msgspec.field(default_factory=dict)
     """The package set: its ``digest``, when the archive was ``asked``, and the date of its ``index`` (RFC 3339)."""
+    secure_boot: SignedBy | None = None
 
 
 Finished = tuple[GoldenImage, Inputs]

@@ -56,10 +56,11 @@ class Inputs(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def collect(
-    repository: Path, variant: Variant = CPU, given: dict[str, str] | None = None, edr: ImageEdr = NONE
-) -> Inputs:
+    repository: Path, variant: Variant = CPU, given: dict[str, str] | None = None, edr: ImageEdr = NONE,
+    more: dict[str, str] | None = None,
+) -> Inputs:  # fmt: skip
     """Read all inputs of ``variant`` below ``repository``, and those of the endpoint detection that was chosen; ``given`` are
-    others, by a name that is no path (name → SHA-256).
+    others, by a name that is no path (name → SHA-256). ``more`` are further options.
 
     What goes into images of another variant alone is left out.
     """
@@ -76,7 +77,8 @@ def collect(
                 continue
             files[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     files |= {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in edr.files().items()}
-    return Inputs(_digest(files, edr.options), files, edr.options)
+    options = {**edr.options, **(more or {})}
+    return Inputs(_digest(files, options), files, options)
 
 
 def _digest(files: dict[str, str], options: dict[str, str]) -> str:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from saw.errors import UnavailableError
+from saw.image import secure_boot
 from saw.image.base import NEED_BYTES as NEED_BASE
 from saw.image.base_os import base_os
 from saw.image.build import NEED_BYTES as NEED_IMAGE
@@ -76,7 +77,7 @@ def still_needed(lab: Lab) -> dict[str, int]:
     """
     needed: dict[str, int] = {}
     cache, system = lab.build / "cache", base_os(lab.repository)
-    build = ImageBuild(lab.repository, lab.build, edr=chosen())
+    build = ImageBuild(lab.repository, lab.build, edr=chosen(), owner=secure_boot.chosen())
     if build.matching() is None:
         needed["golden image"] = NEED_MIB["image"]
         if not build.base.known():

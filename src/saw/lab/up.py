@@ -15,11 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from saw.attest.verifier import RELEASED_PCRS
 from saw.broker.client import OperatorClient
 from saw.errors import SawError, UnavailableError
 from saw.files import write_atomic
-from saw.image import package_state
+from saw.image import package_state, secure_boot
 from saw.image.base_os import base_os
 from saw.image.build import ImageBuild
 from saw.image.edr import chosen
@@ -91,7 +93,14 @@ class Bringup:
         The archive is not asked for newer packages unless that was chosen; what waits is told (docs/decisions/0059).
         """
         choice = package_state.chosen("reuse")
-        build = ImageBuild(self.lab.repository, self.lab.build, self.progress.say, edr=chosen(), choice=choice)
+        build = ImageBuild(
+            self.lab.repository,
+            self.lab.build,
+            self.progress.say,
+            edr=chosen(),
+            owner=secure_boot.chosen(),
+            choice=choice,
+        )
         newest = build.latest() if keep else None
         image, reason = (newest[0], "kept as asked") if newest else build.ensure()
         self.progress.say(f"golden image {image.name}: {reason}")
@@ -171,6 +180,7 @@ class Bringup:
                 "inputs_digest": image.inputs_digest, "created": image.created, "evidence": image.evidence,
                 "boot": {"pcrs": {number: value for number, value in answer["pcrs"].items() if int(number) <= 13}},
                 **({} if image.variant == "cpu" else {"variant": image.variant}),
+                **({"secure_boot": msgspec.to_builtins(image.secure_boot)} if image.secure_boot else {}),
             }  # fmt: skip
             write_atomic(record_file, json.dumps(record, indent=2) + "\n")
         release_image(self.lab, self.saw, record_file, datetime.now(UTC))

@@ -1,7 +1,8 @@
 """Reference boot of a golden image: what the firmware and the boot stub really measure on this hypervisor.
 
 The image's ``saw-boot-report.service`` runs only when the systemd credential ``saw.measure`` is present; it prints the PCR
-values between two marker lines on the console and powers off. A workspace never gets that credential.
+values and the firmware's variable SecureBoot between two marker lines on the console and powers off. A workspace never gets that
+credential.
 
 Its disks lie outside the folder of the workspaces, whose names are free: one may be called ``measure``.
 """
@@ -22,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from saw.vm import golden, qemu
+from saw.vm import golden, qemu, secure_boot
 from saw.vm.accel import probe
 from saw.vm.spec import RUNTIME, VmError, VmSpec
 
@@ -31,17 +32,24 @@ RUNTIME_PLACE = Path("/run/saw/measure")
 #: Ends swtpm and qemu with this process, however it ends.
 BOUND = ("setpriv", "--pdeathsig", "KILL")
 LINE = re.compile(r"^\s*(\d{1,2})\s*:\s*0x([0-9A-Fa-f]{64})\s*$")
+SECURE_LINE = re.compile(r"^\s*SecureBoot\s*:\s*1\s*$")
 
 
 def parse_report(console: str) -> dict[str, str]:
     """Return ``{pcr: lower-case hex}`` out of the console text, or an empty mapping while the report is not complete."""
+    return {match[1]: match[2].lower() for line in _report(console) if (match := LINE.match(line))}
+
+
+def saw_secure_boot(console: str) -> bool:
+    """Tell whether the system that ran read SecureBoot as 1 out of the firmware's variables (UEFI 2.10, 3.3)."""
+    return any(SECURE_LINE.match(line) for line in _report(console))
+
+
+def _report(console: str) -> list[str]:
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.replace("\r", ""))
-    begin, marker, rest = text.partition("SAW-BOOT-REPORT-BEGIN")
-    if not marker or "SAW-BOOT-REPORT-END" not in rest:
-        return {}
-    del begin
-    body = rest.partition("SAW-BOOT-REPORT-END")[0]
-    return {match[1]: match[2].lower() for line in body.splitlines() if (match := LINE.match(line))}
+    _, marker, rest = text.partition("SAW-BOOT-REPORT-BEGIN")
+    body, end, _ = rest.partition("SAW-BOOT-REPORT-END")
+    return body.splitlines() if marker and end else []
 
 
 class ReferenceVm(VmSpec, frozen=True, forbid_unknown_fields=True):
@@ -81,7 +89,9 @@ def alone(patience: float) -> Iterator[None]:
 
 
 def reference_boot(image: Path, *, patience: float) -> dict[str, Any]:
-    """Boot ``image`` with a fresh vTPM and return ``{image_sha256, pcrs, seconds, accel}``; raises :class:`VmError`.
+    """Boot ``image`` with a fresh vTPM and return ``{image_sha256, pcrs, secure_boot, seconds, accel}``; raises :class:`VmError`.
+
+    An image with its owner's variable store beside it boots with that store, and has to see that secure boot is on.
 
     ``patience`` in seconds holds for each attempt, and for another reference boot to end.
     """
@@ -97,22 +107,40 @@ def reference_boot(image: Path, *, patience: float) -> dict[str, Any]:
         cleanup.callback(shutil.rmtree, spec.runtime, ignore_errors=True)
         golden.remember(spec, hashed)
         qemu.create(spec)
+        secure_boot.startable(spec)
+        signed = bool(secure_boot.origin(spec))
         spec.runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
         accel = probe(image.with_name("vmlinuz"), RUNTIME / "accel.json")
         for attempt in (1, 2):
             started = time.monotonic()
             report = one_boot(spec, accel.name, patience)
             if report:
+                if signed and not saw_secure_boot(_console(spec)):
+                    raise VmError(
+                        "the image booted with its owner's keys, and its system does not see secure boot",
+                        cure="make the variable store anew: saw image secure-boot enrol; build and measure again",
+                    )
                 kept = {number: report[number] for number in sorted(report, key=int) if int(number) <= 14}
                 return {
                     "image_sha256": spec.image_sha256,
                     "pcrs": kept,
+                    "secure_boot": signed,
                     "seconds": round(time.monotonic() - started, 1),
                     "accel": msgspec.to_builtins(accel),
                 }
             print(f"reference boot {attempt}: no report; console kept in the error below", file=sys.stderr)
-        console = (spec.directory / "console.log").read_bytes()[-1500:].decode("utf-8", "replace")
+        console = _console(spec)[-1500:]
+        if signed and ("Access Denied" in console or "Security Violation" in console):
+            raise VmError(
+                f"the firmware refuses the image; its console ends with:\n{console}",
+                cure="sign it with a key whose certificate is in db of the store beside it (docs/images.md)",
+            )
         raise VmError(f"the image did not report its boot measurements; its console ends with:\n{console}")
+
+
+def _console(spec: VmSpec) -> str:
+    console = spec.directory / "console.log"
+    return console.read_bytes().decode("utf-8", "replace") if console.exists() else ""
 
 
 def one_boot(spec: VmSpec, accel: str, patience: float) -> dict[str, str]:
@@ -141,7 +169,7 @@ def one_boot(spec: VmSpec, accel: str, patience: float) -> dict[str, str]:
         try:
             begin = time.monotonic()
             while time.monotonic() - begin < patience:
-                text = console.read_bytes().decode("utf-8", "replace") if console.exists() else ""
+                text = _console(spec)
                 report = parse_report(text)
                 if report or machine.poll() is not None:
                     return report

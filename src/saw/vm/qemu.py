@@ -25,7 +25,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from saw.files import write_atomic
-from saw.vm import devices, golden, wiped
+from saw.vm import devices, golden, secure_boot, wiped
 from saw.vm.accel import probe
 from saw.vm.programs import run
 from saw.vm.spec import RUNTIME, STATE, VmError, VmSpec, parse_spec
@@ -61,10 +61,7 @@ def create(spec: VmSpec, *, renew: bool = False) -> dict[str, Any]:
     changed |= make_root_disk(spec, renew=renew)
     changed |= make_data_disk(spec)
     changed |= make_tpm(spec)
-    variables = directory / "vars.fd"
-    if not variables.exists():
-        copy(FIRMWARE_VARS, variables)
-        changed = True
+    changed |= secure_boot.make_variables(spec, FIRMWARE_VARS)
     if stored != encoded:
         write_atomic(spec_file, encoded, mode=0o600)
     return {"changed": changed, "ek_pub_pem": endorsement_key(spec), "directory": str(directory)}
@@ -81,14 +78,6 @@ def rebuild(spec: VmSpec, image: str = "", image_sha256: str = "") -> dict[str, 
     return {**create(fresh, renew=True), "changed": True}
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copy ``source`` so that ``target`` appears complete or not at all."""
-    temporary = target.with_suffix(".new")
-    shutil.copyfile(source, temporary)
-    temporary.chmod(0o600)
-    os.replace(temporary, target)
-
-
 def make_root_disk(spec: VmSpec, *, renew: bool = False) -> bool:
     """Make the overlay on the golden image; a different image, or ``renew``, throws old overlay and firmware state away.
 
@@ -101,7 +90,8 @@ def make_root_disk(spec: VmSpec, *, renew: bool = False) -> bool:
     run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", spec.image, str(temporary))
     marker.unlink(missing_ok=True)
     os.replace(temporary, disk)
-    (spec.directory / "vars.fd").unlink(missing_ok=True)
+    for part in ("vars.fd", secure_boot.MARKER):
+        (spec.directory / part).unlink(missing_ok=True)
     write_atomic(marker, root_disk_of(spec))
     return True
 
@@ -128,6 +118,7 @@ def startable(spec: VmSpec) -> None:
             cure="finish what made it: playbook workspace_rebuild (or workspace_create)",
         )
     golden.verify(spec)
+    secure_boot.startable(spec)
 
 
 def make_data_disk(spec: VmSpec) -> bool:
@@ -239,11 +230,13 @@ def network_down(spec: VmSpec) -> None:
 def command_line(spec: VmSpec, accel: str) -> list[str]:
     """Return qemu's argument list. Measured by the firmware: UKI, boot variables; SMBIOS goes into PCR 1 alone."""
     run_dir, directory = spec.runtime, spec.directory
+    signed = bool(secure_boot.origin(spec))
+    machine = "q35,smm=on,vmport=off" if signed else "q35,smm=off,vmport=off"
     argv = [
-        "qemu-system-x86_64", "-name", spec.id, "-machine", "q35,smm=off,vmport=off", "-m", str(spec.memory_mib),
+        "qemu-system-x86_64", "-name", spec.id, "-machine", machine, "-m", str(spec.memory_mib),
         "-smp", str(spec.cpus), "-display", "none", "-nodefaults", "-no-user-config", "-no-reboot",
         "-chardev", f"file,id=console,path={directory / 'console.log'}", "-serial", "chardev:console",
-        "-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={FIRMWARE}",
+        "-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={secure_boot.FIRMWARE if signed else FIRMWARE}",
         "-drive", f"if=pflash,format=raw,unit=1,file={directory / 'vars.fd'}",
         "-drive", f"if=none,id=root,file={directory / 'root.qcow2'},format=qcow2,cache=writeback,discard=unmap",
         "-device", "nvme,drive=root,serial=root,bootindex=1",
@@ -255,6 +248,7 @@ def command_line(spec: VmSpec, accel: str) -> list[str]:
         "-qmp", f"unix:{run_dir / 'qmp.sock'},server=on,wait=off",
     ]  # fmt: skip
     argv += ["-accel", "kvm", "-cpu", "host"] if accel == "kvm" else ["-accel", "tcg,thread=multi", "-cpu", "max"]
+    argv += secure_boot.ARGUMENTS if signed else ()
     argv += devices.arguments(spec)
     if spec.network:
         argv += [
@@ -407,7 +401,7 @@ def destroy(spec: VmSpec) -> bool:
 
 
 def status(spec: VmSpec) -> dict[str, Any]:
-    """Return ``{id, active, number, image_sha256, devices, wipe, accel, console_tail}``."""
+    """Return ``{id, active, number, image_sha256, devices, wipe, accel, secure_boot, console_tail}``."""
     console = spec.directory / "console.log"
     tail = console.read_bytes()[-400:].decode("utf-8", "replace") if console.exists() else ""
     accel = ""
@@ -421,5 +415,6 @@ def status(spec: VmSpec) -> dict[str, Any]:
         "devices": list(spec.devices),
         "wipe": spec.wipe,
         "accel": accel or spec.accel,
+        "secure_boot": bool(secure_boot.origin(spec)),
         "console_tail": tail,
     }

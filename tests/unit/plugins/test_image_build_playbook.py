@@ -35,3 +35,15 @@ def test_an_installed_collection_is_told_to_name_a_checkout(tmp_path: Path) -> N
 def test_a_named_checkout_is_taken(tmp_path: Path) -> None:
     done = play(tmp_path, "-e", f"image_build_repository={ROOT}")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_owners_keys_are_handed_on_one_by_one_and_left_out_where_none_is_named(tmp_path: Path) -> None:
+    words = {"key": "/k/db.key", "certificate": "/k/db.crt", "variables": "/k/owner.fd"}
+    told = [word for part, value in words.items() for word in ("-e", f"image_build_secure_boot_{part}={value}")]
+    for given in (told, told[:2], []):
+        (tmp_path / str(len(given))).mkdir()
+        done = play(tmp_path / str(len(given)), "-v", "-e", f"image_build_repository={ROOT}", *given)
+        assert done.returncode == 0, done.stdout + done.stderr
+        for part, value in words.items():
+            named = any(f"_{part}=" in word for word in given)
+            assert (f'"--secure-boot-{part}", "{value}"' in " ".join(done.stdout.split())) is named, done.stdout

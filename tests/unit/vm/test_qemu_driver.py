@@ -218,7 +218,7 @@ def test_the_verbs_answer_json_and_change_nothing_twice(
     for verb, changed in (("start", True), ("start", False), ("poweroff", True), ("poweroff", False), ("stop", False)):
         assert command(verb, "ws-t", capsys=capsys) == {"ok": True, "changed": changed}, verb
     shown = command("status", "ws-t", capsys=capsys)
-    told = {"id", "active", "number", "image_sha256", "devices", "wipe", "accel", "console_tail"}
+    told = {"id", "active", "number", "image_sha256", "devices", "wipe", "accel", "secure_boot", "console_tail"}
     assert set(shown) == {"ok", "changed", *told}
     assert (shown["active"], shown["number"]) == (False, 7)
     assert [vm["id"] for vm in command("list", capsys=capsys)["vms"]] == ["ws-t"]
