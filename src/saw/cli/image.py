@@ -11,14 +11,24 @@ from urllib.parse import quote
 import msgspec
 import rfc8785
 
-from saw.attest.image_record import PAYLOAD_TYPE, parse_record
-from saw.cli import image_scan
+from saw.attest.image_record import PAYLOAD_TYPE, RecordInvalid, parse_record
+from saw.cli import image_record, image_scan
 from saw.cli.operator_options import add_options, fields, show, table
 from saw.cli.policy_signing import add_signing, present, signers_of
 from saw.errors import ConfigError
 from saw.files import write_atomic
-from saw.policy.envelope import SignedEnvelope, cosign, payload_of, read_envelope, seal
+from saw.policy.envelope import (
+    EnvelopeRefused,
+    SignedEnvelope,
+    cosign,
+    payload_of,
+    read_envelope,
+    seal,
+    verify_envelope,
+)
 from saw.policy.governance import duration
+from saw.policy.keys import key_id
+from saw.policy.signers import Signer
 
 _STEPS = {
     "promote": ("stable", "let every ring use it"),
@@ -56,15 +66,20 @@ def _call(client: Any, options: argparse.Namespace) -> dict[str, Any]:
 
 def _sign(options: argparse.Namespace) -> int:
     """Sign a record, or add signatures to a signed one; what is signed is shown."""
-    raw = _read(options.record)
-    if b'"payloadType"' in raw:
-        sealed = cosign(raw, PAYLOAD_TYPE, signers_of(options))
+    raw, signers = _read(options.record), signers_of(options)
+    kept = _serves(raw, options, signers) if options.keep else b""
+    if kept:
+        sealed = kept
+    elif b'"payloadType"' in raw:
+        sealed = cosign(raw, PAYLOAD_TYPE, signers)
     else:
-        sealed = seal(_payload(raw, options), PAYLOAD_TYPE, signers_of(options))
+        sealed = seal(_payload(raw, options), PAYLOAD_TYPE, signers)
     envelope: SignedEnvelope = read_envelope(sealed, PAYLOAD_TYPE)
     record = parse_record(payload_of(envelope))
-    write_atomic(Path(options.out), sealed)
+    if not kept:
+        write_atomic(Path(options.out), sealed)
     answer = {
+        "changed": not kept,
         "name": record.name,
         "image_sha256": record.image_sha256,
         "not_after": record.not_after.isoformat(),
@@ -73,6 +88,23 @@ def _sign(options: argparse.Namespace) -> int:
     }
     show(answer, fields(answer), as_json=options.json)
     return 0
+
+
+def _serves(raw: bytes, options: argparse.Namespace, signers: list[Signer]) -> bytes:
+    """Return what lies at ``--out`` when it holds this record, all ``signers`` signed it and enough of its time is left."""
+    try:
+        held = Path(options.out).read_bytes()
+        keys = {key_id(signer.public_key()): signer.public_key() for signer in signers}
+        payload, _ = verify_envelope(held, PAYLOAD_TYPE, keys, len(keys))
+        plain = payload_of(read_envelope(raw, PAYLOAD_TYPE)) if b'"payloadType"' in raw else raw
+        record, wanted = (msgspec.json.decode(one, type=dict[str, Any]) for one in (payload, plain))
+        left = parse_record(payload).not_after - present()
+    except (OSError, EnvelopeRefused, RecordInvalid, msgspec.DecodeError):
+        return b""
+    if "not_after" not in wanted:
+        record.pop("not_after")
+    enough = left >= timedelta(seconds=duration(options.duration)) / 3
+    return held if record == wanted and enough else b""
 
 
 def _payload(raw: bytes, options: argparse.Namespace) -> bytes:
@@ -110,18 +142,24 @@ def _read(name: str) -> bytes:
         raise ConfigError(f"cannot read {name}: {error.strerror}", cure="name a readable file") from error
 
 
-_HERE = {"sign": _sign, "scan": image_scan.scan, "evidence": image_scan.evidence}
+_HERE = {"record": image_record.record, "sign": _sign, "scan": image_scan.scan, "evidence": image_scan.evidence}
 """What needs no broker."""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="saw image", description="Release records of golden images.")
     commands = parser.add_subparsers(dest="command", required=True)
+    image_record.add_command(commands)
     sign = commands.add_parser("sign", help="sign a release record, or add signatures to a signed one")
     sign.add_argument("record", help="<image>.release.json, or what another officer signed")
     sign.add_argument("--out", required=True, help="signed record to write")
     sign.add_argument(
         "--for", dest="duration", default="90d", metavar="TIME", help="how long it counts (default: %(default)s)"
+    )
+    sign.add_argument(
+        "--keep",
+        action="store_true",
+        help="leave --out alone where it holds this record, signed by these keys, and a third of --for",
     )
     add_signing(sign)
     sign.add_argument("--json", action="store_true", help="print JSON")

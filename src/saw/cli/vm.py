@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     image.add_argument("--image", required=True, type=Path)
     image.add_argument("--image-sha256", required=True)
     verbs.add_parser("list", help="list the VMs")
+    verbs.add_parser("firmware", help="print the digest of the firmware that this hypervisor's VMs start with")
     boot = verbs.add_parser("measure", help="boot an image once with a fresh vTPM and print its PCR values")
     boot.add_argument("--image", type=Path, required=True)
     boot.add_argument("--patience", type=float, default=300.0)
@@ -70,6 +71,8 @@ def main(argv: list[str]) -> int:
         answer = {"changed": False, "image": str(options.image), "image_sha256": options.image_sha256}
     elif options.verb == "rebuild":
         answer = qemu.rebuild(load_spec(options.id), options.image, options.image_sha256)
+    elif options.verb == "firmware":
+        answer = {"firmware_sha256": measure.firmware_sha256()}
     elif options.verb == "measure":
         answer = measure.reference_boot(options.image, patience=options.patience)
     elif options.verb == "destroy" and not (STATE / options.id / "spec.json").exists():
