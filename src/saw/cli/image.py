@@ -21,13 +21,13 @@ from saw.policy.envelope import (
     EnvelopeRefused,
     SignedEnvelope,
     cosign,
+    good_signers,
     payload_of,
     read_envelope,
     seal,
-    verify_envelope,
 )
 from saw.policy.governance import duration
-from saw.policy.keys import key_id
+from saw.policy.keys import PublicKey, key_id
 from saw.policy.signers import Signer
 
 _STEPS = {
@@ -67,19 +67,22 @@ def _call(client: Any, options: argparse.Namespace) -> dict[str, Any]:
 def _sign(options: argparse.Namespace) -> int:
     """Sign a record, or add signatures to a signed one; what is signed is shown."""
     raw, signers = _read(options.record), signers_of(options)
-    kept = _serves(raw, options, signers) if options.keep else b""
-    if kept:
-        sealed = kept
-    elif b'"payloadType"' in raw:
-        sealed = cosign(raw, PAYLOAD_TYPE, signers)
+    held = _held(raw, options) if options.keep else b""
+    signed_by = good_signers(read_envelope(held, PAYLOAD_TYPE), _keys(signers)) if held else ()
+    lacking = [signer for signer in signers if key_id(signer.public_key()) not in signed_by]
+    before = held or raw
+    if not lacking:
+        sealed = held
+    elif b'"payloadType"' in before:
+        sealed = cosign(before, PAYLOAD_TYPE, lacking)
     else:
-        sealed = seal(_payload(raw, options), PAYLOAD_TYPE, signers)
+        sealed = seal(_payload(raw, options), PAYLOAD_TYPE, lacking)
     envelope: SignedEnvelope = read_envelope(sealed, PAYLOAD_TYPE)
     record = parse_record(payload_of(envelope))
-    if not kept:
+    if lacking:
         write_atomic(Path(options.out), sealed)
     answer = {
-        "changed": not kept,
+        "changed": bool(lacking),
         "name": record.name,
         "image_sha256": record.image_sha256,
         "not_after": record.not_after.isoformat(),
@@ -90,21 +93,23 @@ def _sign(options: argparse.Namespace) -> int:
     return 0
 
 
-def _serves(raw: bytes, options: argparse.Namespace, signers: list[Signer]) -> bytes:
-    """Return what lies at ``--out`` when it holds this record, all ``signers`` signed it and enough of its time is left."""
+def _held(raw: bytes, options: argparse.Namespace) -> bytes:
+    """Return what lies at ``--out`` when it holds the record ``raw`` and a third of ``--for`` is left of it, else nothing."""
     try:
         held = Path(options.out).read_bytes()
-        keys = {key_id(signer.public_key()): signer.public_key() for signer in signers}
-        payload, _ = verify_envelope(held, PAYLOAD_TYPE, keys, len(keys))
+        payload = payload_of(read_envelope(held, PAYLOAD_TYPE))
         plain = payload_of(read_envelope(raw, PAYLOAD_TYPE)) if b'"payloadType"' in raw else raw
         record, wanted = (msgspec.json.decode(one, type=dict[str, Any]) for one in (payload, plain))
-        left = parse_record(payload).not_after - present()
-    except (OSError, EnvelopeRefused, RecordInvalid, msgspec.DecodeError):
+        left, asked = parse_record(payload).not_after - present(), duration(options.duration)
+    except (OSError, EnvelopeRefused, RecordInvalid, msgspec.DecodeError, ValueError):
         return b""
     if "not_after" not in wanted:
         record.pop("not_after")
-    enough = left >= timedelta(seconds=duration(options.duration)) / 3
-    return held if record == wanted and enough else b""
+    return held if record == wanted and left >= timedelta(seconds=asked) / 3 else b""
+
+
+def _keys(signers: list[Signer]) -> dict[str, PublicKey]:
+    return {key_id(signer.public_key()): signer.public_key() for signer in signers}
 
 
 def _payload(raw: bytes, options: argparse.Namespace) -> bytes:

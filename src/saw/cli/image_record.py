@@ -27,7 +27,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     record.add_argument("--again", action="store_true", help="boot it anew, such as after a change of the firmware")
     record.add_argument("--baseline", type=Path, metavar="FILE", help="Lynis' report of a workspace on this image")
     record.add_argument(
-        "--patience", type=float, default=300.0, metavar="SECONDS", help="for one boot (default: %(default)s)"
+        "--patience", type=float, default=600.0, metavar="SECONDS", help="for one boot (default: %(default)s)"
     )
     record.add_argument("--json", action="store_true", help="print JSON")
 

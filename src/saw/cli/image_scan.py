@@ -99,9 +99,14 @@ def scan(options: argparse.Namespace) -> int:
         record["scan"] = before if same else found
         record["evidence"] = {**named, CVE_REPORT: digest_of(file.with_name(CVE_REPORT))}
     text = json.dumps(record, indent=2) + "\n"
-    if text.encode() != file.read_bytes():
+    if changed := text.encode() != file.read_bytes():
         write_atomic(file, text)
-    answer = {"ok": not verdict.problems, "name": record.get("name", ""), **msgspec.to_builtins(verdict)}
+    answer = {
+        "ok": not verdict.problems,
+        "changed": changed,
+        "name": record.get("name", ""),
+        **msgspec.to_builtins(verdict),
+    }
     about = {"image": answer["name"], "open": len(verdict.open), "waived": len(verdict.waived)}
     lines = [fields(about), *(f"problem: {text}" for text in verdict.problems)]
     lines += [f"waived: {one.cve} in {one.package} {one.version}" for one in verdict.waived]

@@ -35,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
     image = verbs.add_parser("check-image", help="compare an image file with its SHA-256; nothing changes")
     image.add_argument("--image", required=True, type=Path)
     image.add_argument("--image-sha256", required=True)
+    find = verbs.add_parser("find-image", help="find the file of an image on this hypervisor by its SHA-256")
+    find.add_argument("--image-sha256", required=True)
+    find.add_argument("--name", default="", help="its name: files with it in their path are read first")
     verbs.add_parser("list", help="list the VMs")
     verbs.add_parser("firmware", help="print the digest of the firmware that this hypervisor's VMs start with")
     boot = verbs.add_parser("measure", help="boot an image once with a fresh vTPM and print its PCR values")
@@ -69,6 +72,8 @@ def main(argv: list[str]) -> int:
     elif options.verb == "check-image":
         golden.matches(golden.hash_image(options.image), options.image_sha256)
         answer = {"changed": False, "image": str(options.image), "image_sha256": options.image_sha256}
+    elif options.verb == "find-image":
+        answer = {"image": str(golden.find(options.image_sha256, options.name)), "image_sha256": options.image_sha256}
     elif options.verb == "rebuild":
         answer = qemu.rebuild(load_spec(options.id), options.image, options.image_sha256)
     elif options.verb == "firmware":
