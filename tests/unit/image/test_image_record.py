@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 import subprocess
 from pathlib import Path
@@ -22,6 +23,7 @@ from saw.image.expected import authenticode, differences, expected_pcrs, uki_sec
 from saw.image.record import make_record
 from saw.policy.keys import create_key
 
+ROOT = Path(__file__).resolve().parents[3]
 MEASURE = Path("/usr/lib/systemd/systemd-measure")
 pytestmark = pytest.mark.control("IMG-01")
 
@@ -292,3 +294,30 @@ def test_keep_signs_what_is_lacking_and_nothing_twice(
     record = json.loads(Path(file).read_text())
     Path(file).write_text(json.dumps({**record, "inputs_digest": "other"}))
     assert sign("ada", "ben") == (True, 2)
+
+
+def test_make_image_goes_on_from_a_build_and_signs_with_no_key_that_nobody_gave(
+    golden: Golden, tmp_path: Path
+) -> None:
+    create_key(tmp_path / "keys", "ada")
+    built = json.loads((golden.folder / "build.json").read_text())
+    (tmp_path / "image.json").write_text(json.dumps({**built, "directory": str(golden.folder), "reason": "built"}))
+
+    def follow(**given: str) -> str:
+        done = subprocess.run(
+            [str(ROOT / "scripts/image_release.sh"), str(tmp_path / "image.json")],
+            capture_output=True, text=True, check=False, timeout=120,
+            env={**os.environ, "MEASURED": str(golden.measured("measured.json")), **given},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    said = follow()
+    assert "not searched: give the mirrored database" in said
+    assert "not signed: no key was given" in said
+    assert f"next: saw image sign {golden.folder}/release.json" in said
+    assert not (golden.folder / "release.signed.json").exists()
+    assert f"next: saw image register {golden.folder}/release.signed.json" in follow(SIGN_KEY=str(tmp_path / "keys/ada.key"))
+    signed = (golden.folder / "release.signed.json").read_bytes()
+    follow(SIGN_KEY=str(tmp_path / "keys/ada.key"))
+    assert (golden.folder / "release.signed.json").read_bytes() == signed
