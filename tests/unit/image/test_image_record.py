@@ -296,9 +296,7 @@ def test_keep_signs_what_is_lacking_and_nothing_twice(
     assert sign("ada", "ben") == (True, 2)
 
 
-def test_make_image_goes_on_from_a_build_and_signs_with_no_key_that_nobody_gave(
-    golden: Golden, tmp_path: Path
-) -> None:
+def test_make_image_goes_on_from_a_build_and_signs_with_no_key_that_nobody_gave(golden: Golden, tmp_path: Path) -> None:
     create_key(tmp_path / "keys", "ada")
     built = json.loads((golden.folder / "build.json").read_text())
     (tmp_path / "image.json").write_text(json.dumps({**built, "directory": str(golden.folder), "reason": "built"}))
@@ -317,7 +315,9 @@ def test_make_image_goes_on_from_a_build_and_signs_with_no_key_that_nobody_gave(
     assert "not signed: no key was given" in said
     assert f"next: saw image sign {golden.folder}/release.json" in said
     assert not (golden.folder / "release.signed.json").exists()
-    assert f"next: saw image register {golden.folder}/release.signed.json" in follow(SIGN_KEY=str(tmp_path / "keys/ada.key"))
+    assert f"next: saw image register {golden.folder}/release.signed.json" in follow(
+        SIGN_KEY=str(tmp_path / "keys/ada.key")
+    )
     signed = (golden.folder / "release.signed.json").read_bytes()
     follow(SIGN_KEY=str(tmp_path / "keys/ada.key"))
     assert (golden.folder / "release.signed.json").read_bytes() == signed
