@@ -69,14 +69,13 @@ def find(sha256: str, name: str = "") -> Path:
     files = {
         file.absolute() for place in places for pattern in ("*.qcow2", "*/*.qcow2") for file in place.glob(pattern)
     }
-    disks = {file for file in files if STATE in file.parents}
-    for file in sorted(files - disks, key=lambda file: (name not in file.parts and file.stem != name, file)):
+    for file in sorted(files, key=lambda file: (name not in file.parts and file.stem != name, file)):
         if file.is_file() and hash_image(file).sha256 == sha256:
             return file
     raise VmError(
         f"no file on this hypervisor is image {name or sha256} (SHA-256 {sha256})",
         cure=f"copy it to {IMAGES}/{name or 'NAME'}/image.qcow2",
-        details={"image_sha256": sha256, "looked_at": sorted(str(file) for file in files - disks)},
+        details={"image_sha256": sha256, "looked_at": sorted(str(file) for file in files)},
     )
 
 

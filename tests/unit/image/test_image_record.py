@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from uki_parts import EVIDENCE, PARTS, Golden, golden_folder, kernel, portable, uki
 
-from saw.attest.image_record import RecordInvalid, parse_record
+from saw.attest.image_record import PAYLOAD_TYPE, RecordInvalid, parse_record
 from saw.cli.image import main
 from saw.errors import SawError
 from saw.image.disk import ImageError
 from saw.image.expected import authenticode, differences, expected_pcrs, uki_sections, unified_kernel
 from saw.image.record import make_record
+from saw.policy.envelope import payload_of, read_envelope
 from saw.policy.keys import create_key
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -294,6 +295,7 @@ def test_keep_signs_what_is_lacking_and_nothing_twice(
     record = json.loads(Path(file).read_text())
     Path(file).write_text(json.dumps({**record, "inputs_digest": "other"}))
     assert sign("ada", "ben") == (True, 2)
+    assert json.loads(payload_of(read_envelope(out.read_bytes(), PAYLOAD_TYPE)))["inputs_digest"] == "other"
 
 
 def test_make_image_goes_on_from_a_build_and_signs_with_no_key_that_nobody_gave(golden: Golden, tmp_path: Path) -> None:
