@@ -54,10 +54,15 @@ tools-python:
 workspace: ## from an empty machine to a governed workspace; prints the control report (needs root)
 	@scripts/workspace.sh
 
-image: tools ## build the golden image with the newest packages, or reuse it; FRESH=1, VARIANT=gpu, SECURE_BOOT_KEY=…: docs/images.md
+# After the build: DATABASE=FILE [WAIVERS=FILE] searches for known vulnerabilities, SIGN_KEY='A B' [SIGN_PASSPHRASE_FILE=…] signs,
+# MEASURED=FILE takes a hypervisor's reference boot (docs/images.md).
+image: tools ## build the golden image with the newest packages, or reuse it, boot it and write its record; FRESH=1, SIGN_KEY=…: docs/images.md
 	@echo "==> golden image ($(VARIANT)) in $(SAW_BUILD)/images"
+	@mkdir -p "$(SAW_BUILD)"
 	@.venv/bin/python -m saw.image.build image --build "$(SAW_BUILD)" --variant "$(VARIANT)" --json \
-	  $(if $(MODULE_KEY),--module-key "$(MODULE_KEY)") $(if $(MODULE_CERTIFICATE),--module-certificate "$(MODULE_CERTIFICATE)")
+	  $(if $(MODULE_KEY),--module-key "$(MODULE_KEY)") $(if $(MODULE_CERTIFICATE),--module-certificate "$(MODULE_CERTIFICATE)") \
+	  >"$(SAW_BUILD)/image.json"
+	@scripts/image_release.sh "$(SAW_BUILD)/image.json"
 
 image-edr-check: tools ## attack a workspace on an image with endpoint detection; some 20 minutes, no part of `make test`
 	@scripts/image_edr_check.sh

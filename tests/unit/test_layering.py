@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "gpu": BASE | {"audit", "edr", "policy", "vm"},
     "drift": BASE | {"audit", "edr", "broker"},
     "conformance": BASE | {"policy", "runtime"},
-    "image": BASE | {"vm"},
+    "image": BASE | {"attest", "vm"},
     "vm": BASE | {"image"},
     "lab": BASE
     | {"policy", "identity", "attest", "audit", "budget", "review", "broker", "gateway", "runtime", "image", "vm"},

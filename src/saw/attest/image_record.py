@@ -60,6 +60,25 @@ class SecureBoot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 STORE = "secure-boot.fd"
 """The owner's variable store among the files beside an image."""
+
+
+class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an external scanner said of a workspace on this image; its report lies beside the image as ``baseline.dat``.
+
+    ``score`` is the scanner's hardening index, 0 to 100.
+    """
+
+    scanner: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    version: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    score: Annotated[int, msgspec.Meta(ge=0, le=100)]
+    tests: Annotated[int, msgspec.Meta(ge=1)]
+
+
+BASELINE_REPORT = "baseline.dat"
+"""The scanner's report, beside the image and among a record's evidence."""
+CVE_REPORT = "vulnerabilities.json"
+"""What a search for known vulnerabilities found and how it was judged, at the same place."""
+
 Evidence = Literal["sbom", "provenance", "scan", "secure_boot"]
 """What a record may carry about how the image was made and boots, beside what its boot measures."""
 _FILES: dict[str, tuple[str, ...]] = {
@@ -85,12 +104,16 @@ class ReleaseRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     not_after: datetime
     boot: Boot
     evidence: Annotated[dict[Annotated[str, msgspec.Meta(max_length=128)], Hex], msgspec.Meta(max_length=64)] = {}
-    """Files beside the image (path → SHA-256): bills of materials, provenance, the owner's variable store."""
+    """Files beside the image (path → SHA-256): bills of materials, provenance, the owner's variable store, and reports of a
+    scanner and of a search."""
     scan: Scan | None = None
+    baseline: Baseline | None = None
     variant: Literal["cpu", "gpu"] = "cpu"
     """What the image is made for; ``gpu`` has NVIDIA's driver. Records of ``cpu`` do not state it."""
     secure_boot: SecureBoot | None = None
     """Of an image that is signed for secure boot; its PCR values come from a boot with the owner's keys."""
+    edr: Literal["none", "embedded", "vendor_package"] = "none"
+    """The endpoint detection in the image (docs/edr.md). Records of ``none`` do not state it."""
 
     def missing(self, required: Iterable[Evidence]) -> list[str]:
         """Return what of ``required`` the record does not carry, by file name or as ``scan`` and ``secure_boot``."""
@@ -128,6 +151,12 @@ def parse_record(payload: bytes) -> ReleaseRecord:
             "record_malformed",
             f"secure_boot of {record.name} and {STORE} among its evidence are not one",
             cure="take both from the image's build.json",
+        )
+    if record.baseline is not None and BASELINE_REPORT not in record.evidence:
+        raise RecordInvalid(
+            "record_malformed",
+            f"the release record of {record.name} states a baseline score and names no report of it",
+            cure=f"name {BASELINE_REPORT} in evidence, as saw image record --baseline does",
         )
     missing = [str(pcr) for pcr in RELEASED_PCRS if str(pcr) not in record.boot.pcrs]
     if missing:

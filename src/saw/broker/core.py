@@ -22,6 +22,7 @@ from saw.broker.delegations import Delegations
 from saw.broker.forwards import Forwards
 from saw.broker.gates import Gates
 from saw.broker.holds import Holds
+from saw.broker.image_history import ImageHistory
 from saw.broker.images import Images
 from saw.broker.job_work import JobWork
 from saw.broker.jobs import Jobs
@@ -105,6 +106,7 @@ class Broker:
     machines: Machines
     views: Views
     trail: Trail
+    image_history: ImageHistory
     holds: Holds
     retention: Retention
     notifications: Notifications
@@ -177,6 +179,7 @@ class Broker:
             machines=Machines(services, None if sso is None else sso.provider),
             views=Views(services, releases, rollouts),
             trail=Trail(services),
+            image_history=ImageHistory(services),
             holds=Holds(services),
             retention=Retention(services),
             notifications=Notifications(services),

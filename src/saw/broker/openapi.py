@@ -15,7 +15,7 @@ import msgspec
 from saw import __version__
 from saw.broker.agent_views import Agent, Changed, Changes, Page
 from saw.broker.sponsor_views import ChangedSponsor, Sponsor, SponsorPage
-from saw.broker.workspace_views import ChangedWorkspace, Workspace, WorkspacePage
+from saw.broker.workspace_views import ChangedWorkspace, WayBack, Workspace, WorkspacePage
 
 
 class Call(NamedTuple):
@@ -45,6 +45,7 @@ _QUERY: Mapping[str, str] = {
     "until": "Up to this time, milliseconds since 1970.",
     "live": "1: those that live.",
     "all": "1: those that ended too.",
+    "further": "1: from there one more step back, where the workspace has just gone back.",
 }
 ABOUT: Mapping[str, Words] = {
     "GET /v1/workspaces": Words(
@@ -54,6 +55,9 @@ ABOUT: Mapping[str, Words] = {
     "GET /v1/workspaces/{id}": Words("One workspace", (), Workspace),
     "PUT /v1/workspaces/{id}/image": Words(
         "Bind a workspace to another image, before it is rebuilt; from the version that was seen", (), ChangedWorkspace
+    ),
+    "GET /v1/workspaces/{id}/way-back": Words(
+        "The stable image that a workspace ran before and goes back to", ("further",), WayBack
     ),
     "PUT /v1/workspaces/{id}/ek": Words("Record the endorsement key, once", (), ChangedWorkspace),
     "POST /v1/workspaces/{id}/transition": Words(

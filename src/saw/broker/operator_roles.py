@@ -17,6 +17,7 @@ ALLOWED: dict[tuple[str, str], frozenset[Role]] = {
     ("POST", "/v1/workspaces"): _OPERATE,
     ("GET", "/v1/workspaces/{id}"): _LOOK,
     ("PUT", "/v1/workspaces/{id}/image"): _OPERATE,
+    ("GET", "/v1/workspaces/{id}/way-back"): _LOOK,
     ("GET", "/v1/workspaces/{id}/policy"): _LOOK,
     ("POST", "/v1/workspaces/{id}/transition"): _OPERATE,
     ("POST", "/v1/workspaces/{id}/kill"): _INTERVENE,

@@ -57,6 +57,15 @@ def operator_routes(broker: Broker, route: MakeRoute) -> list[Route]:
             with_body(Reprovision, lambda c, b, r: registry.reprovision(c, r.path_params["id"], b)),
         ),
         route(
+            "/v1/workspaces/{id}/way-back",
+            "GET",
+            without_body(
+                lambda _c, r: broker.image_history.way_back(
+                    r.path_params["id"], further=r.query_params.get("further") == "1"
+                )
+            ),
+        ),
+        route(
             "/v1/workspaces/{id}/ek",
             "PUT",
             with_body(RecordEk, lambda c, b, r: registry.record_ek(c, r.path_params["id"], b)),

@@ -54,3 +54,25 @@ class WorkspacePage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     workspaces: tuple[Workspace, ...]
     next: str | None
+
+
+class ImageBinding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An image that a workspace was bound to, where it stands now, and why nobody may use it (empty when one may)."""
+
+    name: str
+    image_sha256: str
+    state: str
+    refusal: str = ""
+
+
+class WayBack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The image that a workspace goes back to.
+
+    ``passed_over`` are images in between with the reason. ``gone_back``: it is bound to ``image`` already and left a newer one.
+    """
+
+    workspace: str
+    present: str
+    image: ImageBinding
+    passed_over: tuple[str, ...]
+    gone_back: bool

@@ -11,14 +11,24 @@ from urllib.parse import quote
 import msgspec
 import rfc8785
 
-from saw.attest.image_record import PAYLOAD_TYPE, parse_record
-from saw.cli import image_compare, image_local, image_scan, image_secure_boot
+from saw.attest.image_record import PAYLOAD_TYPE, RecordInvalid, parse_record
+from saw.cli import image_compare, image_local, image_record, image_scan, image_secure_boot
 from saw.cli.operator_options import add_options, fields, show, table
 from saw.cli.policy_signing import add_signing, present, signers_of
 from saw.errors import ConfigError
 from saw.files import write_atomic
-from saw.policy.envelope import SignedEnvelope, cosign, payload_of, read_envelope, seal
+from saw.policy.envelope import (
+    EnvelopeRefused,
+    SignedEnvelope,
+    cosign,
+    good_signers,
+    payload_of,
+    read_envelope,
+    seal,
+)
 from saw.policy.governance import duration
+from saw.policy.keys import PublicKey, key_id
+from saw.policy.signers import Signer
 
 _STEPS = {
     "promote": ("stable", "let every ring use it"),
@@ -56,15 +66,23 @@ def _call(client: Any, options: argparse.Namespace) -> dict[str, Any]:
 
 def _sign(options: argparse.Namespace) -> int:
     """Sign a record, or add signatures to a signed one; what is signed is shown."""
-    raw = _read(options.record)
-    if b'"payloadType"' in raw:
-        sealed = cosign(raw, PAYLOAD_TYPE, signers_of(options))
+    raw, signers = _read(options.record), signers_of(options)
+    held = _held(raw, options) if options.keep else b""
+    signed_by = good_signers(read_envelope(held, PAYLOAD_TYPE), _keys(signers)) if held else ()
+    lacking = [signer for signer in signers if key_id(signer.public_key()) not in signed_by]
+    before = held or raw
+    if not lacking:
+        sealed = held
+    elif b'"payloadType"' in before:
+        sealed = cosign(before, PAYLOAD_TYPE, lacking)
     else:
-        sealed = seal(_payload(raw, options), PAYLOAD_TYPE, signers_of(options))
+        sealed = seal(_payload(raw, options), PAYLOAD_TYPE, lacking)
     envelope: SignedEnvelope = read_envelope(sealed, PAYLOAD_TYPE)
     record = parse_record(payload_of(envelope))
-    write_atomic(Path(options.out), sealed)
+    if lacking:
+        write_atomic(Path(options.out), sealed)
     answer = {
+        "changed": bool(lacking),
         "name": record.name,
         "image_sha256": record.image_sha256,
         "not_after": record.not_after.isoformat(),
@@ -73,6 +91,25 @@ def _sign(options: argparse.Namespace) -> int:
     }
     show(answer, fields(answer), as_json=options.json)
     return 0
+
+
+def _held(raw: bytes, options: argparse.Namespace) -> bytes:
+    """Return what lies at ``--out`` when it holds the record ``raw`` and a third of ``--for`` is left of it, else nothing."""
+    try:
+        held = Path(options.out).read_bytes()
+        payload = payload_of(read_envelope(held, PAYLOAD_TYPE))
+        plain = payload_of(read_envelope(raw, PAYLOAD_TYPE)) if b'"payloadType"' in raw else raw
+        record, wanted = (msgspec.json.decode(one, type=dict[str, Any]) for one in (payload, plain))
+        left, asked = parse_record(payload).not_after - present(), duration(options.duration)
+    except (OSError, EnvelopeRefused, RecordInvalid, msgspec.DecodeError, ValueError):
+        return b""
+    if "not_after" not in wanted:
+        record.pop("not_after")
+    return held if record == wanted and left >= timedelta(seconds=asked) / 3 else b""
+
+
+def _keys(signers: list[Signer]) -> dict[str, PublicKey]:
+    return {key_id(signer.public_key()): signer.public_key() for signer in signers}
 
 
 def _payload(raw: bytes, options: argparse.Namespace) -> bytes:
@@ -111,6 +148,7 @@ def _read(name: str) -> bytes:
 
 
 _HERE = {
+    "record": image_record.record,
     "sign": _sign,
     "scan": image_scan.scan,
     "evidence": image_scan.evidence,
@@ -125,11 +163,17 @@ _HERE = {
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="saw image", description="Release records of golden images.")
     commands = parser.add_subparsers(dest="command", required=True)
+    image_record.add_command(commands)
     sign = commands.add_parser("sign", help="sign a release record, or add signatures to a signed one")
     sign.add_argument("record", help="<image>.release.json, or what another officer signed")
     sign.add_argument("--out", required=True, help="signed record to write")
     sign.add_argument(
         "--for", dest="duration", default="90d", metavar="TIME", help="how long it counts (default: %(default)s)"
+    )
+    sign.add_argument(
+        "--keep",
+        action="store_true",
+        help="leave --out alone where it holds this record, signed by these keys, and a third of --for",
     )
     add_signing(sign)
     sign.add_argument("--json", action="store_true", help="print JSON")

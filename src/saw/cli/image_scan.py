@@ -49,7 +49,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def scan(options: argparse.Namespace) -> int:
-    """Search, judge, and write a passed search into the record; a failed one takes an earlier one out of it."""
+    """Search, judge, and write a passed search into the record; a failed one takes an earlier one out of it.
+
+    What was found lies beside the image either way; the record names it where the search passed.
+    """
+    from saw.attest.image_record import CVE_REPORT
+    from saw.image.disk import digest_of
     from saw.image.vulnerabilities import judge, read_database, read_waivers
     from saw.image.vulnerabilities import scan as search
 
@@ -67,10 +72,19 @@ def scan(options: argparse.Namespace) -> int:
     now = present()
     digest = read_database(options.database, options.suite, longest=longest, now=now)
     verdict = judge(search(bill, options.database, options.suite), waivers, fail_on=options.fail_on, today=now.date())
-    record.pop("scan", None)
+    before = record.pop("scan", None)
+    named = record.get("evidence", {})
+    named.pop(CVE_REPORT, None)
+    report = {
+        "database_sha256": digest,
+        "suite": options.suite,
+        "fail_on": options.fail_on,
+        **msgspec.to_builtins(verdict),
+    }
+    write_atomic(file.with_name(CVE_REPORT), json.dumps(report, indent=2) + "\n")
     if not verdict.problems:
         covering = [waiver for waiver in waivers if any(waiver.covers(one) for one in verdict.waived)]
-        record["scan"] = {
+        found = {
             "database_sha256": digest,
             "scanned_at": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
             "fail_on": options.fail_on,
@@ -80,8 +94,19 @@ def scan(options: argparse.Namespace) -> int:
             ],
             **({"waived_until": verdict.waived_until.isoformat()} if verdict.waived_until else {}),
         }
-    write_atomic(file, json.dumps(record, indent=2) + "\n")
-    answer = {"ok": not verdict.problems, "name": record.get("name", ""), **msgspec.to_builtins(verdict)}
+        # The same search again with the same end is no news: the record, and what officers signed of it, stays as it is.
+        same = isinstance(before, dict) and {**found, "scanned_at": before.get("scanned_at")} == before
+        record["scan"] = before if same else found
+        record["evidence"] = {**named, CVE_REPORT: digest_of(file.with_name(CVE_REPORT))}
+    text = json.dumps(record, indent=2) + "\n"
+    if changed := text.encode() != file.read_bytes():
+        write_atomic(file, text)
+    answer = {
+        "ok": not verdict.problems,
+        "changed": changed,
+        "name": record.get("name", ""),
+        **msgspec.to_builtins(verdict),
+    }
     about = {"image": answer["name"], "open": len(verdict.open), "waived": len(verdict.waived)}
     lines = [fields(about), *(f"problem: {text}" for text in verdict.problems)]
     lines += [f"waived: {one.cve} in {one.package} {one.version}" for one in verdict.waived]

@@ -35,7 +35,11 @@ def parser() -> argparse.ArgumentParser:
     image = verbs.add_parser("check-image", help="compare an image file with its SHA-256; nothing changes")
     image.add_argument("--image", required=True, type=Path)
     image.add_argument("--image-sha256", required=True)
+    find = verbs.add_parser("find-image", help="find the file of an image on this hypervisor by its SHA-256")
+    find.add_argument("--image-sha256", required=True)
+    find.add_argument("--name", default="", help="its name: files with it in their path are read first")
     verbs.add_parser("list", help="list the VMs")
+    verbs.add_parser("firmware", help="print the digest of the firmware that this hypervisor's VMs start with")
     boot = verbs.add_parser("measure", help="boot an image once with a fresh vTPM and print its PCR values")
     boot.add_argument("--image", type=Path, required=True)
     boot.add_argument("--patience", type=float, default=300.0)
@@ -68,8 +72,12 @@ def main(argv: list[str]) -> int:
     elif options.verb == "check-image":
         golden.matches(golden.hash_image(options.image), options.image_sha256)
         answer = {"changed": False, "image": str(options.image), "image_sha256": options.image_sha256}
+    elif options.verb == "find-image":
+        answer = {"image": str(golden.find(options.image_sha256, options.name)), "image_sha256": options.image_sha256}
     elif options.verb == "rebuild":
         answer = qemu.rebuild(load_spec(options.id), options.image, options.image_sha256)
+    elif options.verb == "firmware":
+        answer = {"firmware_sha256": measure.firmware_sha256()}
     elif options.verb == "measure":
         answer = measure.reference_boot(options.image, patience=options.patience)
     elif options.verb == "destroy" and not (STATE / options.id / "spec.json").exists():

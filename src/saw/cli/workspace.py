@@ -70,7 +70,9 @@ def _call(client: Any, path: str, options: argparse.Namespace) -> dict[str, Any]
     command = options.command
     told = {"version": getattr(options, "version", None), "idempotency_key": getattr(options, "key", None)}
     given = {name: value for name, value in told.items() if value is not None}
-    if command == "show":
+    if command == "way-back":
+        answer = client.request("GET", f"{path}/way-back" + ("?further=1" if options.further else ""))
+    elif command == "show":
         answer = client.request("GET", path)
     elif command == "create":
         profile = {name: getattr(options, name) for name in ("id", "sponsor", "blueprint", "ring", "image")}
@@ -118,6 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "list workspaces: all, or those that filters choose"
     add_filters(commands.add_parser("list", help=text, description=text))
     add("show", "show one workspace")
+    back = add("way-back", "show the stable image that it ran before, to which playbook image_rollback takes it")
+    back.add_argument("--further", action="store_true", help="one more step back, where it has just gone back")
     add("credential", "print what its VM is told at creation (public data)")
     create = add("create", "register a workspace; its profile is fixed from then on", keyed=True)
     for name, text in (

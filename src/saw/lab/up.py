@@ -15,17 +15,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from saw.attest.verifier import RELEASED_PCRS
 from saw.broker.client import OperatorClient
 from saw.errors import SawError, UnavailableError
-from saw.files import write_atomic
 from saw.image import package_state, secure_boot
 from saw.image.base_os import base_os
 from saw.image.build import ImageBuild
 from saw.image.edr import chosen
 from saw.image.finished import GoldenImage
+from saw.image.record import make_record
 from saw.image.wheelhouse import wheelhouse
 from saw.lab import demo_pki
 from saw.lab.exclusive import exclusive as hold
@@ -162,29 +159,21 @@ class Bringup:
 
     def register_image(self, image: GoldenImage) -> dict[str, Any]:
         """Boot the image once on the hypervisor, record what it measures, and register the release record."""
-        record_file = Path(image.directory) / "release.json"
-        known = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
-        measured = known.get("boot", {}).get("pcrs", {}) if known.get("format") == "saw-image-release/2" else {}
-        if not all(str(pcr) in measured for pcr in RELEASED_PCRS):
-            self.progress.say("reference boot on the hypervisor (its measurements become the expected ones)")
-            path = f"/var/lib/saw/images/{image.name}/image.qcow2"
-            answer = json.loads(
-                self.on_host("edge", "/opt/saw/bin/saw", "vm", "measure", "--image", path, "--json").splitlines()[-1]
-            )
-            self.progress.say(
-                f"reference boot took {answer['seconds']} s ({answer['accel']['name']}: {answer['accel']['reason']})"
-            )
-            write_atomic(record_file.with_name("reference.json"), json.dumps({"seconds": answer["seconds"]}) + "\n")
-            record = {
-                "format": "saw-image-release/2", "name": image.name, "image_sha256": image.image_sha256,
-                "inputs_digest": image.inputs_digest, "created": image.created, "evidence": image.evidence,
-                "boot": {"pcrs": {number: value for number, value in answer["pcrs"].items() if int(number) <= 13}},
-                **({} if image.variant == "cpu" else {"variant": image.variant}),
-                **({"secure_boot": msgspec.to_builtins(image.secure_boot)} if image.secure_boot else {}),
-            }  # fmt: skip
-            write_atomic(record_file, json.dumps(record, indent=2) + "\n")
-        release_image(self.lab, self.saw, record_file, datetime.now(UTC))
-        return dict(json.loads(record_file.read_text(encoding="utf-8")))
+
+        path = f"/var/lib/saw/images/{image.name}/image.qcow2"
+
+        def on_edge(*words: str) -> dict[str, Any]:
+            return dict(json.loads(self.on_host("edge", "/opt/saw/bin/saw", "vm", *words, "--json").splitlines()[-1]))
+
+        def measure(_file: Path) -> dict[str, Any]:
+            answer = on_edge("measure", "--image", path)
+            self.progress.say(f"accelerator: {answer['accel']['name']} ({answer['accel']['reason']})")
+            return answer
+
+        firmware = str(on_edge("firmware")["firmware_sha256"])
+        made = make_record(Path(image.directory), measure, self.progress.say, firmware=firmware)
+        release_image(self.lab, self.saw, Path(made.file), datetime.now(UTC))
+        return made.record
 
     def on_host(self, name: str, *command: str, timeout: float = 600) -> str:
         """Run a command on a light host over SSH and return its output."""

@@ -17,9 +17,11 @@ import msgspec
 
 from saw.files import write_private
 from saw.vm.programs import run
-from saw.vm.spec import VmError, VmSpec
+from saw.vm.spec import STATE, VmError, VmSpec, load_spec
 
 RECORD = "image.verified"
+IMAGES = Path("/var/lib/saw/images")
+"""Where a hypervisor's images lie, unless somebody names another place."""
 
 
 class ImageRefusedError(VmError):
@@ -54,6 +56,27 @@ def hash_image(path: Path) -> Hashed:
     if _seen(path, digest, before) != (hashed := _seen(path, digest, after)):
         raise ImageRefusedError(f"image {path} changed while it was read", cure="wait until its copy is complete")
     return hashed
+
+
+def find(sha256: str, name: str = "") -> Path:
+    """Return an image file of this hypervisor with the digest ``sha256``; raise :class:`VmError` when there is none.
+
+    Looked at are the files below ``IMAGES``, and those beside the images that its VMs lie on. Each that fits is read whole, those
+    with ``name`` in their path first.
+    """
+    used = [Path(load_spec(found.parent.name).image) for found in STATE.glob("*/spec.json")]
+    places = {IMAGES, *(path.parent for path in used), *(path.parent.parent for path in used)}
+    files = {
+        file.absolute() for place in places for pattern in ("*.qcow2", "*/*.qcow2") for file in place.glob(pattern)
+    }
+    for file in sorted(files, key=lambda file: (name not in file.parts and file.stem != name, file)):
+        if file.is_file() and hash_image(file).sha256 == sha256:
+            return file
+    raise VmError(
+        f"no file on this hypervisor is image {name or sha256} (SHA-256 {sha256})",
+        cure=f"copy it to {IMAGES}/{name or 'NAME'}/image.qcow2",
+        details={"image_sha256": sha256, "looked_at": sorted(str(file) for file in files)},
+    )
 
 
 def verify(spec: VmSpec, *, again: bool = False) -> None:

@@ -10,6 +10,7 @@ Its disks lie outside the folder of the workspaces, whose names are free: one ma
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -69,8 +70,11 @@ class ReferenceVm(VmSpec, frozen=True, forbid_unknown_fields=True):
 @contextmanager
 def alone(patience: float) -> Iterator[None]:
     """Hold the hypervisor's one place for reference boots; raise :class:`VmError` when it is not free in ``patience`` seconds."""
-    PLACE.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = os.open(PLACE / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        PLACE.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(PLACE / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except PermissionError as error:
+        raise VmError(f"a reference boot needs {PLACE}: {error.strerror}", cure="run it as root") from error
     try:
         deadline = time.monotonic() + patience
         while True:
@@ -88,13 +92,27 @@ def alone(patience: float) -> Iterator[None]:
         os.close(lock)
 
 
+def firmware_sha256() -> str:
+    """Return the digest (hex) of the firmware and its factory settings on this machine, which PCR 0 to 3 and 7 depend on; of the
+    one for secure boot too, where it is there."""
+    whole = hashlib.sha256()
+    secure = (secure_boot.FIRMWARE,) if secure_boot.FIRMWARE.exists() else ()
+    for part in (qemu.FIRMWARE, qemu.FIRMWARE_VARS, *secure):
+        try:
+            whole.update(hashlib.sha256(part.read_bytes()).digest())
+        except OSError as error:
+            raise VmError(f"cannot read {part}: {error.strerror}", cure="install the package ovmf") from error
+    return whole.hexdigest()
+
+
 def reference_boot(image: Path, *, patience: float) -> dict[str, Any]:
-    """Boot ``image`` with a fresh vTPM and return ``{image_sha256, pcrs, secure_boot, seconds, accel}``; raises :class:`VmError`.
+    """Boot ``image`` with a fresh vTPM; raises :class:`VmError`.
 
-    An image with its owner's variable store beside it boots with that store, and has to see that secure boot is on.
-
-    ``patience`` in seconds holds for each attempt, and for another reference boot to end.
+    Returns ``{image_sha256, firmware_sha256, pcrs, secure_boot, seconds, accel}``. An image with its owner's variable store
+    beside it boots with that store, and has to see that secure boot is on. ``patience`` in seconds holds for each attempt, and
+    for another reference boot to end.
     """
+    firmware = firmware_sha256()
     with alone(patience), ExitStack() as cleanup:
         hashed = golden.hash_image(image)
         golden.matches(hashed, hashed.sha256)
@@ -123,6 +141,7 @@ def reference_boot(image: Path, *, patience: float) -> dict[str, Any]:
                 kept = {number: report[number] for number in sorted(report, key=int) if int(number) <= 14}
                 return {
                     "image_sha256": spec.image_sha256,
+                    "firmware_sha256": firmware,
                     "pcrs": kept,
                     "secure_boot": signed,
                     "seconds": round(time.monotonic() - started, 1),

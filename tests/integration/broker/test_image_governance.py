@@ -121,6 +121,19 @@ def test_a_deprecated_image_takes_no_further_workspace_and_a_revoked_one_never_r
     assert refusal(broker.move_image, "gov-none", "stable").code == "unknown_image"
 
 
+@pytest.mark.control("LIF-03")
+def test_the_command_says_why_a_workspace_has_no_image_to_go_back_to(broker: Lab) -> None:
+    broker.register_image(image_record("gov-first", "7" * 64))
+    broker.register_image(image_record("gov-next", "8" * 64))
+    create(broker, "gov-back", "gov-first")
+    assert "it is the first that it was bound to" in cli(broker, "workspace", "way-back", "gov-back").stderr
+    assert cli(broker, "workspace", "reprovision", "gov-back", "--image", "gov-next").returncode == 0
+    done = cli(broker, "workspace", "way-back", "gov-back", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["code"] == "no_earlier_image"
+    assert "gov-first: the workspace never ran it" in json.loads(done.stdout)["error"]["message"]
+
+
 @pytest.mark.control("P0-04")
 def test_a_workspace_is_not_started_on_a_revoked_image_and_starts_on_another_one(broker: Lab) -> None:
     for name, digest in (("gov-gone", "1a" * 32), ("gov-next", "1b" * 32)):

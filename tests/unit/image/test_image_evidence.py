@@ -316,12 +316,22 @@ def test_a_passed_search_is_in_the_record_and_a_failed_one_takes_it_out(
     assert main(["scan", str(image / "release.json"), "--database", str(clean)]) == 0
     noted = record_of(image)["scan"]
     assert (noted["database_sha256"], noted["open"], noted["fail_on"]) == (digest_of(clean), 1, "high")
-    bad = mirrored(tmp_path, database(CVE_2026_5=OPEN_HIGH))
+    report = image / "vulnerabilities.json"
+    assert record_of(image)["evidence"]["vulnerabilities.json"] == digest_of(report)
+    assert [one["cve"] for one in json.loads(report.read_text(encoding="utf-8"))["open"]] == ["CVE-2026-1"]
+    # The same search later is no news, so that what officers signed goes on to be the record.
+    kept = {**record_of(image), "scan": {**noted, "scanned_at": "2026-11-28T00:00:00Z"}}
+    (image / "release.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     capsys.readouterr()
+    assert main(["scan", str(image / "release.json"), "--database", str(clean), "--json"]) == 0
+    assert (json.loads(capsys.readouterr().out)["changed"], record_of(image)) == (False, kept)
+    bad = mirrored(tmp_path, database(CVE_2026_5=OPEN_HIGH))
     assert main(["scan", str(image / "release.json"), "--database", str(bad), "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert answer["problems"] == ["CVE-2026-5 in openssh 1:10.0p1-7 is open and its urgency is high"]
     assert "scan" not in record_of(image)
+    assert "vulnerabilities.json" not in record_of(image)["evidence"]
+    assert [one["cve"] for one in json.loads(report.read_text(encoding="utf-8"))["open"]] == ["CVE-2026-5"]
 
 
 def test_a_bill_that_was_exchanged_is_not_searched(image: Path, tmp_path: Path) -> None:

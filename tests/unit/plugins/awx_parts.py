@@ -224,6 +224,8 @@ class Uses(msgspec.Struct):
     """What playbooks that are taken in as a whole need for themselves."""
     elsewhere: set[str] = set()
     """What such playbooks use."""
+    facts: set[str] = set()
+    """What it sets for the plays that follow."""
 
 
 def texts(value: Any) -> Iterator[str]:
@@ -261,7 +263,7 @@ def read_playbook(path: Path, uses: Uses) -> None:
     for play in load(path):
         if "ansible.builtin.import_playbook" in play:
             other = uses_of(path.parent / play["ansible.builtin.import_playbook"])
-            uses.imported |= needed(other)
+            uses.imported |= needed(other) - uses.facts
             uses.elsewhere |= other.used | set(other.given)
             continue
         read_part(play, uses)
@@ -278,6 +280,9 @@ def read_part(part: Any, uses: Uses) -> None:
                 uses.undefined.add(name)
         if "register" in part:
             uses.given[part["register"]] = None
+        facts = set(part.get("ansible.builtin.set_fact", {})) - {"cacheable"}
+        uses.facts |= facts
+        uses.given |= dict.fromkeys(facts)
         uses.given.setdefault((part.get("loop_control") or {}).get("loop_var", "item"), None)
         read_templates(
             {name: value for name, value in part.items() if name not in {"tasks", "block", "rescue", "pre_tasks"}}, uses

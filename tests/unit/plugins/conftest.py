@@ -17,7 +17,7 @@ from ansible.module_utils.testing import patch_module_args
 
 ROOT = Path(__file__).resolve().parents[3]
 # The rigs that the services' own tests use: a real broker process, and a workspace's real policy agent.
-sys.path[:0] = [str(ROOT / "tests/integration/broker"), str(ROOT / "tests/integration/policyd")]
+sys.path[:0] = [str(ROOT / f"tests/{place}") for place in ("integration/broker", "integration/policyd", "unit/image")]
 
 
 def install_collection() -> None:

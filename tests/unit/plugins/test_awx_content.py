@@ -45,6 +45,8 @@ NOT_OFFERED = {
     "baseline_scan": "needs the scanner on the controller, which the execution environment does not have",
     "demo_enterprise": "not part of the product",
     "image_build": "needs a checkout and a machine with qemu",
+    "image_promote": "image_state does the same",
+    "image_release": "needs the built image on the controller",
     "policy_publish": "policy_release does the same with an approval",
     "workspace_converge": "runs while an image is built; nobody logs in to a workspace",
 }

@@ -11,6 +11,7 @@ from ansible_collections.secure_agent.workspace.plugins.modules import (
     broker_certificate,
     delegation,
     image_release,
+    image_release_info,
     policy_release,
     workspace_info,
     workspace_registration,
@@ -164,6 +165,40 @@ def test_a_record_without_enough_signatures_incomplete_or_unreadable_is_refused(
     assert run_module(image_release, context=context, name="none")["failure"]["code"] == "unknown_image"
     absent = run_module(image_release, context=context, record=str(tmp_path / "none.json"))
     assert absent["failure"]["code"] == "record_unreadable"
+
+
+# --- image_release_info -----------------------------------------------------------------------------------------------
+
+
+def test_images_are_read_by_name_digest_state_and_variant(broker_context, run_module, tmp_path):
+    context = broker_context.context
+    broker_context.register_image(image_record("told-stable", "5" * 64))
+    broker_context.register_image({**image_record("told-gpu", "6" * 64), "variant": "gpu"}, promoted=False)
+
+    def names(**wanted):
+        found = run_module(image_release_info, context=context, **wanted)
+        assert not found["changed"]
+        return [image["name"] for image in found["images"] if image["name"].startswith("told-")]
+
+    assert names() == ["told-gpu", "told-stable"]
+    assert names(name="told-gpu") == ["told-gpu"]
+    assert names(image_sha256="5" * 64) == ["told-stable"]
+    assert names(states=["stable"]) == ["told-stable"]
+    assert names(states=["candidate", "stable"], variant="gpu") == ["told-gpu"]
+    assert names(variant="cpu") == ["told-stable"]
+    assert names(name="told-none") == []
+
+
+@pytest.mark.control("LIF-03")
+def test_a_workspace_that_can_go_back_nowhere_is_told_why(broker_context, run_module):
+    context = broker_context.context
+    run_module(workspace_registration, context=context, id="ws-told", **PROFILE)
+    refused = run_module(image_release_info, context=context, workspace="ws-told")
+    assert refused["failure"]["code"] == "no_earlier_image"
+    assert "ws-told can go back to from workspace: it is the first that it was bound to" in refused["msg"]
+    assert "workspace_rebuild" in refused["failure"]["cure"]
+    missing = run_module(image_release_info, context=context, workspace="ws-none", check=True)
+    assert missing["failure"]["code"] == "unknown_workspace"
 
 
 # --- broker_certificate -----------------------------------------------------------------------------------------------

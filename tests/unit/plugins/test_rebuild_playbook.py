@@ -101,14 +101,14 @@ class Hypervisor:
     def saw(self, *command: str) -> dict[str, Any]:
         return dict(json.loads(self.inside(str(SAW), *command, "--json").stdout))
 
-    def play(self, name: str, values: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    def play(self, name: str, values: dict[str, Any], *more: str) -> subprocess.CompletedProcess[str]:
         """Run the playbook ``name`` on this hypervisor."""
         inventory = self.base / "inventory"
         inventory.write_text(
             f"[hypervisors]\nlocalhost ansible_connection=local ansible_python_interpreter={sys.executable}\n"
         )
         playbook, book = SAW.with_name("ansible-playbook"), ROOT / f"playbooks/{name}.yml"
-        options = ["-i", str(inventory), str(book), "-e", json.dumps({"workspace_id": self.name, **values})]
+        options = ["-i", str(inventory), str(book), "-e", json.dumps({"workspace_id": self.name, **values}), *more]
         return self.inside(str(playbook), *options, check=False)
 
     def rebuild(self, image: str = "two", sha256: str = "") -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from saw.cli import vm as vm_cli
-from saw.vm import measure, qemu, spec
+from saw.vm import golden, measure, qemu, spec
 
 SYSTEMCTL = """#!/bin/sh
 echo "$@" >> "{log}"
@@ -27,12 +27,13 @@ esac
 def hypervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Private state and runtime directories of the driver; the service manager at the far end is a small program."""
     state, runtime = tmp_path / "lib/vms", tmp_path / "run"
-    for module in (spec, qemu, vm_cli, measure):
+    for module in (spec, qemu, vm_cli, measure, golden):
         for name, value in (("STATE", state), ("RUNTIME", runtime)):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(measure, "PLACE", tmp_path / "lib/measure")
     monkeypatch.setattr(measure, "RUNTIME_PLACE", tmp_path / "run-measure")
+    monkeypatch.setattr(golden, "IMAGES", tmp_path / "lib/images")
     state.mkdir(parents=True)
     firmware = tmp_path / "vars.fd"
     firmware.write_bytes(b"factory")

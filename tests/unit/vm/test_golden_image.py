@@ -6,6 +6,7 @@ Real qemu-img; the far end is the service manager and, for a start, the emulator
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from saw.cli import vm as vm_cli
 from saw.vm import golden, qemu
 from saw.vm.spec import VmError, VmSpec, load_spec
 
@@ -180,3 +182,40 @@ def test_a_rebuild_that_finds_no_space_keeps_the_old_root_disk(
     assert held(spec) == before
     qemu.startable(spec)
     assert qemu.rebuild(spec)["changed"]
+
+
+@pytest.mark.control("LIF-03")
+def test_an_image_is_found_by_its_digest_beside_those_in_use_or_at_its_place(
+    make_spec: Make, hypervisor: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec, other = make_spec(tpm=True), make_spec(name="next")
+    qemu.create(spec)
+    assert golden.find(other.image_sha256) == Path(other.image)
+    place = hypervisor / "lib/images/older/image.qcow2"
+    place.parent.mkdir(parents=True)
+    Path(other.image).rename(place)
+    assert golden.find(other.image_sha256, "older") == place
+    assert vm_cli.main(["find-image", "--image-sha256", other.image_sha256, "--name", "older", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["image"] == str(place)
+    with pytest.raises(VmError, match="no file on this hypervisor is image workspace-7") as refused:
+        golden.find("0" * 64, "workspace-7")
+    assert refused.value.cure.endswith("lib/images/workspace-7/image.qcow2")
+    assert str(place) in refused.value.details["looked_at"]
+    place.write_bytes(place.read_bytes() + b"x")
+    with pytest.raises(VmError, match="no file on this hypervisor"):
+        golden.find(other.image_sha256, "older")
+
+
+def test_the_file_with_the_name_is_read_first(
+    make_spec: Make, hypervisor: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = make_spec()
+    for name in ("a", "b", "workspace-z", "c"):
+        folder = hypervisor / "lib/images" / name
+        folder.mkdir(parents=True)
+        (folder / "image.qcow2").write_bytes(Path(wanted.image).read_bytes())
+    read: list[Path] = []
+    real = golden.hash_image
+    monkeypatch.setattr(golden, "hash_image", lambda path: read.append(path) or real(path))
+    assert golden.find(wanted.image_sha256, "workspace-z").parent.name == "workspace-z"
+    assert len(read) == 1

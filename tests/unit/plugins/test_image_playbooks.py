@@ -1,0 +1,160 @@
+"""Playbooks image_release, image_promote and image_rollback as people run them: a real broker, driver and signatures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from sqlalchemy import update
+from test_rebuild_playbook import SAW, Hypervisor
+from uki_parts import golden_folder
+
+from saw.audit import EventFactory
+from saw.broker.context import Caller
+from saw.broker.schema import workspaces
+from saw.broker.store import Store
+from saw.broker.wake import Waker
+
+ROOT = Path(__file__).resolve().parents[3]
+REFERENCE = "reference.json"
+
+
+class Fleet(Hypervisor):
+    """A VM that runs the image ``one``. That it attested is told to the broker's database, as nothing attests here."""
+
+    def __init__(self, base: Path, broker: Any, name: str) -> None:
+        super().__init__(base, broker, name)
+        self.active()
+
+    def active(self) -> None:
+        """Tell the broker's database what a good quote leads to."""
+        store = Store.open(self.broker.config, Waker())
+        events = EventFactory("saw-broker", host="test", new_uid=lambda: str(uuid.uuid4()))
+        subject = Caller("test", "test", "test").subject(self.name)
+        with store.write() as tx:
+            tx.connection.execute(update(workspaces).where(workspaces.c.id == self.name).values(state="active"))
+            tx.record(
+                events.entity_management(
+                    datetime.now(UTC), subject, ("workspace", self.name), activity="activate",
+                    detail={"from": "attesting", "to": "active"},
+                )
+            )  # fmt: skip
+        store.close()
+
+    def roll_back(self, *, check: bool = False, **values: Any) -> str:
+        """Run the playbook and return what it said; nothing attests here, so the wait for that ends it."""
+        done = self.play("image_rollback", {"workspace_active_retries": 1, **values}, *(["--check"] if check else []))
+        return " ".join(done.stdout.split())
+
+
+@pytest.mark.control("LIF-03")
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts in a namespace of its own")
+def test_a_workspace_goes_back_to_the_image_before_without_a_name_a_path_or_a_digest(
+    tmp_path: Path, broker_context: Any
+) -> None:
+    fleet = Fleet(tmp_path, broker_context, "roll-back")
+    assert "there is no image that roll-back can go back to from roll-back-one" in fleet.roll_back()
+    fleet.rebuild()
+    fleet.active()
+    assert fleet.found() == ("two", "two", "active")
+
+    forecast = fleet.roll_back(check=True)
+    assert "roll-back goes back from roll-back-two to roll-back-one" in forecast
+    assert fleet.found() == ("two", "two", "active")
+
+    (tmp_path / "state/images/one.qcow2").rename(tmp_path / "state/elsewhere")
+    assert "no file on this hypervisor is image roll-back-one" in fleet.roll_back()
+    assert fleet.found() == ("two", "two", "active")
+    (tmp_path / "state/elsewhere").rename(tmp_path / "state/images/one.qcow2")
+
+    fleet.roll_back()
+    assert fleet.found() == ("one", "one", "attesting")
+    fleet.active()
+    again = fleet.roll_back()
+    assert "roll-back has gone back to roll-back-one already" in again
+    assert "changed=0" in again
+    assert fleet.found() == ("one", "one", "active")
+
+
+class Office:
+    """A built image, two officers' keys, and the playbooks on this machine."""
+
+    def __init__(self, base: Path, broker: Any) -> None:
+        self.base, self.broker = base, broker
+        self.image = golden_folder(base / "image")
+        self.keys = []
+        for index, key in enumerate(broker.officers.keys[:2]):
+            file = base / f"officer-{index}.key"
+            file.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+            file.chmod(0o600)
+            self.keys.append(str(file))
+        link = base / "installed/ansible_collections/secure_agent/workspace"
+        link.parent.mkdir(parents=True)
+        link.symlink_to(ROOT)
+
+    def play(self, name: str, *, check: bool = False, **values: Any) -> str:
+        done = subprocess.run(
+            [str(SAW.with_name("ansible-playbook")), "-i", "localhost,", str(ROOT / f"playbooks/{name}.yml"),
+             "-e", json.dumps(values), *(["--check"] if check else [])],
+            capture_output=True, text=True, check=False, timeout=180, stdin=subprocess.DEVNULL, cwd=self.base,
+            env={**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(self.base / "installed"), "SAW_CONTEXT": self.broker.context,
+                 "ANSIBLE_NOCOLOR": "1", "ANSIBLE_PIPELINING": "1", "ANSIBLE_PYTHON_INTERPRETER": sys.executable},
+        )  # fmt: skip
+        return " ".join((done.stdout + done.stderr).split())
+
+    def release(self, *, check: bool = False, **values: Any) -> str:
+        return self.play("image_release", check=check, image_release_directory=str(self.image.folder), **values)
+
+    def state(self) -> str:
+        """What the broker says of the image; empty where it is not registered."""
+        images = self.broker.operator.request("GET", "/v1/images")["images"]
+        return next((row["state"] for row in images if row["image_sha256"] == self.image.sha256), "")
+
+
+@pytest.fixture
+def office(tmp_path: Path, broker_context: Any) -> Office:
+    return Office(tmp_path, broker_context)
+
+
+@pytest.mark.control("IMG-01")
+def test_an_image_is_recorded_signed_by_one_officer_after_the_other_and_registered(office: Office) -> None:
+    office.image.measured(REFERENCE)
+    assert "is no finished image" in office.play("image_release", image_release_directory=str(office.base / "nothing"))
+    unsigned = office.release()
+    assert "nothing is signed yet: run this again with image_release_keys" in unsigned, unsigned
+    assert (office.image.folder / "release.json").is_file()
+
+    first = office.release(image_release_keys=office.keys[:1])
+    assert "2 are needed" in first, first
+    assert "run this again with the next officer's key" in first
+    assert office.state() == ""
+    second = office.release(image_release_keys=office.keys[1:])
+    assert "is registered and candidate" in second, second
+    assert office.state() == "candidate"
+    again = office.release(image_release_keys=office.keys)
+    assert "changed=0" in again, again
+    assert "changed=0" in office.release(check=True, image_release_keys=office.keys)
+
+    name = office.image.name
+    assert "changed=1" in office.play("image_promote", check=True, image_state_name=name)
+    assert office.state() == "candidate"
+    promoted = office.play("image_promote", image_state_name=name, image_state_reason="canary ran")
+    assert "changed=1" in promoted, promoted
+    assert office.state() == "stable"
+    assert "changed=0" in office.play("image_promote", image_state_name=name)
+
+
+@pytest.mark.control("IMG-01")
+def test_an_image_that_measured_something_else_is_not_released(office: Office) -> None:
+    office.image.measured(REFERENCE, **{"11": "f" * 64})
+    said = office.release(image_release_keys=office.keys)
+    assert f"PCR 11 is {'f' * 64}, computed from the image is {office.image.expected['11']}" in said, said
+    assert not (office.image.folder / "release.json").exists()
