@@ -277,21 +277,21 @@ def test_a_signature_that_is_not_there_is_noticed(
 def test_certificate_and_store_are_inputs_and_the_key_is_not(owner: OwnerKey, tmp_path: Path) -> None:
     (tmp_path / "uv.lock").write_text("lock")
     build = ImageBuild(tmp_path, tmp_path / "build", owner=owner)
-    before, plain = build.inputs(), ImageBuild(tmp_path, tmp_path / "build").inputs()
+    before, plain = build.sources(), ImageBuild(tmp_path, tmp_path / "build").sources()
     assert before.options == {"secure_boot": "signed"}
     assert plain.options == {}
     assert before.changed_since(plain) == ["secure-boot-certificate", "secure-boot-variables"]
     assert plain == image_inputs.collect(tmp_path)
     owner.key.write_text("another key")
-    assert build.inputs() == before
+    assert build.sources() == before
     owner.variables.write_bytes(b"another store")
-    assert build.inputs().changed_since(before) == ["secure-boot-variables"]
+    assert build.sources().changed_since(before) == ["secure-boot-variables"]
 
 
 def test_signed_and_unsigned_images_are_kept_apart(owner: OwnerKey, tmp_path: Path) -> None:
     unsigned, signed = ImageBuild(tmp_path, tmp_path / "build"), ImageBuild(tmp_path, tmp_path / "build", owner=owner)
     for build in (unsigned, signed):
-        inputs = build.inputs()
+        inputs = build.sources()
         folder = build.images / f"workspace-{inputs.digest[:12]}"
         folder.mkdir(parents=True)
         (folder / "image.qcow2").touch()
