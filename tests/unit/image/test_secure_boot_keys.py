@@ -309,9 +309,10 @@ def test_signed_and_unsigned_images_are_kept_apart(owner: OwnerKey, tmp_path: Pa
         )
         (folder / "build.json").write_bytes(msgspec.json.encode(image))
         (folder / "inputs.json").write_bytes(msgspec.json.encode(inputs))
-    assert unsigned.ensure()[0].secure_boot is None
-    assert signed.ensure()[0].secure_boot == owner.signed_by
-    assert signed.ensure()[1].startswith("reused")
+    for build, by in ((unsigned, None), (signed, owner.signed_by)):
+        [(mine, _)], matching = build.ours(), build.matching()
+        assert matching == mine
+        assert mine.secure_boot == by
 
 
 def test_the_store_lies_beside_the_image_as_it_was_when_the_build_began(owner: OwnerKey, tmp_path: Path) -> None:
