@@ -39,6 +39,8 @@ class Bindings:
         self.whole = False
         self.left = ""
         """The image that was left by going back, with nothing newer bound since; empty otherwise."""
+        self.names: dict[str, str] = {}
+        """Under which name an image was bound, where its event says so."""
         self.ran: set[str] = set()
         self._tried: set[str] = set()
 
@@ -47,10 +49,12 @@ class Bindings:
         detail = event["unmapped"]["saw"]
         if "profile" in detail:
             self.whole = True
+            self.names[detail["profile"]["image_sha256"]] = str(detail["profile"].get("image", ""))
             self._bind(detail["profile"]["image_sha256"], event["time"])
         elif event["activity_id"] == _UPDATE and detail.get("to") and len(detail["to"]) == _DIGEST:
             if not self.stack:
                 self._bind(detail["from"], 0)
+            self.names[detail["to"]] = str(detail.get("image", ""))
             self._bind(detail["to"], event["time"])
         elif self.stack and detail.get("to") in _TRIED:
             self._tried.add(self.stack[-1])
@@ -85,12 +89,13 @@ class ImageHistory:
         with self._s.store.read() as connection:
             row = get_row(connection, workspace_id)
             found = self._bindings(connection, workspace_id, str(row.created_at))
-            if found.left and not further:
-                target = _binding(connection, row.image_sha256, now)
+            target = _binding(connection, row.image_sha256, row.image, now)
+            # What it went back to may be revoked by now: then it has not got anywhere.
+            if found.left and not further and not target.refusal:
                 return WayBack(workspace_id, row.image, target, (), gone_back=True)
             passed: list[str] = []
             for digest in reversed(found.stack[:-1]):
-                target = _binding(connection, digest, now)
+                target = _binding(connection, digest, found.names.get(digest, ""), now)
                 reason = target.refusal or ("" if digest in found.ran else "the workspace never ran it")
                 if not reason and target.state != ImageState.STABLE:
                     reason = f"it is {target.state}"
@@ -126,9 +131,12 @@ class ImageHistory:
         return found
 
 
-def _binding(connection: Connection, digest: str, now: datetime) -> ImageBinding:
+def _binding(connection: Connection, digest: str, name: str, now: datetime) -> ImageBinding:
+    """Return how the image with these bytes stands; under another name it may be registered too, and be revoked there."""
     query = select(images).where(images.c.image_sha256 == digest).order_by(images.c.registered_at.desc())
-    row = connection.execute(query).first()
-    if row is None:
+    rows = connection.execute(query).all()
+    if not rows:
         return ImageBinding("", digest, "", "it is not registered")
+    revoked = [row for row in rows if row.state == ImageState.REVOKED]
+    row = (revoked or [one for one in rows if one.name == name] or rows)[0]
     return ImageBinding(row.name, digest, row.state, refusal(row, now).partition(": ")[2])

@@ -231,7 +231,12 @@ class Registry:
                         ("workspace", workspace_id),
                         activity="update",
                         comment="rebuilt from another image",
-                        detail={"from": row.image_sha256, "to": image.image_sha256, "version": row.version + 1},
+                        detail={
+                            "from": row.image_sha256,
+                            "to": image.image_sha256,
+                            "image": body.image,
+                            "version": row.version + 1,
+                        },
                     )
                 )
                 tx.touch(workspace_id)

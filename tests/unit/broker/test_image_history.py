@@ -145,3 +145,22 @@ def test_where_retention_took_the_beginning_the_rest_is_used_and_its_absence_sai
 def test_an_unknown_workspace_is_named(desk: Desk) -> None:
     with pytest.raises(NotFoundError, match="ws-none"):
         desk.broker.image_history.way_back("ws-none")
+
+
+def test_bytes_that_are_revoked_under_another_name_are_not_gone_back_to(desk: Desk) -> None:
+    desk.rebuild("two")
+    desk.rebuild("three")
+    assert desk.back().image.name == "two"
+    with desk.broker.services.store.write() as tx:
+        # The register's world has these bytes under the name "i" as well.
+        tx.connection.execute(update(images).where(images.c.name == "i").values(state="revoked", state_reason="cve"))
+    assert desk.back().image.name == "one"
+
+
+def test_a_workspace_whose_image_was_revoked_after_it_went_back_goes_on(desk: Desk) -> None:
+    for image in ("two", "three", "two"):
+        desk.rebuild(image)
+    assert desk.back().gone_back
+    desk.broker.images.move(OPERATOR, "two", Move(to="revoked", reason="kernel"))
+    found = desk.back()
+    assert (found.gone_back, found.image.name) == (False, "one")
