@@ -12,13 +12,14 @@ from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.errors import BusyError, ConflictError, ForbiddenError, MalformedError, NotFoundError
 from saw.broker.idempotency import told_before
-from saw.broker.images import admit, find_image
+from saw.broker.images import admit, find_image, require_bootable
 from saw.broker.job_retention import remove_old_jobs
 from saw.broker.job_settings import ASK_SCOPE
 from saw.broker.job_states import QUEUED, JobMoves, get_job, unknown_job, view
 from saw.broker.lifecycle import State
 from saw.broker.registry import Registry, unknown_workspace
 from saw.broker.schema import job_events, jobs, workspaces
+from saw.broker.sponsor_states import require_enabled
 from saw.jobs.messages import LIVE, RESUMABLE, STATES, AskJob, Cancel, Create, JobMalformed, Kind, Parameters, Rebuild
 from saw.jobs.messages import parameters_of as parse_parameters
 
@@ -40,6 +41,8 @@ _REFUSED_IN: dict[Kind, frozenset[State]] = {
     "destroy": frozenset(),
     "kill": _GONE,
 }
+#: Kinds after which a workspace runs: nothing is touched that could not be started afterwards.
+_BEGINS: frozenset[Kind] = frozenset({"create", "start", "rebuild"})
 
 
 class Jobs:
@@ -222,11 +225,16 @@ class Jobs:
                     cure="choose another id; ids are never used again",
                     code="workspace_exists",
                 )
+        sponsor = parameters.sponsor if isinstance(parameters, Create) else None if row is None else row.sponsor
+        if kind in _BEGINS and sponsor is not None:
+            require_enabled(connection, sponsor)
         ring = parameters.ring if isinstance(parameters, Create) else None if row is None else row.ring
         if isinstance(parameters, (Create, Rebuild)) and parameters.image is not None and ring is not None:
             image = find_image(connection, parameters.image)
             admit(image, ring, frozenset(self._s.config.image.candidate_rings), self._s.clock())
             return str(image.image_sha256)
+        if row is not None and kind in _BEGINS:
+            require_bootable(connection, row, self._s.clock())
         return None
 
     def _kills_now(self, caller: Caller, body: AskJob, digest: str) -> bool:

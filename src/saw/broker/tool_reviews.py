@@ -78,6 +78,12 @@ class ToolReviews:
         :class:`ConflictError` for another policy than the one in force, :class:`BusyError` when too much waits.
         """
         _require_self(caller, body.workspace_id)
+        with self._s.store.read() as connection:
+            # Before anything of a policy is read: of others than its own a workspace learns nothing. Looked at again below.
+            workspace = get_row(connection, body.workspace_id)
+        require_state(workspace, frozenset({State.ACTIVE}))
+        if workspace.policy_digest != body.policy_digest:
+            raise _other_policy(workspace.id)
         call, asked = self._judged(body)
         digest = tool_digest(body.workspace_id, call)
         now = self._s.clock()

@@ -52,8 +52,7 @@ class Conversation:
         for number in [number for number in self._running if number not in self._session.asked_by_client]:
             ready = self._running.pop(number)
             answer = next((out.line for out in outs if out.to == "client"), b"")
-            self._reviews.forget(ready.asked)
-            _start(self._reviews.end(ready, "done", answer=answer.rstrip(b"\n")))
+            _start(self._reviews.done(ready, answer.rstrip(b"\n")))
         return outs
 
     def leave(self) -> None:
@@ -69,7 +68,9 @@ class Conversation:
 
     async def _decide(self, held: Held, asked: Asked) -> None:
         try:
-            found = await self._reviews.decide(asked)
+            found = await self._reviews.decide(
+                asked, lambda: not self._left and self._session.held.get(held.identifier) is held
+            )
         except ReviewRefused as error:
             reason = "review_required" if error.code == "review_unavailable" else error.code
             detail = f"a person must decide on this call first, and cannot be asked: {error.message}"

@@ -85,10 +85,14 @@ class Reviews:
         self._log = log
         self._pause = pause
         self._known: OrderedDict[str, str] = OrderedDict()
+        self._end_awaited: set[str] = set()
         self._held = 0
 
-    async def decide(self, asked: Asked) -> Ready | Told:
-        """Return the claim to a call that people approved, or what to tell; raise :class:`ReviewRefused`."""
+    async def decide(self, asked: Asked, wanted: Callable[[], bool]) -> Ready | Told:
+        """Return the claim to a call that people approved, or what to tell; raise :class:`ReviewRefused`.
+
+        An approval is not claimed for somebody who does not wait any more: ``wanted`` tells, asked right before the claim.
+        """
         if not asked.policy_digest:
             raise unavailable("no policy is in force")
         if self._held >= MAX_HELD:
@@ -98,10 +102,13 @@ class Reviews:
             view = await self._look(asked)
             if view.state == "pending":
                 view = await self._ask(Wait(id=view.id, wait_s=WAIT_S))
-            if view.state == "approved":
+            if view.state == "approved" and wanted():
                 return await self._claim(asked, view)
             if view.state in FINAL:
+                self._end_awaited.discard(asked.key)
                 self.forget(asked)
+            elif view.state == "executing":
+                self._end_awaited.add(asked.key)
             return told(view)
         finally:
             self._held -= 1
@@ -114,6 +121,13 @@ class Reviews:
             await self._again(msgspec.convert(said, End))
         except ReviewRefused as error:
             self._log({"event": "tool_review", "review": ready.review, "told": outcome, "reason": error.message[:300]})
+
+    async def done(self, ready: Ready, answer: bytes) -> None:
+        """Tell that a claimed call was answered. The same call again is another one from then on; but whoever was told meanwhile
+        to ask how it ended, is told that first."""
+        await self.end(ready, "done", answer=answer)
+        if ready.asked.key not in self._end_awaited:
+            self.forget(ready.asked)
 
     def forget(self, asked: Asked) -> None:
         """Forget a call whose end was told: the same one again is another call."""
@@ -131,7 +145,7 @@ class Reviews:
         self._known[asked.key] = view.id
         self._known.move_to_end(asked.key)
         while len(self._known) > MOST_REMEMBERED:
-            self._known.popitem(last=False)
+            self._end_awaited.discard(self._known.popitem(last=False)[0])
         return view
 
     async def _claim(self, asked: Asked, view: ToolView) -> Ready | Told:

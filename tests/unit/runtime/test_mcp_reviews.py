@@ -399,6 +399,46 @@ def test_a_call_that_is_taken_back_before_anybody_decided_is_neither_answered_no
     run(body)
 
 
+@pytest.mark.control("REV-03")
+@pytest.mark.parametrize("how", ["cancelled", "left", "closed"])
+def test_an_approval_is_not_used_up_for_a_caller_who_has_gone(how: str) -> None:
+    async def body() -> None:
+        table = Table()
+        table.desk.stopped[Wait] = asyncio.Event()
+        await table.say(to="b")
+        if how == "cancelled":
+            await table.send(method="notifications/cancelled", params={"requestId": 1})
+        elif how == "left":
+            table.conversation.leave()
+        else:
+            table.conversation.close()
+        table.desk.state = "approved"
+        table.desk.stopped[Wait].set()
+        await table.settle()
+        assert (table.desk.of(Claim), table.server.raw) == ([], [])
+
+    run(body)
+
+
+@pytest.mark.control("REV-03")
+def test_who_was_told_to_call_again_hears_how_it_ended_and_asks_nobody_anew() -> None:
+    async def body() -> None:
+        table = Table()
+        table.desk.state = "approved"
+        await table.say(to="b")
+        await table.say(to="b", number=2)
+        assert "call again to hear how it ended" in table.told["content"][0]["text"]
+        await table.answer(1)
+        await table.say(to="b", number=3)
+        assert "answer went to an earlier request" in table.told["content"][0]["text"]
+        assert (len(table.desk.of(Ask)), len(table.server.lines)) == (1, 1)
+        table.desk.state, table.desk.claimed = "pending", ""
+        await table.say(to="b", number=4)
+        assert len(table.desk.of(Ask)) == 2
+
+    run(body)
+
+
 def test_what_is_held_is_bounded_and_its_number_is_taken() -> None:
     async def body() -> None:
         table = Table()
