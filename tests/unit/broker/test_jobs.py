@@ -17,8 +17,10 @@ from review_world import OPERATOR
 from saw.broker.config import BrokerConfig, load_config
 from saw.broker.context import Caller
 from saw.broker.errors import BrokerError
+from saw.broker.images import Move
 from saw.broker.job_settings import JobSettings
 from saw.broker.registry import Step
+from saw.broker.sponsors import SwitchSponsor
 from saw.errors import ConfigError
 from saw.jobs.messages import KINDS, JobMalformed, Work, parameters_of, variables_of
 
@@ -228,6 +230,31 @@ def test_an_unknown_kind_is_no_job(shared: JobWorld) -> None:
 
 
 @pytest.mark.control("LIF-03")
+@pytest.mark.control("P0-04")
+def test_nothing_is_touched_by_a_job_after_which_the_workspace_could_not_start(world: JobWorld) -> None:
+    broker = world.broker
+    world.set("ws-a", state="stopped")
+    broker.images.move(OPERATOR, "i", Move(to="revoked", reason="cve"))
+    for kind in ("start", "rebuild"):
+        refusal("image_revoked", world.ask, kind)
+    world.set("ws-a", ring="canary")
+    # The twins: another image takes its place, and what ends is never refused.
+    assert world.ask("rebuild", image="debian", image_path="/images/debian.raw")["state"] == "queued"
+    assert world.ask("stop", "ws-b")["state"] == "queued"
+
+
+@pytest.mark.control("ID-04")
+def test_no_job_begins_anything_for_a_disabled_sponsor(world: JobWorld) -> None:
+    broker = world.broker
+    broker.sponsors.disable(OPERATOR, "Ada", SwitchSponsor(reason="left"))
+    broker.registry.transition(OPERATOR, "ws-a", Step("stopped", "released"))
+    for kind in ("start", "rebuild"):
+        refusal("sponsor_disabled", world.ask, kind)
+    refusal("sponsor_disabled", world.ask, "create", "ws-new", **{**CREATE, "sponsor": "ada"})
+    assert world.ask("stop")["state"] == "queued"
+    assert world.ask("create", "ws-new", **CREATE)["state"] == "queued"
+
+
 def test_a_created_or_rebuilt_workspace_gets_the_registered_digest_of_its_image(world: JobWorld) -> None:
     created = world.ask("create", "ws-new", **CREATE)
     work = world.claim()

@@ -226,8 +226,10 @@ def test_a_call_that_was_judged_by_another_policy_is_refused(world: ToolWorld) -
     with refused("policy_changed", 409):
         world.ask(policy_digest="b" * 64)
     world.set("ws-a", policy_digest="b" * 64)
-    with refused("policy_changed"):
-        world.ask()
+    # One that the broker holds, but not this workspace's: nothing is read of it, not even whether it has such a tool.
+    for params in (params_of("publish", {"path": "/workspace/notes"}), params_of("no-such-tool", {})):
+        with refused("policy_changed"):
+            world.ask(params, policy_digest=world.digest)
     world.set("ws-a", policy_digest=world.digest)
     assert world.ask().state == "pending"
 
