@@ -35,8 +35,8 @@ options:
     default: by playbook
   unknown:
     description:
-      - What to do about a name that no workspace and no agent has.
-      - V(ignore) lets lists of people go through that come from a directory, in which most are no sponsors.
+      - What to do about a name that the broker does not know.
+      - V(ignore) lets lists of people go through that come from a directory, in which most have nothing to do with agents.
     type: str
     default: fail
     choices: [fail, ignore]

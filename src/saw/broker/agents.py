@@ -16,7 +16,7 @@ from saw.broker.delegation_ends import held_by
 from saw.broker.delegations import Delegations
 from saw.broker.errors import ConflictError, MalformedError
 from saw.broker.idempotency import Version, require_version, told_before
-from saw.broker.registry import get_row
+from saw.broker.registry import SponsorName, get_row
 from saw.broker.schema import agents
 from saw.broker.store import Transaction
 from saw.jobs.messages import IdempotencyKey
@@ -35,7 +35,7 @@ class RegisterAgent(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """A new agent. ``owner`` answers for it, ``harness`` and ``model`` are claims. ``workspace`` is the id of the one that it
     becomes the agent of; without one it is bound later. The same ``idempotency_key`` is the same agent."""
 
-    sponsor: Text
+    sponsor: SponsorName
     name: Name = ""
     owner: Owner = ""
     purpose: Purpose = ""

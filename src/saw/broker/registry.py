@@ -33,6 +33,8 @@ MAX_NUMBER = 250
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+SponsorName = Annotated[str, msgspec.Meta(pattern=r"^(?!\.{1,2}\Z)[^/]{1,256}\Z")]
+"""A person's name; it is a part of addresses, so it has no slash and is no word for a folder."""
 #: Workspace ids are DNS labels: the id is also the VM's name and its host name. ``saw.vm.spec`` takes the same.
 _ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
@@ -48,7 +50,7 @@ class CreateWorkspace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     without one, an agent is registered along with the workspace. The same ``idempotency_key`` is the same workspace."""
 
     id: Text
-    sponsor: Text
+    sponsor: SponsorName
     blueprint: Name
     ring: Name
     image: Text

@@ -23,7 +23,7 @@ from saw.broker.idempotency import Version
 from saw.broker.lifecycle import State
 from saw.broker.people import disentitle
 from saw.broker.registry import Registry
-from saw.broker.schema import agents, delegations, people, sponsors, sso_sessions, workspaces
+from saw.broker.schema import agents, delegations, people, reviewers, sponsors, sso_sessions, workspaces
 from saw.broker.session_ends import SessionEnds
 from saw.broker.sponsor_states import SponsorState, sponsor_key
 from saw.broker.sso.sign_outs import end_sign_ins
@@ -177,11 +177,25 @@ def _require_version(present: dict[str, Any], version: int | None) -> None:
         )
 
 
+_NEW: dict[str, Any] = {"state": "active", "reason": "", "changed_at": None, "changed_by": None, "version": 1}
+"""A sponsor about whom nothing was ever decided."""
+
+
+def _people(connection: Connection) -> set[str]:
+    """Return everybody who signed in, or is a registered reviewer."""
+    named = (select(people.c.name), select(reviewers.c.name))
+    return {sponsor_key(name) for query in named for name in connection.execute(query).scalars()}
+
+
 def _one(connection: Connection, name: str) -> dict[str, Any]:
-    found = _views(connection).get(sponsor_key(name))
+    """Return one sponsor; somebody who signed in or reviews and sponsors nothing (yet) is one, too."""
+    key = sponsor_key(name)
+    found = _views(connection).get(key)
+    if found is None and key in _people(connection):
+        found = {**_NEW, "name": key, "workspaces": {}, "agents": ()}
     if found is None:
         raise NotFoundError(
-            f"no workspace and no agent names {name[:64]!r} as its sponsor",
+            f"no workspace and no agent names {name[:64]!r} as its sponsor, and nobody of that name signed in or reviews",
             cure="saw sponsor list shows them",
             code="unknown_sponsor",
         )
@@ -225,6 +239,5 @@ def _named(found: dict[str, dict[str, Any]], rows: Iterable[Any]) -> Iterable[tu
     for row in rows:
         key = sponsor_key(row.sponsor)
         if key not in found:
-            nothing = {"reason": "", "changed_at": None, "changed_by": None, "version": 1}
-            found[key] = {"name": key, "state": "active", **nothing}
+            found[key] = {**_NEW, "name": key}
         yield row.id, key, row.state

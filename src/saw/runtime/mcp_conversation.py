@@ -13,6 +13,8 @@ from saw.runtime.mcp_protocol import Held, Out, Session
 from saw.runtime.mcp_reviews import Asked, Ready, Reviews, Told
 from saw.runtime.review_desk import ReviewRefused
 
+MOST_UNREAD = 1024 * 1024
+"""Most bytes (beside one answer) that an end of a session leaves unread before it is closed."""
 _RUNNING: set[asyncio.Task[None]] = set()
 """What goes on after its session has ended: the broker is still to be told."""
 
@@ -26,6 +28,15 @@ class Writer(Protocol):
 
     def is_closing(self) -> bool:
         """Tell whether nothing more is sent."""
+        ...
+
+    def close(self) -> None:
+        """Send nothing more."""
+        ...
+
+    @property
+    def transport(self) -> asyncio.WriteTransport:
+        """What holds the bytes that the other end has not taken yet."""
         ...
 
 
@@ -108,8 +119,12 @@ class Conversation:
         self._send(out)
 
     def _send(self, out: Out | None) -> None:
-        if out is not None and not self._writers[out.to].is_closing():
-            self._writers[out.to].write(out.line)
+        if out is None or (writer := self._writers[out.to]).is_closing():
+            return
+        writer.write(out.line)
+        # Nobody waits here until it is taken: who asks and never reads must not fill the mediator's memory.
+        if writer.transport.get_write_buffer_size() > MOST_UNREAD:
+            writer.close()
 
 
 def _start(work: Coroutine[None, None, None]) -> None:

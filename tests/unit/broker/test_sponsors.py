@@ -19,7 +19,7 @@ from saw.broker.agents import ChangeAgent, RegisterAgent
 from saw.broker.delegations import Issue, Revoke
 from saw.broker.errors import BrokerError
 from saw.broker.people import Identity, PersonRefused, admit
-from saw.broker.registry import Step
+from saw.broker.registry import CreateWorkspace, Step
 from saw.broker.schema import audit_events, people, sso_sessions, workspaces
 from saw.broker.sponsors import SwitchSponsor
 from saw.broker.store import SOURCE, chained_rows
@@ -132,6 +132,21 @@ def test_a_slip_in_the_name_and_a_version_of_before_change_nothing(world: World)
     assert refused(world.broker.sponsors.disable, OPERATOR, ADA, old) == "version_conflict"
     assert set(states(world).values()) == {"active"}
     assert world.broker.sponsors.disable(OPERATOR, ADA, SwitchSponsor(reason="x", version=1))["changed"]
+
+
+def test_somebody_who_sponsors_nothing_is_disabled_too(world: World) -> None:
+    assert world.broker.sponsors.disable(OPERATOR, "cleo@example.com", LEFT)["sign_ins"] == 1
+    assert "cleo@example.com" not in signed_in(world)
+    assert ADA in signed_in(world)
+
+
+@pytest.mark.parametrize("name", ["corp/dana", "..", "."])
+def test_a_name_that_no_call_could_address_sponsors_nothing(name: str) -> None:
+    body = {"id": "ws-new", "sponsor": name, "blueprint": "coding", "ring": "stable", "image": "workspace"}
+    for kind, said in ((CreateWorkspace, body), (RegisterAgent, {"sponsor": name})):
+        with pytest.raises(msgspec.ValidationError, match="sponsor"):
+            msgspec.convert(said, kind)
+        assert msgspec.convert({**said, "sponsor": "Dana O'Neil.."}, kind)
 
 
 def test_the_list_is_filtered_and_comes_in_pages(world: World) -> None:

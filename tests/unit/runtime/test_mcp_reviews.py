@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -87,6 +88,11 @@ class Line:
         self.lines: list[dict[str, Any]] = []
         self.raw: list[bytes] = []
         self.closed = False
+        self.unread = 0
+        self.transport = SimpleNamespace(get_write_buffer_size=lambda: self.unread)
+
+    def close(self) -> None:
+        self.closed = True
 
     def write(self, data: bytes) -> None:
         self.raw.append(data)
@@ -435,6 +441,20 @@ def test_who_was_told_to_call_again_hears_how_it_ended_and_asks_nobody_anew() ->
         table.desk.state, table.desk.claimed = "pending", ""
         await table.say(to="b", number=4)
         assert len(table.desk.of(Ask)) == 2
+
+    run(body)
+
+
+def test_who_never_reads_the_answers_loses_the_session() -> None:
+    async def body() -> None:
+        table = Table()
+        await table.say(to="b")
+        assert not table.client.closed
+        table.client.unread = 1024 * 1024 + 1
+        await table.say(to="b", number=2)
+        assert table.client.closed
+        await table.say(to="b", number=3)
+        assert len(table.client.raw) == 2
 
     run(body)
 
