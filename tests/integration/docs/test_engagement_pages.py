@@ -163,7 +163,7 @@ def test_the_page_on_images(desk: tuple[Lab, Path]) -> None:
     record = image_record("workspace-4f1c", "4" * 64)
     del record["not_after"]
     make_evidence(folder, record)
-    (folder / "image.release.json").write_text(json.dumps(record))
+    (folder / "release.json").write_text(json.dumps(record))
     (folder / "build/images").mkdir(parents=True)
     form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     for name, key in zip(("officer-a", "officer-b"), lab.officers.keys, strict=False):

@@ -229,7 +229,6 @@ def test_an_unknown_kind_is_no_job(shared: JobWorld) -> None:
         shared.ask("reboot")
 
 
-@pytest.mark.control("LIF-03")
 @pytest.mark.control("P0-04")
 def test_nothing_is_touched_by_a_job_after_which_the_workspace_could_not_start(world: JobWorld) -> None:
     broker = world.broker
@@ -255,6 +254,7 @@ def test_no_job_begins_anything_for_a_disabled_sponsor(world: JobWorld) -> None:
     assert world.ask("create", "ws-new", **CREATE)["state"] == "queued"
 
 
+@pytest.mark.control("LIF-03")
 def test_a_created_or_rebuilt_workspace_gets_the_registered_digest_of_its_image(world: JobWorld) -> None:
     created = world.ask("create", "ws-new", **CREATE)
     work = world.claim()
