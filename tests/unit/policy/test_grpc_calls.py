@@ -64,7 +64,10 @@ def test_what_envoy_may_not_have_collected(kind: str, expected: bool) -> None:
 
 def test_a_route_without_collected_bodies_is_for_grpc_alone() -> None:
     route = unread_route({"match": {"prefix": "/"}, "route": {"cluster": "a"}})
-    assert route["match"]["headers"] == [{"name": "content-type", "string_match": {"prefix": "application/grpc"}}]
+    assert route["match"]["headers"] == [
+        {"name": ":method", "string_match": {"exact": "POST"}},
+        {"name": "content-type", "string_match": {"prefix": "application/grpc"}},
+    ]
     assert route["route"] == {"cluster": "a"}
 
 
