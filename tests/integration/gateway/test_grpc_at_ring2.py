@@ -125,6 +125,11 @@ class Calls:
         self.rig.broker.put("ws-5", **{**given, **fields})
         self.rig.settled()
 
+    def listener(self) -> dict[str, Any]:
+        """Return what Envoy is told of the listener of ``ws-5``."""
+        resources = json.loads((self.rig.directory / "xds" / "lds.json").read_text())["resources"]
+        return next(item for item in resources if item["name"] == "ring2-5")
+
     def client(self, shape: str, method: str) -> subprocess.Popen[bytes]:
         """Start a client; what is written to it, line by line, are its messages, and its lines are the answers."""
         command = (sys.executable, "-c", CLIENT, shape, method)
@@ -216,8 +221,10 @@ def test_an_open_grpc_call_ends_with_what_allowed_it(
 @pytest.mark.control("POL-05")
 def test_an_open_grpc_call_goes_on_while_the_lease_is_renewed(calls: Calls, talk: Callable[[], Talk]) -> None:
     talking, other = talk(), talk()
+    before = calls.listener()
     calls.reset(lease_expires_at=100)
     calls.rig.settle(lease_expires_at=-1)  # of ws-1, another workspace
+    assert calls.listener() == before
     assert (talking.says("two"), other.says("two")) == ("hello two", "hello two")
     calls.reset(lease_expires_at=-1)
     assert talking.hears().startswith(ENDED)
