@@ -33,6 +33,7 @@ from saw.gateway.envoy_parts import (
     socket_address,
 )
 from saw.gateway.redaction import REDACTION_FILTER
+from saw.gateway.streams import Standing
 from saw.gateway.usage_filter import usage_filter
 from saw.policy.grpc_calls import unread_route
 from saw.policy.websocket import FRAME_FILTER, PROTOCOL
@@ -64,21 +65,21 @@ def listeners(
     ingress_address: str,
     send_socket: Path,
     reviews: bool = False,
-    streams: Mapping[int, str] | None = None,
+    streams: Mapping[int, Standing] | None = None,
 ) -> str:
     """Return the LDS file: three listeners for each workspace number, and one that takes calls from the gatekeeper.
 
     ``credential_headers`` are the names that the loaded releases' credentials use; no other header of the gatekeeper's
     answer is ever copied into a request. ``send_socket``: where the gatekeeper brings calls. ``reviews``: calls
     that wait for a person have a service.
-    ``streams``: the workspaces that may open WebSockets now, and a word for what that rests on. When the word changes, Envoy
-    replaces the listener, which ends what is open.
+    ``streams``: the workspaces that may open WebSockets or gRPC calls now, and a word for what that rests on. When the word
+    changes, Envoy replaces the listener, which ends what is open.
     """
     names = tuple(sorted({"authorization", *(name.lower() for name in credential_headers)} - set(HOP_HEADERS)))
     items: list[Json] = []
     for seat in map(Seat, sorted(set(numbers))):
         items += [
-            _governed(seat, names, xds_dir, reviews=reviews, streams=(streams or {}).get(seat.number, "")),
+            _governed(seat, names, xds_dir, reviews=reviews, standing=(streams or {}).get(seat.number)),
             _pass_through(f"broker-{seat.number}", seat.gateway, BROKER_PORT, "broker"),
             _pass_through(f"ingress-{seat.number}", ingress_address, seat.ingress_port, f"ssh-{seat.number}"),
         ]
@@ -109,7 +110,11 @@ def _listener(name: str, address: str, port: int, chain: Json) -> Json:
     }
 
 
-def _governed(seat: Seat, credential_headers: tuple[str, ...], xds_dir: Path, *, reviews: bool, streams: str) -> Json:
+def _governed(
+    seat: Seat, credential_headers: tuple[str, ...], xds_dir: Path, *, reviews: bool, standing: Standing | None
+) -> Json:
+    websockets = standing is not None and standing.websockets
+
     def secret(name: str) -> Json:
         return {"name": name, "sds_config": file_source(xds_dir / f"sds-{name}.json")}
 
@@ -143,23 +148,26 @@ def _governed(seat: Seat, credential_headers: tuple[str, ...], xds_dir: Path, *,
                 "idle_timeout": "900s",
                 "headers_with_underscores_action": "REJECT_REQUEST",
             },
-            "http2_protocol_options": {"max_concurrent_streams": 128, **({"allow_connect": True} if streams else {})},
+            "http2_protocol_options": {
+                "max_concurrent_streams": 128,
+                **({"allow_connect": True} if websockets else {}),
+            },
             "local_reply_config": _local_replies(),
             "http_filters": [
                 _authorisation(credential_headers, body=True),
                 _script("credentials that come back", REDACTION_FILTER),
                 _script("what model services used", usage_filter(drop_mark=True)),
-                # The name of what WebSockets rest on is part of the filter: when it changes, the listener does.
-                *([_script(f"frames {streams}", FRAME_FILTER)] if streams else []),
+                # The name of what open calls rest on is part of the filter: when it changes, the listener does.
+                *([_script(f"frames {standing.rests_on}", FRAME_FILTER)] if standing else []),
                 _router(),
             ],
             "route_config": {
-                **_routes(reviews=reviews, streams=bool(streams)),
+                **_routes(reviews=reviews, unread=standing is not None, streams=websockets),
                 "response_headers_to_remove": [LOCAL_MARK],
             },
             # Envoy asks before the gatekeeper is asked, so it cannot tell routes apart here: what may not be opened, the
             # gatekeeper refuses, and its answer for any other call leads to no route that this matters for.
-            **({"upgrade_configs": [{"upgrade_type": PROTOCOL}]} if streams else {}),
+            **({"upgrade_configs": [{"upgrade_type": PROTOCOL}]} if websockets else {}),
         },
     }
     chain: Json = {"transport_socket": tls, "transport_socket_connect_timeout": "10s", "filters": [connection_manager]}
@@ -311,7 +319,7 @@ def _authorisation(credential_headers: tuple[str, ...], *, body: bool) -> Json:
     }
 
 
-def _routes(*, reviews: bool, streams: bool = False, answers: bool = True) -> Json:
+def _routes(*, reviews: bool, unread: bool = False, streams: bool = False, answers: bool = True) -> Json:
     def onward(transport: str, cluster: str, **more: object) -> Json:
         return {
             "match": {"prefix": "/", "headers": [{"name": "x-saw-transport", "string_match": {"exact": transport}}]},
@@ -326,7 +334,7 @@ def _routes(*, reviews: bool, streams: bool = False, answers: bool = True) -> Js
             },
         }
 
-    def upgraded(transport: str, cluster: str) -> Json:
+    def lasting(transport: str, cluster: str) -> Json:
         return onward(
             transport,
             cluster,
@@ -356,8 +364,13 @@ def _routes(*, reviews: bool, streams: bool = False, answers: bool = True) -> Js
                     *([onward("mcp", "mcp")] if answers else []),
                     *([onward("review", "review")] if reviews else []),
                     *(
-                        [upgraded("tls-upgrade", "upstream-tls-1"), upgraded("plain-upgrade", "upstream-plain")]
+                        [lasting("tls-upgrade", "upstream-tls-1"), lasting("plain-upgrade", "upstream-plain")]
                         if streams
+                        else []
+                    ),
+                    *(
+                        [lasting("tls-unread", "upstream-tls"), lasting("plain-unread", "upstream-plain")]
+                        if unread
                         else []
                     ),
                     *([unread_route(refused)] if answers else []),

@@ -45,7 +45,7 @@ ANSWER_HEADERS = (
 )
 """What the gatekeeper's answer sets, and a client may never bring."""
 STREAM_SECONDS = 600
-"""How long a WebSocket lives at most: as long as the certificate that it was opened with could (seconds)."""
+"""How long a WebSocket or a gRPC call lives at most: as long as the certificate that it was opened with could (seconds)."""
 SEND_SEAT = "approved"
 """What stands for the workspace number on the listener that takes approved calls from the gatekeeper."""
 SEND_TICKET = "x-saw-send"

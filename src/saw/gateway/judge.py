@@ -34,7 +34,7 @@ from saw.gateway.view import View, offline_granted, release_for
 from saw.identity.x509 import Svid
 from saw.policy.addresses import is_blocked_host
 from saw.policy.errors import NotCanonical
-from saw.policy.grpc_calls import is_grpc
+from saw.policy.grpc_calls import goes_unread, is_grpc
 from saw.policy.matcher import Matcher
 from saw.policy.mcp_servers import usable_tools
 from saw.policy.model import Decision, Request
@@ -323,7 +323,7 @@ class Judge:
         return Dial(
             address=f"[{address}]:{port}" if ":" in address else f"{address}:{port}",
             authority=authority,
-            transport=("tls" if scheme == "https" else "plain") + ("-upgrade" if decision.frames else ""),
+            transport=("tls" if scheme == "https" else "plain") + _lasting(case.call, decision),
             path=path,
             inject=inject,
             remove=_placeholders(case.call.headers, inject),
@@ -505,6 +505,13 @@ def _request(case: _Case) -> Request:
         body_complete=call.body_complete,
         upgrade=call.upgrade,
     )
+
+
+def _lasting(call: Call, decision: Decision) -> str:
+    """Return how the transport's name ends for what goes on after it was decided: a WebSocket, or a gRPC call."""
+    if decision.frames:
+        return "-upgrade"
+    return "-unread" if goes_unread(call.method, call.headers) else ""
 
 
 def _reach(

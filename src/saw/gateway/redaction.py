@@ -1,7 +1,7 @@
 """Keeps a credential that a service sends back (a debug page, an error, an echo) from reaching the workspace.
 
 The gatekeeper tells Envoy, beside the header to inject, how the value could come back; a filter of Envoy writes stars over every
-occurrence in headers and body of the answer, as it streams by. Lengths do not change.
+occurrence in headers, body and trailers of the answer, as it streams by. Lengths do not change.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from urllib.parse import quote
+
+from saw.policy.grpc_calls import CONTENT_TYPE
 
 WORDS_HEADER = "x-saw-redact"
 """The header in which the gatekeeper names the words. The filter takes it out before the request goes on."""
@@ -37,8 +39,8 @@ def words_value(words: Iterable[str]) -> str:
 
 
 # A piece of an answer may end in the middle of a word: as much of it as could begin one is held back until the next piece, but
-# on a WebSocket, where a word is found only within one piece. The answer must be readable, so the service is not told that it
-# may compress it.
+# on a WebSocket and in a gRPC call, where a word is found only within one piece. The answer must be readable, so the service is
+# not told that it may compress it.
 REDACTION_FILTER = f"""
 local function split(text)
   local words = {{}}
@@ -77,20 +79,8 @@ local function beginning(text, words)
   return longest
 end
 
-function envoy_on_request(handle)
-  local headers = handle:headers()
-  local words = headers:get("{WORDS_HEADER}")
-  headers:remove("{WORDS_HEADER}")
-  if words == nil then return end
-  headers:remove("accept-encoding")
-  handle:streamInfo():dynamicMetadata():set("saw.redaction", "words", words)
-end
-
-function envoy_on_response(handle)
-  local known = handle:streamInfo():dynamicMetadata():get("saw.redaction")
-  if known == nil then return end
-  local words = split(known["words"])
-  local headers, changed = handle:headers(), {{}}
+local function star_all(headers, words)
+  local changed = {{}}
   for name, value in pairs(headers) do
     if starred(value, words) ~= value then changed[name] = true end
   end
@@ -102,7 +92,26 @@ function envoy_on_response(handle)
     headers:remove(name)
     for _, value in ipairs(values) do headers:add(name, value) end
   end
-  local stream = headers:get(":status") == "101"
+end
+
+function envoy_on_request(handle)
+  local headers = handle:headers()
+  local words = headers:get("{WORDS_HEADER}")
+  headers:remove("{WORDS_HEADER}")
+  if words == nil then return end
+  headers:remove("accept-encoding")
+  headers:remove("grpc-accept-encoding")
+  handle:streamInfo():dynamicMetadata():set("saw.redaction", "words", words)
+end
+
+function envoy_on_response(handle)
+  local known = handle:streamInfo():dynamicMetadata():get("saw.redaction")
+  if known == nil then return end
+  local words = split(known["words"])
+  local headers = handle:headers()
+  star_all(headers, words)
+  local kind = string.lower(headers:get("content-type") or "")
+  local stream = headers:get(":status") == "101" or string.sub(kind, 1, {len(CONTENT_TYPE)}) == "{CONTENT_TYPE}"
   local held, sent, last = "", "", nil
   for chunk in handle:bodyChunks() do
     local size = chunk:length()
@@ -115,6 +124,9 @@ function envoy_on_response(handle)
     if sent ~= "" or size > 0 then chunk:setBytes(sent) end
     last = chunk
   end
+  -- Before the rest of the body: where trailers follow, the last piece is gone, and an error there ends the filter.
+  local trailers = handle:trailers()
+  if trailers ~= nil then star_all(trailers, words) end
   if held ~= "" then last:setBytes(sent .. held) end
 end
 """

@@ -40,7 +40,7 @@ from saw.gateway.review_send import Sender
 from saw.gateway.reviews import ReviewApp
 from saw.gateway.spool import Spool
 from saw.gateway.state import StateFile
-from saw.gateway.streams import standing_streams
+from saw.gateway.streams import Standing, standing_streams
 from saw.gateway.tickets import Tickets
 from saw.gateway.view import View, ViewKeeper
 from saw.gateway.xds import XdsWriter
@@ -118,7 +118,7 @@ class Gatekeeper:
         )
         self._xds = XdsWriter(config)
         self._keeper.changed = self._publish
-        self._published: tuple[tuple[int, ...], frozenset[str], tuple[tuple[int, str], ...]] | None = None
+        self._published: tuple[tuple[int, ...], frozenset[str], tuple[tuple[int, Standing], ...]] | None = None
         self._clock = clock
         self._spool = Spool(config.state_dir, config.name, config.spool_limit)
         self._link = BrokerLink(config, self._keeper, self._spool)
@@ -208,7 +208,7 @@ class Gatekeeper:
         if written:
             LOG.info("wrote %s for %d workspaces", ", ".join(written), len(wanted[0]))
 
-    def _streams(self, view: View) -> dict[int, str]:
+    def _streams(self, view: View) -> dict[int, Standing]:
         return standing_streams(
             view,
             self._clock.now(),
@@ -218,7 +218,7 @@ class Gatekeeper:
         )
 
     async def _watch_streams(self) -> None:
-        """Have what lapses with time alone (leases, delegations, the broker's silence) end WebSockets, within a second."""
+        """Have what lapses with time alone (leases, delegations, silence) end WebSockets and gRPC calls, within a second."""
         while True:
             await asyncio.sleep(1.0)
             if self._published is not None:

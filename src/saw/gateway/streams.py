@@ -1,7 +1,7 @@
-"""Which workspaces may have WebSockets open now, and what that rests on.
+"""Which workspaces may have WebSockets or gRPC calls open now, and what that rests on.
 
-A WebSocket is decided when it is opened and then carries messages unasked. So that it never outlives what allowed it, every
-change of that changes a word in Envoy's listener for the workspace, and Envoy then ends the connections of the old one.
+Both are decided when they are opened and then carry messages unasked. So that none outlives what allowed it, every change of
+that changes a word in Envoy's listener for the workspace, and Envoy then ends the connections of the old one.
 """
 
 from __future__ import annotations
@@ -9,11 +9,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 import msgspec
 
 from saw.gateway.delegations import NONE
 from saw.gateway.view import View, offline_granted, release_for
+
+
+class Standing(NamedTuple):
+    """What a workspace may have open: ``rests_on`` is the word, ``websockets`` says that it may be WebSockets too."""
+
+    rests_on: str
+    websockets: bool
 
 
 def standing_streams(
@@ -23,15 +31,15 @@ def standing_streams(
     doubt: Callable[[float], str],
     offline: Callable[[float, datetime], float],
     release_grace_s: float,
-) -> dict[int, str]:
-    """Return, by the number of each workspace that may have WebSockets open, a word for what that rests on.
+) -> dict[int, Standing]:
+    """Return, by the number of each workspace that may have WebSockets or gRPC calls open, a word for what that rests on.
 
     A workspace stands with everything that a call would need: it is active and its agent lives, it is under a lease, the
-    broker can be relied on, its release counts and opens WebSockets at all. The word changes with the release, the agent, and
-    the delegations that count.
+    broker can be relied on, its release counts and lets such a thing be opened at all. The word changes with the release, the
+    agent, and the delegations that count.
     ``doubt`` and ``offline`` are those of :class:`saw.gateway.view.ViewKeeper`.
     """
-    standing: dict[int, str] = {}
+    standing: dict[int, Standing] = {}
     for entry in view.workspaces.values():
         digest = entry.policy_digest or ""
         granted = offline_granted(view, entry.id, digest)
@@ -41,10 +49,10 @@ def standing_streams(
         if entry.lease_expires_at is None or now >= entry.lease_expires_at + timedelta(seconds=longer):
             continue
         release = release_for(view, entry, digest, now, release_grace_s)
-        if isinstance(release, str) or not release.matcher.opens_streams:
+        if isinstance(release, str) or not (release.matcher.opens_streams or release.matcher.sends_unread):
             continue
         held = view.engagements.get(entry.id, NONE)
         counting = sorted(line.record.id for line in held.lines if line.not_before <= now < line.expires)
         rests_on = msgspec.json.encode([entry.id, digest, entry.agent, held.required, counting])
-        standing[entry.number] = hashlib.sha256(rests_on).hexdigest()[:16]
+        standing[entry.number] = Standing(hashlib.sha256(rests_on).hexdigest()[:16], release.matcher.opens_streams)
     return standing

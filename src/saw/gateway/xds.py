@@ -15,6 +15,7 @@ from saw.gateway import envoy_config, envoy_listeners
 from saw.gateway.config import GatekeeperConfig, split_address
 from saw.gateway.envoy_parts import DRAIN_SECONDS
 from saw.gateway.errors import EnvoyRefused
+from saw.gateway.streams import Standing
 
 
 def _versioned(render: Callable[[str], str]) -> str:
@@ -29,11 +30,11 @@ class XdsWriter:
         self._directory = config.ring2.xds_dir
 
     def render(
-        self, numbers: Iterable[int], credential_headers: Iterable[str], streams: Mapping[int, str] | None = None
+        self, numbers: Iterable[int], credential_headers: Iterable[str], streams: Mapping[int, Standing] | None = None
     ) -> dict[str, str]:
         """Return the content of the two ``sds-*.json``, of ``cds.json`` and ``lds.json`` for these workspace numbers.
 
-        ``streams``: which of them may open WebSockets (:func:`saw.gateway.envoy_listeners.listeners`).
+        ``streams``: which of them may open WebSockets or gRPC calls (:func:`saw.gateway.envoy_listeners.listeners`).
         """
         ring2, seats, names = self._config.ring2, sorted(set(numbers)), sorted(set(credential_headers))
         broker = split_address(ring2.broker_address, "ring2.broker_address")
@@ -66,7 +67,7 @@ class XdsWriter:
         }
 
     def write(
-        self, numbers: Iterable[int], credential_headers: Iterable[str], streams: Mapping[int, str] | None = None
+        self, numbers: Iterable[int], credential_headers: Iterable[str], streams: Mapping[int, Standing] | None = None
     ) -> list[str]:
         """Write what changed and return the names of the files written; raises ``OSError``.
 

@@ -7,7 +7,7 @@ counts. What no rule names: reads are ``auto``, writes ``review``.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -133,6 +133,22 @@ def git_service(method: str, path: str) -> str:
         if path.endswith("/git-upload-pack"):
             return UPLOAD_PACK
     return ""
+
+
+def passes_by_path(governance: Governance, method: str, hosts: Collection[str]) -> bool:
+    """Return whether a rule lets calls of ``method`` to one of ``hosts`` pass without a person and without their bodies.
+
+    ``hosts`` are names or globs in lower case. A glob may count for more than it matches.
+    """
+    for action in governance.actions:
+        match, host = action.match, action.match.host.lower()
+        if action.class_ not in {"auto", "staged"} or match.git or protocol_of(match):
+            continue
+        if match.method and method not in _methods(match.method):
+            continue
+        if any(name == host or not globs.is_exact(name) or globs.host_glob(host).fullmatch(name) for name in hosts):
+            return True
+    return False
 
 
 class ActionTable:

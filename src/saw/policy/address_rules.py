@@ -121,6 +121,12 @@ class Entry(msgspec.Struct, frozen=True):
         """Return whether the endpoint is about WebSockets, and about nothing else."""
         return self.endpoint.protocol == websocket.PROTOCOL
 
+    def takes(self, method: str) -> bool:
+        """Return whether a call of ``method`` may be allowed here without a look at its body."""
+        if self.streams or self.endpoint.protocol in CALL_PROTOCOLS:
+            return False
+        return self.audit or any(rule.methods is None or method in rule.methods for rule in _allow_rules(self.endpoint))
+
 
 class Judgement(NamedTuple):
     """How an address answers: no endpoint covers the path, none may be used by the caller, a rule, or no rule at all.

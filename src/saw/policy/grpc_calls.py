@@ -12,6 +12,9 @@ from collections.abc import Mapping
 CONTENT_TYPE = "application/grpc"
 """How the content type of every gRPC call begins. Envoy looks for exactly this; :func:`is_grpc` takes other cases as well."""
 
+METHOD = "POST"
+"""The method of every gRPC call. A request of another one is collected, whatever its content type says."""
+
 Json = dict[str, object]
 
 
@@ -20,11 +23,22 @@ def is_grpc(headers: Mapping[str, str]) -> bool:
     return headers.get("content-type", "").strip().lower().startswith(CONTENT_TYPE)
 
 
+def goes_unread(method: str, headers: Mapping[str, str]) -> bool:
+    """Return whether the request may go on while its client still sends; ``headers`` have names in lower case."""
+    return method.upper() == METHOD and is_grpc(headers)
+
+
 def unread_route(route: Json) -> Json:
     """Return Envoy's ``route`` (which matches every path) for gRPC calls only, and without the collecting of bodies."""
     return {
         **route,
-        "match": {"prefix": "/", "headers": [{"name": "content-type", "string_match": {"prefix": CONTENT_TYPE}}]},
+        "match": {
+            "prefix": "/",
+            "headers": [
+                {"name": ":method", "string_match": {"exact": METHOD}},
+                {"name": "content-type", "string_match": {"prefix": CONTENT_TYPE}},
+            ],
+        },
         "typed_per_filter_config": {
             "envoy.filters.http.ext_authz": {
                 "@type": "type.googleapis.com/envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute",

@@ -13,8 +13,8 @@ from ipaddress import IPv4Network, IPv6Network
 
 import msgspec
 
-from saw.policy import globs, websocket
-from saw.policy.actions import ActionTable, Classified, ReviewAsked
+from saw.policy import globs, grpc_calls, websocket
+from saw.policy.actions import ActionTable, Classified, ReviewAsked, passes_by_path
 from saw.policy.address_rules import AddressRules, Call, Entry, Judgement, parse_query
 from saw.policy.addresses import is_blocked_host
 from saw.policy.checks_governance import parse_address
@@ -87,7 +87,11 @@ class _Credentials:
 
 
 class Matcher:
-    """A compiled policy. Immutable; safe to share between threads."""
+    """A compiled policy. Immutable; safe to share between threads.
+
+    ``opens_streams``: it has endpoints for WebSockets. ``sends_unread``: a gRPC call may be allowed, which goes on while its
+    client still sends.
+    """
 
     __slots__ = (
         "_actions",
@@ -101,6 +105,7 @@ class Matcher:
         "_suffix",
         "_upstreams",
         "opens_streams",
+        "sends_unread",
     )
 
     def __init__(self, policy: Policy, governance: Governance) -> None:
@@ -121,6 +126,13 @@ class Matcher:
         self._suffix = {address: AddressRules(found, with_host=True) for address, found in suffix.items()}
         self._names = frozenset(host for host, _ in exact)
         self.opens_streams = any(entry.streams for entries in (*exact.values(), *suffix.values()) for entry in entries)
+        posting = {
+            entry.endpoint.host.lower()
+            for entries in (*exact.values(), *suffix.values())
+            for entry in entries
+            if entry.takes(grpc_calls.METHOD)
+        }
+        self.sends_unread = passes_by_path(governance, grpc_calls.METHOD, posting)
         self._plain = frozenset(parse_address(address) for address in governance.plaintext)
         routes = governance.inference.routes
         self._routes = {

@@ -34,7 +34,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s\[\]:@/\\?#%\x00-\x20\x7f-\U0010ffff]+)(?::([0-9]{1,5}))?")
 _REVIEW = "review_required"
 _REMEMBERED, _MOST_SHOWN = 20, 400
-"""How many refusals the sandbox can read again, and how much of each text (characters)."""
+"""How many refusals the sandbox can read again, and how much of each text (characters); a list has no more parts than that."""
 
 
 class DecideConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,12 +66,13 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """The answer: 200 with the headers for ring 2, or 403 with the reason as JSON."""
+    """The answer: 200 with the headers for ring 2, or 403 with the reason as JSON, which ``refusal`` is before encoding."""
 
     status: int
     headers: tuple[tuple[str, str], ...]
     body: bytes
     log: dict[str, object]
+    refusal: dict[str, object] = {}
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -140,15 +141,14 @@ class Decider:
             decision = refused.decision
         self.counts.add(loaded.digest if loaded else "", decision, tunnel=asked.stage == "connect")
         answer = _answer(asked, target, granted or (caller.binary if caller else None), decision, loaded)
-        if answer.status == 403:
-            self._refused.appendleft(
-                {"time": datetime.now(UTC).isoformat(timespec="seconds"), **json.loads(answer.body)}
-            )
+        if answer.refusal:
+            kept = {name: _cut(value) for name, value in answer.refusal.items()}
+            self._refused.appendleft({"time": datetime.now(UTC).isoformat(timespec="seconds"), **kept})
         return answer
 
     def refusals(self) -> list[dict[str, object]]:
         """Return the last refusals, newest first: the bodies of the answers with the time of each, long texts cut."""
-        return [{name: _cut(value) for name, value in refused.items()} for refused in self._refused]
+        return list(self._refused)
 
     def _match(
         self, loaded: Loaded, asked: Asked, target: Target, caller: Caller | None
@@ -185,7 +185,13 @@ class Decider:
 
 
 def _cut(value: object) -> object:
-    return value[:_MOST_SHOWN] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return value[:_MOST_SHOWN]
+    if isinstance(value, Mapping):
+        return {name: _cut(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_cut(inner) for inner in value[:_REMEMBERED]]
+    return value
 
 
 def _inner(matcher: Matcher, request: Request) -> Decision:
@@ -282,7 +288,7 @@ def _answer(
                 # An agent may name its executables as it likes; nothing of that may become header syntax.
                 headers.append(("x-saw-binary", quote(binary, safe="/-_.+@:,=")))
         return Answer(200, tuple(headers), b"", log)
-    body = {
+    body: dict[str, object] = {
         "error": "policy_denied",
         "layer": "ring1",
         "protocol": decision.protocol or (target.scheme if target else ""),
@@ -292,7 +298,7 @@ def _answer(
         "rule_missing": decision.rule_missing,
         "next_steps": list(decision.next_steps),
     }
-    return Answer(403, (("content-type", "application/json"),), json.dumps(body).encode() + b"\n", log)
+    return Answer(403, (("content-type", "application/json"),), json.dumps(body).encode() + b"\n", log, body)
 
 
 class DecideService:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from saw.policy.grpc_calls import is_grpc, unread_route
+from saw.policy.grpc_calls import goes_unread, is_grpc, unread_route
 from saw.policy.loader import load_members
 from saw.policy.matcher import Matcher
 from saw.policy.model import Request
@@ -64,7 +64,10 @@ def test_what_envoy_may_not_have_collected(kind: str, expected: bool) -> None:
 
 def test_a_route_without_collected_bodies_is_for_grpc_alone() -> None:
     route = unread_route({"match": {"prefix": "/"}, "route": {"cluster": "a"}})
-    assert route["match"]["headers"] == [{"name": "content-type", "string_match": {"prefix": "application/grpc"}}]
+    assert route["match"]["headers"] == [
+        {"name": ":method", "string_match": {"exact": "POST"}},
+        {"name": "content-type", "string_match": {"prefix": "application/grpc"}},
+    ]
     assert route["route"] == {"cluster": "a"}
 
 
@@ -114,3 +117,37 @@ def test_a_push_is_refused_unread(compiled: Matcher, seen: bytes | None) -> None
     path = "/team/app.git/git-receive-pack"
     assert compiled.decide(asked("git.example.com", path, headers, body)).action_class == "staged"
     assert not compiled.decide(asked("git.example.com", path, GRPC, seen, body_complete=False)).allowed
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "expected"),
+    [("POST", GRPC, True), ("post", GRPC, True), ("GET", GRPC, False), ("PUT", GRPC, False), ("POST", OTHER, False)],
+)
+def test_only_a_post_goes_on_while_its_client_sends(method: str, headers: dict[str, str], expected: bool) -> None:
+    assert goes_unread(method, headers) is expected
+
+
+def sends_unread(policy: str, governance: str) -> bool:
+    bundle = load_members({"policy.yaml": policy.encode(), "governance.yaml": governance.encode()})
+    return Matcher.compile(bundle.policy, bundle.governance).sends_unread
+
+
+@pytest.mark.control("POL-05")
+def test_a_policy_tells_whether_a_grpc_call_may_be_opened_at_all() -> None:
+    rule = '  - {match: {host: grpc.example.com, method: [POST], path: "/demo.Greeter/*"}, class: auto}\n'
+    assert rule in GOVERNANCE
+    assert sends_unread(POLICY, GOVERNANCE)
+    for other in (
+        rule.replace("auto", "staged"),
+        rule.replace(", method: [POST]", ""),
+        rule.replace("grpc.example.com", '"*.example.com"'),
+    ):
+        assert sends_unread(POLICY, GOVERNANCE.replace(rule, other)), other
+    for other in (
+        "",
+        rule.replace("class: auto", "class: review"),
+        rule.replace("POST", "PUT"),
+        rule.replace("grpc.", "calls."),
+    ):
+        assert not sends_unread(POLICY, GOVERNANCE.replace(rule, other)), other
+    assert not sends_unread(POLICY.replace("allow: {method: POST", "allow: {method: GET"), GOVERNANCE)

@@ -7,11 +7,12 @@ import socket
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from saw.policy.model import Decision
 from saw.runtime.attribution import Attribution
-from saw.runtime.decide import Asked, Refused, Target, _answer, _asked, target_of
+from saw.runtime.decide import Asked, Decider, Refused, Target, _answer, _asked, target_of
 from saw.runtime.decide_state import Heartbeat, Lease
 
 NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
@@ -181,3 +182,48 @@ def test_a_header_that_is_there_twice_is_worth_what_both_say() -> None:
 )
 def test_the_body_of_a_grpc_call_counts_as_not_seen(kind, complete):
     assert _asked({"method": "POST", "headers": [(b"content-type", kind.encode())]}, b"").body_complete is complete
+
+
+class Matching:
+    """A generation whose policy refuses everything, with the rule that is missing."""
+
+    digest, revision, problem = "ab" * 32, 1, ""
+
+    def __init__(self):
+        self.matcher = self
+
+    def get(self):
+        return self
+
+    def refusal(self):
+        return ""
+
+    def caller(self, _source):
+        return None
+
+    def add(self, *_arguments, **_named):
+        pass
+
+    def decide(self, request):
+        missing = {"host": request.host, "path": request.path, "fields": [request.path] * 100}
+        return Decision(
+            verdict="deny", reason="method_or_path_not_allowed", rule_missing=missing, next_steps=("ask", request.path)
+        )
+
+
+@pytest.mark.control("RUN-01")
+def test_what_the_sandbox_can_read_again_is_cut_at_every_depth_and_the_answer_is_whole():
+    part = Matching()
+    decider = Decider(part, part, part, part, part)
+    path = "/" + "a" * 60_000
+    answer = decider.decide(msgspec.structs.replace(asked(), path=path))
+    assert json.loads(answer.body)["rule_missing"]["path"] == path
+    (kept,) = decider._refused
+    assert len(json.dumps(kept)) < 20_000
+    (shown,) = decider.refusals()
+    assert shown == kept
+    assert (shown["path"], shown["rule_missing"]["path"]) == (path[:400], path[:400])
+    assert shown["rule_missing"]["fields"] == [path[:400]] * 20
+    assert shown["next_steps"] == ["ask", path[:400]]
+    decider.decide(asked())
+    assert decider.refusals()[0]["rule_missing"]["path"] == "/"
