@@ -78,9 +78,11 @@ def make_record(
     file = folder / "image.qcow2"
     _unchanged(folder, image)
     expected = expected_pcrs(unified_kernel(file))
+    if image.secure_boot:
+        expected = {**expected, "7": (image.secure_boot.pcr_7,)}
     known = _known(folder / RECORD, image.image_sha256)
     earlier = None if again else _reference(folder / REFERENCE, image.image_sha256, firmware)
-    if earlier is None:
+    if earlier is None or differences(expected, earlier.pcrs):
         say("reference boot (its measurements become the expected ones)")
         measured, booted = _checked(boot(file), image), True
         say(f"reference boot took {measured.seconds} s")
@@ -90,7 +92,7 @@ def make_record(
     if wrong := differences(expected, measured.pcrs):
         raise ImageError(
             f"the reference boot of {image.name} measured something else than its image: {'; '.join(wrong)}",
-            cure="find out what was booted in its place; then run this with --again",
+            cure="find out what was booted in its place, and whether the image's whole directory lay there; then run this again",
             details={"problems": wrong},
         )
     if booted:

@@ -129,6 +129,23 @@ def test_the_broker_knows_which_records_are_in_force(build: ImageBuild, said: li
     assert left(build) == {image.name for image in (images[0], *images[3:])}
 
 
+def test_a_build_directory_that_was_moved_keeps_its_images(build: ImageBuild, said: list[str]) -> None:
+    images = several(build, 2)
+    moved = build.build.rename(build.build.with_name("elsewhere"))
+    there = ImageBuild(build.repository, moved, said.append)
+    found = {image.name: image for image, _ in there.ours()}
+    assert found.keys() == {image.name for image in images}
+    for name, image in found.items():
+        assert (image.directory, image.image) == (
+            str(moved / "images" / name),
+            str(moved / f"images/{name}/image.qcow2"),
+        )
+    with pytest.raises(ImageError, match="is a finished image"):
+        there._make_way(moved / "images" / images[0].name)
+    (moved / "images" / images[0].name / "image.qcow2").unlink()
+    assert [image.name for image, _ in there.ours()] == [images[1].name]
+
+
 def test_an_interrupted_removal_leaves_nothing_that_looks_finished(
     build: ImageBuild, monkeypatch: pytest.MonkeyPatch
 ) -> None:
