@@ -2,13 +2,14 @@
 
 Three things use one: the root disk of a VM, which reads from the image file as long as it exists (qcow2's backing file); a
 release record, since whoever registered it may go back to the image, and its bills of materials are asked for as long as it is
-in force; and whoever names it. Only the broker knows which records are in force; without it, each record counts.
+in force; and whoever names it. Only the broker knows which records are in force; without it, each record counts, and one that it
+does not know counts always.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -65,10 +66,13 @@ def by_disks(build: Path) -> dict[str, list[str]]:
     return found
 
 
-def uses_of(images: Iterable[Path], build: Path, *, in_force: Mapping[str, str] | None = None) -> dict[str, list[str]]:
+def uses_of(
+    images: Iterable[Path], build: Path, *, in_force: Mapping[str, str] | None = None, registered: Collection[str] = ()
+) -> dict[str, list[str]]:
     """Return what uses each image, by name; raises :class:`ImageError` when a disk cannot be read.
 
-    ``in_force`` are the records that the broker says are in force, by name; None where it was not asked.
+    ``in_force`` are the records that the broker says are in force, by name; None where it was not asked. ``registered`` are the
+    names of all that it lists, in any state: a record of another name may be in force elsewhere, or wait for signatures.
     """
     reading = by_disks(build)
     found = {}
@@ -78,6 +82,8 @@ def uses_of(images: Iterable[Path], build: Path, *, in_force: Mapping[str, str] 
             why.append("it has a release record, and the broker was not asked")
         elif in_force and image.name in in_force:
             why.append(in_force[image.name])
+        elif in_force is not None and image.name not in registered and (image / RECORD).exists():
+            why.append("it has a record that this broker does not know")
         found[image.name] = why
     return found
 
@@ -89,6 +95,7 @@ def prune(
     *,
     named: Iterable[str] = (),
     in_force: Mapping[str, str] | None = None,
+    registered: Collection[str] = (),
     dry: bool = False,
 ) -> list[Image]:
     """Remove the images of one kind (``names``, the newest first) that nothing uses, but the newest two and those ``named``.
@@ -100,7 +107,7 @@ def prune(
     if not dry:
         for unfinished in folder.glob(".workspace-*.partial"):
             shutil.rmtree(unfinished, ignore_errors=True)
-    used = uses_of([folder / name for name in names], build, in_force=in_force)
+    used = uses_of([folder / name for name in names], build, in_force=in_force, registered=registered)
     found = []
     for number, name in enumerate(names):
         ours = ["it is one of the newest"] if number < KEPT else []

@@ -316,6 +316,22 @@ def test_keep_signs_what_is_lacking_and_nothing_twice(
     assert json.loads(payload_of(read_envelope(out.read_bytes(), PAYLOAD_TYPE)))["inputs_digest"] == "other"
 
 
+def test_what_was_signed_before_the_record_changed_shows(
+    golden: Golden, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    boots = Boots(golden)
+    file, out = make_record(golden.folder, boots, boots.say).file, tmp_path / "signed.json"
+    create_key(tmp_path / "keys", "ada")
+    assert main(["sign", file, "--out", str(out), "--key", str(tmp_path / "keys/ada.key")]) == 0
+    assert main(["evidence", file, "--signed", str(out)]) == 0
+    Path(file).write_text(json.dumps({**json.loads(Path(file).read_text()), "inputs_digest": "other"}))
+    capsys.readouterr()
+    assert main(["evidence", file, "--signed", str(out), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["stale"], told["problems"]) == (True, [f"{out} holds another record than {file}: sign this one"])
+    assert main(["evidence", file]) == 0
+
+
 @pytest.mark.parametrize("bound", ["scan.waived_until", "not_after"])
 def test_keep_keeps_signatures_of_a_record_that_ends_soon(
     golden: Golden, tmp_path: Path, capsys: pytest.CaptureFixture[str], bound: str
