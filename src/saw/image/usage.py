@@ -8,6 +8,7 @@ does not know counts always.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -51,9 +52,28 @@ def backing_of(disk: Path) -> str:
 
 
 def disks(build: Path) -> Iterator[Path]:
-    """Yield the root disks of VMs: of light hosts below ``build``, and of this machine where it is a hypervisor itself."""
-    for state in (*build.glob(f"*/hosts/*/root/{VMS}"), MACHINE / VMS):
-        yield from sorted(state.glob("*/root.qcow2*"))
+    """Yield the root disks of VMs: of light hosts below ``build``, and of this machine where it is a hypervisor itself.
+
+    Raises :class:`ImageError` for a folder that cannot be looked into.
+    """
+    hosts = (host for place in _entries(build) for host in _entries(place / "hosts"))
+    for state in (*(host / "root" / VMS for host in hosts), MACHINE / VMS):
+        for folder in _entries(state):
+            yield from (path for path in _entries(folder) if path.name.startswith("root.qcow2"))
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Return what lies in a folder, sorted; nothing where it is none. Unlike a glob it does not pass over what it may not read."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted(folder / entry.name for entry in found)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise ImageError(
+            f"cannot look for disks of VMs in {folder}: {error.strerror}",
+            cure="run this as root, and look at that folder",
+        ) from error
 
 
 def by_disks(build: Path) -> dict[str, list[str]]:

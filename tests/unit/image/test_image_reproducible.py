@@ -406,3 +406,20 @@ def test_a_disk_that_reads_another_file_is_refused(tmp_path: Path) -> None:
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={raw}", str(over), "1M"], check=True)
     with pytest.raises(SawError, match="reads from another file"):
         compare(over, below)
+
+
+def test_what_is_larger_than_any_image_is_refused_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large, raw = tmp_path / "small", tmp_path / "large", tmp_path / "raw"
+    small.write_bytes(bytes(MIB))
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(large), "65G"], check=True)
+    with raw.open("wb") as stream:
+        stream.truncate(65 << 30)
+    for name in (large, raw):
+        with pytest.raises(ImageError, match="bytes, more than"):
+            compare_disk.compare_disks(name, small)
+    monkeypatch.setattr(compare_disk, "LARGEST_ESP", MIB)
+    with pytest.raises(ImageError, match="an EFI system partition has"):
+        compare_disk._unpacked(memoryview(bytes(MIB + 1)), tmp_path / "esp")
+    assert not (tmp_path / "esp").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from saw.image.inputs import Inputs
 from saw.lab import image_release
 from saw.lab.retire import retire_images
 from saw.lab.topology import Lab
+from saw.lab.up import Bringup
 
 pytestmark = pytest.mark.control("P0-02")
 
@@ -119,3 +121,15 @@ def test_an_image_that_the_lab_went_past_is_promoted_again_when_it_goes_back(
     record.write_text(json.dumps({"name": "workspace-1"}))
     image_release.release_image(Lab(tmp_path, tmp_path), broker.saw, record, None)  # type: ignore[arg-type]
     assert [words[:3] for words in broker.steps][-1] == ("image", "promote", "workspace-1")
+
+
+def test_the_lab_hears_why_the_command_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    refused = json.dumps({"ok": False, "error": {"code": "no_earlier_image", "message": "none"}})
+    monkeypatch.setattr(
+        "saw.lab.up.subprocess.run", lambda *_, **__: subprocess.CompletedProcess([], 1, refused, "")
+    )  # fmt: skip
+    bringup = Bringup.__new__(Bringup)
+    bringup.lab = Lab(tmp_path, tmp_path)
+    with pytest.raises(UnavailableError) as error:
+        bringup.saw("workspace", "way-back", "ws-a")
+    assert error.value.details == {"error": {"code": "no_earlier_image", "message": "none"}}

@@ -106,6 +106,22 @@ def test_a_disk_that_cannot_be_read_stops_it_before_anything_is_removed(build: I
     assert len(left(build)) == 2
 
 
+@pytest.mark.parametrize(
+    "place", ["lab/hosts", "lab/hosts/edge/root/var/lib/saw/vms", "lab/hosts/edge/root/var/lib/saw/vms/a"]
+)
+def test_a_folder_that_cannot_be_looked_into_stops_it_too(build: ImageBuild, place: str) -> None:
+    images = several(build)
+    path = build.build / place
+    path.parent.mkdir(parents=True)
+    path.symlink_to(path.name)  # a loop, which root cannot follow either
+    with pytest.raises(ImageError, match=f"cannot look for disks of VMs in .*{place}: "):
+        build.prune()
+    assert left(build) == {image.name for image in images}
+    path.unlink()
+    build.prune()
+    assert len(left(build)) == 2
+
+
 def test_a_disk_without_a_backing_file_uses_no_image(build: ImageBuild) -> None:
     path = build.build / "lab/hosts/edge/root/var/lib/saw/vms/a/root.qcow2"
     path.parent.mkdir(parents=True)
