@@ -63,7 +63,7 @@ def disks(build: Path) -> Iterator[Path]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """Return what lies in a folder, sorted; nothing where it is none. Unlike a glob it does not pass over what it may not read."""
+    """Return what lies in a folder, sorted; nothing where it is none. What it may not read, it does not pass over."""
     try:
         with os.scandir(folder) as found:
             return sorted(folder / entry.name for entry in found)
