@@ -16,7 +16,8 @@ ifdef EDR_SIGNATURES
 export SAW_IMAGE_EDR_SIGNATURES := $(abspath $(EDR_SIGNATURES))
 endif
 # Where the packages of the golden image come from (docs/images.md): FRESH=1 insists on asking, REUSE=1 does not ask, PACKAGES=FILE
-# takes an earlier set; OLDER=1 lets packages be older than before.
+# takes an earlier set; OLDER=1 lets packages be older than before. Other values of these switches are refused.
+$(foreach name,FRESH REUSE OLDER,$(if $(filter-out 1,$($(name))),$(error $(name)=$($(name)) means nothing: give $(name)=1, or leave it out)))
 ifneq ($(words $(if $(FRESH),1) $(if $(REUSE),1) $(if $(PACKAGES),1)),0)
 ifneq ($(words $(if $(FRESH),1) $(if $(REUSE),1) $(if $(PACKAGES),1)),1)
 $(error choose one of FRESH=1, REUSE=1, PACKAGES=FILE)
@@ -59,10 +60,12 @@ workspace: ## from an empty machine to a governed workspace; prints the control 
 image: tools ## build the golden image with the newest packages, or reuse it, boot it and write its record; FRESH=1, SIGN_KEY=…: docs/images.md
 	@echo "==> golden image ($(VARIANT)) in $(SAW_BUILD)/images"
 	@mkdir -p "$(SAW_BUILD)"
-	@.venv/bin/python -m saw.image.build image --build "$(SAW_BUILD)" --variant "$(VARIANT)" --json \
+	@set -e; answer=$$(mktemp "$(SAW_BUILD)/.image-XXXXXXXX.json"); \
+	trap 'rm -f "$$answer"' EXIT; trap 'exit 130' INT; trap 'exit 143' TERM; \
+	.venv/bin/python -m saw.image.build image --build "$(SAW_BUILD)" --variant "$(VARIANT)" --json \
 	  $(if $(MODULE_KEY),--module-key "$(MODULE_KEY)") $(if $(MODULE_CERTIFICATE),--module-certificate "$(MODULE_CERTIFICATE)") \
-	  >"$(SAW_BUILD)/image.json"
-	@scripts/image_release.sh "$(SAW_BUILD)/image.json"
+	  >"$$answer"; \
+	scripts/image_release.sh "$$answer"
 
 image-edr-check: tools ## attack a workspace on an image with endpoint detection; some 20 minutes, no part of `make test`
 	@scripts/image_edr_check.sh

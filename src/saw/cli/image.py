@@ -94,18 +94,22 @@ def _sign(options: argparse.Namespace) -> int:
 
 
 def _held(raw: bytes, options: argparse.Namespace) -> bytes:
-    """Return what lies at ``--out`` when it holds the record ``raw`` and a third of ``--for`` is left of it, else nothing."""
+    """Return what lies at ``--out`` when it holds the record ``raw`` and counts for long enough, else nothing.
+
+    Long enough is a third of ``--for``, or to the end that a record which is signed now would get, where that is sooner.
+    """
     try:
         held = Path(options.out).read_bytes()
         payload = payload_of(read_envelope(held, PAYLOAD_TYPE))
         plain = payload_of(read_envelope(raw, PAYLOAD_TYPE)) if b'"payloadType"' in raw else raw
         record, wanted = (msgspec.json.decode(one, type=dict[str, Any]) for one in (payload, plain))
-        left, asked = parse_record(payload).not_after - present(), duration(options.duration)
+        until, now = parse_record(payload).not_after, present()
+        end, third = _end(wanted, options), timedelta(seconds=duration(options.duration)) / 3
     except (OSError, EnvelopeRefused, RecordInvalid, msgspec.DecodeError, ValueError):
         return b""
     if "not_after" not in wanted:
         record.pop("not_after")
-    return held if record == wanted and left >= timedelta(seconds=asked) / 3 else b""
+    return held if record == wanted and until > now and until >= min(now + third, end) else b""
 
 
 def _keys(signers: list[Signer]) -> dict[str, PublicKey]:
@@ -115,21 +119,27 @@ def _keys(signers: list[Signer]) -> dict[str, PublicKey]:
 def _payload(raw: bytes, options: argparse.Namespace) -> bytes:
     try:
         found = msgspec.json.decode(raw, type=dict[str, Any])
-        seconds = duration(options.duration)
+        end = _end(found, options)
     except (msgspec.DecodeError, ValueError) as error:
         raise ConfigError(
             f"{options.record} cannot be signed: {error}", cure="pass the image's .release.json"
         ) from error
-    # A record that names no end gets one, so that no image counts for ever, and none longer than what somebody answers for.
-    if "not_after" not in found:
-        end = present() + timedelta(seconds=seconds)
-        waived = (found.get("scan") or {}).get("waived_until") if isinstance(found.get("scan"), dict) else None
-        if waived:
-            end = min(end, _after(str(waived)))
-        found["not_after"] = end.strftime("%Y-%m-%dT%H:%M:%SZ")
+    found.setdefault("not_after", end.strftime("%Y-%m-%dT%H:%M:%SZ"))
     payload = rfc8785.dumps(found)
     parse_record(payload)
     return payload
+
+
+def _end(record: dict[str, Any], options: argparse.Namespace) -> datetime:
+    """Return until when ``record`` counts when it is signed now; raises :class:`ValueError` and :class:`ConfigError`.
+
+    A record that names no end gets one, so that no image counts for ever, and none longer than what somebody answers for.
+    """
+    if "not_after" in record:
+        return datetime.fromisoformat(str(record["not_after"]))
+    end = present() + timedelta(seconds=duration(options.duration))
+    waived = (record.get("scan") or {}).get("waived_until") if isinstance(record.get("scan"), dict) else None
+    return min(end, _after(str(waived))) if waived else end
 
 
 def _after(day: str) -> datetime:
@@ -173,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     sign.add_argument(
         "--keep",
         action="store_true",
-        help="leave --out alone where it holds this record, signed by these keys, and a third of --for",
+        help="leave --out alone where it holds this record, signed by these keys, and counts for long enough",
     )
     add_signing(sign)
     sign.add_argument("--json", action="store_true", help="print JSON")

@@ -94,7 +94,8 @@ def prune(options: argparse.Namespace) -> int:
         raise ConfigError(f"there are no images in {options.build}", cure="name the build directory: --build DIR")
     client = OperatorClient.from_context(options.context)
     with client.session():
-        listed = in_force(client.request("GET", "/v1/images")["images"], listed_workspaces(client))
+        images = client.request("GET", "/v1/images")["images"]
+        listed = in_force(images, listed_workspaces(client))
     records = {
         one.name: f"its record is {one.state}" + (f", and {' '.join(ids)} made of it" if ids else "")
         for one, ids in listed
@@ -105,7 +106,7 @@ def prune(options: argparse.Namespace) -> int:
             for kind in kinds_in(options.build / "images")
             for one in prune_kind(
                 options.build, [image.name for image, _ in kind], _aside, named=options.keep, in_force=records,
-                dry=options.dry_run,
+                registered={str(row["name"]) for row in images}, dry=options.dry_run,
             )
         ]  # fmt: skip
     gone = [one.name for one in found if not one.why]

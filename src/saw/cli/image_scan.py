@@ -45,6 +45,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     evidence.add_argument(
         "--image-directory", type=Path, metavar="DIR", help="where the files lie (default: the record's)"
     )
+    evidence.add_argument(
+        "--signed", type=Path, metavar="FILE", help="what officers signed: hold its record against this one, too"
+    )
     evidence.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -123,13 +126,27 @@ def evidence(options: argparse.Namespace) -> int:
     differing = _differing(record, options.image_directory or file.parent)
     if not named:
         differing = ["the record names no files"]
-    answer = {"ok": not differing, "name": record.get("name", ""), "evidence": named, "problems": differing}
+    stale = bool(options.signed) and _unended(_record(options.signed)) != _unended(record)
+    if stale:
+        differing.append(f"{options.signed} holds another record than {file}: sign this one")
+    answer = {
+        "ok": not differing,
+        "name": record.get("name", ""),
+        "evidence": named,
+        "problems": differing,
+        "stale": stale,
+    }
     lines = [
         *(f"{digest}  {path}" for path, digest in sorted(named.items())),
         *(f"problem: {one}" for one in differing),
     ]
     show(answer, "\n".join(lines), as_json=options.json)
     return 1 if differing else 0
+
+
+def _unended(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record without its end, which it gets when it is signed."""
+    return {name: value for name, value in record.items() if name != "not_after"}
 
 
 def _differing(record: dict[str, Any], folder: Path, only: str = "") -> list[str]:

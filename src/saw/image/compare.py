@@ -79,11 +79,15 @@ def compare(a: Path, b: Path, allowed: list[Allowed] | None = None) -> Compariso
 
 
 def _judged(where: str, how: list[str], listed: list[Allowed]) -> Difference:
-    """A place passes when all of how it differs is allowed there."""
+    """A place passes when all of how it differs is allowed there; a pointer stands for what lies below it, too."""
     for one in listed:
-        if one.where == where and set(how) <= set(one.how):
+        if one.where == where and all(_covers(one.how, each) for each in how):
             return Difference(where, how, one.why)
     return Difference(where, how)
+
+
+def _covers(allowed: list[str], how: str) -> bool:
+    return any(how == one or (one.startswith("/") and how.startswith(f"{one}/")) for one in allowed)
 
 
 def _files(a: Path, b: Path) -> Found:

@@ -22,6 +22,9 @@ from saw.image.ext4 import Ext4, Inode
 
 SECTOR = 512
 QCOW2 = b"QFI\xfb"
+LARGEST = 64 << 30
+"""Bytes: no image is larger. Where a disk is converted a damaged or foreign one must not fill this machine."""
+LARGEST_ESP = 1 << 30
 REST = "bytes of no file"
 """Said of a place whose bytes differ although everything that can be named there is equal."""
 Found = dict[str, list[str]]
@@ -92,10 +95,17 @@ def opened(path: Path, raw: Path) -> Iterator[memoryview]:
         )
         if backing or (head[4:8] != b"\0\0\0\2" and incompatible & 4):
             raise ImageError(f"{path} reads from another file", cure="make it whole: qemu-img convert -O qcow2")
+        (virtual,) = struct.unpack_from(">Q", head.ljust(80, b"\0"), 24)
+        if virtual > LARGEST:
+            raise ImageError(
+                f"{path} has {virtual} bytes, more than {LARGEST}", cure="name an image that this build made"
+            )
         run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(path), str(raw))
         path = raw
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
+        if size > LARGEST:
+            raise ImageError(f"{path} has {size} bytes, more than {LARGEST}", cure="name an image that this build made")
         if size < 68 * SECTOR:
             raise ImageError(f"{path} is no disk image", cure="name an image directory, or its image.qcow2")
         yield memoryview(mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ))  # goes with its last slice
@@ -183,6 +193,11 @@ def _esp(one: memoryview, other: memoryview, scratch: Path) -> Found:
 
 
 def _unpacked(data: memoryview, folder: Path) -> dict[str, Path]:
+    if len(data) > LARGEST_ESP:
+        raise ImageError(
+            f"an EFI system partition has {len(data)} bytes, more than {LARGEST_ESP}",
+            cure="name an image that this build made",
+        )
     folder.mkdir()
     image = folder.with_suffix(".img")
     image.write_bytes(data)

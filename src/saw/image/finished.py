@@ -36,7 +36,7 @@ Finished = tuple[GoldenImage, Inputs]
 
 
 def finished_in(images: Path) -> list[Finished]:
-    """Return all finished images below ``images``."""
+    """Return all finished images below ``images``, by where they lie now: a build directory may have been moved."""
     found = []
     for record in images.glob("workspace-*/build.json"):
         try:
@@ -44,8 +44,10 @@ def finished_in(images: Path) -> list[Finished]:
             inputs = msgspec.json.decode(record.with_name("inputs.json").read_bytes(), type=Inputs)
         except (OSError, msgspec.DecodeError):
             continue
-        if Path(image.image).exists():
-            found.append((image, inputs))
+        file = record.with_name("image.qcow2")
+        if file.exists():
+            here = msgspec.structs.replace(image, directory=str(record.parent), image=str(file))
+            found.append((here, inputs))
     return found
 
 

@@ -66,6 +66,8 @@ class PackageSet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         wrong += [version for version in self.packages.values() if not VERSION.fullmatch(version)]
         if wrong or not self.packages:
             raise ValueError(f"{wrong[0]!r} is no name or version of a package" if wrong else "it names no package")
+        if datetime.fromisoformat(self.asked).tzinfo is None:
+            raise ValueError(f"asked {self.asked!r} has no zone")
 
     @property
     def digest(self) -> str:

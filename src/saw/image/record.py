@@ -77,10 +77,11 @@ def make_record(
     image, inputs = _built(folder)
     file = folder / "image.qcow2"
     _unchanged(folder, image)
-    expected = expected_pcrs(unified_kernel(file))
+    owners = {"7": (image.secure_boot.pcr_7,)} if image.secure_boot else {}
+    expected = {**expected_pcrs(unified_kernel(file)), **owners}
     known = _known(folder / RECORD, image.image_sha256)
     earlier = None if again else _reference(folder / REFERENCE, image.image_sha256, firmware)
-    if earlier is None:
+    if earlier is None or differences(owners, earlier.pcrs):  # a boot without the owner's keys is none of this image
         say("reference boot (its measurements become the expected ones)")
         measured, booted = _checked(boot(file), image), True
         say(f"reference boot took {measured.seconds} s")
@@ -90,7 +91,7 @@ def make_record(
     if wrong := differences(expected, measured.pcrs):
         raise ImageError(
             f"the reference boot of {image.name} measured something else than its image: {'; '.join(wrong)}",
-            cure="find out what was booted in its place; then run this with --again",
+            cure="find out what was booted in its place, and whether the whole folder lay there; then run this with --again",
             details={"problems": wrong},
         )
     if booted:

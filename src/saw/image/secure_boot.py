@@ -106,6 +106,11 @@ def _pair(owner: OwnerKey) -> None:
     if not isinstance(key, rsa.RSAPrivateKey) or key.key_size < 2048:
         raise ImageError(f"{owner.key} is no RSA key of 2048 bits or more", cure="firmware takes no other: " + MAKE)
     certificate = read_certificate(owner.certificate)
+    if b"-----BEGIN" not in owner.certificate.read_bytes():
+        raise ImageError(
+            f"{owner.certificate} is no certificate in PEM, and sbsign takes no other",
+            cure="convert it: openssl x509 -inform DER -in FILE -out FILE.pem",
+        )
     if certificate.public_key() != key.public_key():
         raise ImageError(f"{owner.certificate} does not belong to {owner.key}", cure="name the two of one pair")
 

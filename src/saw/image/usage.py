@@ -2,13 +2,15 @@
 
 Three things use one: the root disk of a VM, which reads from the image file as long as it exists (qcow2's backing file); a
 release record, since whoever registered it may go back to the image, and its bills of materials are asked for as long as it is
-in force; and whoever names it. Only the broker knows which records are in force; without it, each record counts.
+in force; and whoever names it. Only the broker knows which records are in force; without it, each record counts, and one that it
+does not know counts always.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -50,9 +52,28 @@ def backing_of(disk: Path) -> str:
 
 
 def disks(build: Path) -> Iterator[Path]:
-    """Yield the root disks of VMs: of light hosts below ``build``, and of this machine where it is a hypervisor itself."""
-    for state in (*build.glob(f"*/hosts/*/root/{VMS}"), MACHINE / VMS):
-        yield from sorted(state.glob("*/root.qcow2*"))
+    """Yield the root disks of VMs: of light hosts below ``build``, and of this machine where it is a hypervisor itself.
+
+    Raises :class:`ImageError` for a folder that cannot be looked into.
+    """
+    hosts = (host for place in _entries(build) for host in _entries(place / "hosts"))
+    for state in (*(host / "root" / VMS for host in hosts), MACHINE / VMS):
+        for folder in _entries(state):
+            yield from (path for path in _entries(folder) if path.name.startswith("root.qcow2"))
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Return what lies in a folder, sorted; nothing where it is none. What it may not read, it does not pass over."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted(folder / entry.name for entry in found)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise ImageError(
+            f"cannot look for disks of VMs in {folder}: {error.strerror}",
+            cure="run this as root, and look at that folder",
+        ) from error
 
 
 def by_disks(build: Path) -> dict[str, list[str]]:
@@ -65,10 +86,13 @@ def by_disks(build: Path) -> dict[str, list[str]]:
     return found
 
 
-def uses_of(images: Iterable[Path], build: Path, *, in_force: Mapping[str, str] | None = None) -> dict[str, list[str]]:
+def uses_of(
+    images: Iterable[Path], build: Path, *, in_force: Mapping[str, str] | None = None, registered: Collection[str] = ()
+) -> dict[str, list[str]]:
     """Return what uses each image, by name; raises :class:`ImageError` when a disk cannot be read.
 
-    ``in_force`` are the records that the broker says are in force, by name; None where it was not asked.
+    ``in_force`` are the records that the broker says are in force, by name; None where it was not asked. ``registered`` are the
+    names of all that it lists, in any state: a record of another name may be in force elsewhere, or wait for signatures.
     """
     reading = by_disks(build)
     found = {}
@@ -78,6 +102,8 @@ def uses_of(images: Iterable[Path], build: Path, *, in_force: Mapping[str, str] 
             why.append("it has a release record, and the broker was not asked")
         elif in_force and image.name in in_force:
             why.append(in_force[image.name])
+        elif in_force is not None and image.name not in registered and (image / RECORD).exists():
+            why.append("it has a record that this broker does not know")
         found[image.name] = why
     return found
 
@@ -89,6 +115,7 @@ def prune(
     *,
     named: Iterable[str] = (),
     in_force: Mapping[str, str] | None = None,
+    registered: Collection[str] = (),
     dry: bool = False,
 ) -> list[Image]:
     """Remove the images of one kind (``names``, the newest first) that nothing uses, but the newest two and those ``named``.
@@ -100,7 +127,7 @@ def prune(
     if not dry:
         for unfinished in folder.glob(".workspace-*.partial"):
             shutil.rmtree(unfinished, ignore_errors=True)
-    used = uses_of([folder / name for name in names], build, in_force=in_force)
+    used = uses_of([folder / name for name in names], build, in_force=in_force, registered=registered)
     found = []
     for number, name in enumerate(names):
         ours = ["it is one of the newest"] if number < KEPT else []

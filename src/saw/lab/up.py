@@ -79,7 +79,10 @@ class Bringup:
         except ValueError:
             answer = {}
         if done.returncode:
-            raise UnavailableError(f"`saw {' '.join(argv[:2])}` failed: {(done.stderr or done.stdout).strip()[-1200:]}")
+            raise UnavailableError(
+                f"`saw {' '.join(argv[:2])}` failed: {(done.stderr or done.stdout).strip()[-1200:]}",
+                details={"error": answer.get("error") if isinstance(answer, dict) else None},
+            )
         return dict(answer)
 
     # --- steps -------------------------------------------------------------------------------------------------------

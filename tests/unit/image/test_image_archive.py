@@ -14,7 +14,8 @@ import pytest
 
 from saw.image import packages as image_packages
 from saw.image.base_os import BaseOs
-from saw.image.packages import Archive, Change, IndexAway, PackageSet, ask, compare, installed, words
+from saw.image.disk import ImageError
+from saw.image.packages import Archive, Change, IndexAway, PackageSet, ask, compare, installed, read_set, words
 
 pytestmark = [
     pytest.mark.control("P0-02"),
@@ -177,10 +178,13 @@ def test_an_archive_that_does_not_answer_is_given_up(
             ask(mirror.archive(), mirror.base(), ["openssl"], tmp_path)
 
 
+DAY = "2026-01-01T00:00:00+00:00"
+
+
 def test_changes_are_told_with_the_worst_first() -> None:
-    old = PackageSet("trixie", "", "", {"a": "1", "b": "1", "c": "2:1", "d": "1", "linux-1": "1"})
+    old = PackageSet("trixie", DAY, "", {"a": "1", "b": "1", "c": "2:1", "d": "1", "linux-1": "1"})
     new = PackageSet(
-        "trixie", "", "", {"a": "2", "b": "2", "c": "1:9", "d": "1", "linux-2": "2"}, ("b", "c", "linux-2")
+        "trixie", DAY, "", {"a": "2", "b": "2", "c": "1:9", "d": "1", "linux-2": "2"}, ("b", "c", "linux-2")
     )
     changes = compare(old, new)
     assert words(changes) == (
@@ -209,5 +213,21 @@ def test_the_database_of_dpkg_is_read_for_what_is_installed() -> None:
 )
 def test_a_package_set_has_names_and_versions_of_debian_alone(packages: dict[str, str], word: str) -> None:
     with pytest.raises(ValueError, match=word):
-        PackageSet("trixie", "", "", packages)
-    assert PackageSet("trixie", "", "", {"a": "1:2.0~rc1+b1-3"}).packages
+        PackageSet("trixie", DAY, "", packages)
+    assert PackageSet("trixie", DAY, "", {"a": "1:2.0~rc1+b1-3"}).packages
+
+
+@pytest.mark.parametrize(
+    ("asked", "word"),
+    [("", "isoformat"), ("yesterday", "isoformat"), ("2026-01-01T00:00:00", "no zone"), ("2026-01-01", "no zone")],
+)
+def test_a_package_set_says_when_the_archive_was_asked(tmp_path: Path, asked: str, word: str) -> None:
+    (tmp_path / "set.json").write_text(
+        f'{{"suite": "trixie", "asked": "{asked}", "index": "", "packages": {{"a": "1"}}}}', encoding="utf-8"
+    )
+    with pytest.raises(ImageError, match=f"is no package set: .*{word}"):
+        read_set(tmp_path / "set.json")
+    (tmp_path / "set.json").write_text(
+        f'{{"suite": "trixie", "asked": "{DAY}", "index": "", "packages": {{"a": "1"}}}}', encoding="utf-8"
+    )
+    assert read_set(tmp_path / "set.json").age(datetime(2026, 1, 2, tzinfo=UTC)).endswith("(1 day ago)")

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,23 @@ def test_a_boot_that_measured_something_else_makes_no_record(golden: Golden, pcr
     assert not (golden.folder / "reference.json").exists()
 
 
+def test_a_boot_without_the_owners_keys_is_not_kept_and_the_next_one_counts(golden: Golden) -> None:
+    built = json.loads((golden.folder / "build.json").read_text())
+    (golden.folder / "secure-boot.fd").write_bytes(b"store")
+    store = hashlib.sha256(b"store").hexdigest()
+    built["secure_boot"] = {"certificate_sha256": "3" * 64, "variables_sha256": store, "pcr_7": "7" * 64}
+    built["evidence"]["secure-boot.fd"] = store
+    (golden.folder / "build.json").write_text(json.dumps(built))
+    wrong, right = Boots(golden), Boots(golden, **{"7": "7" * 64})
+    with pytest.raises(ImageError, match=f"PCR 7 is {7:064x}, computed from the image is {'7' * 64}"):
+        make_record(golden.folder, wrong, wrong.say)
+    assert not (golden.folder / "reference.json").exists()
+    assert make_record(golden.folder, right, right.say).record["boot"]["pcrs"]["7"] == "7" * 64
+    golden.measured("reference.json")  # as an earlier release kept it
+    assert make_record(golden.folder, right, right.say).booted
+    assert not make_record(golden.folder, right, right.say).booted
+
+
 def test_a_boot_of_another_image_or_without_a_value_makes_no_record(golden: Golden) -> None:
     boots = Boots(golden)
     boots.answer["image_sha256"] = "0" * 64
@@ -296,6 +314,45 @@ def test_keep_signs_what_is_lacking_and_nothing_twice(
     Path(file).write_text(json.dumps({**record, "inputs_digest": "other"}))
     assert sign("ada", "ben") == (True, 2)
     assert json.loads(payload_of(read_envelope(out.read_bytes(), PAYLOAD_TYPE)))["inputs_digest"] == "other"
+
+
+def test_what_was_signed_before_the_record_changed_shows(
+    golden: Golden, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    boots = Boots(golden)
+    file, out = make_record(golden.folder, boots, boots.say).file, tmp_path / "signed.json"
+    create_key(tmp_path / "keys", "ada")
+    assert main(["sign", file, "--out", str(out), "--key", str(tmp_path / "keys/ada.key")]) == 0
+    assert main(["evidence", file, "--signed", str(out)]) == 0
+    Path(file).write_text(json.dumps({**json.loads(Path(file).read_text()), "inputs_digest": "other"}))
+    capsys.readouterr()
+    assert main(["evidence", file, "--signed", str(out), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["stale"], told["problems"]) == (True, [f"{out} holds another record than {file}: sign this one"])
+    assert main(["evidence", file]) == 0
+
+
+@pytest.mark.parametrize("bound", ["scan.waived_until", "not_after"])
+def test_keep_keeps_signatures_of_a_record_that_ends_soon(
+    golden: Golden, tmp_path: Path, capsys: pytest.CaptureFixture[str], bound: str
+) -> None:
+    boots = Boots(golden)
+    file = Path(make_record(golden.folder, boots, boots.say).file)
+    soon = datetime.now(UTC) + timedelta(days=14)
+    scan = {"database_sha256": "4" * 64, "scanned_at": "2026-11-29T00:00:00Z", "fail_on": "high", "open": 0}
+    more = {"not_after": soon.strftime("%Y-%m-%dT%H:%M:%SZ")}
+    if bound != "not_after":
+        more = {"scan": {**scan, "waived_until": soon.date().isoformat()}}  # type: ignore[dict-item]
+    file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+    out = tmp_path / "signed.json"
+    signatures = []
+    for name in ("ada", "ben", "ada"):
+        if not (tmp_path / f"keys/{name}.key").exists():
+            create_key(tmp_path / "keys", name)
+        key = str(tmp_path / f"keys/{name}.key")
+        assert main(["sign", str(file), "--keep", "--out", str(out), "--json", "--key", key]) == 0
+        signatures.append(json.loads(capsys.readouterr().out)["signatures"])
+    assert signatures == [1, 2, 2]
 
 
 def test_make_image_goes_on_from_a_build_and_signs_with_no_key_that_nobody_gave(golden: Golden, tmp_path: Path) -> None:

@@ -345,6 +345,28 @@ def test_only_what_the_list_names_passes(tmp_path: Path, capsys: pytest.CaptureF
     assert "differs: build.json: /created, /evidence/sbom~1x, /kernel\n" in capsys.readouterr().out
 
 
+def test_a_released_image_is_compared_with_a_fresh_build_and_with_another_released_one(tmp_path: Path) -> None:
+    fresh, released, again = (directory(tmp_path / name) for name in ("a", "b", "c"))
+    record = {"name": "workspace-x", "boot": {"pcrs": {"11": "0"}}, "evidence": {"provenance.json": "a"}}
+    for number, folder in enumerate((released, again)):
+        found = {"open": [{"cve": f"CVE-{number}"}], "database_sha256": f"{number}"}
+        signed = {"payload": f"{number}", "payloadType": "x", "signatures": [{"sig": f"{number}"}]}
+        evidence = {**record["evidence"], "vulnerabilities.json": f"{number}", "baseline.dat": f"{number}"}  # type: ignore[dict-item]
+        scored = {**record, "scan": found, "baseline": {"score": number}, "evidence": evidence}
+        for name, content in (
+            ("release.json", scored), ("release.signed.json", signed), ("vulnerabilities.json", found),
+            ("measured.json", {"seconds": number, "pcrs": {"11": "0"}}), ("baseline.dat", number),
+        ):  # fmt: skip
+            (folder / name).write_text(json.dumps(content))
+    assert main(["image", "compare", str(fresh), str(released)]) == 0
+    assert main(["image", "compare", str(released), str(again)]) == 0
+    (again / "release.json").write_text(json.dumps({**record, "boot": {"pcrs": {"11": "1"}}}))
+    (again / "measured.json").write_text(json.dumps({"seconds": 1, "pcrs": {"11": "1"}}))
+    assert [one.where for one in compare(released, again).refused] == ["measured.json", "release.json"]
+    (again / "release.json").write_text(json.dumps(record))  # recorded, and neither searched nor scored
+    assert "release.json" not in [one.where for one in compare(released, again).refused]
+
+
 def test_the_list_says_where_and_how_and_why(tmp_path: Path) -> None:
     listed = allowed_list()
     assert all(one.where and one.how and one.why for one in listed)
@@ -384,3 +406,20 @@ def test_a_disk_that_reads_another_file_is_refused(tmp_path: Path) -> None:
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={raw}", str(over), "1M"], check=True)
     with pytest.raises(SawError, match="reads from another file"):
         compare(over, below)
+
+
+def test_what_is_larger_than_any_image_is_refused_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large, raw = tmp_path / "small", tmp_path / "large", tmp_path / "raw"
+    small.write_bytes(bytes(MIB))
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(large), "65G"], check=True)
+    with raw.open("wb") as stream:
+        stream.truncate(65 << 30)
+    for name in (large, raw):
+        with pytest.raises(ImageError, match="bytes, more than"):
+            compare_disk.compare_disks(name, small)
+    monkeypatch.setattr(compare_disk, "LARGEST_ESP", MIB)
+    with pytest.raises(ImageError, match="an EFI system partition has"):
+        compare_disk._unpacked(memoryview(bytes(MIB + 1)), tmp_path / "esp")
+    assert not (tmp_path / "esp").exists()

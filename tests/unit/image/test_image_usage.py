@@ -106,6 +106,22 @@ def test_a_disk_that_cannot_be_read_stops_it_before_anything_is_removed(build: I
     assert len(left(build)) == 2
 
 
+@pytest.mark.parametrize(
+    "place", ["lab/hosts", "lab/hosts/edge/root/var/lib/saw/vms", "lab/hosts/edge/root/var/lib/saw/vms/a"]
+)
+def test_a_folder_that_cannot_be_looked_into_stops_it_too(build: ImageBuild, place: str) -> None:
+    images = several(build)
+    path = build.build / place
+    path.parent.mkdir(parents=True)
+    path.symlink_to(path.name)  # a loop, which root cannot follow either
+    with pytest.raises(ImageError, match=f"cannot look for disks of VMs in .*{place}: "):
+        build.prune()
+    assert left(build) == {image.name for image in images}
+    path.unlink()
+    build.prune()
+    assert len(left(build)) == 2
+
+
 def test_a_disk_without_a_backing_file_uses_no_image(build: ImageBuild) -> None:
     path = build.build / "lab/hosts/edge/root/var/lib/saw/vms/a/root.qcow2"
     path.parent.mkdir(parents=True)
@@ -120,13 +136,43 @@ def test_the_broker_knows_which_records_are_in_force(build: ImageBuild, said: li
 
     def asked(*, dry: bool = False) -> None:
         names = [image.name for image, _ in build.ours()]
-        usage.prune(build.build, names, said.append, in_force={images[0].name: "its record is stable"}, dry=dry)
+        usage.prune(
+            build.build, names, said.append, in_force={images[0].name: "its record is stable"}, dry=dry,
+            registered={image.name for image in images},
+        )  # fmt: skip
 
     asked(dry=True)
     assert left(build) == {image.name for image in images}
     assert f"  would remove {images[1].name}: nothing uses it" in said
     asked()
     assert left(build) == {image.name for image in (images[0], *images[3:])}
+
+
+def test_a_record_that_the_broker_does_not_know_is_a_use(build: ImageBuild, said: list[str]) -> None:
+    images = several(build)
+    for image in images[:2]:
+        Path(image.directory, "release.json").write_text("{}")
+    names = [image.name for image, _ in build.ours()]
+    usage.prune(build.build, names, said.append, in_force={}, registered={images[1].name})
+    assert left(build) == {image.name for image in (images[0], *images[3:])}
+    assert f"  kept {images[0].name}: it has a record that this broker does not know" in said
+
+
+def test_a_build_directory_that_was_moved_keeps_its_images(build: ImageBuild, said: list[str]) -> None:
+    images = several(build, 2)
+    moved = build.build.rename(build.build.with_name("elsewhere"))
+    there = ImageBuild(build.repository, moved, said.append)
+    found = {image.name: image for image, _ in there.ours()}
+    assert found.keys() == {image.name for image in images}
+    for name, image in found.items():
+        assert (image.directory, image.image) == (
+            str(moved / "images" / name),
+            str(moved / f"images/{name}/image.qcow2"),
+        )
+    with pytest.raises(ImageError, match="is a finished image"):
+        there._make_way(moved / "images" / images[0].name)
+    (moved / "images" / images[0].name / "image.qcow2").unlink()
+    assert [image.name for image, _ in there.ours()] == [images[1].name]
 
 
 def test_an_interrupted_removal_leaves_nothing_that_looks_finished(
@@ -207,6 +253,8 @@ def test_the_command_asks_the_broker_and_removes_what_is_not_in_force(
     images = several(build)
     for image in images:
         Path(image.directory, "release.json").write_text("{}")
+    waits = finished(build, Inputs("a" * 64, {}), "2025-12-01T00:00:00+00:00")
+    Path(waits.directory, "release.json").write_text("{}")
     broker = Broker(
         {images[0].name: "deprecated", images[1].name: "deprecated", images[2].name: "stable"}, {"ws-a": images[1].name}
     )
@@ -222,11 +270,11 @@ def test_the_command_asks_the_broker_and_removes_what_is_not_in_force(
     assert {one["name"]: one["why"] for one in told["images"]}[images[1].name] == [
         "its record is deprecated, and ws-a made of it"
     ]
-    assert left(build) == {image.name for image in images[1:]}
+    assert left(build) == {image.name for image in (waits, *images[1:])}
     assert main(["local", *options[1:]]) == 0
     rows = json.loads(capsys.readouterr().out)["images"]
     assert [(row["name"], row["age_days"], row["used"]) for row in rows] == [
-        (image.name, None, ["release record"]) for image in reversed(images[1:])
+        (image.name, None, ["release record"]) for image in (*reversed(images[1:]), waits)
     ]
 
 

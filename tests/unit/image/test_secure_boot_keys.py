@@ -233,6 +233,13 @@ def test_only_an_rsa_key_without_a_password_is_taken_and_no_message_shows_it(own
         assert other.decode() not in str(refused.value)
 
 
+def test_a_certificate_that_the_signer_cannot_read_is_refused(owner: OwnerKey) -> None:
+    der = owner.certificate.with_name("db.der")
+    der.write_bytes(uefi_keys.read_certificate(owner.certificate).public_bytes(Encoding.DER))
+    with pytest.raises(ImageError, match=r"db\.der is no certificate in PEM, and sbsign takes no other"):
+        taken(replace(owner, certificate=der))
+
+
 def _pem(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 

@@ -143,6 +143,15 @@ def test_an_image_is_recorded_signed_by_one_officer_after_the_other_and_register
     assert "changed=0" in again, again
     assert "changed=0" in office.release(check=True, image_release_keys=office.keys)
 
+    record = office.image.folder / "release.json"
+    whole = record.read_text()
+    scan = {"database_sha256": "4" * 64, "scanned_at": "2026-11-29T00:00:00Z", "fail_on": "high", "open": 0}
+    record.write_text(json.dumps({**json.loads(whole), "scan": scan}))  # as a later search writes it
+    stale = office.release(image_release_state="stable")
+    assert "the record changed, sign it: image_release_keys" in stale, stale
+    assert office.state() == "candidate"
+    record.write_text(whole)
+
     name = office.image.name
     assert "changed=1" in office.play("image_promote", check=True, image_state_name=name)
     assert office.state() == "candidate"
