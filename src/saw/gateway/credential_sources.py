@@ -28,7 +28,7 @@ LOG = logging.getLogger("saw.gateway")
 MAX_SECRET = 8192
 """Longest credential value (bytes)."""
 VAULT_DEADLINE_S = 5.0
-"""Longest time for one value of a vault, login included (seconds); Envoy waits longer than that for the whole decision."""
+"""Longest time for one value of a vault, login included (seconds); all of a call's values have ``judge.DIAL_DEADLINE_S``."""
 _VAULT_THREADS = 4
 _REMEMBERED = 4096
 

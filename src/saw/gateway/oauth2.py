@@ -28,7 +28,7 @@ from saw.policy.references import Place
 LOG = logging.getLogger("saw.gateway")
 
 DEADLINE_S = 5.0
-"""Longest time for a token (seconds); Envoy waits longer than that for the whole decision."""
+"""Longest time for a token (seconds); with the secrets that it is fetched with, a call has ``judge.DIAL_DEADLINE_S``."""
 LONGEST_S = 3600.0
 """How long a token is used at most, whatever the server says (seconds)."""
 WITHOUT_END_S = 60.0
