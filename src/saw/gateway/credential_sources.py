@@ -29,8 +29,11 @@ MAX_SECRET = 8192
 """Longest credential value (bytes)."""
 VAULT_DEADLINE_S = 5.0
 """Longest time for one value of a vault, login included (seconds); all of a call's values have ``judge.DIAL_DEADLINE_S``."""
+REFUSED_S = 3.0
+"""How long a vault that refused a path is not asked for it again (seconds)."""
 _VAULT_THREADS = 4
 _REMEMBERED = 4096
+_REFUSES = "refuses this perimeter host"
 
 
 class CredentialSource(Protocol):
@@ -93,9 +96,10 @@ class VaultSource:
     def __init__(self, config: CredentialVault, monotonic: Callable[[], float]) -> None:
         self._config = config
         self._monotonic = monotonic
-        self._calls = VaultCalls(config.settings(), "vault", "the path of a credential", tries=1)
+        self._calls = VaultCalls(config.settings(), "vault", "the path of a credential", tries=1, monotonic=monotonic)
         self._threads = ThreadPoolExecutor(_VAULT_THREADS, "vault")
         self._known: dict[Place, tuple[float, Mapping[str, str]]] = {}
+        self._refused: dict[Place, float] = {}
 
     async def read(self, identifier: str, place: Place) -> str:
         """Return the value; see :class:`CredentialSource`."""
@@ -119,6 +123,8 @@ class VaultSource:
         if known and now - at < self._config.cache_s:
             return known
         self._known.pop(place, None)
+        if now < self._refused.get(place, now):
+            raise _unusable(identifier, _REFUSES)
         self._check_private(identifier)
         asking = asyncio.get_running_loop().run_in_executor(self._threads, self._ask, place)
         try:
@@ -127,7 +133,10 @@ class VaultSource:
         except (TimeoutError, UnavailableError, httpx.HTTPError) as error:
             raise self._unusable(identifier, "does not answer", error) from None
         except VaultDenied as error:
-            raise self._unusable(identifier, "refuses this perimeter host", error) from None
+            if len(self._refused) >= _REMEMBERED:
+                self._refused.clear()
+            self._refused[place] = now + REFUSED_S
+            raise self._unusable(identifier, _REFUSES, error) from None
         except SawError as error:
             raise self._unusable(identifier, "answers something else", error) from None
         if not found:
@@ -164,6 +173,10 @@ class VaultSource:
         # The caller is told no address and no path; the journal of this host says more.
         said = error.message if isinstance(error, SawError) else str(error) or type(error).__name__
         LOG.warning("credential %s: the vault %s: %s", identifier, what, said)
-        return CredentialUnavailable(
-            f"credential {identifier} is not at hand: the vault {what}", cure="see the journal of saw-gatekeeper"
-        )
+        return _unusable(identifier, what)
+
+
+def _unusable(identifier: str, what: str) -> CredentialUnavailable:
+    return CredentialUnavailable(
+        f"credential {identifier} is not at hand: the vault {what}", cure="see the journal of saw-gatekeeper"
+    )

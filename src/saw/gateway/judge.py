@@ -48,7 +48,7 @@ DEFAULT_PORT = {"https": 443, "http": 80}
 DIAL_DEADLINE_S = 6.0
 """Longest time for all that a call waits for elsewhere, its secrets, its token and its address (seconds).
 
-Envoy waits longer for the decision (``AUTHZ_TIMEOUT``). A call that it gave up is never sent, and must not be recorded as allowed.
+Envoy waits longer for the decision (``AUTHZ_TIMEOUT``). What it gave up is never sent, and must not be recorded as allowed.
 """
 
 
@@ -324,7 +324,9 @@ class Judge:
         late = Refused("credential_unavailable", f"credential {credential_id} is not at hand: it takes too long")
         try:
             async with asyncio.timeout(DIAL_DEADLINE_S):
-                inject = await self._inject(release, credential_id, entry, _outgoing(case.call, scheme, authority, path))
+                inject = await self._inject(
+                    release, credential_id, entry, _outgoing(case.call, scheme, authority, path)
+                )
                 late = Refused(ResolutionFailed.code, f"there is no time left to look up {host}")
                 address = choose(host, await self._resolver.addresses(host), exact=exact, allowed=allowed)
         except TimeoutError:

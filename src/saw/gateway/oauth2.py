@@ -11,6 +11,7 @@ import base64
 import hashlib
 import logging
 import re
+import ssl
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 from urllib.parse import quote_plus, urlsplit
@@ -21,7 +22,7 @@ import msgspec
 from saw.errors import SawError
 from saw.gateway.credential_sources import MAX_SECRET
 from saw.gateway.errors import CredentialUnavailable
-from saw.https import https_async_client
+from saw.https import https_async_client, https_context
 from saw.policy.providers import OAuth2
 from saw.policy.references import Place
 
@@ -35,6 +36,8 @@ WITHOUT_END_S = 60.0
 """How long a token is used whose end the server does not say (seconds)."""
 EARLY_SHARE, EARLY_MOST_S = 0.1, 30.0
 """How long before its end a token is replaced: a share of its life, and seconds at most."""
+REFUSED_S = 3.0
+"""How long a token endpoint that refused is not asked for the same again (seconds)."""
 MAX_ANSWER = 64 * 1024
 _REMEMBERED = 1024
 _CODE = re.compile(r"[a-z_]{1,64}\Z")
@@ -77,6 +80,10 @@ class _Token(msgspec.Struct, frozen=True):
     until: float
 
 
+class _NotGranted(Exception):
+    """A token endpoint answered, and gave no token that can be used."""
+
+
 Key = tuple[OAuth2, Place, str]
 
 
@@ -89,6 +96,7 @@ class TokenKeeper:
         self._tokens: dict[Key, _Token] = {}
         self._asking: dict[Key, asyncio.Task[_Token]] = {}
         self._refresh: dict[Key, str] = {}
+        self._refused: dict[Key, tuple[float, str]] = {}
 
     async def token(self, identifier: str, wanted: OAuth2, handed: Handed, client_secret: str) -> str:
         """Return an access token for the credential ``identifier``, one that still counts.
@@ -99,6 +107,9 @@ class TokenKeeper:
         known = self._tokens.get(key)
         if known is not None and self._monotonic() < known.until:
             return known.value
+        until, why = self._refused.get(key, (0.0, ""))
+        if why and self._monotonic() < until:
+            raise _refusal(identifier, why)
         task = self._asking.get(key)
         if task is None:
             task = asyncio.create_task(self._fetch(identifier, key, handed.secret, client_secret), name="token")
@@ -140,7 +151,13 @@ class TokenKeeper:
             said = error.message if isinstance(error, SawError) else type(error).__name__
             LOG.warning("credential %s: %s does not answer: %s", identifier, wanted.token_url, said)
             raise _refusal(identifier, "the token endpoint does not answer") from None
-        granted = _granted(identifier, answer)
+        try:
+            granted = _granted(identifier, answer)
+        except _NotGranted as error:
+            if len(self._refused) >= _REMEMBERED:
+                self._refused.clear()
+            self._refused[key] = (self._monotonic() + REFUSED_S, str(error))
+            raise _refusal(identifier, str(error)) from None
         if granted.refresh_token and wanted.grant == "refresh_token":
             if len(self._refresh) >= _REMEMBERED:
                 self._refresh.clear()
@@ -150,7 +167,7 @@ class TokenKeeper:
 
 
 def _granted(identifier: str, answer: Answer) -> _Granted:
-    """Return what was granted (RFC 6749, section 5.1); raise :class:`CredentialUnavailable` for everything else."""
+    """Return what was granted (RFC 6749, section 5.1); raise :class:`_NotGranted`, which says why, for everything else."""
     if answer.status != 200:
         try:
             code = msgspec.json.decode(answer.body, type=_Denied).error
@@ -159,16 +176,16 @@ def _granted(identifier: str, answer: Answer) -> _Granted:
         # Only the code: a description is free text, in which what was handed in could stand.
         said = f" {code}" if _CODE.match(code) else ""
         LOG.warning("credential %s: the token endpoint answered %d%s", identifier, answer.status, said)
-        raise _refusal(identifier, f"the token endpoint answered {answer.status}{said}")
+        raise _NotGranted(f"the token endpoint answered {answer.status}{said}")
     try:
         granted = msgspec.json.decode(answer.body, type=_Granted)
     except msgspec.DecodeError:
-        raise _refusal(identifier, "the token endpoint answered something else") from None
+        raise _NotGranted("the token endpoint answered something else") from None
     token = granted.access_token
     if granted.token_type.lower() != "bearer":
-        raise _refusal(identifier, "the token endpoint gave a token of another type than Bearer")
+        raise _NotGranted("the token endpoint gave a token of another type than Bearer")
     if not token or len(token) > MAX_SECRET or any(not "!" <= sign <= "~" for sign in token):
-        raise _refusal(identifier, "the token endpoint gave a token that cannot be sent")
+        raise _NotGranted("the token endpoint gave a token that cannot be sent")
     return granted
 
 
@@ -189,6 +206,7 @@ class HttpsTokenEndpoint:
         self._ca_file = ca_file
         self._timeout_s = timeout_s
         self._address_of = address_of
+        self._context: ssl.SSLContext | None = None
 
     async def __call__(self, url: str, form: dict[str, str], headers: dict[str, str]) -> Answer:
         """Return the answer; see :class:`TokenEndpoint`. A redirect is an answer, and is not followed."""
@@ -197,9 +215,11 @@ class HttpsTokenEndpoint:
         dialled = httpx.URL(url).copy_with(host=await self._address_of(host))
         sent = {**headers, "host": parts.netloc}
         raw = b""
+        if self._context is None:
+            self._context = await asyncio.to_thread(https_context, self._ca_file, "ring2.upstream_ca_file")
         # A client of its own: a connection that was made under another name at this address is never used, nor is a cookie.
         async with (
-            https_async_client(self._ca_file, self._timeout_s, "ring2.upstream_ca_file") as client,
+            https_async_client(self._context, self._timeout_s) as client,
             client.stream("POST", dialled, data=form, headers=sent, extensions={"sni_hostname": host}) as answer,
         ):
             async for part in answer.aiter_bytes():

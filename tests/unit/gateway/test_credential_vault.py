@@ -213,3 +213,32 @@ def test_a_vault_that_cannot_be_used_is_refused_at_the_start(
     file.write_text(json.dumps({**base, "vault": vault | change}))
     with pytest.raises(ConfigError, match=words):
         load_config(file)
+
+
+@pytest.mark.control("CRED-01")
+def test_a_path_that_is_refused_costs_one_login_and_no_call_each_time(
+    bench: Make, far: Contract, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret-id"
+    secret.write_text(far.new_secret_id())
+    secret.chmod(0o600)
+    held = bench(token_file=None, approle=AppRole(far.role_id, str(secret)))
+    assert held.sent() == SECRET
+    far.calls.clear()
+    far.before = lambda _method, path: (403, {"errors": ["denied"]}) if path.endswith("/noa") else None
+    for _ in range(20):
+        assert "refuses this perimeter host" in held.refused(sponsor="noa")
+    assert [call.rpartition("/")[2] for call in far.calls] == ["noa", "login", "noa"]
+    assert held.sent() == SECRET, "others are not held up"
+    far.calls.clear()
+    for _ in range(5):
+        held.now += credential_sources.REFUSED_S
+        held.refused(sponsor="noa")
+    assert [call.rpartition("/")[2] for call in far.calls] == ["noa"] * 5, "it is asked again, without a login"
+    far.before = lambda _method, _path: None
+    put(far, "git/noa", {"value": "of noa"})
+    held.now += credential_sources.REFUSED_S
+    assert held.sent(sponsor="noa") == "of noa"
+    far.forget_tokens()
+    held.now += 30
+    assert held.sent() == SECRET

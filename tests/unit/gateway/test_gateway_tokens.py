@@ -13,7 +13,7 @@ import pytest
 
 from saw.gateway.credentials import CredentialStore, Injection
 from saw.gateway.errors import CredentialUnavailable
-from saw.gateway.oauth2 import Answer, TokenKeeper
+from saw.gateway.oauth2 import REFUSED_S, Answer, TokenKeeper
 from saw.policy.governance import Credential, Inject
 from saw.policy.providers import OAuth2
 
@@ -216,3 +216,20 @@ def test_a_perimeter_without_tokens_refuses(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.store = CredentialStore(tmp_path)
     assert "fetches no token" in bench.refused()
+
+
+@pytest.mark.control("CRED-01")
+def test_a_refusal_counts_for_a_moment_and_for_the_same_secret_only(bench: Bench) -> None:
+    bench.far.answer = Answer(401, b'{"error": "invalid_client"}')
+    assert {"answered 401 invalid_client" in bench.refused() for _ in range(20)} == {True}
+    assert len(bench.far.asked) == 1
+    bench.far.answer = None
+    assert "invalid_client" in bench.refused()
+    bench.now += REFUSED_S
+    assert bench.sent() == f"Bearer {TOKEN}2"
+    bench.put("crm", "wrong")
+    bench.far.answer = Answer(401, b'{"error": "invalid_client"}')
+    bench.refused()
+    bench.far.answer = None
+    bench.put("crm", "right")
+    assert bench.sent() == f"Bearer {TOKEN}4"
