@@ -15,6 +15,7 @@ import ssl
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 from urllib.parse import quote_plus, urlsplit
+from weakref import WeakValueDictionary
 
 import httpx
 import msgspec
@@ -85,6 +86,9 @@ class _NotGranted(Exception):
 
 
 Key = tuple[OAuth2, Place, str]
+"""What a token belongs to: all that is asked for, and a digest of the secrets that lie there now."""
+Line = tuple[str, str, Place]
+"""What a refresh token belongs to: its token endpoint, its client, and where the first one lies. Scopes have no part in it."""
 
 
 class TokenKeeper:
@@ -95,7 +99,8 @@ class TokenKeeper:
         self._monotonic = monotonic
         self._tokens: dict[Key, _Token] = {}
         self._asking: dict[Key, asyncio.Task[_Token]] = {}
-        self._refresh: dict[Key, str] = {}
+        self._newer: dict[Line, tuple[str, str]] = {}
+        self._turns: WeakValueDictionary[Line, asyncio.Lock] = WeakValueDictionary()
         self._refused: dict[Key, tuple[float, str]] = {}
 
     async def token(self, identifier: str, wanted: OAuth2, handed: Handed, client_secret: str) -> str:
@@ -128,10 +133,37 @@ class TokenKeeper:
             self._tokens[key] = task.result()
 
     async def _fetch(self, identifier: str, key: Key, secret: str, client_secret: str) -> _Token:
+        wanted, place, digest = key
+        if wanted.grant != "refresh_token":
+            return self._token(await self._request(identifier, key, {}, client_secret))
+        line = (wanted.token_url, wanted.client_id, place)
+        # One after the other: of two requests with one refresh token a server takes the second for a theft.
+        turn = self._turns.setdefault(line, asyncio.Lock())
+        async with turn:
+            known = self._newer.get(line)
+            if known is None and len(self._newer) >= _REMEMBERED:
+                # Handed in, it could be spent, and there is no room for the one that comes back.
+                LOG.warning("credential %s: %d exchanged refresh tokens are held, and no more", identifier, _REMEMBERED)
+                raise _refusal(identifier, "this perimeter host holds as many refresh tokens as it can")
+            current = known[1] if known is not None and known[0] == digest else secret
+            found = await self._request(identifier, key, {"refresh_token": current}, client_secret)
+            newer = found[0].refresh_token
+            if newer and newer != current:
+                self._newer[line] = (digest, newer)
+        return self._token(found)
+
+    @staticmethod
+    def _token(found: tuple[_Granted, float]) -> _Token:
+        granted, asked_at = found
+        life = WITHOUT_END_S if granted.expires_in is None else min(granted.expires_in, LONGEST_S)
+        return _Token(granted.access_token, asked_at + life - min(EARLY_MOST_S, life * EARLY_SHARE))
+
+    async def _request(
+        self, identifier: str, key: Key, more: dict[str, str], client_secret: str
+    ) -> tuple[_Granted, float]:
+        """Return what was granted, and when it was asked for."""
         wanted = key[0]
-        form: dict[str, str] = {"grant_type": wanted.grant}
-        if wanted.grant == "refresh_token":
-            form["refresh_token"] = self._refresh.get(key, secret)
+        form: dict[str, str] = {"grant_type": wanted.grant, **more}
         if wanted.scopes:
             form["scope"] = " ".join(wanted.scopes)
         if wanted.resource is not None:
@@ -158,12 +190,7 @@ class TokenKeeper:
                 self._refused.clear()
             self._refused[key] = (self._monotonic() + REFUSED_S, str(error))
             raise _refusal(identifier, str(error)) from None
-        if granted.refresh_token and wanted.grant == "refresh_token":
-            if len(self._refresh) >= _REMEMBERED:
-                self._refresh.clear()
-            self._refresh[key] = granted.refresh_token
-        life = WITHOUT_END_S if granted.expires_in is None else min(granted.expires_in, LONGEST_S)
-        return _Token(granted.access_token, asked_at + life - min(EARLY_MOST_S, life * EARLY_SHARE))
+        return granted, asked_at
 
 
 def _granted(identifier: str, answer: Answer) -> _Granted:

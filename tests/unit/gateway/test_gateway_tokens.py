@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from saw.gateway import oauth2
 from saw.gateway.credentials import CredentialStore, Injection
 from saw.gateway.errors import CredentialUnavailable
 from saw.gateway.oauth2 import REFUSED_S, Answer, TokenKeeper
@@ -233,3 +234,55 @@ def test_a_refusal_counts_for_a_moment_and_for_the_same_secret_only(bench: Bench
     bench.far.answer = None
     bench.put("crm", "right")
     assert bench.sent() == f"Bearer {TOKEN}4"
+
+
+REFRESH: dict[str, Any] = {"grant": "refresh_token"}
+
+
+def handed_in(bench: Bench) -> list[str]:
+    return [form["refresh_token"] for _, form, _ in bench.far.asked]
+
+
+@pytest.mark.control("CRED-01")
+def test_no_exchanged_refresh_token_is_lost_to_those_of_others(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oauth2, "_REMEMBERED", 2)
+    for name in ("mia", "noa", "eli"):
+        bench.put(name, f"stored of {name}")
+    bench.far.says = {"expires_in": 0, "refresh_token": "newer of mia"}
+    bench.sent(ref="file:mia", **REFRESH)
+    bench.far.says = {"expires_in": 0, "refresh_token": "newer of noa"}
+    bench.sent(ref="file:noa", **REFRESH)
+    assert "as many refresh tokens as it can" in bench.refused(ref="file:eli", **REFRESH)
+    for name in ("mia", "noa"):
+        bench.sent(ref=f"file:{name}", **REFRESH)
+    assert handed_in(bench) == ["stored of mia", "stored of noa", "newer of mia", "newer of noa"]
+
+
+@pytest.mark.control("CRED-01")
+def test_a_release_with_other_scopes_hands_in_the_newer_refresh_token(bench: Bench) -> None:
+    bench.far.says = {"expires_in": 100, "refresh_token": "newer"}
+    bench.sent(ref="file:refresh", **REFRESH)
+    bench.far.says = {"expires_in": 100, "refresh_token": "the newest"}
+    bench.sent(ref="file:refresh", scopes=("a",), **REFRESH)
+    bench.put("refresh", "another one")
+    bench.sent(ref="file:refresh", **REFRESH)
+    bench.put("refresh", "the stored refresh token")
+    bench.sent(ref="file:refresh", scopes=("b",), **REFRESH)
+    stored = "the stored refresh token"
+    assert handed_in(bench) == [stored, "newer", "another one", stored], "what came of an older secret is forgotten"
+
+
+@pytest.mark.control("CRED-01")
+def test_racing_calls_of_other_scopes_never_hand_in_one_refresh_token_twice(bench: Bench) -> None:
+    async def race() -> None:
+        bench.far.hold.clear()
+        calls = [
+            asyncio.create_task(bench.injection(ref="file:refresh", scopes=(name,), **REFRESH)) for name in ("a", "b")
+        ]
+        await bench.far.arrived.wait()
+        bench.far.hold.set()
+        await asyncio.gather(*calls)
+
+    bench.far.says = {"expires_in": 100, "refresh_token": "newer"}
+    asyncio.run(race())
+    assert handed_in(bench) == ["the stored refresh token", "newer"]
