@@ -48,7 +48,8 @@ def test_references_that_are_honoured(ref: str) -> None:
         ("file:{sponsor}", "a name in front"), ("file:a#b", "a file has no entries"), ("file:a-{sponsor}", "part 1"),
         ("vault:kv", "mount of a KV engine"), ("vault:{sponsor}/a", "mount of a KV engine"), ("vault:kv/a#", "the entry"),
         ("vault:kv/{group}", "part 2"), ("vault:kv/{sponsor}", "a folder below the mount"),
-        ("vault:kv/{workspace}/git#a", "a folder below the mount"), ("vault:kv/{sponsor}x", "part 2"), ("vault:kv/{}", "part 2"), ("vault:kv/../a", "part 2"),
+        ("vault:kv/{workspace}/git#a", "a folder below the mount"),
+        ("vault:kv/{sponsor}x", "part 2"), ("vault:kv/{}", "part 2"), ("vault:kv/../a", "part 2"),
         ("vault:kv/a#b/c", "the entry"), ("vault:kv/a#{sponsor}", "the entry"), ("file:" + "/".join("abcdefghi"), "more than 8"),
     ],
 )  # fmt: skip
