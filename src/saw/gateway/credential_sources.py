@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import httpx
@@ -98,7 +98,7 @@ class VaultSource:
         self._monotonic = monotonic
         self._calls = VaultCalls(config.settings(), "vault", "the path of a credential", tries=1, monotonic=monotonic)
         self._threads = ThreadPoolExecutor(_VAULT_THREADS, "vault")
-        self._known: dict[Place, tuple[float, Mapping[str, str]]] = {}
+        self._known: dict[Place, tuple[float, Mapping[str, Any]]] = {}
         self._refused: dict[Place, float] = {}
 
     async def read(self, identifier: str, place: Place) -> str:
@@ -110,6 +110,11 @@ class VaultSource:
                 f"the vault's secret for credential {identifier} has no entry {place.entry}",
                 cure="name the entry behind # in ref",
             )
+        if not isinstance(value, str):
+            raise CredentialUnavailable(
+                f"the entry {place.entry} of the vault's secret for credential {identifier} is no text",
+                cure="store the bare value as text",
+            )
         return usable(identifier, value.encode())
 
     def close(self) -> None:
@@ -117,7 +122,7 @@ class VaultSource:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._calls.close()
 
-    async def _entries(self, identifier: str, place: Place) -> Mapping[str, str]:
+    async def _entries(self, identifier: str, place: Place) -> Mapping[str, Any]:
         now = self._monotonic()
         at, known = self._known.get(place, (0.0, {}))
         if known and now - at < self._config.cache_s:
@@ -150,7 +155,7 @@ class VaultSource:
             self._known[place] = (now, found)
         return found
 
-    def _ask(self, place: Place) -> Mapping[str, str]:
+    def _ask(self, place: Place) -> Mapping[str, Any]:
         mount, *path = (quote(segment, safe="") for segment in place.segments)
         held = self._calls.held(f"/v1/{mount}/data/{'/'.join(path)}")
         return {} if held is None else held.data or {}

@@ -13,7 +13,7 @@ import logging
 import re
 import ssl
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Annotated, Protocol
 from urllib.parse import quote_plus, urlsplit
 from weakref import WeakValueDictionary
 
@@ -65,10 +65,14 @@ class TokenEndpoint(Protocol):
         """Return the answer to ``form``; raise ``httpx.HTTPError`` or :class:`saw.errors.SawError` when there is none."""
 
 
+_Digits = Annotated[str, msgspec.Meta(pattern=r"\A[0-9]{1,10}\Z")]
+"""A number as text, which some servers write."""
+
+
 class _Granted(msgspec.Struct, frozen=True):
     access_token: str
     token_type: str
-    expires_in: float | None = None
+    expires_in: float | _Digits | None = None
     refresh_token: str | None = None
 
 
@@ -155,7 +159,7 @@ class TokenKeeper:
     @staticmethod
     def _token(found: tuple[_Granted, float]) -> _Token:
         granted, asked_at = found
-        life = WITHOUT_END_S if granted.expires_in is None else min(granted.expires_in, LONGEST_S)
+        life = WITHOUT_END_S if granted.expires_in is None else min(float(granted.expires_in), LONGEST_S)
         return _Token(granted.access_token, asked_at + life - min(EARLY_MOST_S, life * EARLY_SHARE))
 
     async def _request(

@@ -43,10 +43,10 @@ class Metadata(msgspec.Struct, frozen=True):
 
 
 class Held(msgspec.Struct, frozen=True):
-    """A version of a secret; without ``data`` when it was deleted."""
+    """A version of a secret; without ``data`` when it was deleted. Entries may be anything that JSON has."""
 
     metadata: Metadata
-    data: dict[str, str] | None = None
+    data: dict[str, Any] | None = None
 
 
 class _Read(msgspec.Struct, frozen=True):

@@ -92,6 +92,12 @@ def test_a_secret_of_the_callers_sponsor_is_read_from_the_vault(bench: Make) -> 
     assert bench().sent(ref="vault:secret/git/{sponsor}#other") == "another entry"
 
 
+def test_what_lies_beside_the_wanted_entry_may_be_no_text(bench: Make, far: Contract) -> None:
+    put(far, "git/mia", {"value": SECRET, "port": 5432, "tags": ["a"], "none": None})
+    assert bench().sent() == SECRET
+    assert "has no entry none" in bench().refused(ref="vault:secret/git/{sponsor}#none")
+
+
 @pytest.mark.control("CRED-01")
 @pytest.mark.parametrize("sponsor", ["noa", "mia/../mia", "../git/mia", "mia%2F", "mia?version=1", "mia#", "", "Mia"])
 def test_no_name_of_a_sponsor_leads_to_the_secret_of_another(bench: Make, sponsor: str) -> None:
@@ -138,7 +144,8 @@ def test_a_value_is_used_for_its_stated_time_and_no_longer_when_the_vault_is_awa
         ((403, {"errors": ["permission denied"]}), "refuses this perimeter host"),
         ((404, {"errors": ["no handler"]}), "answers something else"),
         ((307, {}), "answers something else"),
-        ((200, {"data": {"data": {"value": 7}, "metadata": {"version": 1}}}), "answers something else"),
+        ((200, {"data": {"data": {"value": 7}, "metadata": {"version": 1}}}), "entry value of the vault's secret"),
+        ((200, {"data": {"data": {"value": {"a": "b"}}, "metadata": {"version": 1}}}), "is no text"),
         ((200, {"data": {"data": {"else": "x"}, "metadata": {"version": 1}}}), "has no entry value"),
         ((200, {"data": {"data": {"value": "a\r\nx-evil: 1"}, "metadata": {"version": 1}}}), "not printable ASCII"),
         ((200, {"data": {"data": {"value": ""}, "metadata": {"version": 1}}}), "empty"),

@@ -130,8 +130,10 @@ def test_a_token_is_renewed_before_its_end_and_never_used_after_it(bench: Bench)
     assert "the token endpoint does not answer" in bench.refused(), "an older one is no way out"
 
 
-@pytest.mark.parametrize(("told", "life"), [(None, 54), (1e9, 3570), (10, 9), (0, 0), (-5, 0)])
-def test_how_long_a_token_counts_is_bounded(bench: Bench, told: float | None, life: float) -> None:
+@pytest.mark.parametrize(
+    ("told", "life"), [(None, 54), (1e9, 3570), (10, 9), (0, 0), (-5, 0), ("100", 90), ("9999999999", 3570)]
+)
+def test_how_long_a_token_counts_is_bounded(bench: Bench, told: float | str | None, life: float) -> None:
     bench.far.says = {"expires_in": told}
     bench.sent()
     bench.now = max(0.0, life - 0.1)
@@ -198,6 +200,8 @@ def test_tokens_of_other_scopes_and_other_secrets_are_others(bench: Bench) -> No
         (302, b"", "answered 302"),
         (200, b"<html>", "something else"),
         (200, b'{"token_type": "Bearer"}', "something else"),
+        (200, b'{"access_token": "x", "token_type": "Bearer", "expires_in": "soon"}', "something else"),
+        (200, b'{"access_token": "x", "token_type": "Bearer", "expires_in": "1e3"}', "something else"),
         (200, b'{"access_token": "x", "token_type": "mac"}', "another type than Bearer"),
         (200, b'{"access_token": "a\\r\\nx-evil: 1", "token_type": "bearer"}', "cannot be sent"),
         (200, b'{"access_token": "", "token_type": "bearer"}', "cannot be sent"),
