@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from vault_far_end import ROOT_TOKEN, Contract
 from saw.errors import ConfigError
 from saw.gateway import credential_sources
 from saw.gateway.config import CredentialVault, load_config
-from saw.gateway.credential_sources import VaultSource
+from saw.gateway.credential_sources import READS_AT_ONCE, READS_WAITING, VaultSource
 from saw.gateway.credentials import CredentialStore
 from saw.gateway.errors import CredentialUnavailable
 from saw.policy.governance import Credential, Inject
@@ -249,3 +250,36 @@ def test_a_path_that_is_refused_costs_one_login_and_no_call_each_time(
     far.forget_tokens()
     held.now += 30
     assert held.sent() == SECRET
+
+
+@pytest.mark.control("CRED-01")
+def test_a_workspace_with_many_calls_does_not_take_the_vault_away_from_others(bench: Make, far: Contract) -> None:
+    put(far, "git/noa", {"value": "of noa"})
+    held, go = bench(), threading.Event()
+
+    def slowly(_method: str, path: str) -> None:
+        if path.endswith("/mia"):
+            go.wait(60)
+
+    far.before = slowly
+    wanted = Credential(id="git", ref="vault:secret/git/{sponsor}", inject=Inject(header="A", format="{secret}"))
+
+    async def flood() -> tuple[str, list[str]]:
+        mia = {"sponsor": "mia", "workspace": "ws-1"}
+        calls = [asyncio.create_task(held.store.injection(wanted, mia)) for _ in range(200)]
+        async with asyncio.timeout(60):
+            while sum(call.endswith("/mia") for call in far.calls) < READS_AT_ONCE:  # noqa: ASYNC110 - of threads
+                await asyncio.sleep(0.01)
+        try:
+            other = await held.store.injection(wanted, {"sponsor": "noa", "workspace": "ws-2"})
+            at_once = sum(call.endswith("/mia") for call in far.calls)
+        finally:
+            go.set()
+        assert at_once == READS_AT_ONCE
+        ended = await asyncio.gather(*calls, return_exceptions=True)
+        return other.headers[0][1], [one.message for one in ended if isinstance(one, CredentialUnavailable)]
+
+    value, refused = asyncio.run(flood())
+    assert value == "of noa"
+    assert sum("too many calls of this workspace" in one for one in refused) == 200 - READS_AT_ONCE - READS_WAITING
+    assert held.sent() == SECRET, "its turn comes again"

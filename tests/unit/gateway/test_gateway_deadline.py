@@ -47,7 +47,7 @@ class Slow:
         if name == self.hangs:
             await asyncio.Event().wait()
 
-    async def read(self, _identifier: str, place: Place) -> str:
+    async def read(self, _identifier: str, place: Place, _workspace: str) -> str:
         await self.step(place.segments[-1])
         return "secret"
 
