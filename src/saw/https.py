@@ -15,20 +15,20 @@ def https_client(url: str, ca_file: str | None, timeout_s: float, setting: str) 
     ``ca_file``: authorities (PEM) of the far end, None for the system's; ``setting`` is its name in the configuration, for the
     :class:`ConfigError` when it cannot be used. ``timeout_s`` counts for each step, seconds.
     """
-    context = _context(ca_file, setting)
+    context = https_context(ca_file, setting)
     return httpx.Client(verify=context, base_url=url, timeout=timeout_s, trust_env=False, follow_redirects=False)
 
 
-def https_async_client(ca_file: str | None, timeout_s: float, setting: str) -> httpx.AsyncClient:
-    """Return the same as :func:`https_client` for asynchronous use and for any server that ``ca_file`` vouches for.
+def https_async_client(context: ssl.SSLContext, timeout_s: float) -> httpx.AsyncClient:
+    """Return the same as :func:`https_client` for asynchronous use and for any server that ``context`` vouches for.
 
     Use one per exchange where names of servers are told apart: connections are kept by address.
     """
-    context = _context(ca_file, setting)
     return httpx.AsyncClient(verify=context, timeout=timeout_s, trust_env=False, follow_redirects=False)
 
 
-def _context(ca_file: str | None, setting: str) -> ssl.SSLContext:
+def https_context(ca_file: str | None, setting: str) -> ssl.SSLContext:
+    """Return what vouches for servers; see :func:`https_client`. It takes tens of milliseconds: keep it."""
     try:
         context = ssl.create_default_context(cafile=ca_file)
     except OSError as error:

@@ -123,4 +123,4 @@ class CredentialStore:
                 f"credential {identifier} lies in a store that this perimeter host has not: {place.store}",
                 cure="ask the platform team to configure it on the perimeter host",
             )
-        return place, await source.read(identifier, place)
+        return place, await source.read(identifier, place, caller.get("workspace", ""))

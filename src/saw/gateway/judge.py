@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import re
 from collections.abc import Callable, Mapping
@@ -44,6 +45,11 @@ from saw.policy.websocket import TEXT
 
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
 DEFAULT_PORT = {"https": 443, "http": 80}
+DIAL_DEADLINE_S = 6.0
+"""Longest time for all that a call waits for elsewhere, its secrets, its token and its address (seconds).
+
+Envoy waits longer for the decision (``AUTHZ_TIMEOUT``). What it gave up is never sent, and must not be recorded as allowed.
+"""
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -315,9 +321,16 @@ class Judge:
             raise Refused("destination_blocked", blocked)
         _bound(case.call, credential_id)
         authority = host if port == DEFAULT_PORT[scheme] else f"{host}:{port}"
-        inject = await self._inject(release, credential_id, entry, _outgoing(case.call, scheme, authority, path))
+        late = Refused("credential_unavailable", f"credential {credential_id} is not at hand: it takes too long")
         try:
-            address = choose(host, await self._resolver.addresses(host), exact=exact, allowed=allowed)
+            async with asyncio.timeout(DIAL_DEADLINE_S):
+                inject = await self._inject(
+                    release, credential_id, entry, _outgoing(case.call, scheme, authority, path)
+                )
+                late = Refused(ResolutionFailed.code, f"there is no time left to look up {host}")
+                address = choose(host, await self._resolver.addresses(host), exact=exact, allowed=allowed)
+        except TimeoutError:
+            raise late from None
         except (DestinationBlocked, ResolutionFailed) as error:
             raise Refused(error.code, error.message) from error
         return Dial(

@@ -11,9 +11,11 @@ import base64
 import hashlib
 import logging
 import re
+import ssl
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Annotated, Protocol
 from urllib.parse import quote_plus, urlsplit
+from weakref import WeakValueDictionary
 
 import httpx
 import msgspec
@@ -21,20 +23,22 @@ import msgspec
 from saw.errors import SawError
 from saw.gateway.credential_sources import MAX_SECRET
 from saw.gateway.errors import CredentialUnavailable
-from saw.https import https_async_client
+from saw.https import https_async_client, https_context
 from saw.policy.providers import OAuth2
 from saw.policy.references import Place
 
 LOG = logging.getLogger("saw.gateway")
 
 DEADLINE_S = 5.0
-"""Longest time for a token (seconds); Envoy waits longer than that for the whole decision."""
+"""Longest time for a token (seconds); with the secrets that it is fetched with, a call has ``judge.DIAL_DEADLINE_S``."""
 LONGEST_S = 3600.0
 """How long a token is used at most, whatever the server says (seconds)."""
 WITHOUT_END_S = 60.0
 """How long a token is used whose end the server does not say (seconds)."""
 EARLY_SHARE, EARLY_MOST_S = 0.1, 30.0
 """How long before its end a token is replaced: a share of its life, and seconds at most."""
+REFUSED_S = 3.0
+"""How long a token endpoint that refused is not asked for the same again (seconds)."""
 MAX_ANSWER = 64 * 1024
 _REMEMBERED = 1024
 _CODE = re.compile(r"[a-z_]{1,64}\Z")
@@ -61,10 +65,14 @@ class TokenEndpoint(Protocol):
         """Return the answer to ``form``; raise ``httpx.HTTPError`` or :class:`saw.errors.SawError` when there is none."""
 
 
+_Digits = Annotated[str, msgspec.Meta(pattern=r"\A[0-9]{1,10}\Z")]
+"""A number as text, which some servers write."""
+
+
 class _Granted(msgspec.Struct, frozen=True):
     access_token: str
     token_type: str
-    expires_in: float | None = None
+    expires_in: float | _Digits | None = None
     refresh_token: str | None = None
 
 
@@ -77,7 +85,14 @@ class _Token(msgspec.Struct, frozen=True):
     until: float
 
 
+class _NotGranted(Exception):
+    """A token endpoint answered, and gave no token that can be used."""
+
+
 Key = tuple[OAuth2, Place, str]
+"""What a token belongs to: all that is asked for, and a digest of the secrets that lie there now."""
+Line = tuple[str, str, Place]
+"""What a refresh token belongs to: its token endpoint, its client, and where the first one lies. Scopes have no part in it."""
 
 
 class TokenKeeper:
@@ -88,7 +103,9 @@ class TokenKeeper:
         self._monotonic = monotonic
         self._tokens: dict[Key, _Token] = {}
         self._asking: dict[Key, asyncio.Task[_Token]] = {}
-        self._refresh: dict[Key, str] = {}
+        self._newer: dict[Line, tuple[str, str]] = {}
+        self._turns: WeakValueDictionary[Line, asyncio.Lock] = WeakValueDictionary()
+        self._refused: dict[Key, tuple[float, str]] = {}
 
     async def token(self, identifier: str, wanted: OAuth2, handed: Handed, client_secret: str) -> str:
         """Return an access token for the credential ``identifier``, one that still counts.
@@ -99,6 +116,9 @@ class TokenKeeper:
         known = self._tokens.get(key)
         if known is not None and self._monotonic() < known.until:
             return known.value
+        until, why = self._refused.get(key, (0.0, ""))
+        if why and self._monotonic() < until:
+            raise _refusal(identifier, why)
         task = self._asking.get(key)
         if task is None:
             task = asyncio.create_task(self._fetch(identifier, key, handed.secret, client_secret), name="token")
@@ -117,10 +137,37 @@ class TokenKeeper:
             self._tokens[key] = task.result()
 
     async def _fetch(self, identifier: str, key: Key, secret: str, client_secret: str) -> _Token:
+        wanted, place, digest = key
+        if wanted.grant != "refresh_token":
+            return self._token(await self._request(identifier, key, {}, client_secret))
+        line = (wanted.token_url, wanted.client_id, place)
+        # One after the other: of two requests with one refresh token a server takes the second for a theft.
+        turn = self._turns.setdefault(line, asyncio.Lock())
+        async with turn:
+            known = self._newer.get(line)
+            if known is None and len(self._newer) >= _REMEMBERED:
+                # Handed in, it could be spent, and there is no room for the one that comes back.
+                LOG.warning("credential %s: %d exchanged refresh tokens are held, and no more", identifier, _REMEMBERED)
+                raise _refusal(identifier, "this perimeter host holds as many refresh tokens as it can")
+            current = known[1] if known is not None and known[0] == digest else secret
+            found = await self._request(identifier, key, {"refresh_token": current}, client_secret)
+            newer = found[0].refresh_token
+            if newer and newer != current:
+                self._newer[line] = (digest, newer)
+        return self._token(found)
+
+    @staticmethod
+    def _token(found: tuple[_Granted, float]) -> _Token:
+        granted, asked_at = found
+        life = WITHOUT_END_S if granted.expires_in is None else min(float(granted.expires_in), LONGEST_S)
+        return _Token(granted.access_token, asked_at + life - min(EARLY_MOST_S, life * EARLY_SHARE))
+
+    async def _request(
+        self, identifier: str, key: Key, more: dict[str, str], client_secret: str
+    ) -> tuple[_Granted, float]:
+        """Return what was granted, and when it was asked for."""
         wanted = key[0]
-        form: dict[str, str] = {"grant_type": wanted.grant}
-        if wanted.grant == "refresh_token":
-            form["refresh_token"] = self._refresh.get(key, secret)
+        form: dict[str, str] = {"grant_type": wanted.grant, **more}
         if wanted.scopes:
             form["scope"] = " ".join(wanted.scopes)
         if wanted.resource is not None:
@@ -140,17 +187,18 @@ class TokenKeeper:
             said = error.message if isinstance(error, SawError) else type(error).__name__
             LOG.warning("credential %s: %s does not answer: %s", identifier, wanted.token_url, said)
             raise _refusal(identifier, "the token endpoint does not answer") from None
-        granted = _granted(identifier, answer)
-        if granted.refresh_token and wanted.grant == "refresh_token":
-            if len(self._refresh) >= _REMEMBERED:
-                self._refresh.clear()
-            self._refresh[key] = granted.refresh_token
-        life = WITHOUT_END_S if granted.expires_in is None else min(granted.expires_in, LONGEST_S)
-        return _Token(granted.access_token, asked_at + life - min(EARLY_MOST_S, life * EARLY_SHARE))
+        try:
+            granted = _granted(identifier, answer)
+        except _NotGranted as error:
+            if len(self._refused) >= _REMEMBERED:
+                self._refused.clear()
+            self._refused[key] = (self._monotonic() + REFUSED_S, str(error))
+            raise _refusal(identifier, str(error)) from None
+        return granted, asked_at
 
 
 def _granted(identifier: str, answer: Answer) -> _Granted:
-    """Return what was granted (RFC 6749, section 5.1); raise :class:`CredentialUnavailable` for everything else."""
+    """Return what was granted (RFC 6749, section 5.1); raise :class:`_NotGranted`, which says why, for everything else."""
     if answer.status != 200:
         try:
             code = msgspec.json.decode(answer.body, type=_Denied).error
@@ -159,16 +207,16 @@ def _granted(identifier: str, answer: Answer) -> _Granted:
         # Only the code: a description is free text, in which what was handed in could stand.
         said = f" {code}" if _CODE.match(code) else ""
         LOG.warning("credential %s: the token endpoint answered %d%s", identifier, answer.status, said)
-        raise _refusal(identifier, f"the token endpoint answered {answer.status}{said}")
+        raise _NotGranted(f"the token endpoint answered {answer.status}{said}")
     try:
         granted = msgspec.json.decode(answer.body, type=_Granted)
     except msgspec.DecodeError:
-        raise _refusal(identifier, "the token endpoint answered something else") from None
+        raise _NotGranted("the token endpoint answered something else") from None
     token = granted.access_token
     if granted.token_type.lower() != "bearer":
-        raise _refusal(identifier, "the token endpoint gave a token of another type than Bearer")
+        raise _NotGranted("the token endpoint gave a token of another type than Bearer")
     if not token or len(token) > MAX_SECRET or any(not "!" <= sign <= "~" for sign in token):
-        raise _refusal(identifier, "the token endpoint gave a token that cannot be sent")
+        raise _NotGranted("the token endpoint gave a token that cannot be sent")
     return granted
 
 
@@ -189,6 +237,7 @@ class HttpsTokenEndpoint:
         self._ca_file = ca_file
         self._timeout_s = timeout_s
         self._address_of = address_of
+        self._context: ssl.SSLContext | None = None
 
     async def __call__(self, url: str, form: dict[str, str], headers: dict[str, str]) -> Answer:
         """Return the answer; see :class:`TokenEndpoint`. A redirect is an answer, and is not followed."""
@@ -197,9 +246,11 @@ class HttpsTokenEndpoint:
         dialled = httpx.URL(url).copy_with(host=await self._address_of(host))
         sent = {**headers, "host": parts.netloc}
         raw = b""
+        if self._context is None:
+            self._context = await asyncio.to_thread(https_context, self._ca_file, "ring2.upstream_ca_file")
         # A client of its own: a connection that was made under another name at this address is never used, nor is a cookie.
         async with (
-            https_async_client(self._ca_file, self._timeout_s, "ring2.upstream_ca_file") as client,
+            https_async_client(self._context, self._timeout_s) as client,
             client.stream("POST", dialled, data=form, headers=sent, extensions={"sni_hostname": host}) as answer,
         ):
             async for part in answer.aiter_bytes():

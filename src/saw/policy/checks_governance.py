@@ -74,6 +74,7 @@ from saw.policy.providers import (
     check_token_url,
     may_share,
     routed_scope,
+    secrets_apart,
 )
 from saw.policy.tool_rules import Argument, Mcp, McpServer, Reviewers, Tool, http_address
 
@@ -359,6 +360,7 @@ _GOVERNANCE = (
     _credentials_apart,
     _no_plain_credentials,
     routed_scope,
+    secrets_apart,
     *GOVERNANCE_BUDGETS,
 )
 

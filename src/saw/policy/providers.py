@@ -13,7 +13,7 @@ from saw.policy.addresses import is_blocked_host
 from saw.policy.decode import Report, StructureReport
 from saw.policy.model import Part, says
 from saw.policy.partial import Unknown
-from saw.policy.references import parse_reference
+from saw.policy.references import Reference, may_meet, parse_reference
 
 if TYPE_CHECKING:
     from saw.policy.governance import Credential, Governance
@@ -178,6 +178,27 @@ def routed_scope(value: Governance, report: StructureReport) -> None:
                     "an inference route takes its credential for all of its calls",
                     "remove it, or use a credential of its own for the route",
                 )
+
+
+def secrets_apart(value: Governance, report: StructureReport) -> None:
+    """Refuse references of which one leads a caller with a fitting name to the secret of another, such as a shared one."""
+    found: list[tuple[str, Reference]] = []
+    for index, credential in enumerate(value.credentials):
+        with suppress(Unknown):
+            told: dict[tuple[str, ...], str] = {("ref",): credential.ref}
+            if credential.oauth2 is not None and credential.oauth2.client_secret is not None:
+                told["oauth2", "client_secret"] = credential.oauth2.client_secret
+            for field, text in told.items():
+                with suppress(ValueError):
+                    ours = parse_reference(text)
+                    other = next((name for name, theirs in found if may_meet(ours, theirs)), None)
+                    found.append((credential.id, ours))
+                    if other is not None:
+                        reason = (
+                            f"a caller with a fitting name would get a secret of {other} here, or the other way round"
+                        )
+                        cure = "give secrets of callers a folder that holds nothing else"
+                        report(("credentials", index, *field), reason, cure)
 
 
 def _unasked(credential: Credential, *, named: bool) -> Iterator[str]:

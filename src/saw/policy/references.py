@@ -68,6 +68,15 @@ class Reference(msgspec.Struct, frozen=True):
         return Place(self.store, segments, self.entry)
 
 
+def may_meet(left: Reference, right: Reference) -> bool:
+    """Return whether two references that differ lead to one secret, for callers with fitting names."""
+    if left.store != right.store or left.segments == right.segments or len(left.segments) != len(right.segments):
+        return False
+    return all(
+        a == b or a.startswith("{") or b.startswith("{") for a, b in zip(left.segments, right.segments, strict=True)
+    )
+
+
 def stores_of(governance: Governance) -> tuple[tuple[str, Store], ...]:
     """Return the id of each credential with each store that something of it lies in."""
     found: dict[tuple[str, Store], None] = {}
@@ -120,4 +129,8 @@ def parse_reference(text: str) -> Reference:
         raise ValueError("the entry behind # is not letters, digits, '_' and '-'")
     if len(segments) < 2 or segments[0].startswith("{"):
         raise ValueError("it needs the mount of a KV engine and a path below it")
+    if segments[1].startswith("{"):
+        raise ValueError(
+            "a secret for each caller needs a folder below the mount, so that it is never taken for another"
+        )
     return Reference(store, segments, entry or DEFAULT_FIELD)

@@ -137,7 +137,7 @@ class VaultStore:
 def _value(name: str, held: Held) -> bytes:
     data = held.data or {}
     try:
-        if set(data) != {_FIELD}:
+        if set(data) != {_FIELD} or not isinstance(data[_FIELD], str):
             raise ValueError
         value = base64.b64decode(data[_FIELD], validate=True)
         if not 0 < len(value) <= MAX_VALUE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from saw.secrets.vault_settings import VaultSettings
 T = TypeVar("T")
 TRIES = 3
 MAX_ANSWER = 4 * 1024 * 1024
+LOGIN_AGAIN_S = 30.0
+"""How often a refused call makes a role log in anew, at most (seconds): its token may have ended, or the path is not its own."""
 _PASSING = frozenset({412, 429, 500, 502, 503, 504})
 
 
@@ -40,10 +43,10 @@ class Metadata(msgspec.Struct, frozen=True):
 
 
 class Held(msgspec.Struct, frozen=True):
-    """A version of a secret; without ``data`` when it was deleted."""
+    """A version of a secret; without ``data`` when it was deleted. Entries may be anything that JSON has."""
 
     metadata: Metadata
-    data: dict[str, str] | None = None
+    data: dict[str, Any] | None = None
 
 
 class _Read(msgspec.Struct, frozen=True):
@@ -58,7 +61,7 @@ class VaultDenied(SecretError):
 
 class VaultCalls:
     """Calls of one server. ``setting`` is where ``settings`` stands in the configuration, ``place`` what is used there, both for
-    messages. ``pause`` waits between two tries, seconds; ``tries`` is how often reading is tried.
+    messages. ``pause`` waits between two tries, seconds; ``tries`` is how often reading is tried; ``monotonic`` returns seconds.
     """
 
     def __init__(
@@ -69,13 +72,17 @@ class VaultCalls:
         *,
         pause: Callable[[float], None] = time.sleep,
         tries: int = TRIES,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._setting = setting
         self._place = place
         self._pause = pause
         self._tries = tries
+        self._monotonic = monotonic
         self._token: str | None = None
+        self._lock = threading.Lock()
+        self._login_again_at = float("-inf")
         self._http = https_client(settings.url, settings.ca_file, settings.timeout_s, f"{setting}.ca_file")
 
     def close(self) -> None:
@@ -112,12 +119,23 @@ class VaultCalls:
         raise self.away(said)
 
     def send(self, method: str, path: str, **how: Any) -> httpx.Response:
-        """Send a call; a token of a role that has ended is renewed once."""
-        answer = self._call(method, path, self._authorisation(), **how)
-        if answer.status_code == 403 and self._settings.approle is not None:
-            self._token = None
+        """Send a call; a token of a role that has ended is renewed once, at most every ``LOGIN_AGAIN_S``."""
+        token = self._authorisation()
+        answer = self._call(method, path, token, **how)
+        if answer.status_code == 403 and self._settings.approle is not None and self._give_up(token):
             answer = self._call(method, path, self._authorisation(), **how)
         return answer
+
+    def _give_up(self, token: str) -> bool:
+        """Return whether another token than ``token`` is worth a try: one that is there since, or a new one."""
+        with self._lock:
+            if self._token != token:
+                return True
+            if self._monotonic() < self._login_again_at:
+                return False
+            self._login_again_at = self._monotonic() + LOGIN_AGAIN_S
+            self._token = None
+            return True
 
     def _call(self, method: str, path: str, token: str | None, **how: Any) -> httpx.Response:
         headers = {"x-vault-request": "true"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from vault_far_end import ROOT_TOKEN, Contract
 from saw.errors import ConfigError
 from saw.gateway import credential_sources
 from saw.gateway.config import CredentialVault, load_config
-from saw.gateway.credential_sources import VaultSource
+from saw.gateway.credential_sources import READS_AT_ONCE, READS_WAITING, VaultSource
 from saw.gateway.credentials import CredentialStore
 from saw.gateway.errors import CredentialUnavailable
 from saw.policy.governance import Credential, Inject
@@ -92,6 +93,12 @@ def test_a_secret_of_the_callers_sponsor_is_read_from_the_vault(bench: Make) -> 
     assert bench().sent(ref="vault:secret/git/{sponsor}#other") == "another entry"
 
 
+def test_what_lies_beside_the_wanted_entry_may_be_no_text(bench: Make, far: Contract) -> None:
+    put(far, "git/mia", {"value": SECRET, "port": 5432, "tags": ["a"], "none": None})
+    assert bench().sent() == SECRET
+    assert "has no entry none" in bench().refused(ref="vault:secret/git/{sponsor}#none")
+
+
 @pytest.mark.control("CRED-01")
 @pytest.mark.parametrize("sponsor", ["noa", "mia/../mia", "../git/mia", "mia%2F", "mia?version=1", "mia#", "", "Mia"])
 def test_no_name_of_a_sponsor_leads_to_the_secret_of_another(bench: Make, sponsor: str) -> None:
@@ -138,7 +145,8 @@ def test_a_value_is_used_for_its_stated_time_and_no_longer_when_the_vault_is_awa
         ((403, {"errors": ["permission denied"]}), "refuses this perimeter host"),
         ((404, {"errors": ["no handler"]}), "answers something else"),
         ((307, {}), "answers something else"),
-        ((200, {"data": {"data": {"value": 7}, "metadata": {"version": 1}}}), "answers something else"),
+        ((200, {"data": {"data": {"value": 7}, "metadata": {"version": 1}}}), "entry value of the vault's secret"),
+        ((200, {"data": {"data": {"value": {"a": "b"}}, "metadata": {"version": 1}}}), "is no text"),
         ((200, {"data": {"data": {"else": "x"}, "metadata": {"version": 1}}}), "has no entry value"),
         ((200, {"data": {"data": {"value": "a\r\nx-evil: 1"}, "metadata": {"version": 1}}}), "not printable ASCII"),
         ((200, {"data": {"data": {"value": ""}, "metadata": {"version": 1}}}), "empty"),
@@ -213,3 +221,65 @@ def test_a_vault_that_cannot_be_used_is_refused_at_the_start(
     file.write_text(json.dumps({**base, "vault": vault | change}))
     with pytest.raises(ConfigError, match=words):
         load_config(file)
+
+
+@pytest.mark.control("CRED-01")
+def test_a_path_that_is_refused_costs_one_login_and_no_call_each_time(
+    bench: Make, far: Contract, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret-id"
+    secret.write_text(far.new_secret_id())
+    secret.chmod(0o600)
+    held = bench(token_file=None, approle=AppRole(far.role_id, str(secret)))
+    assert held.sent() == SECRET
+    far.calls.clear()
+    far.before = lambda _method, path: (403, {"errors": ["denied"]}) if path.endswith("/noa") else None
+    for _ in range(20):
+        assert "refuses this perimeter host" in held.refused(sponsor="noa")
+    assert [call.rpartition("/")[2] for call in far.calls] == ["noa", "login", "noa"]
+    assert held.sent() == SECRET, "others are not held up"
+    far.calls.clear()
+    for _ in range(5):
+        held.now += credential_sources.REFUSED_S
+        held.refused(sponsor="noa")
+    assert [call.rpartition("/")[2] for call in far.calls] == ["noa"] * 5, "it is asked again, without a login"
+    far.before = lambda _method, _path: None
+    put(far, "git/noa", {"value": "of noa"})
+    held.now += credential_sources.REFUSED_S
+    assert held.sent(sponsor="noa") == "of noa"
+    far.forget_tokens()
+    held.now += 30
+    assert held.sent() == SECRET
+
+
+@pytest.mark.control("CRED-01")
+def test_a_workspace_with_many_calls_does_not_take_the_vault_away_from_others(bench: Make, far: Contract) -> None:
+    put(far, "git/noa", {"value": "of noa"})
+    held, go = bench(), threading.Event()
+
+    def slowly(_method: str, path: str) -> None:
+        if path.endswith("/mia"):
+            go.wait(60)
+
+    far.before = slowly
+    wanted = Credential(id="git", ref="vault:secret/git/{sponsor}", inject=Inject(header="A", format="{secret}"))
+
+    async def flood() -> tuple[str, list[str]]:
+        mia = {"sponsor": "mia", "workspace": "ws-1"}
+        calls = [asyncio.create_task(held.store.injection(wanted, mia)) for _ in range(200)]
+        async with asyncio.timeout(60):
+            while sum(call.endswith("/mia") for call in far.calls) < READS_AT_ONCE:  # noqa: ASYNC110 - of threads
+                await asyncio.sleep(0.01)
+        try:
+            other = await held.store.injection(wanted, {"sponsor": "noa", "workspace": "ws-2"})
+            at_once = sum(call.endswith("/mia") for call in far.calls)
+        finally:
+            go.set()
+        assert at_once == READS_AT_ONCE
+        ended = await asyncio.gather(*calls, return_exceptions=True)
+        return other.headers[0][1], [one.message for one in ended if isinstance(one, CredentialUnavailable)]
+
+    value, refused = asyncio.run(flood())
+    assert value == "of noa"
+    assert sum("too many calls of this workspace" in one for one in refused) == 200 - READS_AT_ONCE - READS_WAITING
+    assert held.sent() == SECRET, "its turn comes again"

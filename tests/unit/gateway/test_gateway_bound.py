@@ -14,6 +14,7 @@ from test_gateway_judge import DIGEST, NOW, Bench, entry, release, view
 
 from saw.gateway.app import refusal_body
 from saw.gateway.judge import Dial, Verdict
+from saw.gateway.placeholders import holds_placeholder
 from saw.policy.loader import load_governance, load_policy
 from saw.policy.matcher import Matcher
 
@@ -131,3 +132,20 @@ def test_a_value_that_was_removed_or_exchanged_counts_at_the_next_call(bench: Be
     (tmp_path / "git:mia").unlink()
     assert ask(bench).reason == "credential_unavailable"
     assert bench.now == NOW, "no time went by"
+
+
+@pytest.mark.control("CRED-01")
+@pytest.mark.parametrize("before", ["", "a:", "ab:", "abc:", "\xff\xfe:", "?>?>:"])
+@pytest.mark.parametrize("behind", ["TOKEN", "TOKENS", "TOKENS!", "TOKEN~~~"])
+def test_base64_is_read_as_the_most_lenient_service_may(before: str, behind: str) -> None:
+    raw = before.encode("latin-1") + f"{PLACEHOLDER}{behind}".encode()
+    padded, other = base64.b64encode(raw).decode(), base64.urlsafe_b64encode(raw).decode()
+    bare = padded.rstrip("=")
+    spread = " ".join(bare[at : at + 5] for at in range(0, len(bare), 5))
+    forms = (padded, bare, other, other.rstrip("="), f"{bare}=", f"{bare}====", spread, f"{bare}!", f"YQ=={padded}")
+    for form in forms:
+        assert holds_placeholder(f"Basic {form}"), form
+        assert holds_placeholder(f"bAsIc\t{form}"), form
+    harmless = base64.b64encode(raw.replace(b"openshell", b"openshelf")).decode()
+    for form in (harmless, harmless.rstrip("="), "", "=", "A", "%%%"):
+        assert not holds_placeholder(f"Basic {form}"), form

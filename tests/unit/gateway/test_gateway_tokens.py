@@ -11,9 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
+from saw.gateway import oauth2
 from saw.gateway.credentials import CredentialStore, Injection
 from saw.gateway.errors import CredentialUnavailable
-from saw.gateway.oauth2 import Answer, TokenKeeper
+from saw.gateway.oauth2 import REFUSED_S, Answer, TokenKeeper
 from saw.policy.governance import Credential, Inject
 from saw.policy.providers import OAuth2
 
@@ -129,8 +130,10 @@ def test_a_token_is_renewed_before_its_end_and_never_used_after_it(bench: Bench)
     assert "the token endpoint does not answer" in bench.refused(), "an older one is no way out"
 
 
-@pytest.mark.parametrize(("told", "life"), [(None, 54), (1e9, 3570), (10, 9), (0, 0), (-5, 0)])
-def test_how_long_a_token_counts_is_bounded(bench: Bench, told: float | None, life: float) -> None:
+@pytest.mark.parametrize(
+    ("told", "life"), [(None, 54), (1e9, 3570), (10, 9), (0, 0), (-5, 0), ("100", 90), ("9999999999", 3570)]
+)
+def test_how_long_a_token_counts_is_bounded(bench: Bench, told: float | str | None, life: float) -> None:
     bench.far.says = {"expires_in": told}
     bench.sent()
     bench.now = max(0.0, life - 0.1)
@@ -197,6 +200,8 @@ def test_tokens_of_other_scopes_and_other_secrets_are_others(bench: Bench) -> No
         (302, b"", "answered 302"),
         (200, b"<html>", "something else"),
         (200, b'{"token_type": "Bearer"}', "something else"),
+        (200, b'{"access_token": "x", "token_type": "Bearer", "expires_in": "soon"}', "something else"),
+        (200, b'{"access_token": "x", "token_type": "Bearer", "expires_in": "1e3"}', "something else"),
         (200, b'{"access_token": "x", "token_type": "mac"}', "another type than Bearer"),
         (200, b'{"access_token": "a\\r\\nx-evil: 1", "token_type": "bearer"}', "cannot be sent"),
         (200, b'{"access_token": "", "token_type": "bearer"}', "cannot be sent"),
@@ -216,3 +221,72 @@ def test_a_perimeter_without_tokens_refuses(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.store = CredentialStore(tmp_path)
     assert "fetches no token" in bench.refused()
+
+
+@pytest.mark.control("CRED-01")
+def test_a_refusal_counts_for_a_moment_and_for_the_same_secret_only(bench: Bench) -> None:
+    bench.far.answer = Answer(401, b'{"error": "invalid_client"}')
+    assert {"answered 401 invalid_client" in bench.refused() for _ in range(20)} == {True}
+    assert len(bench.far.asked) == 1
+    bench.far.answer = None
+    assert "invalid_client" in bench.refused()
+    bench.now += REFUSED_S
+    assert bench.sent() == f"Bearer {TOKEN}2"
+    bench.put("crm", "wrong")
+    bench.far.answer = Answer(401, b'{"error": "invalid_client"}')
+    bench.refused()
+    bench.far.answer = None
+    bench.put("crm", "right")
+    assert bench.sent() == f"Bearer {TOKEN}4"
+
+
+REFRESH: dict[str, Any] = {"grant": "refresh_token"}
+
+
+def handed_in(bench: Bench) -> list[str]:
+    return [form["refresh_token"] for _, form, _ in bench.far.asked]
+
+
+@pytest.mark.control("CRED-01")
+def test_no_exchanged_refresh_token_is_lost_to_those_of_others(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oauth2, "_REMEMBERED", 2)
+    for name in ("mia", "noa", "eli"):
+        bench.put(name, f"stored of {name}")
+    bench.far.says = {"expires_in": 0, "refresh_token": "newer of mia"}
+    bench.sent(ref="file:mia", **REFRESH)
+    bench.far.says = {"expires_in": 0, "refresh_token": "newer of noa"}
+    bench.sent(ref="file:noa", **REFRESH)
+    assert "as many refresh tokens as it can" in bench.refused(ref="file:eli", **REFRESH)
+    for name in ("mia", "noa"):
+        bench.sent(ref=f"file:{name}", **REFRESH)
+    assert handed_in(bench) == ["stored of mia", "stored of noa", "newer of mia", "newer of noa"]
+
+
+@pytest.mark.control("CRED-01")
+def test_a_release_with_other_scopes_hands_in_the_newer_refresh_token(bench: Bench) -> None:
+    bench.far.says = {"expires_in": 100, "refresh_token": "newer"}
+    bench.sent(ref="file:refresh", **REFRESH)
+    bench.far.says = {"expires_in": 100, "refresh_token": "the newest"}
+    bench.sent(ref="file:refresh", scopes=("a",), **REFRESH)
+    bench.put("refresh", "another one")
+    bench.sent(ref="file:refresh", **REFRESH)
+    bench.put("refresh", "the stored refresh token")
+    bench.sent(ref="file:refresh", scopes=("b",), **REFRESH)
+    stored = "the stored refresh token"
+    assert handed_in(bench) == [stored, "newer", "another one", stored], "what came of an older secret is forgotten"
+
+
+@pytest.mark.control("CRED-01")
+def test_racing_calls_of_other_scopes_never_hand_in_one_refresh_token_twice(bench: Bench) -> None:
+    async def race() -> None:
+        bench.far.hold.clear()
+        calls = [
+            asyncio.create_task(bench.injection(ref="file:refresh", scopes=(name,), **REFRESH)) for name in ("a", "b")
+        ]
+        await bench.far.arrived.wait()
+        bench.far.hold.set()
+        await asyncio.gather(*calls)
+
+    bench.far.says = {"expires_in": 100, "refresh_token": "newer"}
+    asyncio.run(race())
+    assert handed_in(bench) == ["the stored refresh token", "newer"]

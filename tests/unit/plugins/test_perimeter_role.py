@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_without_a_vault_the_gatekeeper_has_none(tmp_path: Path) -> None:
 
 
 def test_a_vault_is_told_as_it_is_and_a_wrong_one_is_refused(tmp_path: Path) -> None:
-    role = {"role_id": "7d1c", "secret_id_file": "/etc/saw/gatekeeper-vault"}
+    role = {"role_id": "7d1c", "secret_id_file": "/etc/saw/gatekeeper-vault/secret"}
     told = {"url": "https://vault.example.com:8200", "ca_file": "/etc/ssl/v.pem", "approle": role, "cache_s": 5}
     assert rendered(tmp_path, perimeter_vault=told).vault == CredentialVault(
         url=told["url"], ca_file="/etc/ssl/v.pem", approle=AppRole(**role), cache_s=5.0
@@ -72,7 +73,34 @@ def test_a_vault_is_told_as_it_is_and_a_wrong_one_is_refused(tmp_path: Path) -> 
 def test_what_proves_who_we_are_at_the_vault_is_private_to_the_gatekeeper() -> None:
     (file,) = files("perimeter_vault_files", perimeter_vault_secret="s.1234")
     assert base64.b64decode(file.pop("secret_base64")) == b"s.1234"
-    assert file == {"dest": "/etc/saw/gatekeeper-vault", "mode": "0600", "owner": "saw-gateway", "group": "saw-gateway"}
+    owner = {"owner": "saw-gateway", "group": "saw-gateway"}
+    assert file == {"dest": "/etc/saw/gatekeeper-vault/secret", "mode": "0600", **owner}
+
+
+@pytest.mark.control("CRED-01")
+def test_what_is_not_given_any_more_leaves_the_host_and_ring_2_sees_none_of_it() -> None:
+    (step,) = (step for step in yaml.safe_load((ROLE / "tasks/service.yml").read_text()) if "vars" in step)
+    (vault,) = files("perimeter_vault_files", perimeter_vault_secret="s.1234")
+    (value,) = files("perimeter_credential_files", perimeter_credentials={"git": "x"})
+    folders = {str(Path(file["dest"]).parent) for file in (vault, value)}
+    assert set(step["secure_agent.workspace.component"]["exclusive"]) == folders
+    (hidden,) = re.findall(
+        "^InaccessiblePaths=(.*)$", (ROLE / "templates/saw-ring2.service.j2").read_text(), re.MULTILINE
+    )
+    assert folders <= {path.removeprefix("-") for path in hidden.split()}
+    for folder in folders:
+        assert f"d {folder} 0700 saw-gateway saw-gateway -\n" in (ROLE / "templates/tmpfiles.conf.j2").read_text()
+
+
+@pytest.mark.parametrize(("name", "taken"), [("git/mia", True), ("git-token", True), ("git:mia", False)])
+def test_two_keys_are_never_one_file(name: str, taken: bool) -> None:
+    (check,) = (
+        step["ansible.builtin.assert"]
+        for step in yaml.safe_load((ROLE / "tasks/preflight.yml").read_text())
+        if "ansible.builtin.assert" in step
+    )
+    said = templar_of(perimeter_credentials={name: "x"}).template(trust_as_template("{{ " + check["that"] + " }}"))
+    assert said is taken
 
 
 @pytest.mark.control("CRED-01")

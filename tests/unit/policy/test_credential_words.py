@@ -31,7 +31,7 @@ def one(fields: str, ref: str = "file:a") -> str:
     "ref",
     [
         "file:a", "local:a", "file:git/{sponsor}", "file:git/{workspace}/{sponsor}", "vault:kv/git", "vault:kv/git/{sponsor}",
-        "vault:kv/{workspace}#token", "vault:kv/a/b/c.d_e-f",
+        "vault:kv/git/{workspace}#token", "vault:kv/a/b/c.d_e-f",
     ],
 )  # fmt: skip
 def test_references_that_are_honoured(ref: str) -> None:
@@ -47,7 +47,9 @@ def test_references_that_are_honoured(ref: str) -> None:
         ("file:", "part 1"), ("file:../a", "part 1"), ("file:a//b", "part 2"), ("file:/a", "part 1"), ("file:a/", "part 2"),
         ("file:{sponsor}", "a name in front"), ("file:a#b", "a file has no entries"), ("file:a-{sponsor}", "part 1"),
         ("vault:kv", "mount of a KV engine"), ("vault:{sponsor}/a", "mount of a KV engine"), ("vault:kv/a#", "the entry"),
-        ("vault:kv/{group}", "part 2"), ("vault:kv/{sponsor}x", "part 2"), ("vault:kv/{}", "part 2"), ("vault:kv/../a", "part 2"),
+        ("vault:kv/{group}", "part 2"), ("vault:kv/{sponsor}", "a folder below the mount"),
+        ("vault:kv/{workspace}/git#a", "a folder below the mount"),
+        ("vault:kv/{sponsor}x", "part 2"), ("vault:kv/{}", "part 2"), ("vault:kv/../a", "part 2"),
         ("vault:kv/a#b/c", "the entry"), ("vault:kv/a#{sponsor}", "the entry"), ("file:" + "/".join("abcdefghi"), "more than 8"),
     ],
 )  # fmt: skip
@@ -102,7 +104,7 @@ def test_two_names_never_become_one_part_of_a_path() -> None:
 def test_a_name_that_fits_no_path_is_refused(name: str) -> None:
     for field in FIELDS:
         with pytest.raises(ValueError, match=f"no {field}"):
-            parse_reference(f"vault:kv/{{{field}}}").at({field: name})
+            parse_reference(f"vault:kv/git/{{{field}}}").at({field: name})
 
 
 @pytest.mark.control("CRED-01")
@@ -171,6 +173,37 @@ def test_a_signature_takes_the_place_of_a_header(fields: str, words: str) -> Non
 )
 def test_what_is_honoured_loads(fields: str) -> None:
     assert one(f"{HERE}, {fields}") == ""
+
+
+@pytest.mark.control("CRED-01")
+@pytest.mark.parametrize(
+    ("left", "right", "met"),
+    [
+        ("vault:kv/git/{sponsor}", "vault:kv/git/bot", True),
+        ("vault:kv/git/bot#other", "vault:kv/git/{sponsor}#token", True),
+        ("file:git/{sponsor}", "local:git/bot", True),
+        ("file:git/{sponsor}", "file:git/{workspace}", True),
+        ("file:git/{sponsor}/a", "file:git/b/{workspace}", True),
+        ("vault:kv/git/{sponsor}#user", "vault:kv/git/{sponsor}#token", False),
+        ("vault:kv/git/{sponsor}", "vault:kv/model/bot", False),
+        ("vault:kv/git/{sponsor}", "vault:other/git/bot", False),
+        ("vault:kv/git/{sponsor}", "vault:kv/git", False),
+        ("vault:kv/git/{sponsor}", "file:kv/git/bot", False),
+        ("file:git/{sponsor}/a", "file:git/{workspace}/b", False),
+        ("file:git/bot", "file:git/other", False),
+    ],
+)
+def test_no_name_of_a_caller_leads_from_one_reference_to_the_secret_of_another(
+    left: str, right: str, met: bool
+) -> None:
+    two = "credentials:\n" + "".join(
+        f"- {{id: {name}, ref: '{ref}', {INJECT}, hosts: ['{name}.example.com:443']}}\n"
+        for name, ref in (("a", left), ("b", right))
+    )
+    found = problems(two)
+    assert ("credentials[1].ref: a caller with a fitting name would get a secret of a" in found) if met else not found
+    found = one(f"{HERE}, oauth2: {{{TOKEN}, grant: refresh_token, client_secret: '{right}'}}", left)
+    assert ("credentials[0].oauth2.client_secret: a caller with" in found) if met else not found
 
 
 def test_credentials_of_other_methods_may_share_paths() -> None:

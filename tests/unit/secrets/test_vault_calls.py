@@ -178,10 +178,10 @@ def _held(value: bytes) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "data",
-    [{}, {"value": "*"}, {"value": ""}, {"other": "YQ=="}, {"value": "YQ==", "more": "YQ=="}],
-    ids=["empty", "no Base64", "nothing", "another field", "two fields"],
+    [{}, {"value": "*"}, {"value": ""}, {"other": "YQ=="}, {"value": "YQ==", "more": "YQ=="}, {"value": 7}],
+    ids=["empty", "no Base64", "nothing", "another field", "two fields", "a number"],
 )
-def test_what_is_not_as_we_write_it_is_refused(far: Contract, store: VaultStore, data: dict[str, str]) -> None:
+def test_what_is_not_as_we_write_it_is_refused(far: Contract, store: VaultStore, data: dict[str, Any]) -> None:
     far.held["saw/broker/server.pem"] = [data]
     with pytest.raises(SecretBroken, match=r"server\.pem in the vault is not as we write it"):
         store.read("server.pem")
