@@ -416,7 +416,8 @@ def test_a_file_is_copied_in_and_a_server_of_the_agent_shows_it_by_a_granted_por
     copied = json.loads(workspace.saw("cp", "--json", str(page), f"{workspace.id}:").stdout)
     assert (copied["direction"], copied["files"], copied["bytes"]) == ("to", 1, 32)
     [us] = [row["who"] for row in workspace.sessions() if row["id"] in copied["sessions"]]
-    serve = "cd; python3 -m http.server 3000 --bind 127.0.0.1 >/dev/null 2>&1 </dev/null & echo $!"
+    # Copies and commands begin in the same folder.
+    serve = "python3 -m http.server 3000 --bind 127.0.0.1 >/dev/null 2>&1 </dev/null & echo $!"
     server = workspace.agent(serve).stdout.strip()
     assert server.isdecimal()
     try:
@@ -433,7 +434,7 @@ def test_a_file_is_copied_in_and_a_server_of_the_agent_shows_it_by_a_granted_por
             [session] = [row for row in workspace.sessions("--live") if row["forward_port"]]
             assert (session["forward_port"], session["who"]) == (3000, us)
     finally:
-        workspace.agent(f"kill {server}; rm ~/{page.name}")
+        workspace.agent(f"kill {server}; rm {page.name}")
 
 
 def test_the_report_says_what_ran_the_machine_and_that_the_terminal_kept_its_work(report: dict[str, Any]) -> None:
