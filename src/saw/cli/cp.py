@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="saw cp",
         usage="saw cp [-r] [--context FILE] [--ttl S] [--json] SOURCE… TARGET",
-        description="Copy files to a workspace or out of one. WORKSPACE:PATH is a path there, from the home directory on.",
+        description="Copy files to a workspace or out of one. WORKSPACE:PATH is a path there, from where sessions begin.",
         epilog="exit codes: 0 copied; 1 refused or failed, and why; 2 wrong usage; 130 interrupted",
     )
     parser.add_argument("paths", nargs="+", metavar="PATH", help="what to copy, then where to")
