@@ -42,7 +42,7 @@ def test_a_terminal_that_starts_anew_each_time_is_told_from_a_persistent_one(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
     script = f"n=$(mktemp -u {tmp_path}/XXXXXX.sock); exec {TMUX} -f /dev/null -S $n new-session -A -s main"
-    seen = attach_thrice(["/bin/sh", "-c", script], environment, "m4711", patience=4)
+    seen = attach_thrice(["/bin/sh", "-c", script], environment, "m4711", patience=12)
     assert seen == {"detached": True, "kept": False, "kept_after_hangup": False}
 
 
