@@ -62,11 +62,15 @@ def test_a_call_that_a_person_would_decide_on_is_refused_and_does_not_stall(
 
 
 @pytest.mark.control("RUN-01")
-def test_no_body_that_must_be_read_goes_out_as_a_grpc_call(workspace: Workspace) -> None:
+def test_no_body_that_must_be_read_goes_out_as_a_grpc_call(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A content type is the caller's own word: what a decision needs the body for is refused under this one."""
     url, prompt = "https://inference.local/v1/chat/completions", '{"model": "demo-1", "messages": []}'
     sent = ("curl", "-sS", "-d", prompt, url)
-    workspace.far.files["models.example.com", "/v1/chat/completions"] = ("application/json", b'{"said": "yes"}')
+    # The far end is shared by all tests: it forgets this with the end of this one.
+    answer = ("application/json", b'{"said": "yes"}')
+    monkeypatch.setitem(workspace.far.files, ("models.example.com", "/v1/chat/completions"), answer)
     assert workspace.client(*sent, "-H", "content-type: application/json").out == '{"said": "yes"}'
     before = len(workspace.far.arrived)
     for kind in (
