@@ -8,7 +8,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 build=$(realpath -m "${SAW_BUILD:-$root/build}")
 # What the project writes into a build directory, hidden files apart; nothing else is touched outside the checkout.
-own=(ansible-home bench.json bootstrap-apt.log cache e2e.log image.json image-tree images installed lab lint lint-newer molecule
+own=(ansible-home bench.json bootstrap-apt.log cache e2e.log image-tree images installed lab lint lint-newer molecule
   packer.log report.json runner sanity test-results uv venv-newer workspace-runs.json .lock)
 removed=0
 

@@ -41,7 +41,7 @@ _REFUSES = "refuses this perimeter host"
 class CredentialSource(Protocol):
     """A store of one kind."""
 
-    async def read(self, identifier: str, place: Place, workspace: str) -> str:
+    async def read(self, identifier: str, place: Place, workspace: str, /) -> str:
         """Return the value at ``place`` of the credential ``identifier`` (for messages), as it is now, for ``workspace``.
 
         Raises :class:`CredentialUnavailable` when there is none, the store does not answer, or the value cannot be sent.
@@ -69,7 +69,7 @@ class FileSource:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    async def read(self, identifier: str, place: Place, workspace: str) -> str:  # noqa: ARG002 - see CredentialSource
+    async def read(self, identifier: str, place: Place, _workspace: str) -> str:
         """Return the value; see :class:`CredentialSource`."""
         try:
             descriptor = os.open(self._directory / file_name(place), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -105,11 +105,10 @@ def check_token_url(value: str, report: Report) -> None:
     """Check where tokens are fetched."""
     try:
         parts = urlsplit(value)
-        parts.port  # noqa: B018 - raises for what is no port
+        host, _ = parts.hostname or "", parts.port  # both raise for what is none
     except ValueError:
         report("the token endpoint is not a URL", "write https://host/path")
         return
-    host = parts.hostname or ""
     if parts.scheme != "https" or parts.query or parts.fragment or "@" in parts.netloc or not _VISIBLE.match(value):
         report("the token endpoint must be https://host[:port]/path and nothing else", "correct the URL")
     elif not globs.is_exact(host) or is_blocked_host(host):
