@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Row, select
 from saw.audit import Subject
 from saw.broker.clock import iso, parse_iso
 from saw.broker.context import BROKER, Caller, Services
-from saw.broker.errors import NotFoundError
+from saw.broker.errors import ConflictError, NotFoundError
 from saw.broker.lifecycle import State
 from saw.broker.notification_settings import Kind
 from saw.broker.notifications import Notifications
@@ -64,6 +64,15 @@ def stored(connection: Connection, identifier: str, what: Literal["call", "answe
     """Return the encrypted call, answer or context of a review; None when there is none, or no longer."""
     found: bytes | None = connection.execute(select(reviews.c[what]).where(reviews.c.id == identifier)).scalar_one()
     return found
+
+
+def other_policy(workspace: str) -> ConflictError:
+    """Return the refusal of a call that was judged by another policy than the one in force."""
+    return ConflictError(
+        f"{workspace[:64]} is under another policy than the call was judged by",
+        cure="judge the call again",
+        code="policy_changed",
+    )
 
 
 def unknown_review(identifier: str) -> NotFoundError:

@@ -31,6 +31,7 @@ from saw.broker.review_states import (
     due_at,
     get_review,
     lease_counts,
+    other_policy,
     stored,
     unknown_review,
     why_void,
@@ -90,11 +91,7 @@ class Reviews:
             require_state(workspace, frozenset({State.ACTIVE}))
             require_living(tx.connection, workspace)
             if workspace.policy_digest != wanted.policy_digest:
-                raise ConflictError(
-                    f"{workspace.id} is under another policy than the call was judged by",
-                    cure="judge the call again",
-                    code="policy_changed",
-                )
+                raise other_policy(workspace.id)
             first = self._same(tx, caller, wanted, digest)
             if first is None:
                 require_room(tx.connection, workspace.id)

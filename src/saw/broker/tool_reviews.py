@@ -34,6 +34,7 @@ from saw.broker.review_states import (
     due_at,
     get_review,
     lease_counts,
+    other_policy,
     stored,
     unknown_review,
     why_void,
@@ -79,22 +80,16 @@ class ToolReviews:
         """
         _require_self(caller, body.workspace_id)
         with self._s.store.read() as connection:
-            # Before anything of a policy is read: of others than its own a workspace learns nothing. Looked at again below.
-            workspace = get_row(connection, body.workspace_id)
-        require_state(workspace, frozenset({State.ACTIVE}))
-        if workspace.policy_digest != body.policy_digest:
-            raise _other_policy(workspace.id)
+            # Before anything of a policy is read: of others than its own a workspace learns nothing.
+            _asking(connection, body)
         call, asked = self._judged(body)
         digest = tool_digest(body.workspace_id, call)
         now = self._s.clock()
         identifier = self._s.new_id("rv")
         sealed = self._vault.seal(identifier, "call", call)
         with self._s.store.write() as tx:
-            workspace = get_row(tx.connection, body.workspace_id)
-            require_state(workspace, frozenset({State.ACTIVE}))
+            workspace = _asking(tx.connection, body)
             require_living(tx.connection, workspace)
-            if workspace.policy_digest != body.policy_digest:
-                raise _other_policy(workspace.id)
             delegation = self._delegation(tx.connection, workspace)
             found = self._same(tx, body, digest)
             if found is None:
@@ -215,7 +210,7 @@ class ToolReviews:
                 code="already_claimed",
             )
         if body.policy_digest != row.policy_digest:
-            return _other_policy(row.workspace_id)
+            return other_policy(row.workspace_id)
         if row.state in OPEN and (why := why_void(tx.connection, row, now)):
             self._moves.move(tx, caller, row, "cancelled", why)
             return ConflictError(f"{row.id} is void: {why}", cure="ask again", code=why)
@@ -259,7 +254,7 @@ class ToolReviews:
         with self._s.store.read() as connection:
             raw = bundles_of(connection, {body.policy_digest}).get(body.policy_digest)
         if raw is None:
-            raise _other_policy(body.workspace_id)
+            raise other_policy(body.workspace_id)
         governance = _governance(body.policy_digest, raw)
         rules = governance.mcp.servers.get(body.server)
         decision = decide_tool(governance, body.server, tool, arguments)
@@ -346,12 +341,13 @@ def _mine(connection: Connection, caller: Caller, identifier: str) -> Row[Any]:
     return row
 
 
-def _other_policy(workspace: str) -> ConflictError:
-    return ConflictError(
-        f"{workspace[:64]} is under another policy than the call was judged by",
-        cure="judge the call again",
-        code="policy_changed",
-    )
+def _asking(connection: Connection, body: AskTool) -> Row[Any]:
+    """Return the workspace that asks; raise unless it is active and under the policy that it names."""
+    workspace = get_row(connection, body.workspace_id)
+    require_state(workspace, frozenset({State.ACTIVE}))
+    if workspace.policy_digest != body.policy_digest:
+        raise other_policy(workspace.id)
+    return workspace
 
 
 def _hash(claim: str) -> str:
