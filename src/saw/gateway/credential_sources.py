@@ -110,6 +110,7 @@ class VaultSource:
         self._calls = VaultCalls(config.settings(), "vault", "the path of a credential", tries=1, monotonic=monotonic)
         self._lock = threading.Lock()
         self._lanes: dict[str, _Lane] = {}
+        self._closed = False
         self._known: dict[Place, tuple[float, Mapping[str, Any]]] = {}
         self._refused: dict[Place, float] = {}
 
@@ -130,12 +131,17 @@ class VaultSource:
         return usable(identifier, value.encode())
 
     def close(self) -> None:
-        """Let go of threads and connections."""
+        """Begin no read any more; the connections are let go when the last one under way is over.
+
+        A socket that is closed while a thread reads from it gives its number to the next one, whose bytes that thread then takes.
+        """
         with self._lock:
+            self._closed = True
             lanes = tuple(self._lanes.values())
         for lane in lanes:
             lane.threads.shutdown(wait=False, cancel_futures=True)
-        self._calls.close()
+        if not lanes:
+            self._calls.close()
 
     async def _entries(self, identifier: str, place: Place, workspace: str) -> Mapping[str, Any]:
         now = self._monotonic()
@@ -172,6 +178,8 @@ class VaultSource:
 
     def _start(self, identifier: str, place: Place, workspace: str) -> Future[Mapping[str, Any]]:
         with self._lock:
+            if self._closed:
+                raise _unusable(identifier, "is not asked any more: the gatekeeper ends")
             lane = self._lanes.setdefault(workspace, _Lane())
             if lane.count >= READS_AT_ONCE + READS_WAITING:
                 raise CredentialUnavailable(
@@ -190,6 +198,9 @@ class VaultSource:
             if not lane.count:
                 del self._lanes[workspace]
                 lane.threads.shutdown(wait=False)
+            over = self._closed and not self._lanes
+        if over:
+            self._calls.close()
 
     def _ask(self, place: Place) -> Mapping[str, Any]:
         mount, *path = (quote(segment, safe="") for segment in place.segments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,20 @@ async def git(repositories: Path, scope: Any, body: bytes) -> Answer:
         "REQUEST_METHOD": scope["method"], "CONTENT_TYPE": headers.get("content-type", ""), "CONTENT_LENGTH": str(len(body)),
         "HTTP_CONTENT_ENCODING": headers.get("content-encoding", ""), "GIT_PROTOCOL": headers.get("git-protocol", ""),
     }  # fmt: skip
-    backend = await asyncio.create_subprocess_exec(
-        "git", "http-backend", env=environment, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    backend = await asyncio.to_thread(
+        subprocess.run,
+        ["git", "http-backend"],
+        env=environment,
+        input=body,
+        capture_output=True,
+        timeout=60,
+        check=False,
     )
-    output, _ = await backend.communicate(body)
-    head, _, content = output.partition(b"\r\n\r\n")
+    head, between, content = backend.stdout.partition(b"\r\n\r\n")
+    if not between or backend.returncode:
+        return 500, "text/plain", f"git http-backend ended with {backend.returncode}: {backend.stderr!r}".encode()
     fields = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
-    return int(fields.get("Status", "200").split()[0]), fields["Content-Type"], content
+    return int(fields.get("Status", "200").split()[0]), fields.get("Content-Type", "text/plain"), content
 
 
 async def _echo(receive: Any, send: Any) -> None:

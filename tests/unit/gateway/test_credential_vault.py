@@ -283,3 +283,25 @@ def test_a_workspace_with_many_calls_does_not_take_the_vault_away_from_others(be
     assert value == "of noa"
     assert sum("too many calls of this workspace" in one for one in refused) == 200 - READS_AT_ONCE - READS_WAITING
     assert held.sent() == SECRET, "its turn comes again"
+
+
+def test_a_read_under_way_keeps_its_connection_when_the_gatekeeper_ends(bench: Make, far: Contract) -> None:
+    held, go, arrived = bench(), threading.Event(), threading.Event()
+
+    def slowly(_method: str, _path: str) -> None:
+        arrived.set()
+        go.wait(60)
+
+    far.before = slowly
+    said: list[str] = []
+    under_way = threading.Thread(target=lambda: said.append(held.sent()))
+    under_way.start()
+    try:
+        assert arrived.wait(60)
+        held.source.close()
+        assert "is not asked any more" in held.refused()
+    finally:
+        go.set()
+        under_way.join(60)
+    assert said == [SECRET]
+    assert held.source._calls._http.is_closed, "the last one lets the connections go"

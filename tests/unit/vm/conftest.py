@@ -65,7 +65,9 @@ def make_spec(hypervisor: Path, request: pytest.FixtureRequest) -> Callable[...,
     """Make a specification on a real (empty) golden image; ``name`` picks the image, ``tpm`` places a made vTPM."""
 
     def make(*, name: str = "golden", tpm: bool = False, **fields: Any) -> spec.VmSpec:
-        image = hypervisor / f"{name}.qcow2"
+        # In a folder of its own: images are looked for two folders up, where those of other tests would lie otherwise.
+        image = hypervisor / "golden" / f"{name}.qcow2"
+        image.parent.mkdir(exist_ok=True)
         if not image.exists():
             size = "64M" if name == "golden" else "65M"
             subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), size], check=True)
