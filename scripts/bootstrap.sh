@@ -98,6 +98,7 @@ npm_tree() {  # FOLDER WHAT: what its lock file says, once
 if [ "$what" = all ]; then
   npm_tree roles/broker/files/terminal "the portal's terminal"
   npm_tree tests/oidc "the tests' OpenID provider"
+  npm_tree tests/pages "the engine that tests the portal's pages for WCAG"
   npm_tree tests/oidc/node "a newer Node.js for it and for clients in the sandbox"
   npm_tree tests/clients "clients that tests run in the sandbox"
 fi

@@ -69,7 +69,11 @@ class Chromium:
             self.send("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code, **typed)
 
     def go(self, url: str) -> None:
-        self.send("Page.navigate", url=url)
+        # Interfaces that come and go on this machine end what the browser is loading; that says nothing about the page.
+        for _ in range(20):
+            if self.send("Page.navigate", url=url).get("errorText") != "net::ERR_NETWORK_CHANGED":
+                break
+            time.sleep(0.2)
         self.until("document.readyState === 'complete'")
 
     def sign_in(self, origin: str, issuer: str, person: str) -> None:
