@@ -95,6 +95,7 @@ def declared() -> dict[str, set[str]]:
             "tests/clients/package.json",
             "tests/oidc/package.json",
             "tests/oidc/node/package.json",
+            "tests/pages/package.json",
         )
     }
     found = {
