@@ -1,7 +1,8 @@
 """Signed notes and checkpoints (C2SP ``signed-note``, ``tlog-checkpoint``, ``tlog-cosignature``), with Ed25519 keys.
 
 A key has a name. Its public form is one line, ``NAME+ID+base64(type, key)``; its private form, as Go's notes have it, is the same
-behind ``PRIVATE+KEY+``. Type 1 signs notes, type 4 is a witness's and signs them with the time.
+behind ``PRIVATE+KEY+``. Type 1 signs notes, type 4 is a witness's and signs them with the time. A log signs with the time too, by
+the same Ed25519 key under type 4: what the two types sign begins with different lines, so neither signature is one of the other.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ WITNESS: Kind = 4
 _PRIVATE = "PRIVATE+KEY+"
 _NAME = re.compile(r"[^\s+\x00-\x20\x7f]{1,200}")
 _SIZE = re.compile(r"0|[1-9][0-9]{0,17}")
-_LONGEST_NOTE, _MOST_SIGNATURES = 65_536, 64
+LONGEST_NOTE, _MOST_SIGNATURES = 65_536, 64
 
 
 class NoteError(SawError):
@@ -51,6 +52,11 @@ class PublicKey(msgspec.Struct, frozen=True):
     def line(self) -> str:
         """The public form, without the end of the line."""
         return f"{self.name}+{self.id.hex()}+{base64.b64encode(bytes([self.kind]) + self.raw).decode()}"
+
+    @property
+    def timed(self) -> PublicKey:
+        """The same key of type 4, with which a log says when a checkpoint was its newest."""
+        return PublicKey(self.name, WITNESS, self.raw)
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -106,6 +112,10 @@ class Signer:
             raise NoteError(f"the id of private key {name} does not fit it", cure="use the file as it was made")
         return signer
 
+    def timed(self) -> Signer:
+        """Return the same key of type 4, see :attr:`PublicKey.timed`."""
+        return Signer(self.public.name, WITNESS, self._seed)
+
     def private_line(self) -> str:
         """Return the private form, without the end of the line."""
         raw = base64.b64encode(bytes([self.public.kind]) + self._seed).decode()
@@ -141,9 +151,10 @@ class SignedCheckpoint(msgspec.Struct, frozen=True):
     witnesses: Mapping[str, int]
 
 
-def sign_checkpoint(checkpoint: Checkpoint, signer: Signer) -> str:
-    """Return the note of ``checkpoint``."""
-    return f"{checkpoint.text}\n{signer.sign(checkpoint.text)}"
+def sign_checkpoint(checkpoint: Checkpoint, signer: Signer, time: int | None = None) -> str:
+    """Return the note of ``checkpoint``; with ``time`` (seconds since 1970) it says when this was the log's newest."""
+    note = f"{checkpoint.text}\n{signer.sign(checkpoint.text)}"
+    return note if time is None else note + signer.timed().sign(checkpoint.text, time)
 
 
 def open_checkpoint(raw: bytes, log: PublicKey, witnesses: tuple[PublicKey, ...] = ()) -> SignedCheckpoint:
@@ -178,7 +189,7 @@ def open_checkpoint(raw: bytes, log: PublicKey, witnesses: tuple[PublicKey, ...]
 def _parts(raw: bytes) -> tuple[str, list[tuple[str, bytes]]]:
     wrong = NoteError("this is no signed note", cure="take the file as it was written")
     try:
-        note = raw.decode() if len(raw) <= _LONGEST_NOTE else ""
+        note = raw.decode() if len(raw) <= LONGEST_NOTE else ""
     except UnicodeDecodeError as error:
         raise wrong from error
     text, blank, lines = note.rpartition("\n\n")

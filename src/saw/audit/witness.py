@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from saw.audit import merkle
-from saw.audit.note import PublicKey, Signer, open_checkpoint
+from saw.audit.note import Checkpoint, PublicKey, Signer, open_checkpoint
 from saw.audit.tiles import Files, Tiles
 from saw.errors import SawError
 from saw.files import load_json, write_private
@@ -45,31 +45,42 @@ def cosign(raw: bytes, log: PublicKey, files: Files, signer: Signer, state: Path
     """
     signed = open_checkpoint(raw, log)
     new = signed.checkpoint
-    tiles = Tiles(files, new.size)
     with _alone(state):
-        known = load_json(state, WitnessState) if state.exists() else WitnessState()
-        seen = known.logs.get(log.line)
-        if seen is None:
-            if tiles.root() != new.root:
-                raise _refusal("tree_forked", "the tiles are not those of the checkpoint")
-        elif new.size < seen.size:
-            raise _refusal("tree_shrunk", f"the tree had {seen.size} leaves, this one has {new.size}")
-        elif new.size == seen.size and new.root.hex() != seen.root:
-            raise _refusal("split_view", f"there are two trees of {new.size} leaves")
-        else:
-            proof = merkle.consistency_proof(seen.size, new.size, tiles.node)
-            if not merkle.verify_consistency(seen.size, new.size, proof, bytes.fromhex(seen.root), new.root):
-                raise _refusal("tree_forked", f"this tree of {new.size} does not continue the one of {seen.size}")
+        known = remembered(state)
+        continues(known.logs.get(log.line), new, files)
         logs = {**known.logs, log.line: Seen(new.size, new.root.hex())}
         write_private(state, msgspec.json.encode(WitnessState(logs)))
     return signed.note + signer.sign(new.text, time)
 
 
-def _refusal(code: str, text: str) -> WitnessRefusal:
-    error = WitnessRefusal(
-        f"not signed: {text}",
-        cure="keep both checkpoints and find out who changed the trail; a restored backup needs a new key",
-    )
+def remembered(state: Path) -> WitnessState:
+    """Return what the witness remembers; raise ``ConfigError`` for a damaged memory, which is no first time."""
+    return load_json(state, WitnessState) if state.exists() else WitnessState()
+
+
+def continues(seen: Seen | None, new: Checkpoint, files: Files) -> None:
+    """Raise :class:`WitnessRefusal` or ``TreeError`` unless ``new``, whose tiles are ``files``, continues what was ``seen``."""
+    tiles = Tiles(files, new.size)
+    if seen is None:
+        if tiles.root() != new.root:
+            raise refusal("tree_forked", "the tiles are not those of the checkpoint")
+    elif new.size < seen.size:
+        raise refusal("tree_shrunk", f"the tree had {seen.size} leaves, this one has {new.size}")
+    elif new.size == seen.size and new.root.hex() != seen.root:
+        raise refusal("split_view", f"there are two trees of {new.size} leaves")
+    else:
+        proof = merkle.consistency_proof(seen.size, new.size, tiles.node)
+        if not merkle.verify_consistency(seen.size, new.size, proof, bytes.fromhex(seen.root), new.root):
+            raise refusal("tree_forked", f"this tree of {new.size} does not continue the one of {seen.size}")
+
+
+def refusal(
+    code: str,
+    text: str,
+    cure: str = "keep both checkpoints and find out who changed the trail; a restored backup needs a new key",
+) -> WitnessRefusal:
+    """Return the error with its ``code``."""
+    error = WitnessRefusal(f"not signed: {text}", cure=cure)
     error.code = code
     return error
 

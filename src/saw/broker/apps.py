@@ -41,6 +41,7 @@ from saw.broker.perimeter import Report, Shipment
 from saw.broker.review_routes import perimeter_review_routes
 from saw.broker.session_routes import bastion_session_routes
 from saw.broker.tool_review_routes import tool_review_routes
+from saw.broker.tree_files import tree_routes
 from saw.broker.wake import PERIMETER
 from saw.errors import SawError
 from saw.identity.x509 import SpiffeId, verify_peer
@@ -64,7 +65,7 @@ def operator_app(broker: Broker) -> Starlette:
 
 
 def public_app(broker: Broker) -> Starlette:
-    """Return the TLS side: attestation, workspaces, perimeters, bastions, machines, the TUF repository."""
+    """Return the TLS side: attestation, workspaces, perimeters, bastions, machines, the TUF repository, the trail's tree."""
     attestation, views = broker.attestation, broker.views
     # Anyone who reaches the port may ask; each workspace id has its share, so none can fill the trail or starve another.
     asked = RateLimit(40, 4.0, time.monotonic)
@@ -170,6 +171,7 @@ def public_app(broker: Broker) -> Starlette:
             *worker_routes(broker, machine_route),
             Mount("/tuf/metadata", StaticFiles(directory=tuf / "metadata", check_dir=False)),
             Mount("/tuf/targets", StaticFiles(directory=tuf / "targets", check_dir=False)),
+            *tree_routes(broker.config.audit_tree),
         ],
         exception_handlers={404: _not_found, 405: _not_found},
     )

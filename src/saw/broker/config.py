@@ -100,6 +100,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``jobs``: lifecycle calls run playbooks; absent means that they do not.
     ``forwarding``: ports of workspaces may be granted to people; absent means that none is.
     ``audit``: how long the trail is kept; absent means for ever.
+    ``audit_tree``: folder of the trail's tree (``saw audit checkpoint``), served to witnesses; absent means that none is.
     ``notifications``: who is told that something waits for people; empty means nobody.
     ``postgresql`` (in the file: ``database``): the database of several brokers; absent means a SQLite file of this one.
     ``secrets``: where the broker's own keys are; absent means plain files.
@@ -126,6 +127,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     terminal: TerminalSettings | None = None
     jobs: JobSettings | None = None
     audit: AuditSettings | None = None
+    audit_tree: str | None = None
     notifications: tuple[Channel, ...] = ()
     forwarding: ForwardingSettings | None = None
     postgresql: str | None = msgspec.field(name="database", default=None)
@@ -162,7 +164,7 @@ def load_config(path: Path | str) -> BrokerConfig:
         problems.append("server_names must list lower-case DNS names")
     problems.extend(
         f"{name} must be an absolute path"
-        for name in ("state_dir", "operator_socket", "audit_socket")
+        for name in ("state_dir", "operator_socket", "audit_socket", "audit_tree")
         if not Path(getattr(config, name) or "/").is_absolute() or getattr(config, name) == ""
     )
     if not 0 <= config.listen.port <= 65535:
@@ -211,7 +213,9 @@ def load_config(path: Path | str) -> BrokerConfig:
         problems.extend(problems_of_forwarding(config.forwarding))
     problems.extend(problems_of_secrets(config.secrets))
     if config.audit is not None:
-        problems.extend(problems_of_audit(config.audit, ships=config.audit_socket is not None))
+        problems.extend(
+            problems_of_audit(config.audit, ships=config.audit_socket is not None and config.audit_tree is None)
+        )
     problems.extend(problems_of_notifications(config.notifications))
     if problems:
         raise ConfigError(

@@ -42,7 +42,7 @@ def days_of(text: str) -> int | None:
 
 
 def problems_of_audit(settings: AuditSettings, *, ships: bool) -> Iterator[str]:
-    """Yield what is wrong, naming the field; ``ships``: whether there is a socket for ``saw audit ship``."""
+    """Yield what is wrong, naming the field; ``ships``: whether the audit socket can only be for ``saw audit ship``."""
     days = days_of(settings.retention)
     if days is None or not LEAST_DAYS <= days <= MOST_DAYS:
         yield f"audit.retention must be {LEAST_DAYS}d to {MOST_DAYS}d"

@@ -17,7 +17,8 @@ from saw.cli.audit_copy import completed, incomplete, removed_text, span_of
 from saw.cli.audit_hold import add_hold, hold
 from saw.cli.audit_search import add_search, search, tail
 from saw.cli.audit_ship import add_ship, ship
-from saw.cli.audit_tree import add_tree, checkpoint, key, verify_tree, witness
+from saw.cli.audit_tree import add_tree, checkpoint, key, verify_tree
+from saw.cli.audit_witness import add_witness, witness
 from saw.cli.operator_options import add_options, show, table
 from saw.errors import ConfigError
 
@@ -184,5 +185,6 @@ def _parser() -> argparse.ArgumentParser:
     add_search(commands)
     add_hold(commands)
     add_tree(commands, verify)
+    add_witness(commands)
     add_ship(commands)
     return parser

@@ -1,4 +1,4 @@
-"""``saw audit key``, ``checkpoint``, ``witness`` and ``verify --checkpoint``: the trail as a signed Merkle tree."""
+"""``saw audit key``, ``checkpoint`` and ``verify --checkpoint``: the trail as a signed Merkle tree."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from saw.audit.chain import ChainError
 from saw.audit.note import LOG, WITNESS, Checkpoint, PublicKey, Signer, open_checkpoint, sign_checkpoint
 from saw.audit.removal import Removals, is_removed
 from saw.audit.tiles import Folder, Leaf, Tiles, TreeError, TreeWriter
-from saw.audit.witness import cosign
 from saw.broker.client import BrokerContext, Context, OperatorClient
 from saw.cli.audit_copy import completed, incomplete, removed_text, span_of
 from saw.cli.audit_ship import AuditSocket
@@ -46,7 +45,7 @@ def key(options: argparse.Namespace) -> int:
 def checkpoint(options: argparse.Namespace) -> int:
     """Run ``saw audit checkpoint``: append what is new in the trail, and sign the tree."""
     folder = Path(options.tiles)
-    files, signer = Folder(folder), Signer.parse(_text(options.key))
+    files, signer = Folder(folder), _log_key(options)
     with contextlib.ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -61,11 +60,27 @@ def checkpoint(options: argparse.Namespace) -> int:
         client = OperatorClient(context) if context else OperatorClient.from_context(options.context)
         _append(writer, AuditSocket(stack.enter_context(client.session())))
         new = writer.finish()
-        if raw is None or new != old:
-            files.write("checkpoint", sign_checkpoint(new, signer).encode())
+        # signed again also when nothing is new: the time says that the log lives
+        files.write("checkpoint", sign_checkpoint(new, signer, int(time.time())).encode())
     value = {"origin": new.origin, "size": new.size, "root": new.root.hex(), "added": new.size - old.size}
     show(value, fields(value), as_json=options.json)
     return 0
+
+
+def _log_key(options: argparse.Namespace) -> Signer:
+    """Return the log's key; with ``--name`` it is made where there is none, unless there is a tree that another one signed."""
+    file = Path(options.key)
+    if options.name and not file.exists():
+        if (Path(options.tiles) / "checkpoint").exists():
+            raise ConfigError(f"{file} is missing, and there is a tree", cure="restore the key, or begin a new tree")
+        signer = Signer(options.name, LOG, secrets.token_bytes(32))
+        write_atomic(file.with_name(file.name + ".pub"), signer.public.line + "\n")
+        write_private(file, signer.private_line() + "\n")
+    signer = Signer.parse(_text(options.key))
+    if signer.public.kind != LOG or (options.name and signer.public.name != options.name):
+        wanted = options.name or "a log"
+        raise ConfigError(f"{file} is the key of {signer.public.name}, not of {wanted}", cure="use the log's own key")
+    return signer
 
 
 def _append(writer: TreeWriter, trail: AuditSocket) -> None:
@@ -86,20 +101,6 @@ def _append(writer: TreeWriter, trail: AuditSocket) -> None:
         writer.add(Leaf(item.source, item.seq, item.hash) for item in page.events)
         if writer.size >= page.end:
             return
-
-
-def witness(options: argparse.Namespace) -> int:
-    """Run ``saw audit witness``: sign a checkpoint that continues the last one that this witness signed."""
-    raw, signer = _bytes(options.checkpoint), Signer.parse(_text(options.witness_key))
-    if signer.public.kind != WITNESS:
-        raise ConfigError(f"{options.witness_key} is the key of a log", cure="make one with saw audit key --witness")
-    log = PublicKey.read(options.key, LOG)
-    note = cosign(raw, log, Folder(Path(options.tiles)), signer, Path(options.state), time=int(time.time()))
-    write_atomic(Path(options.out), note)
-    new = open_checkpoint(raw, log).checkpoint
-    value = {"origin": new.origin, "size": new.size, "root": new.root.hex(), "signed": options.out}
-    show(value, fields(value), as_json=options.json)
-    return 0
 
 
 def verify_tree(options: argparse.Namespace) -> int:
@@ -243,14 +244,7 @@ def add_tree(commands: Any, verify: argparse.ArgumentParser) -> None:
     grown.add_argument("--socket", help="the broker's audit socket, in place of --context")
     grown.add_argument("--tiles", required=True, metavar="DIR", help="folder of the tree")
     grown.add_argument("--key", required=True, metavar="FILE", help="private key of the log")
-    signing = commands.add_parser("witness", help="sign a checkpoint that continues the last one")
-    signing.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint of the log")
-    signing.add_argument("--tiles", required=True, metavar="DIR", help="folder of the tree, or a copy")
-    signing.add_argument("--key", required=True, metavar="FILE", help="public key of the log")
-    signing.add_argument("--witness-key", required=True, metavar="FILE", help="private key of this witness")
-    signing.add_argument("--state", required=True, metavar="FILE", help="what this witness remembers")
-    signing.add_argument("--out", required=True, metavar="FILE", help="where the signed checkpoint goes")
-    signing.add_argument("--json", action="store_true", help="print JSON")
+    grown.add_argument("--name", help="make the key under this name if there is none yet")
     verify.add_argument("--checkpoint", metavar="FILE", help="hold --tiles, and --file, against this signed checkpoint")
     verify.add_argument("--key", metavar="FILE", help="public key of the log")
     verify.add_argument("--tiles", metavar="DIR", help="folder of the tree, or a copy")

@@ -223,6 +223,7 @@ def test_the_agent_attests_again_in_time_and_with_new_keys(workspace, broker):
 
 
 @pytest.mark.control("POL-05")
+@pytest.mark.regression("CVE-2022-3500")
 def test_a_refused_workspace_loses_its_identity_when_the_lease_ends(workspace, broker):
     workspace.start()
     assert workspace.measure(CURRENT)["ok"]

@@ -55,6 +55,7 @@ def test_the_endorsement_key_read_at_creation_is_the_one_found_later(machine):
     assert read_ek(machine.swtpm.tcti).encode() == machine.ek_pem
 
 
+@pytest.mark.regression("CVE-2022-1053")
 def test_an_attestation_key_of_one_tpm_does_not_pass_with_the_endorsement_key_of_another(machine, new_tpm, tmp_path):
     other = Machine(new_tpm("second"), tmp_path / "other")
     assert other.ek_pem != machine.ek_pem

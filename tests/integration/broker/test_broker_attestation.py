@@ -224,6 +224,7 @@ def test_no_good_quote_no_identity_and_a_good_one_gives_identity_lease_and_sessi
 
 
 @pytest.mark.control("POL-03")
+@pytest.mark.regression("CVE-2025-13609")
 def test_another_endorsement_key_is_neither_recorded_nor_enrolled(broker, machine) -> None:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import rsa

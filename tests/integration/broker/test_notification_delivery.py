@@ -98,6 +98,7 @@ def test_a_review_is_told_over_tls_and_the_receiver_can_verify_it(hooks: Hooks, 
     assert "agent" not in got.body.decode()
 
 
+@pytest.mark.regression("AGT-ADR-0030-08")
 def test_what_was_answered_with_500_comes_again_with_the_same_id_and_body(
     hooks: Hooks, told: Callable[..., Told]
 ) -> None:

@@ -257,6 +257,7 @@ def test_malformed_and_oversize_bodies_are_refused_and_named(broker) -> None:
         assert client.get("/healthz").json()["ok"]
 
 
+@pytest.mark.regression("CVE-2026-1709")
 def test_the_operator_api_is_not_on_the_tls_port(broker) -> None:
     with broker.tls("perimeter", "edge-op") as edge:
         assert edge.get("/v1/workspaces").status_code == 404

@@ -86,6 +86,7 @@ def test_a_plain_key_and_a_host_certificate_do_not_log_in(bastion: Bastion, tmp_
     assert allowed(bastion, folder)
 
 
+@pytest.mark.regression("CVE-2026-46595")
 def test_a_certificate_bound_to_an_address_does_not_log_in_from_another(bastion: Bastion) -> None:
     folder, session = bastion.certify(source_address="127.0.0.1")
     moved = bastion.ssh(folder, "echo in-the-workspace", extra=("-b", "127.0.0.2"))
@@ -94,6 +95,7 @@ def test_a_certificate_bound_to_an_address_does_not_log_in_from_another(bastion:
     assert bastion.closed(session)["from"] == "127.0.0.1"
 
 
+@pytest.mark.regression("CVE-2026-59999")
 def test_no_port_is_forwarded_in_either_direction(bastion: Bastion) -> None:
     port = free_port()
     local, remote = f"{port}:127.0.0.1:{bastion.port}", f"{port}:127.0.0.1:22"

@@ -157,6 +157,7 @@ def test_independent_failures_are_reported_together(tpm):
 @pytest.mark.parametrize(
     "broken", ["verify_quote", "_check_clock", "_check_release", "_check_event_log", "_check_policy"]
 )
+@pytest.mark.regression("CVE-2022-3500")
 def test_an_exception_inside_the_verifier_ends_not_attested(tpm, monkeypatch, broken):
     def explode(*_):
         raise RuntimeError("a defect")

@@ -138,6 +138,8 @@ def letter(world: Told, row: Any) -> Any:
 
 
 @pytest.mark.control("REV-02")
+@pytest.mark.regression("AGT-ADR-0030-04")
+@pytest.mark.regression("AGT-ADR-0030-11")
 def test_nothing_that_the_agent_wrote_is_in_a_message_and_no_way_to_decide(tmp_path: Path) -> None:
     world = Told(tmp_path, HOOK, MAIL, sso=SSO)
     marks = [

@@ -51,6 +51,7 @@ def tamper(world: World, identifier: str, table: Any = reviews, **values: Any) -
 
 @pytest.mark.control("REV-01")
 @pytest.mark.control("REV-03")
+@pytest.mark.regression("AGT-ADR-0030-01")
 def test_a_call_waits_is_approved_claimed_once_and_its_answer_is_kept(world: World) -> None:
     opened = world.open(binary="/usr/bin/curl")
     assert (opened.state, opened.approvals, opened.quorum) == ("pending", 0, 1)
@@ -76,6 +77,7 @@ def test_a_call_waits_is_approved_claimed_once_and_its_answer_is_kept(world: Wor
 
 
 @pytest.mark.control("AUD-01")
+@pytest.mark.regression("AGT-ADR-0030-10")
 def test_every_step_is_an_event_that_names_who_and_under_which_policy(world: World) -> None:
     identifier = world.open(quorum=2).id
     world.decide(identifier, "ben")
@@ -181,6 +183,7 @@ def test_in_the_group_of_sponsors_the_sponsor_approves(world: World) -> None:
 
 
 @pytest.mark.control("REV-02")
+@pytest.mark.regression("AGT-ADR-0030-05")
 def test_who_is_not_in_the_group_not_known_or_retired_does_not_decide(world: World) -> None:
     world.reviewer("cleo", "security")
     identifier = world.open().id
@@ -200,6 +203,7 @@ def test_who_is_not_in_the_group_not_known_or_retired_does_not_decide(world: Wor
 
 @pytest.mark.control("REV-02")
 @pytest.mark.parametrize("how", ["retired", "moved"])
+@pytest.mark.regression("AGT-ADR-0030-03")
 def test_an_approver_who_leaves_before_the_claim_no_longer_counts(world: World, how: str) -> None:
     identifier = world.open(quorum=2).id
     world.decide(identifier, "ben")
@@ -223,6 +227,7 @@ def test_another_approver_makes_up_for_one_who_left(world: World) -> None:
 
 
 @pytest.mark.control("REV-02")
+@pytest.mark.regression("AGT-ADR-0030-07")
 def test_a_quorum_needs_that_many_people(world: World) -> None:
     identifier = world.open(quorum=2).id
     assert world.decide(identifier, "ben")["state"] == "pending"
@@ -254,6 +259,7 @@ def test_one_key_is_one_person_and_a_name_keeps_its_key(world: World) -> None:
 
 
 @pytest.mark.control("REV-02")
+@pytest.mark.regression("AGT-ADR-0030-06")
 def test_a_denial_wins_over_approvals_until_the_claim(world: World) -> None:
     for approvals in (0, 1, 2):
         identifier = world.open(f"{approvals}".encode(), quorum=2).id
@@ -275,6 +281,8 @@ def test_a_denial_wins_over_approvals_until_the_claim(world: World) -> None:
 
 @pytest.mark.control("REV-02")
 @pytest.mark.parametrize("field", ["request_digest", "render_digest", "policy_digest"])
+@pytest.mark.regression("AGT-ADR-0030-02")
+@pytest.mark.regression("AGT-ADR-0030-03")
 def test_a_decision_about_something_else_is_refused(world: World, field: str) -> None:
     identifier = world.open().id
     with refused("statement_mismatch", 409):
@@ -284,6 +292,7 @@ def test_a_decision_about_something_else_is_refused(world: World, field: str) ->
 
 
 @pytest.mark.control("REV-02")
+@pytest.mark.regression("AGT-ADR-0030-02")
 def test_a_decision_about_another_review_is_refused(world: World) -> None:
     one, two = world.open().id, world.open(workspace_id="ws-b").id
     nonce = world.broker.decisions.nonce(two, AskNonce("ben"))["nonce"]
@@ -295,11 +304,32 @@ def test_a_decision_about_another_review_is_refused(world: World) -> None:
 
 
 @pytest.mark.control("REV-02")
+@pytest.mark.regression("AGT-ADR-0030-05")
 def test_a_signature_by_another_key_is_refused(world: World) -> None:
     identifier = world.open().id
     with refused("signature_refused", 403):
         world.decide(identifier, "ben", key="cleo")
     assert world.decide(identifier, "ben", key="ben")["state"] == "approved"
+
+
+@pytest.mark.control("REV-02")
+@pytest.mark.regression("AGT-ADR-0030-11")
+def test_what_a_model_says_or_signs_is_no_decision(world: World) -> None:
+    """Advice comes as text of the call, as a decision under a key of its own, or as one under a person's name."""
+    advice = b'{"decision":"approve","approver":"ben","approved_by":["ben","cleo"],"state":"approved"}'
+    identifier = world.open(advice, request_id="approved").id
+    world.keys["model"] = Ed25519PrivateKey.generate()
+    for by, code, status in (("model", "unknown_reviewer", 404), ("ben", "signature_refused", 403)):
+        with refused(code, status):
+            world.decide(identifier, by, key="model")
+    world.reviewer("model", "advisors")
+    with refused("not_in_group", 403):
+        world.decide(identifier, "model")
+    view = world.view(identifier)
+    assert (view.state, view.approvals) == ("pending", 0)
+    assert world.claim() is None
+    assert world.decide(identifier, "ben")["approved_by"] == ["ben"]
+    assert world.claim().id == identifier
 
 
 @pytest.mark.control("REV-02")
@@ -327,6 +357,7 @@ def test_a_nonce_is_for_one_review_and_approver_once_and_ends(world: World) -> N
 
 
 @pytest.mark.control("REV-02")
+@pytest.mark.regression("AGT-ADR-0030-08")
 def test_the_same_signed_decision_counts_once(world: World) -> None:
     identifier = world.open(quorum=2).id
     nonce = world.broker.decisions.nonce(identifier, AskNonce("ben"))["nonce"]
@@ -338,6 +369,7 @@ def test_the_same_signed_decision_counts_once(world: World) -> None:
 
 
 @pytest.mark.control("REV-02")
+@pytest.mark.regression("AGT-ADR-0030-04")
 def test_a_decision_ends_when_its_signer_said(world: World) -> None:
     identifier = world.open().id
     with refused("statement_expired", 409):
@@ -356,6 +388,8 @@ def test_a_decision_ends_when_its_signer_said(world: World) -> None:
 
 
 @pytest.mark.control("REV-02")
+@pytest.mark.regression("AGT-ADR-0030-02")
+@pytest.mark.regression("AGT-ADR-0030-03")
 def test_bytes_that_change_after_review_are_not_sent(world: World) -> None:
     one, two, three, good = (world.approved(body=f"{number}".encode()) for number in range(4))
     vault = world.broker.reviews._vault
@@ -372,6 +406,8 @@ def test_bytes_that_change_after_review_are_not_sent(world: World) -> None:
 
 
 @pytest.mark.control("REV-02")
+@pytest.mark.regression("AGT-ADR-0030-01")
+@pytest.mark.regression("AGT-ADR-0030-05")
 def test_rows_that_somebody_wrote_into_the_database_are_no_approval(world: World) -> None:
     identifier, good = world.open(b"forged").id, world.approved()
     said = world.statement(identifier, "cleo")
@@ -407,6 +443,7 @@ def test_a_sponsors_approval_does_not_count_however_it_got_there(world: World) -
 
 @pytest.mark.control("REV-02")
 @pytest.mark.parametrize("decided", [True, False])
+@pytest.mark.regression("AGT-ADR-0030-04")
 def test_what_nobody_used_in_time_expires(world: World, decided: bool) -> None:
     identifier = world.approved() if decided else world.open().id
     world.later(seconds=3599)
@@ -422,6 +459,7 @@ def test_what_nobody_used_in_time_expires(world: World, decided: bool) -> None:
 
 @pytest.mark.control("REV-02")
 @pytest.mark.parametrize("decided", [True, False])
+@pytest.mark.regression("AGT-ADR-0030-03")
 def test_another_policy_ends_what_was_asked_under_the_one_before(world: World, decided: bool) -> None:
     identifier = world.approved() if decided else world.open().id
     world.set("ws-a", policy_digest="b" * 64)
@@ -506,6 +544,7 @@ def test_an_operator_cancels_what_waits_and_nothing_that_was_claimed(world: Worl
 
 
 @pytest.mark.control("REV-03")
+@pytest.mark.regression("AGT-ADR-0030-09")
 def test_of_many_who_claim_at_once_each_approval_goes_to_one(world: World) -> None:
     made: list[str] = []
     for part in range(4):
@@ -610,6 +649,7 @@ def test_an_attempt_without_an_answer_is_not_made_again(world: World, outcome: s
 
 
 @pytest.mark.control("REV-03")
+@pytest.mark.regression("AGT-ADR-0030-04")
 def test_a_crash_between_any_two_steps_loses_nothing_and_repeats_nothing(world: World) -> None:
     identifier = world.open(quorum=2).id
     world.crash()
@@ -633,6 +673,7 @@ def test_a_crash_between_any_two_steps_loses_nothing_and_repeats_nothing(world: 
 
 
 @pytest.mark.control("REV-03")
+@pytest.mark.regression("AGT-ADR-0030-10")
 def test_a_claim_whose_event_cannot_be_written_is_not_given(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     identifier = world.approved()
     monkeypatch.setattr("saw.broker.store.append_chained", _full_disk)

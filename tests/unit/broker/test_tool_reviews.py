@@ -128,6 +128,7 @@ def test_the_same_claim_is_answered_again_and_another_relay_is_refused(world: To
 
 
 @pytest.mark.control("REV-03")
+@pytest.mark.regression("AGT-ADR-0030-09")
 def test_of_many_relays_at_once_exactly_one_has_the_claim(world: ToolWorld) -> None:
     identifier = world.agreed()
     barrier, ends = threading.Barrier(8), []
@@ -280,6 +281,7 @@ def test_a_workspace_asks_and_claims_so_often_and_attests_all_the_same(
 
 
 @pytest.mark.control("REV-02")
+@pytest.mark.regression("AGT-ADR-0030-06")
 def test_a_denial_wins_also_after_an_approval(world: ToolWorld) -> None:
     identifier = world.agreed()
     world.decide(identifier, "cleo", "deny")
@@ -308,6 +310,7 @@ def test_policy_says_how_many_of_whom_decide_on_a_tool_and_within_which_time(wor
     assert world.begin(asked.id, params=params).state == "executing"
 
 
+@pytest.mark.regression("AGT-ADR-0030-04")
 def test_nobody_decided_in_time_and_a_cancelled_one_is_not_claimed(world: ToolWorld) -> None:
     late, cancelled = world.agreed(), world.agreed(params_of("move", {"to": "b"}))
     world.broker.decisions.cancel(OPERATOR, cancelled, Cancel("not needed"))
@@ -327,6 +330,8 @@ def test_nobody_decided_in_time_and_a_cancelled_one_is_not_claimed(world: ToolWo
         {"server": "other"},
     ],
 )
+@pytest.mark.regression("AGT-ADR-0030-02")
+@pytest.mark.regression("AGT-ADR-0030-03")
 def test_other_bytes_than_people_saw_are_not_claimed(world: ToolWorld, changes: dict[str, Any]) -> None:
     identifier = world.agreed()
     with refused("call_changed", 409):
@@ -378,6 +383,7 @@ def test_a_lapsed_lease_waits_and_loses_nothing(world: ToolWorld) -> None:
     assert world.begin(identifier).state == "executing"
 
 
+@pytest.mark.regression("AGT-ADR-0030-03")
 def test_a_claim_under_another_policy_than_the_review_is_refused(world: ToolWorld) -> None:
     identifier = world.agreed()
     with refused("policy_changed"):

@@ -41,6 +41,7 @@ CREDENTIALS = {"saw-hosts": "Machine", "saw-broker": "saw-broker", "saw-officer"
 TOGETHER = {"workspace_image_path": "workspace_image", "workspace_image_sha256": "workspace_image"}
 #: Playbooks that no job template runs, and why.
 NOT_OFFERED = {
+    "audit_witness": "a witness is under other hands than whoever runs AWX",
     "awx_content": "loads this content",
     "baseline_scan": "needs the scanner on the controller, which the execution environment does not have",
     "demo_enterprise": "not part of the product",
