@@ -163,7 +163,7 @@ def test_approval_bounds_what_the_agent_does_on_its_own(broker: Broker) -> None:
 @pytest.mark.control("DEL-01")
 def test_a_grpc_call_that_a_person_would_have_to_decide_on_is_refused(broker: Broker) -> None:
     reviewed = broker.engagement(record(approval="review"))
-    case: Any = SimpleNamespace(view=SimpleNamespace(engagements={"ws-1": reviewed}), now=NOW, approved=False)
+    case: Any = SimpleNamespace(view=SimpleNamespace(engagements={"ws-1": reviewed}), now=NOW, approved=False, server="")
     release: Any = SimpleNamespace(matcher=SimpleNamespace(speaks_git=lambda _: False))
     entry: Any = SimpleNamespace(id="ws-1")
     decision = Decision(verdict="allow", canonical_path="/v1/x")
