@@ -6,7 +6,7 @@ while its whole line is there, counts, and narrows from step to step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import lru_cache
 
@@ -150,14 +150,14 @@ def reach(engagement: Engagement, host: str, port: int, now: datetime) -> str:
     raise OutsideDelegation("outside_delegation", f"no delegation of this agent covers anything at {host}")
 
 
-def shown(engagement: Engagement, host: str, port: int, path: str, server: str, tool: str, now: datetime) -> bool:
-    """Return whether ``tool`` of ``server`` belongs into the list of tools that the agent gets from a canonical ``path``."""
-    return not engagement.required or any(
-        line.not_before <= now < line.expires
-        and line.scope.covers(host, port, "POST", path)
-        and line.tools.covers(server, tool)
+def shown(engagement: Engagement, request: Request, path: str, server: str, now: datetime) -> Callable[[str], bool]:
+    """Return which tools of ``server`` belong into the list that the agent gets at the canonical ``path`` of ``request``."""
+    scopes = [
+        line.tools
         for line in engagement.lines
-    )
+        if line.not_before <= now < line.expires and line.scope.covers(request.host.lower(), request.port, "POST", path)
+    ]
+    return lambda tool: not engagement.required or any(scope.covers(server, tool) for scope in scopes)
 
 
 def cover(

@@ -232,7 +232,7 @@ class Judge:
         return Rules(
             lambda: usable_tools(lambda call: release.matcher.decide(call, approved=True), request, server),
             self._definitions.of(verdict.workspace_id, server.name),
-            lambda tool: shown(held, request.host.lower(), request.port, path, server.name, tool, case.now),
+            shown(held, request, path, server.name, case.now),
         )
 
     def _release(self, case: _Case) -> tuple[WorkspaceEntry, Release]:
@@ -473,10 +473,9 @@ def _delegated(
     try:
         if decision.frames not in {"", "none"}:
             _messages_delegated(held, request, decision, case.now)
-        found = cover(
+        return cover(
             held, request, decision, git_host=git, now=case.now, approved=case.approved, server=case.server
-        )
-        return found, ""
+        ), ""
     except OutsideDelegation as error:
         if error.code == "review_required" and is_grpc(request.headers):
             detail = f"delegation {error.delegation} wants every write reviewed, and a gRPC client cannot wait for that"

@@ -290,9 +290,7 @@ class Exchange:
             self._found(Finding("dropped", "an answer to nothing that was asked"))
             return None
         tools = rules.tools() if method == LIST_TOOLS else {}
-        answered = judge_answer(
-            method, message, tools, layer=LAYER, capabilities=_CAPABILITIES, shows=rules.shows
-        )
+        answered = judge_answer(method, message, tools, layer=LAYER, capabilities=_CAPABILITIES, shows=rules.shows)
         if answered.withheld:
             self._found(Finding("refused", answered.withheld))
         if answered.listed is not None:

@@ -168,7 +168,7 @@ def _listed(
         elif often[name] == 1:
             kept.append({key: value for key, value in tool.items() if key != _UNPINNED})
             pinned.add(name)
-    kept = [tool for tool in kept if shows(tool["name"])]
+    kept = [tool for tool in kept if shows(str(tool["name"]))]
     listed = Listed(len(offered), len(kept), frozenset(pinned), changed)
     return Answered({**message, "result": {**result, "tools": kept}}, listed)
 
