@@ -191,6 +191,7 @@ def test_tools_cover_their_servers_and_names_and_nothing_else() -> None:
     for server, tool in (("files", "write"), ("files", "lists"), ("tracker", "close"), ("Files", "list"), ("", "list")):
         assert not scope.covers(server, tool), (server, tool)
     assert not ToolScope(()).covers("files", "list")
+    assert not ToolScope((Tools(server="*"),)).covers("", "list")
 
 
 @pytest.mark.control("DEL-02")
