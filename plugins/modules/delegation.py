@@ -12,7 +12,8 @@ short_description: Hand a task to the agent of a workspace, or take it back
 version_added: 0.1.0
 author: Secure Agent Workspace maintainers (!UNKNOWN)
 description:
-  - Has the broker sign a delegation, a record that binds sponsor, workspace, agent, task, resources, duration and approval.
+  - Has the broker sign a delegation, a record that binds sponsor, workspace, agent, task, resources, tools, duration and
+    approval.
   - The perimeter refuses every call of the workspace that no delegation covers. A delegation never widens what policy allows.
   - One that is made from another (O(parent)) lies within it, or the broker refuses it.
 extends_documentation_fragment:
@@ -51,6 +52,22 @@ options:
         type: list
         elements: str
         default: [/**]
+  tools:
+    description:
+      - The tools of MCP servers that the agent may call, over HTTP and over stdio.
+      - Without it the delegation says nothing of tools and the policy alone bounds them; an empty list is no tool at all.
+    type: list
+    elements: dict
+    suboptions:
+      server:
+        description: Name of the server in the policy (C(mcp.servers)), or a glob.
+        type: str
+        required: true
+      tools:
+        description: Globs over the names of its tools.
+        type: list
+        elements: str
+        default: ["*"]
   duration:
     description: How long a new one counts, such as V(90m), V(8h) or V(2d).
     type: str
@@ -92,6 +109,15 @@ EXAMPLES = r"""
       - {host: api.example.com, methods: [GET, POST], paths: [/v1/notes, /v1/items/**]}
       - {host: git.example.com, paths: [/team/notes.git/**]}
 
+- name: Hand out a task with two tools of one MCP server
+  secure_agent.workspace.delegation:
+    workspace: ws-demo
+    task: look through the tickets
+    resources:
+      - {host: tracker.example.com, paths: [/mcp]}
+    tools:
+      - {server: tracker, tools: [search, read_*]}
+
 - name: Take it back
   secure_agent.workspace.delegation:
     workspace: ws-demo
@@ -121,15 +147,15 @@ failure:
 
 from datetime import datetime, timedelta, timezone
 from typing import Any
-from urllib.parse import quote
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.secure_agent.workspace.plugins.module_utils.broker import broker_options, operator
 
 try:
+    from saw.broker.client import listed_delegations
     from saw.policy.governance import duration
 except ImportError:
-    duration = None  # the module then ends in ``operator``, which names the missing package
+    duration = listed_delegations = None  # the module then ends in ``operator``, which names the missing package
 
 
 def seconds(module: AnsibleModule, name: str) -> int:
@@ -146,21 +172,21 @@ def seconds(module: AnsibleModule, name: str) -> int:
 def ensure(module: AnsibleModule, client: Any) -> dict[str, Any]:
     """Do what is asked and return the module's result."""
     wanted = module.params
-    path = f"/v1/delegations?workspace_id={quote(wanted['workspace'], safe='')}"
-    mine = [
-        found
-        for found in client.request("GET", path)["delegations"]
-        if found["task"] == wanted["task"] and found["state"] == "active"
-    ]
+    active = listed_delegations(client, workspace_id=[wanted["workspace"]], state=["active"])
+    mine = [found for found in active if found["task"] == wanted["task"]]
     if wanted["state"] == "absent":
         revoked = [] if module.check_mode else revoke(client, mine, wanted["reason"])
         return result(mine, {}, revoked, changed=bool(mine))
     resources = [{key: part[key] for key in ("host", "ports", "methods", "paths")} for part in wanted["resources"]]
+    tools = {}
+    if wanted["tools"] is not None:
+        tools["tools"] = [{key: part[key] for key in ("server", "tools")} for part in wanted["tools"]]
     until = datetime.now(tz=timezone.utc) + timedelta(seconds=seconds(module, "renew"))
     for found in mine:
         same = [found[name] for name in ("resources", "approval", "parent")]
         if (
             same == [resources, wanted["approval"], wanted["parent"]]
+            and found.get("tools") == tools.get("tools")
             and datetime.fromisoformat(found["expires"]) > until
         ):
             others = [other for other in mine if other is not found]
@@ -173,6 +199,7 @@ def ensure(module: AnsibleModule, client: Any) -> dict[str, Any]:
         "duration_s": seconds(module, "duration"),
         "approval": wanted["approval"],
         "parent": wanted["parent"],
+        **tools,
     }
     if module.check_mode:
         return result(mine, body, [], changed=True)
@@ -213,6 +240,14 @@ def main() -> None:
                     "ports": {"type": "list", "elements": "int", "default": [443]},
                     "methods": {"type": "list", "elements": "str", "default": []},
                     "paths": {"type": "list", "elements": "str", "default": ["/**"]},
+                },
+            },
+            tools={
+                "type": "list",
+                "elements": "dict",
+                "options": {
+                    "server": {"type": "str", "required": True},
+                    "tools": {"type": "list", "elements": "str", "default": ["*"]},
                 },
             },
             duration={"type": "str", "default": "8h"},

@@ -22,6 +22,7 @@ from saw.broker.registry import get_row, require_state
 from saw.broker.schema import sessions, sso_sessions, workspaces
 from saw.broker.session_ends import SessionEnds, holder, session_key
 from saw.broker.session_records import SessionRecords
+from saw.broker.session_source import bound_source, known_source, workspace_source
 from saw.broker.session_views import bound_to, get_session, key_digest, not_over, own_session, session_view
 from saw.broker.store import Transaction
 from saw.identity.sealed import KEY_BYTES, SealKey
@@ -35,7 +36,8 @@ LISTED = 1000
 class SessionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A certificate to log in at the bastion once; ``ttl_s`` bounds the time to connect (seconds).
 
-    With ``forward_port`` the session carries connections to that port of the workspace and does nothing else; it takes a grant.
+    ``source_address`` may narrow from where it counts, never widen it. With ``forward_port`` the session carries connections to
+    that port of the workspace and does nothing else; it takes a grant.
     """
 
     workspace_id: Annotated[str, msgspec.Meta(max_length=64)]
@@ -88,28 +90,35 @@ class BastionSessions:
         if refused is not None:
             raise refused
 
-    def request(self, caller: Caller, body: SessionRequest, *, person: str = "", sign_in: str = "") -> dict[str, Any]:
+    def request(
+        self, caller: Caller, body: SessionRequest, *, person: str = "", sign_in: str = "", from_here: str | None = None
+    ) -> dict[str, Any]:
         """Issue the certificate that logs in at the bastion once. ``person`` and their ``sign_in`` must be entitled.
 
-        Its principal and key id are the session id, so that it opens nothing else. Raises :class:`ForbiddenError`.
+        Its principal and key id are the session id, so that it opens nothing else, and it counts from where the bastion sees
+        whoever asks (:mod:`saw.broker.session_source`); ``from_here``: this host logs in for them, and is seen there. Raises
+        :class:`ForbiddenError`, and :class:`MalformedError` for addresses that are none.
         """
         now = self._s.clock()
         session, expires = self._s.new_id("ses"), now + timedelta(seconds=body.ttl_s)
         with self._s.store.write() as tx:
             row = get_row(tx.connection, body.workspace_id)
             asking = f"user:{person}" if person else caller.principal
+            source = bound_source(from_here or known_source(self._rules, caller), body.source_address)
             certificate, grant = "", None
             refused = self._barred(tx.connection, row, person, sign_in, now)
+            if refused is None and isinstance(source, ForbiddenError):
+                refused = source
             if refused is None:
                 grant, refused = self._granted(tx.connection, row, body.forward_port, asking, now)
-            if refused is None:
+            if refused is None and not isinstance(source, ForbiddenError):
                 certificate = self._session_ca.issue_user(
                     body.public_key,
                     session,
                     session,
                     now,
                     body.ttl_s,
-                    source_address=body.source_address,
+                    source_address=source,
                     force_command=f"saw session record {row.id}",
                     terminal=body.forward_port is None,
                 )
@@ -119,7 +128,7 @@ class BastionSessions:
                         workspace_id=row.id,
                         principal=caller.principal,
                         key_fingerprint=key_digest(body.public_key),
-                        source_address=body.source_address,
+                        source_address=source,
                         issued_at=iso(now),
                         expires_at=iso(expires),
                         kind="bastion",
@@ -131,7 +140,7 @@ class BastionSessions:
                 )
             asked = {
                 "key_sha256": key_digest(body.public_key),
-                "source_address": body.source_address or "",
+                "source_address": (body.source_address if isinstance(source, ForbiddenError) else source) or "",
                 "sign_in": sign_in,
                 **_forwarded(body.forward_port, grant),
             }
@@ -338,7 +347,7 @@ class BastionSessions:
             row.id,
             now,
             USER_TTL,
-            source_address=self._source(workspace.number),
+            source_address=workspace_source(self._rules, workspace.number),
             forward=row.forward_port is not None,
         )
         tx.connection.execute(
@@ -368,9 +377,6 @@ class BastionSessions:
             lease_s=float(self._rules.lease_s),
             forward_port=row.forward_port,
         )
-
-    def _source(self, number: int) -> str:
-        return self._rules.leg_source or f"10.210.{number}.1"
 
     def _close(self, tx: Transaction, caller: Caller, row: Row[Any], reason: str, said: Closing | None) -> None:
         now = self._s.clock()

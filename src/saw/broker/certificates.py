@@ -16,6 +16,7 @@ from saw.broker.errors import ForbiddenError
 from saw.broker.lifecycle import State
 from saw.broker.registry import get_row, require_state
 from saw.broker.schema import certificates, sessions
+from saw.broker.session_source import bound_source, workspace_source
 from saw.broker.store import Transaction
 from saw.identity.ssh import SshAuthority
 from saw.identity.x509 import Authority
@@ -25,7 +26,11 @@ Kind = Literal["perimeter", "ring2", "bastion", "machine"]
 
 
 class SshRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A user certificate for one session with one workspace; ``ttl_s`` bounds the time to connect."""
+    """A user certificate for one session with one workspace; ``ttl_s`` bounds the time to connect.
+
+    It counts on the perimeter's side of the workspace's link, from where its SSH server sees everybody; ``source_address`` may
+    narrow that.
+    """
 
     workspace_id: Annotated[str, msgspec.Meta(max_length=64)]
     public_key: Annotated[str, msgspec.Meta(max_length=4096)]
@@ -65,13 +70,14 @@ class Certificates:
         with self._s.store.write() as tx:
             row = get_row(tx.connection, body.workspace_id)
             direct = not self._s.config.sessions.recorded_only
-            admitted = direct and row.state == State.ACTIVE
+            source = bound_source(workspace_source(self._s.config.sessions, row.number), body.source_address)
+            admitted = direct and row.state == State.ACTIVE and not isinstance(source, ForbiddenError)
             subject = caller.subject(row.id, agent=row.agent_id, policy_digest=row.policy_digest or "")
             fingerprint = hashlib.sha256(" ".join(body.public_key.split()[:2]).encode()).hexdigest()
             certificate = ""
-            if admitted:
+            if admitted and not isinstance(source, ForbiddenError):
                 certificate = self._ssh.issue_user(
-                    body.public_key, row.id, session, now, body.ttl_s, source_address=body.source_address
+                    body.public_key, row.id, session, now, body.ttl_s, source_address=source
                 )
                 tx.connection.execute(
                     sessions.insert().values(
@@ -79,7 +85,7 @@ class Certificates:
                         workspace_id=row.id,
                         principal=caller.principal,
                         key_fingerprint=fingerprint,
-                        source_address=body.source_address,
+                        source_address=source,
                         issued_at=iso(now),
                         expires_at=iso(expires),
                     )
@@ -93,8 +99,11 @@ class Certificates:
                     protocol="ssh-certificate",
                     session_uid=session,
                     expires=expires,
-                    status_detail="" if admitted else "workspace_not_admitted" if direct else "bastion_required",
-                    detail={"key_sha256": fingerprint, "source_address": body.source_address or ""},
+                    status_detail=_why(source, direct=direct, active=row.state == State.ACTIVE),
+                    detail={
+                        "key_sha256": fingerprint,
+                        "source_address": (body.source_address if isinstance(source, ForbiddenError) else source) or "",
+                    },
                 )
             )
         if not direct:
@@ -104,6 +113,8 @@ class Certificates:
                 code="bastion_required",
             )
         require_state(row, frozenset({State.ACTIVE}))
+        if isinstance(source, ForbiddenError):
+            raise source
         return {
             "certificate": certificate,
             "host_ca": self._ssh.host_ca,
@@ -169,3 +180,12 @@ class Certificates:
                 },
             )
         )
+
+
+def _why(source: str | ForbiddenError | None, *, direct: bool, active: bool) -> str:
+    """Return why no certificate was issued; an empty text when one was."""
+    if not direct:
+        return "bastion_required"
+    if not active:
+        return "workspace_not_admitted"
+    return source.code if isinstance(source, ForbiddenError) else ""

@@ -222,6 +222,11 @@ def listed_agents(client: OperatorClient, page: int = 10_000, **filters: Sequenc
     return sorted(_listed(client, "agents", page, filters), key=lambda one: (len(one["id"]), one["id"]))
 
 
+def listed_delegations(client: OperatorClient, page: int = 1000, **filters: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the delegations that meet ``filters``, as :func:`listed_workspaces` does, the newest first."""
+    return _listed(client, "delegations", page, filters)
+
+
 def _listed(client: OperatorClient, what: str, page: int, filters: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     query = [(name, value) for name, values in filters.items() for value in values] + [("limit", str(page))]

@@ -15,6 +15,7 @@ from saw.broker.gate_settings import GateSettings, MachineSettings, problems_of_
 from saw.broker.job_settings import JobSettings, problems_of_jobs
 from saw.broker.notification_settings import Channel, problems_of_notifications
 from saw.broker.retention_settings import AuditSettings, problems_of_audit
+from saw.broker.session_settings import SessionRules, problems_of_sessions
 from saw.broker.sso_settings import SsoSettings, problems_of
 from saw.broker.terminal.settings import TerminalSettings, problems_of_terminal
 from saw.errors import ConfigError
@@ -61,24 +62,6 @@ class DelegationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
     required: bool = False
     max_duration_s: int = 7 * 86_400
-
-
-class SessionRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How people get into workspaces (docs/sessions.md).
-
-    ``recorded_only``: certificates that lead to a workspace past the bastion are refused. ``max_duration_s``: how long a
-    session may last, seconds. ``lease_s``: how long one goes on without the broker, seconds. ``leg_source``: addresses from
-    which bastions reach workspaces, when that is not the perimeter's side of each link. ``max_recording_bytes``: the
-    largest recording that is taken from a bastion. ``keep_recordings_days``: recordings and their keys are removed that
-    long after the session; 0 keeps them for ever.
-    """
-
-    recorded_only: bool = False
-    max_duration_s: int = 8 * 3600
-    lease_s: int = 30
-    leg_source: str | None = None
-    max_recording_bytes: int = 2 * 1024**3
-    keep_recordings_days: int = 0
 
 
 class ImageSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -173,16 +156,7 @@ def load_config(path: Path | str) -> BrokerConfig:
         problems.append("tuf.timestamp_ttl_s must be 60 to 604800")
     if not 60 <= config.delegation.max_duration_s <= 7 * 86_400:
         problems.append("delegation.max_duration_s must be 60 to 604800")
-    problems.extend(
-        f"sessions.{name} must be {low} to {high}"
-        for name, low, high in (
-            ("max_duration_s", 10, 7 * 86_400),
-            ("lease_s", 6, 300),
-            ("max_recording_bytes", 1024**2, 1024**4),
-            ("keep_recordings_days", 0, 36_500),
-        )
-        if not low <= getattr(config.sessions, name) <= high
-    )
+    problems.extend(problems_of_sessions(config.sessions))
     problems.extend(
         f"rollout.{name} must be {low} to {high}"
         for name, low, high in (

@@ -13,6 +13,9 @@ from saw.broker.schema import delegations
 from saw.broker.store import Transaction
 from saw.policy.delegation import Delegation, parse_delegation
 
+DELEGATIONS = "*delegations*"
+"""The key of those who wait for a change of any delegation."""
+
 
 def record_of(row: Row[Any]) -> Delegation:
     """Return the record in a row of ``delegations``."""
@@ -37,8 +40,17 @@ class DelegationEnds:
         """Revoke ``rows`` and all that was made from them; return the ids of what ended, perimeters are woken."""
         now = self._s.clock()
         ended = [row for row in _below(tx.connection, list(rows)) if not row.revoked_at]
+        if not ended:
+            return []
+        seq = tx.touch(*{row.workspace_id for row in ended})
+        tx.wake(DELEGATIONS)
         for row in ended:
-            values = {"revoked_by": caller.principal, "revoked_at": iso(now), "revoked_reason": reason}
+            values: dict[str, object] = {
+                "revoked_by": caller.principal,
+                "revoked_at": iso(now),
+                "revoked_reason": reason,
+            }
+            values |= {"version": row.version + 1, "seq": seq}
             tx.connection.execute(delegations.update().where(delegations.c.id == row.id).values(**values))
             record = record_of(row)
             tx.record(
@@ -51,8 +63,6 @@ class DelegationEnds:
                     detail={"delegation": row.id, "parent": record.parent},
                 )
             )
-        if ended:
-            tx.touch(*{row.workspace_id for row in ended})
         return [row.id for row in ended]
 
 

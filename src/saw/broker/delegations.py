@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Annotated, Any
@@ -13,14 +14,18 @@ from saw.audit import Subject
 from saw.broker.agent_states import require_living
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
-from saw.broker.delegation_ends import DelegationEnds, record_of
+from saw.broker.delegation_ends import DELEGATIONS, DelegationEnds, record_of
+from saw.broker.delegation_list import Wanted, delegation_view, page
 from saw.broker.errors import ConflictError, ForbiddenError, MalformedError, NotFoundError
+from saw.broker.handed_tools import names_tools
+from saw.broker.idempotency import told_before
 from saw.broker.lifecycle import State
 from saw.broker.registry import get_row
 from saw.broker.schema import delegations
 from saw.broker.sponsor_states import require_enabled
 from saw.broker.store import Transaction
 from saw.identity.statement import sign_statement
+from saw.jobs.messages import IdempotencyKey
 from saw.policy.delegation import (
     FORMAT,
     MAX_DEPTH,
@@ -29,6 +34,7 @@ from saw.policy.delegation import (
     Delegation,
     DelegationInvalid,
     Resource,
+    Tools,
     check_delegation,
     wider,
 )
@@ -39,7 +45,10 @@ Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
 
 class Issue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What an agent is to be handed. Sponsor and agent are those of the workspace; ``duration_s`` is its life in seconds."""
+    """What an agent is to be handed. Sponsor and agent are those of the workspace; ``duration_s`` is its life in seconds.
+
+    The same ``idempotency_key`` is the same delegation.
+    """
 
     workspace_id: Annotated[str, msgspec.Meta(max_length=64)]
     task: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]
@@ -47,6 +56,8 @@ class Issue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     duration_s: Annotated[int, msgspec.Meta(ge=60)]
     approval: Approval = "policy"
     parent: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    tools: tuple[Tools, ...] | msgspec.UnsetType = msgspec.UNSET
+    idempotency_key: IdempotencyKey | None = None
 
 
 class Revoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,13 +74,22 @@ class Delegations:
         self._ends = DelegationEnds(services)
 
     def issue(self, caller: Caller, wanted: Issue) -> dict[str, Any]:
-        """Sign and record a delegation; one that is made from another lies within it, or it is refused."""
+        """Sign and record a delegation; one that is made from another lies within it, or it is refused.
+
+        Raises :class:`ConflictError` for a key that was used for another request (``idempotency_mismatch``).
+        """
         now = self._s.clock().replace(microsecond=0)
         longest = self._s.config.delegation.max_duration_s
         if wanted.duration_s > longest:
             raise MalformedError(f"a delegation cannot live {wanted.duration_s} s", cure=f"ask for {longest} at most")
         problems: tuple[str, ...] = ()
+        key = wanted.idempotency_key
+        digest = hashlib.sha256(msgspec.json.encode(wanted)).hexdigest()
         with self._s.store.write() as tx:
+            if key is not None:
+                found = told_before(tx.connection, delegations.c.issued_by, caller.principal, key, digest)
+                if found is not None:
+                    return {**_signed(found, now), "changed": False}
             row = get_row(tx.connection, wanted.workspace_id)
             _require_open(row)
             require_living(tx.connection, row)
@@ -84,6 +104,7 @@ class Delegations:
                 task=wanted.task,
                 resources=wanted.resources,
                 approval=wanted.approval,
+                tools=wanted.tools,
                 not_before=now,
                 expires=now + timedelta(seconds=wanted.duration_s),
             )
@@ -97,9 +118,9 @@ class Delegations:
             if problems:
                 self._refused(tx, now, subject, record, problems)
             else:
-                self._insert(tx, caller, now, record)
+                asked = {} if key is None else {"idempotency_key": key, "request_sha256": digest}
+                self._insert(tx, caller, now, record, tx.touch(row.id), **asked)
                 self._recorded(tx, now, subject, record)
-                tx.touch(row.id)
         if problems:
             raise ForbiddenError(
                 f"the delegation would be wider than {wanted.parent}: {'; '.join(problems)}",
@@ -107,24 +128,18 @@ class Delegations:
                 code="delegation_wider",
                 details={"problems": list(problems)},
             )
-        return self.show(record.id)
+        return {**self.show(record.id), "changed": True}
 
     def show(self, identifier: str) -> dict[str, Any]:
         """Return one delegation with its signed statement."""
         now = self._s.clock()
         with self._s.store.read() as connection:
-            row = _get(connection, identifier)
-            return {**_view(row, now), "statement": row.statement}
+            return _signed(_get(connection, identifier), now)
 
-    def listed(self, workspace_id: str | None) -> dict[str, Any]:
-        """Return the delegations of a workspace, or all, newest first."""
-        now = self._s.clock()
-        query = select(delegations).order_by(delegations.c.issued_at.desc(), delegations.c.id)
+    def listed(self, asked: Wanted) -> dict[str, Any]:
+        """Return a page of delegations, as :func:`saw.broker.delegation_list.page`."""
         with self._s.store.read() as connection:
-            if workspace_id:
-                query = query.where(delegations.c.workspace_id == get_row(connection, workspace_id).id)
-            rows = connection.execute(query).all()
-        return {"delegations": [_view(row, now) for row in rows]}
+            return page(connection, asked, self._s.clock())
 
     def revoke(self, caller: Caller, identifier: str, body: Revoke) -> dict[str, Any]:
         """End a delegation and all that was made from it; perimeters are woken when this returns."""
@@ -144,6 +159,7 @@ class Delegations:
         waiting = {row.id: record_of(row) for row in rows}
         for workspace in {row.workspace_id for row in rows}:
             _require_open(get_row(tx.connection, workspace))
+        seq = tx.touch(*{row.workspace_id for row in rows}) if rows else 0
         while waiting:
             old = next(record for record in waiting.values() if record.parent not in waiting)
             del waiting[old.id]
@@ -159,10 +175,8 @@ class Delegations:
                 )
             made[old.id] = record.id
             subject = caller.subject(record.workspace, agent=agent)
-            self._insert(tx, caller, now, record)
+            self._insert(tx, caller, now, record, seq)
             self._recorded(tx, now, subject, record)
-        if made:
-            tx.touch(*{row.workspace_id for row in rows})
         return list(made.values())
 
     def _line(self, connection: Connection, identifier: str, now: datetime) -> list[Delegation]:
@@ -181,7 +195,10 @@ class Delegations:
             identifier = record.parent
         return line
 
-    def _insert(self, tx: Transaction, caller: Caller, now: datetime, record: Delegation) -> None:
+    def _insert(
+        self, tx: Transaction, caller: Caller, now: datetime, record: Delegation, seq: int, **asked: str
+    ) -> None:
+        tx.wake(DELEGATIONS)
         payload = msgspec.json.encode(record)
         signer = self._s.signer.pem
         tx.connection.execute(
@@ -194,6 +211,9 @@ class Delegations:
                 issued_by=caller.principal,
                 issued_at=iso(now),
                 expires_at=iso(record.expires),
+                seq=seq,
+                names_tools=names_tools(record),
+                **asked,
             )
         )
 
@@ -266,9 +286,20 @@ def _detail(record: Delegation) -> dict[str, object]:
         "delegation": record.id,
         "parent": record.parent,
         "resources": resources[:16],
+        **_tools_told(record),
         "approval": record.approval,
         "expires": iso(record.expires),
     }
+
+
+def _tools_told(record: Delegation) -> dict[str, object]:
+    if record.tools is msgspec.UNSET:
+        return {}
+    return {"tools": [f"{part.server} {' '.join(part.tools)}"[:256] for part in record.tools][:16]}
+
+
+def _signed(row: Row[Any], now: datetime) -> dict[str, Any]:
+    return {**delegation_view(row, now), "statement": row.statement}
 
 
 def _get(connection: Connection, identifier: str) -> Row[Any]:
@@ -283,17 +314,3 @@ def unknown_delegation(identifier: str) -> NotFoundError:
     return NotFoundError(
         f"there is no delegation {identifier[:64]!r}", cure="saw delegation list shows them", code="unknown_delegation"
     )
-
-
-def _view(row: Row[Any], now: datetime) -> dict[str, Any]:
-    record = record_of(row)
-    state = "revoked" if row.revoked_at else "active" if record.live(now) else "ended"
-    return {
-        **msgspec.to_builtins(record),
-        "state": state,
-        "issued_by": row.issued_by,
-        "issued_at": row.issued_at,
-        "revoked_by": row.revoked_by,
-        "revoked_at": row.revoked_at,
-        "revoked_reason": row.revoked_reason,
-    }

@@ -14,6 +14,7 @@ import msgspec
 
 from saw import __version__
 from saw.broker.agent_views import Agent, Changed, Changes, Page
+from saw.broker.delegation_views import DelegationChanges, DelegationPage, Issued, Revoked, Signed
 from saw.broker.sponsor_views import ChangedSponsor, Sponsor, SponsorPage
 from saw.broker.workspace_views import ChangedWorkspace, WayBack, Workspace, WorkspacePage
 
@@ -92,10 +93,17 @@ ABOUT: Mapping[str, Words] = {
         "End everything on behalf of a sponsor at once, and let nothing begin", (), ChangedSponsor
     ),
     "POST /v1/sponsors/{name}/enable": Words("Let things begin on behalf of a sponsor again", (), ChangedSponsor),
-    "GET /v1/delegations": Words("Delegations", ("workspace_id",)),
-    "POST /v1/delegations": Words("Hand a task to the agent of a workspace"),
-    "GET /v1/delegations/{id}": Words("One delegation, with its signed statement"),
-    "POST /v1/delegations/{id}/revoke": Words("Revoke a delegation and all below it"),
+    "GET /v1/delegations": Words(
+        "Delegations, newest first, in pages", ("after", "limit", "state", "workspace_id"), DelegationPage
+    ),
+    "POST /v1/delegations": Words(
+        "Hand a task to the agent of a workspace; the same idempotency key is the same delegation", (), Issued
+    ),
+    "GET /v1/delegations/changes": Words(
+        "Delegations that were issued or revoked, the oldest change first", ("after", _WAIT), DelegationChanges
+    ),
+    "GET /v1/delegations/{id}": Words("One delegation, with its signed statement", (), Signed),
+    "POST /v1/delegations/{id}/revoke": Words("Revoke a delegation and all below it", (), Revoked),
     "GET /v1/budgets": Words("Budgets and what was charged", ("first", "last", "workspace_id")),
     "GET /v1/reviewers": Words("Reviewers with their keys"),
     "GET /v1/reviewers/{name}": Words("One reviewer"),

@@ -42,6 +42,7 @@ ALLOWED: dict[tuple[str, str], frozenset[Role]] = {
     ("POST", "/v1/sponsors/{name}/disable"): _INTERVENE,
     ("POST", "/v1/sponsors/{name}/enable"): _OPERATE,
     ("GET", "/v1/delegations"): _LOOK,
+    ("GET", "/v1/delegations/changes"): _LOOK,
     ("POST", "/v1/delegations"): _OPERATE,
     ("GET", "/v1/delegations/{id}"): _LOOK,
     ("POST", "/v1/delegations/{id}/revoke"): _INTERVENE,

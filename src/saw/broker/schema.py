@@ -17,6 +17,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
     text,
 )
 
@@ -425,6 +426,15 @@ delegations = Table(
     Column("revoked_by", String(256)),
     Column("revoked_at", String(32)),
     Column("revoked_reason", Text),
+    Column("version", Integer, nullable=False, server_default="1"),
+    # The registry's sequence number of its last change.
+    Column("seq", _COUNTER, nullable=False, server_default=text("0")),
+    Column("names_tools", Boolean, nullable=False, server_default=false()),
+    Column("idempotency_key", String(128)),
+    Column("request_sha256", String(64)),
+    Index("delegations_seq", "seq"),
+    Index("delegations_issued", "issued_at", "id"),
+    Index("delegations_request", "issued_by", "idempotency_key", unique=True),
 )
 
 #: People who may decide on reviews (:mod:`saw.broker.reviewers`). A name and a key are never used again.

@@ -1,4 +1,7 @@
-"""The calls by which a workspace asks people about a tool over stdio, under its own certificate. None of them decides."""
+"""The calls of a workspace about tools over stdio, under its own certificate: what was handed out, and asking people.
+
+None of them decides.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,11 @@ from starlette.routing import Route
 
 from saw.broker.context import Caller
 from saw.broker.core import Broker
-from saw.broker.http import LONGEST_WAIT_S, whole_number, with_body
+from saw.broker.handed_tools import ToolDelegations
+from saw.broker.http import LONGEST_WAIT_S, whole_number, with_body, without_body
 from saw.broker.limits import RateLimit
 from saw.broker.review_states import review_key
+from saw.policy.handed_tools import HandedTools
 from saw.review.tool import MAX_PARAMS, AskTool, ClaimTool, EndTool, ToolView
 
 MakeRoute = Callable[[str, str, Any], Route]
@@ -29,6 +34,11 @@ def tool_review_routes(broker: Broker, route: MakeRoute) -> list[Route]:
     # A share of its own: an agent that asks too often must not keep its workspace from attesting.
     asked = RateLimit(40, 4.0, time.monotonic)
     one = "/v1/workspace/reviews/{id}"
+    handed = ToolDelegations(broker.services)
+
+    def tools(caller: Caller, request: Request) -> HandedTools:
+        asked.take(caller.principal)
+        return handed.told(caller, request.query_params.get("workspace_id", ""))
 
     async def view(request: Request, caller: Caller) -> ToolView:
         identifier = request.path_params["id"]
@@ -53,6 +63,7 @@ def tool_review_routes(broker: Broker, route: MakeRoute) -> list[Route]:
         return kept.claim(caller, request.path_params["id"], body)
 
     return [
+        route("/v1/workspace/tools", "GET", without_body(tools)),
         route("/v1/workspace/reviews", "POST", with_body(AskTool, ask, limit=MAX_BODY)),
         route(one, "GET", view),
         route(

@@ -19,8 +19,8 @@ from saw.broker.agent_states import require_living
 from saw.broker.break_glass import held_up_by, let_through, overdue_error
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
-from saw.broker.delegation_ends import record_of
 from saw.broker.errors import BrokerError, ConflictError, ForbiddenError, MalformedError
+from saw.broker.handed_tools import ToolDelegations, require_self
 from saw.broker.lifecycle import State
 from saw.broker.registry import get_row, require_state
 from saw.broker.releases import bundles_of
@@ -41,7 +41,7 @@ from saw.broker.review_states import (
 )
 from saw.broker.review_vault import BytesChanged, Vault
 from saw.broker.reviews import require_room
-from saw.broker.schema import delegations, reviews
+from saw.broker.schema import reviews
 from saw.broker.store import Transaction
 from saw.policy.bundle import describe, read_content
 from saw.policy.governance import Governance
@@ -71,6 +71,7 @@ class ToolReviews:
         self._s = services
         self._vault = vault
         self._moves = Moves(services)
+        self._handed = ToolDelegations(services)
 
     def ask(self, caller: Caller, body: AskTool) -> ToolView:
         """Keep a call until people have decided; the same call that waits or runs already is answered with its review.
@@ -78,7 +79,7 @@ class ToolReviews:
         Raises :class:`ForbiddenError` for a call that policy does not let people decide on or that no delegation covers,
         :class:`ConflictError` for another policy than the one in force, :class:`BusyError` when too much waits.
         """
-        _require_self(caller, body.workspace_id)
+        require_self(caller, body.workspace_id)
         with self._s.store.read() as connection:
             # Before anything of a policy is read: of others than its own a workspace learns nothing.
             _asking(connection, body)
@@ -90,7 +91,7 @@ class ToolReviews:
         with self._s.store.write() as tx:
             workspace = _asking(tx.connection, body)
             require_living(tx.connection, workspace)
-            delegation = self._delegation(tx.connection, workspace)
+            delegation = self._handed.require(tx.connection, workspace, call.server, call.tool)
             found = self._same(tx, body, digest)
             if found is None:
                 require_room(tx.connection, workspace.id)
@@ -130,7 +131,7 @@ class ToolReviews:
 
     def view(self, caller: Caller, identifier: str, workspace_id: str) -> ToolView:
         """Return a review of the caller's own; another's does not exist."""
-        _require_self(caller, workspace_id)
+        require_self(caller, workspace_id)
         with self._s.store.read() as connection:
             row = _mine(connection, caller, identifier)
             found = self._view(connection, row)
@@ -146,7 +147,7 @@ class ToolReviews:
         Everything is looked at again first: bytes, workspace, policy, agent, delegation, lease, and who approved. The same claim
         again is answered as the first time. A refusal is an event.
         """
-        _require_self(caller, body.workspace_id)
+        require_self(caller, body.workspace_id)
         with self._s.store.write() as tx:
             row = self._moves.settle(tx, _mine(tx.connection, caller, identifier))
             found = self._claim(tx, caller, row, body)
@@ -159,7 +160,7 @@ class ToolReviews:
 
     def result(self, caller: Caller, identifier: str, body: EndTool) -> ToolView:
         """Take the workspace's word for how the call ended; the same word again changes nothing."""
-        _require_self(caller, body.workspace_id)
+        require_self(caller, body.workspace_id)
         if (body.outcome == "done") != bool(body.answer_sha256):
             raise MalformedError("an answer belongs to done, and to nothing else", cure="tell what happened")
         with self._s.store.write() as tx:
@@ -223,7 +224,7 @@ class ToolReviews:
                 )
             try:
                 # A workspace that was handed its first delegation meanwhile needs one that counts, as its next call does.
-                self._delegation(tx.connection, get_row(tx.connection, row.workspace_id))
+                self._handed.require(tx.connection, get_row(tx.connection, row.workspace_id), call.server, call.tool)
             except ForbiddenError as error:
                 return error
             if (overdue := held_up_by(tx.connection, row, now)) is not None:
@@ -267,27 +268,6 @@ class ToolReviews:
         call = ReviewedTool(server=body.server, command=rules.command, tool=tool, definition=pinned, params=body.params)
         return call, tool_review(governance, rules.tools[tool])
 
-    def _delegation(self, connection: Connection, workspace: Row[Any]) -> str:
-        """Return the delegation under which the agent asks; an empty text where none is needed.
-
-        Delegations name hosts, so none covers a tool by itself: one that counts and lets the agent write is enough.
-        """
-        ever = select(delegations.c.id).where(delegations.c.workspace_id == workspace.id).limit(1)
-        if not self._s.config.delegation.required and connection.execute(ever).first() is None:
-            return ""
-        now = self._s.clock()
-        counting_now = delegations.c.revoked_at.is_(None) & (delegations.c.expires_at > iso(now))
-        mine = select(delegations).where(counting_now, delegations.c.workspace_id == workspace.id)
-        for row in connection.execute(mine.order_by(delegations.c.expires_at.desc(), delegations.c.id)).all():
-            record = record_of(row)
-            if record.agent == workspace.agent_id and record.live(now) and record.approval != "read-only":
-                return str(row.id)
-        raise ForbiddenError(
-            f"no delegation of the agent of {workspace.id} counts now and lets it write",
-            cure="ask the sponsor for one",
-            code="outside_delegation",
-        )
-
     def _same(self, tx: Transaction, body: AskTool, digest: str) -> Row[Any] | None:
         """Return the review of the same call that has not ended."""
         query = select(*COLUMNS).where(
@@ -320,18 +300,6 @@ def _governance(digest: str, raw: bytes) -> Governance:
     if describe(raw)[0] != digest:
         raise ConflictError("the stored policy is another one", cure="saw broker check", code="policy_changed")
     return read_content(raw).governance
-
-
-def _require_self(caller: Caller, workspace_id: str) -> None:
-    """Refuse whoever is not the workspace that it speaks of, by the certificate that its attestation gave it."""
-    if caller.principal == f"workspace:{workspace_id}":
-        return
-    kind, _, name = caller.principal.partition(":")
-    raise ForbiddenError(
-        f"{kind} {name} cannot ask for {workspace_id[:64]}".replace("anonymous  ", "somebody without a certificate "),
-        cure="call with the workspace's own certificate",
-        code="not_this_workspace",
-    )
 
 
 def _mine(connection: Connection, caller: Caller, identifier: str) -> Row[Any]:

@@ -70,8 +70,10 @@ def _succeed(client: Any, path: str, said: dict[str, str], options: argparse.Nam
     present = client.request("GET", path)
     body = {"reason": options.reason, "version": present["version"], **said}
     if options.reissue and present["workspace"]:
-        every = client.request("GET", f"/v1/delegations?workspace_id={quote(present['workspace'], safe='')}")
-        held = [one for one in every["delegations"] if one["agent"] == present["id"] and one["state"] == "active"]
+        from saw.broker.client import listed_delegations
+
+        every = listed_delegations(client, workspace_id=[present["workspace"]], state=["active"])
+        held = [one for one in every if one["agent"] == present["id"]]
         if held:
             _agree(present["id"], held, given=options.yes)
         body["reissue"] = [one["id"] for one in held]

@@ -44,18 +44,37 @@ def resource_of(text: str) -> dict[str, Any]:
     return found
 
 
+def tools_of(texts: list[str] | None) -> list[dict[str, Any]] | None:
+    """Read ``SERVER [TOOL …]`` of each, globs as in policies; the word ``none`` alone is no tool of any server."""
+    if texts is None:
+        return None
+    if texts == ["none"]:
+        return []
+    found: list[dict[str, Any]] = []
+    for text in texts:
+        server, *tools = text.split() or ["none"]
+        if server == "none":
+            raise ResourceMalformed(
+                f"the tools {text!r} cannot be read", cure="write SERVER [TOOL TOOL], or none and nothing else"
+            )
+        found.append({"server": server, **({"tools": tools} if tools else {})})
+    return found
+
+
 def main(argv: list[str]) -> int:
     """Run one ``saw delegation`` command."""
     options = _parser().parse_args(argv)
     if options.command == "verify":
         return _verify(options)
-    from saw.broker.client import OperatorClient
+    from saw.broker.client import OperatorClient, listed_delegations
 
     client = OperatorClient.from_context(options.context)
     if options.command == "list":
-        query = f"?workspace_id={quote(options.workspace, safe='')}" if options.workspace else ""
-        answer = client.request("GET", f"/v1/delegations{query}")
-        show(answer, table(answer["delegations"], _COLUMNS), as_json=options.json)
+        with client.session():
+            found = listed_delegations(
+                client, workspace_id=[options.workspace] if options.workspace else [], state=options.state or []
+            )
+        show({"delegations": found}, table(found, _COLUMNS), as_json=options.json)
         return 0
     answer = _call(client, options)
     shown = {name: value for name, value in answer.items() if name not in {"statement", "format"}}
@@ -77,6 +96,9 @@ def _call(client: Any, options: argparse.Namespace) -> dict[str, Any]:
             "approval": options.approval,
             "parent": options.parent,
         }
+        tools = tools_of(options.tool)
+        if tools is not None:
+            body["tools"] = tools
         return dict(client.request("POST", "/v1/delegations", body))
     path = f"/v1/delegations/{quote(options.id, safe='')}"
     if options.command == "revoke":
@@ -121,6 +143,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="'HOST[:PORT] [METHOD,…] [/PATH…]'",
         help="calls that it may make; may be given several times",
     )
+    issue.add_argument(
+        "--tool",
+        action="append",
+        metavar="'SERVER [TOOL …]'",
+        help="tools of MCP servers that it may call; may be given several times; 'none': none (default: as policy says)",
+    )
     issue.add_argument("--for", dest="duration", required=True, metavar="TIME", help="how long it counts, such as 8h")
     issue.add_argument(
         "--approval",
@@ -132,6 +160,12 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="list delegations, newest first")
     add_options(listing)
     listing.add_argument("workspace", nargs="?", help="workspace id (default: all)")
+    listing.add_argument(
+        "--state",
+        action="append",
+        choices=("active", "ended", "revoked"),
+        help="those alone; may be given several times",
+    )
     one = commands.add_parser("show", help="show one delegation; --json has its signed statement")
     add_options(one)
     one.add_argument("id", help="delegation id")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from saw.policy.loader import load_governance
 from saw.policy.mcp import decide_tool
+from saw.runtime.mcp_handed import FILE, HandedSource
 from saw.runtime.mcp_mediator import GovernanceSource, Mediator
 from saw.runtime.mcp_reviews import SOCKET, desk_client
 
@@ -23,6 +24,7 @@ def main(argv: list[str]) -> int:
     run.add_argument("--server-socket", help="socket that starts the server (default /run/saw/mcp-server/SERVER.sock)")
     run.add_argument("--client-uid", type=int, action="append", help="user that may connect (default: 2000)")
     run.add_argument("--reviews", default=SOCKET, help="socket of the policy agent, through which people are asked")
+    run.add_argument("--handed", type=Path, default=FILE, help="file with the tools that the agent was handed")
     options = parser.parse_args(argv)
     source = GovernanceSource(options.governance, options.server, load_governance)
     source.server()
@@ -34,6 +36,7 @@ def main(argv: list[str]) -> int:
         decide_tool,
         frozenset(options.client_uid or [2000, os.getuid()]),
         ask=desk_client(options.reviews),
+        handed=HandedSource(options.handed),
     )
     asyncio.run(mediator.serve())
     return 0

@@ -20,11 +20,20 @@ import msgspec
 
 from saw.broker.client import Bastion, Context, OperatorClient, load_context
 from saw.broker.signed_in import call, load, session_file
+from saw.cli.ssh_kept import (
+    OWN,
+    SPECIAL,
+    connection_directory,
+    kept_base,
+    kept_directory,
+    offer,
+    own_shell,
+    private,
+)
 from saw.errors import ConfigError, UnavailableError
 from saw.files import write_private
 from saw.sessions.ssh_client import host_options, ssh_line
 
-KEYS_VARIABLE = "SAW_SSH_KEYS"
 DIRECT = "/v1/certificates/ssh"
 
 
@@ -60,13 +69,19 @@ def main(argv: list[str]) -> int:
         action="store_true",
         help="only obtain key and certificate (that part runs this before each connection)",
     )
+    parser.add_argument(
+        "--process",
+        type=int,
+        metavar="PID",
+        help="with --certify: the ssh that they are for, and that no other one uses",
+    )
     options = parser.parse_args(own)
     context = load_context(options.context)
     if options.config:
         print(snippet(context, options.workspace, options.context, options.ttl), end="")
         return 0
     if options.certify:
-        certify(context, options.workspace, kept_directory(options.workspace), options.ttl)
+        leave(context, options.workspace, options.process, options.ttl)
         return 0
     return attach(context, options.workspace, command, options.ttl)
 
@@ -79,6 +94,16 @@ def attach(context: Context, workspace: str, command: Sequence[str], ttl_s: int)
         to = certify(context, workspace, directory, ttl_s)
         terminal = sys.stdin.isatty() and sys.stdout.isatty()
         return subprocess.call(ssh_line(directory, to.alias, to.user, to.address, command, terminal=terminal))
+
+
+def leave(context: Context, workspace: str, process: int | None, ttl_s: int) -> None:
+    """Obtain key and certificate for the ssh ``process``; without one, where configurations from before look for them."""
+    kept = kept_directory(workspace)
+    if process is None:
+        certify(context, workspace, kept, ttl_s)
+        return
+    certify(context, workspace, connection_directory(kept, process), ttl_s)
+    offer(kept, workspace, process)
 
 
 def leave_no_key() -> None:
@@ -137,29 +162,6 @@ def make_key(directory: Path) -> str:
     return (directory / "key.pub").read_text("ascii").strip()
 
 
-def kept_directory(workspace: str, environ: Mapping[str, str] = os.environ) -> Path:
-    """Return (and make, 0700) where ``--certify`` leaves the key of the next session with ``workspace``."""
-    if not workspace.replace("-", "").isalnum() or not workspace.isascii():
-        raise ConfigError(f"{workspace!r} is not a workspace id", cure="saw workspace list shows them")
-    return _private(_kept_base(environ) / workspace)
-
-
-def _kept_base(environ: Mapping[str, str]) -> Path:
-    named = environ.get(KEYS_VARIABLE)
-    return Path(named) if named else session_file({**environ, "SAW_SESSION": ""}).parent / "ssh"
-
-
-def _private(directory: Path, forbidden: int = 0o077) -> Path:
-    """Return ``directory``, made if it was absent.
-
-    Raises :class:`ConfigError` when it is somebody else's, or its mode has one of the bits ``forbidden``.
-    """
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if directory.stat().st_uid != os.geteuid() or directory.stat().st_mode & forbidden:
-        raise ConfigError(f"{directory} is not a private folder of yours", cure="remove it")
-    return directory
-
-
 def snippet(context: Context, workspace: str, context_file: str | None, ttl_s: int) -> str:
     """Return the part of ssh_config(5) with which plain ssh, scp, sftp, rsync and Ansible reach ``workspace``.
 
@@ -171,14 +173,14 @@ def snippet(context: Context, workspace: str, context_file: str | None, ttl_s: i
             "the context names no bastion", cure="use saw ssh, or write the bastion into the context file"
         )
     directory = kept_directory(workspace)
-    words = [*_certify_words(context_file, ttl_s), workspace]
     options = {
+        "Include": f"{directory}/*.conf",
         "HostName": bastion.host,
         "Port": str(bastion.port),
         "User": bastion.user,
-        **host_options(directory, "saw-bastion"),
+        **_shared(directory),
     }
-    lines = [f'Match originalhost {workspace} exec "{" ".join(words)}"']
+    lines = [f'Match originalhost {workspace} exec "{_certify_words(context_file, ttl_s, workspace)}"']
     lines += [f"    {name} {value}" for name, value in options.items()]
     return "\n".join(lines) + "\n"
 
@@ -190,18 +192,16 @@ def fleet_file(context: Context, context_file: str | None, ttl_s: int, environ: 
     bastion the caller adds what differs from workspace to workspace: the port and ``HostKeyAlias``, which is the id.
     """
     # The keys are in private folders below it; here it matters that nobody else can put a file in the place of ours.
-    base = _private(_kept_base(environ), 0o022)
-    words = _certify_words(context_file, ttl_s)
-    if set(str(base)) & _SPECIAL:
-        raise ConfigError(f"the path {base} has special characters", cure=f"name another folder in {KEYS_VARIABLE}")
-    options = host_options(base / "%n", "saw-bastion")
+    base = private(kept_base(environ), 0o022)
+    options = {"Include": f"{base}/*/*.conf", **_shared(base)}
     if context.bastion is not None:
         where = {"HostName": context.bastion.host, "Port": str(context.bastion.port), "User": context.bastion.user}
     else:
         where = {"HostName": context.ingress.host, "User": context.ingress.user}
         del options["HostKeyAlias"]
-    lines = [f'Match !exec "{" ".join([*words, "%n"])}"', "    HostName no-certificate.saw.invalid", "Host *"]
-    lines += [f"    {name} {value}" for name, value in {**where, **options}.items()]
+    words = _certify_words(context_file, ttl_s, "%n")
+    lines = [f'Match !exec "{words}"', "    HostName no-certificate.saw.invalid", "Host *"]
+    lines += [f"    {name} {value}" for name, value in {**options, **where}.items()]
     text = "\n".join(lines) + "\n"
     file = base / f"fleet-{hashlib.sha256(text.encode()).hexdigest()[:16]}.conf"
     if not file.exists():
@@ -209,18 +209,21 @@ def fleet_file(context: Context, context_file: str | None, ttl_s: int, environ: 
     return file
 
 
-#: What would end, or add to, the word of an ssh_config(5) or of a shell that it stands in.
-_SPECIAL = frozenset("\"'\\%$` ;&|<>()\n")
+def _shared(directory: Path) -> dict[str, str]:
+    """Return the options that all connections have alike; what each has for itself is in the file that it includes."""
+    found = host_options(directory, "saw-bastion")
+    return {name: value for name, value in found.items() if name not in OWN}
 
 
-def _certify_words(context_file: str | None, ttl_s: int) -> list[str]:
-    """Return the command that certifies the workspace whose id follows; raise :class:`ConfigError` for paths that need quotes."""
+def _certify_words(context_file: str | None, ttl_s: int, workspace: str) -> str:
+    """Return the command that certifies ``workspace`` for the ssh that runs it; raise :class:`ConfigError` for paths that need
+    quotes."""
     named = context_file or os.environ.get("SAW_CONTEXT")
     words = [str(Path(sys.executable).parent / "saw"), "ssh", "--certify", "--ttl", str(ttl_s)]
     words += ["--context", str(Path(named).resolve())] if named else []
-    if any(set(word) & _SPECIAL for word in words):
+    if any(set(word) & SPECIAL for word in words):
         raise ConfigError("the path of saw or of the context file has special characters", cure="move it")
-    return words
+    return own_shell(" ".join(["exec", *words, "--process", "$PPID", workspace]))
 
 
 def _split(argv: list[str]) -> tuple[list[str], str, list[str]]:

@@ -6,7 +6,7 @@ while its whole line is there, counts, and narrows from step to step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import lru_cache
 
@@ -23,10 +23,12 @@ from saw.policy.delegation import (
     Delegation,
     DelegationInvalid,
     Scope,
+    ToolScope,
     is_read,
     parse_delegation,
     wider,
 )
+from saw.policy.mcp_http import CALL_TOOL
 from saw.policy.model import Decision, Request
 
 
@@ -35,6 +37,7 @@ class Handed(msgspec.Struct, frozen=True):
 
     record: Delegation
     scope: Scope
+    tools: ToolScope
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -42,6 +45,7 @@ class Line(msgspec.Struct, frozen=True):
 
     record: Delegation
     scope: Scope
+    tools: ToolScope
     not_before: datetime
     expires: datetime
 
@@ -87,7 +91,7 @@ def _verify(statement: str, ca_pem: bytes, now: datetime) -> Handed:
     record = parse_delegation(verified.payload)
     if record.expires > verified.not_after:
         raise IdentityError(f"delegation {record.id} outlives its signer's certificate", cure="issue it again")
-    return Handed(record, Scope(record.resources))
+    return Handed(record, Scope(record.resources), ToolScope(record.tools))
 
 
 def engagements(entries: Iterable[WorkspaceEntry], verified: Mapping[str, Handed]) -> dict[str, Engagement]:
@@ -115,7 +119,7 @@ def _line(item: Handed, handed: Mapping[str, Handed]) -> list[Line]:
     at = item.record
     for _ in range(MAX_DEPTH):
         if not at.parent:
-            return [Line(item.record, item.scope, not_before, expires)]
+            return [Line(item.record, item.scope, item.tools, not_before, expires)]
         before = handed.get(at.parent)
         if before is None or not _narrows(at, before.record):
             return []
@@ -146,6 +150,16 @@ def reach(engagement: Engagement, host: str, port: int, now: datetime) -> str:
     raise OutsideDelegation("outside_delegation", f"no delegation of this agent covers anything at {host}")
 
 
+def shown(engagement: Engagement, request: Request, path: str, server: str, now: datetime) -> Callable[[str], bool]:
+    """Return which tools of ``server`` belong into the list that the agent gets at the canonical ``path`` of ``request``."""
+    scopes = [
+        line.tools
+        for line in engagement.lines
+        if line.not_before <= now < line.expires and line.scope.covers(request.host.lower(), request.port, "POST", path)
+    ]
+    return lambda tool: not engagement.required or any(scope.covers(server, tool) for scope in scopes)
+
+
 def cover(
     engagement: Engagement,
     request: Request,
@@ -154,11 +168,13 @@ def cover(
     git_host: bool,
     now: datetime,
     approved: bool = False,
+    server: str = "",
 ) -> str:
     """Return the id of the delegation that covers a call which policy allows, or an empty text where none is needed.
 
     Raises :class:`OutsideDelegation` with ``outside_delegation``, or ``review_required`` where one covers the call but lets
-    a person decide on writes; ``approved``: a person has.
+    a person decide on writes; ``approved``: a person has. ``server`` is the MCP server of the policy that the call goes to, empty
+    where it goes to none. Every tool that it calls must lie within the one delegation that covers the rest of it.
     """
     if not engagement.required:
         return ""
@@ -169,6 +185,11 @@ def cover(
     if not covering:
         why = "covers it" if counting else "counts now"
         raise OutsideDelegation("outside_delegation", f"no delegation of this agent {why}")
+    tools = [asked.name for asked in decision.operations if asked.kind == CALL_TOOL]
+    covering = [line for line in covering if all(line.tools.covers(server, tool) for tool in tools)]
+    if not covering:
+        called = f"{', '.join(tools)[:256]} of {server or 'a server that the policy does not name'}"
+        raise OutsideDelegation("outside_delegation", f"no delegation of this agent covers the tool {called}")
     read = is_read(method, path, git_host=git_host, inference=decision.inference is not None)
     if decision.protocol:
         read = all(reads(decision.protocol, unit) for unit in units(decision.protocol, decision.operations))

@@ -13,7 +13,7 @@ import msgspec
 
 from saw.errors import SawError
 from saw.gateway.credentials import CredentialStore, Injection
-from saw.gateway.delegations import NONE, Engagement, OutsideDelegation, cover, reach
+from saw.gateway.delegations import NONE, Engagement, OutsideDelegation, cover, reach, shown
 from saw.gateway.errors import (
     CallUnsignable,
     CredentialUnavailable,
@@ -226,10 +226,13 @@ class Judge:
         server = release.matcher.mcp_server_named(verdict.server)
         if not decision.allowed or server is None:
             raise Refused(decision.reason, decision.detail)
+        case.server = server.name
         _delegated(case, entry, request, release, decision)
+        held, path = case.view.engagements.get(entry.id, NONE), decision.canonical_path.partition("?")[0]
         return Rules(
             lambda: usable_tools(lambda call: release.matcher.decide(call, approved=True), request, server),
             self._definitions.of(verdict.workspace_id, server.name),
+            shown(held, request, path, server.name, case.now),
         )
 
     def _release(self, case: _Case) -> tuple[WorkspaceEntry, Release]:
@@ -470,7 +473,9 @@ def _delegated(
     try:
         if decision.frames not in {"", "none"}:
             _messages_delegated(held, request, decision, case.now)
-        return cover(held, request, decision, git_host=git, now=case.now, approved=case.approved), ""
+        return cover(
+            held, request, decision, git_host=git, now=case.now, approved=case.approved, server=case.server
+        ), ""
     except OutsideDelegation as error:
         if error.code == "review_required" and is_grpc(request.headers):
             detail = f"delegation {error.delegation} wants every write reviewed, and a gRPC client cannot wait for that"

@@ -70,10 +70,14 @@ class Finding(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What counts when a message comes: ``tools`` returns those that may be called, ``definitions`` is what is known of them."""
+    """What counts when a message comes: ``tools`` returns those that may be called, ``definitions`` is what is known of them.
+
+    ``shows``: whether the agent is told of one of them, which it may be handed or not.
+    """
 
     tools: Callable[[], Mapping[str, Tool]]
     definitions: Definitions
+    shows: Callable[[str], bool] = lambda _: True
 
 
 class KnownDefinitions:
@@ -286,7 +290,7 @@ class Exchange:
             self._found(Finding("dropped", "an answer to nothing that was asked"))
             return None
         tools = rules.tools() if method == LIST_TOOLS else {}
-        answered = judge_answer(method, message, tools, layer=LAYER, capabilities=_CAPABILITIES)
+        answered = judge_answer(method, message, tools, layer=LAYER, capabilities=_CAPABILITIES, shows=rules.shows)
         if answered.withheld:
             self._found(Finding("refused", answered.withheld))
         if answered.listed is not None:

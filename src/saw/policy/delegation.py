@@ -18,7 +18,7 @@ from saw.policy import globs
 from saw.policy.actions import UPLOAD_PACK, git_service
 from saw.policy.model import READ_METHODS, Part
 from saw.policy.reach_automata import Automaton, Budget, Glob, Table, TooLarge, partition
-from saw.policy.reach_domains import canonical_path, host_name
+from saw.policy.reach_domains import any_text, canonical_path, host_name
 
 FORMAT: Literal["saw-delegation/1"] = "saw-delegation/1"
 STATEMENT_TYPE = "saw-delegation+jws"
@@ -32,6 +32,8 @@ Approval = Literal["policy", "review", "read-only"]
 _BOUND: dict[str, int] = {"read-only": 0, "review": 1, "policy": 2}
 _METHOD = re.compile(r"[A-Z][A-Z-]{0,31}|WEBSOCKET_TEXT")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:-]{0,255}")
+MAX_TOOLS = 64
+"""Most entries of ``tools``, and most globs in one of them."""
 
 
 class DelegationInvalid(SawError):
@@ -49,11 +51,20 @@ class Resource(Part, frozen=True):
     paths: tuple[str, ...] = ("/**",)
 
 
+class Tools(Part, frozen=True):
+    """Tools of MCP servers that the agent may call: globs over the names that the policy gives to servers, and over tools."""
+
+    server: str
+    tools: tuple[str, ...] = ("*",)
+
+
 class Delegation(Part, frozen=True):
     """One record. Times are RFC 3339 with zone; ``parent`` is the id of the record it was made from, or empty.
 
     ``approval`` bounds what the agent may do on its own: ``policy`` as the policy's action classes say, ``review`` every
-    write waits for a person, ``read-only`` no write at all.
+    write waits for a person, ``read-only`` no write at all. ``tools``, where it is there, names every tool of MCP servers that
+    may be called, over HTTP and over stdio; absent it says nothing of tools, and an empty list is none. An absent one is not
+    written either, so that a record without it has the bytes, and the readers, that it always had.
     """
 
     format: Literal["saw-delegation/1"]
@@ -67,6 +78,7 @@ class Delegation(Part, frozen=True):
     expires: datetime
     approval: Approval = "policy"
     parent: str = ""
+    tools: tuple[Tools, ...] | msgspec.UnsetType = msgspec.UNSET
 
     def live(self, now: datetime) -> bool:
         """Return whether the record counts at ``now``."""
@@ -104,6 +116,8 @@ def check_delegation(record: Delegation) -> None:
         problems.append("resources must list 1 to 64 resources")
     for index, resource in enumerate(record.resources):
         problems += [f"resources[{index}]: {text}" for text in _resource_problems(resource)]
+    if record.tools is not msgspec.UNSET:
+        problems += _tools_problems(record.tools)
     if problems:
         raise DelegationInvalid(
             "the delegation cannot be used: " + "; ".join(problems),
@@ -130,6 +144,43 @@ def _resource_problems(resource: Resource) -> list[str]:
         except globs.GlobError as error:
             problems.append(f"path {path[:64]!r}: {error}")
     return problems
+
+
+def _tools_problems(tools: Sequence[Tools]) -> list[str]:
+    problems = [f"tools must list at most {MAX_TOOLS} servers"] if len(tools) > MAX_TOOLS else []
+    for index, entry in enumerate(tools):
+        if not 1 <= len(entry.tools) <= MAX_TOOLS:
+            problems.append(f"tools[{index}]: tools must list 1 to {MAX_TOOLS} globs")
+        for glob in (entry.server, *entry.tools):
+            try:
+                globs.flat_glob(glob)
+            except globs.GlobError as error:
+                problems.append(f"tools[{index}]: {glob[:64]!r}: {error}")
+    return problems
+
+
+class ToolScope:
+    """The tools of a record, compiled. Immutable."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, tools: Sequence[Tools] | msgspec.UnsetType) -> None:
+        self._parts = (
+            None
+            if tools is msgspec.UNSET
+            else tuple((globs.flat_glob(part.server), tuple(map(globs.flat_glob, part.tools))) for part in tools)
+        )
+
+    def covers(self, server: str, tool: str) -> bool:
+        """Return whether a call of ``tool`` lies within; ``server`` is its name in the policy, empty where it has none there.
+
+        A record that says nothing of tools covers all of them. One that does covers none of a server without a name.
+        """
+        if self._parts is None:
+            return True
+        return bool(server) and any(
+            servers.fullmatch(server) and any(glob.fullmatch(tool) for glob in tools) for servers, tools in self._parts
+        )
 
 
 class Scope:
@@ -190,7 +241,31 @@ def wider(child: Delegation, parent: Delegation) -> tuple[str, ...]:
     for index, resource in enumerate(child.resources):
         if not any(_within(resource, other, budget) for other in parent.resources):
             found.append(f"resources[{index}] ({resource.host}) lies within no resource of {parent.id}")
-    return tuple(found)
+    return (*found, *_more_tools(child, parent, budget))
+
+
+def _more_tools(child: Delegation, parent: Delegation, budget: Budget) -> list[str]:
+    """Return each way in which the tools of ``child`` go beyond those of ``parent``."""
+    if parent.tools is msgspec.UNSET:
+        return []
+    if child.tools is msgspec.UNSET:
+        return [f"it says nothing of tools, and {parent.id} names some"]
+    wholes = parent.tools
+    return [
+        f"tools[{index}] ({part.server}) lies within no entry of {parent.id}"
+        for index, part in enumerate(child.tools)
+        if not any(_tools_within(part, whole, budget) for whole in wholes)
+    ]
+
+
+def _tools_within(part: Tools, whole: Tools, budget: Budget) -> bool:
+    try:
+        return all(
+            _accepts_all([*map(Glob.flat, parts)], [*map(Glob.flat, wholes)], any_text(), budget)
+            for parts, wholes in (((part.server,), (whole.server,)), (part.tools, whole.tools))
+        )
+    except TooLarge:
+        return False
 
 
 def _within(part: Resource, whole: Resource, budget: Budget) -> bool:

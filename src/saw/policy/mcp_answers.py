@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from saw.policy.mcp_messages import POLICY_DENIED, Json, error_message
@@ -84,11 +84,13 @@ def judge_answer(
     *,
     layer: str,
     capabilities: frozenset[str] = SERVER_CAPABILITIES,
+    shows: Callable[[str], bool] = lambda _: True,
 ) -> Answered:
     """Return what of a server's answer to a request of ``method`` reaches the agent.
 
     ``tools`` are those that the agent may call (:func:`usable`). A list keeps these alone, and of those with a pinned definition
-    the ones that have it; ``initialize`` keeps ``capabilities``. A result that is no object, a list of tools that is none, and
+    the ones that have it; ``shows`` may leave out more of them, about which is learned all the same what the server says.
+    ``initialize`` keeps ``capabilities``. A result that is no object, a list of tools that is none, and
     an error that stands for a request to the user become an error that says so, from ``layer``.
     """
     if "error" in message:
@@ -99,7 +101,7 @@ def judge_answer(
     if method == INITIALIZE:
         return _initialized(message, result, capabilities)
     if method == LIST_TOOLS:
-        return _listed(message, result, tools, layer)
+        return _listed(message, result, tools, layer, shows)
     return Answered(message)
 
 
@@ -142,7 +144,9 @@ def _initialized(message: Json, result: Json, capabilities: frozenset[str]) -> A
     return Answered({**message, "result": {**result, "capabilities": kept}})
 
 
-def _listed(message: Json, result: Json, tools: Mapping[str, Tool], layer: str) -> Answered:
+def _listed(
+    message: Json, result: Json, tools: Mapping[str, Tool], layer: str, shows: Callable[[str], bool]
+) -> Answered:
     offered = result.get("tools")
     if not isinstance(offered, list):
         return _refused(message, layer, "the list of tools is not a list")
@@ -164,6 +168,7 @@ def _listed(message: Json, result: Json, tools: Mapping[str, Tool], layer: str) 
         elif often[name] == 1:
             kept.append({key: value for key, value in tool.items() if key != _UNPINNED})
             pinned.add(name)
+    kept = [tool for tool in kept if shows(str(tool["name"]))]
     listed = Listed(len(offered), len(kept), frozenset(pinned), changed)
     return Answered({**message, "result": {**result, "tools": kept}}, listed)
 

@@ -24,6 +24,7 @@ from saw.policy.model import Decision
 from saw.policy.tool_rules import McpServer
 from saw.runtime.decision_log import DecisionLog
 from saw.runtime.mcp_conversation import Conversation
+from saw.runtime.mcp_handed import HandedSource, outside
 from saw.runtime.mcp_protocol import MAX_MESSAGE, Json, Out, Session
 from saw.runtime.mcp_reviews import AskDesk, Reviews
 
@@ -83,7 +84,8 @@ class GovernanceSource:
 class Mediator:
     """Serves sessions on ``listen_path``; see the module's text. ``client_uids`` may connect.
 
-    ``ask`` asks people; without it calls that they must decide on are refused.
+    ``ask`` asks people; without it calls that they must decide on are refused. ``handed`` says which tools the agent was handed;
+    without it the policy alone counts.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Mediator:
     log: Callable[[Json], None] = field(default_factory=lambda: DecisionLog(sys.stderr))
     maximum: int = MAX_MESSAGE
     ask: AskDesk | None = None
+    handed: HandedSource | None = None
     _active: int = field(default=0, init=False)
     _reviews: Reviews | None = field(default=None, init=False)
 
@@ -107,7 +110,10 @@ class Mediator:
         """Judge a call by the current generation; anything that goes wrong is a denial."""
         try:
             self.source.server()
-            return self.decide_tool(self.source.current(), self.name, tool, arguments)
+            decision = self.decide_tool(self.source.current(), self.name, tool, arguments)
+            passes = decision.allowed or decision.reason == "review_required"
+            why = self._refusal(tool) if passes else ""
+            return outside(self.name, tool, why) if why else decision
         except Exception as error:  # noqa: BLE001 - the fail-closed edge
             return Decision(
                 verdict="deny", reason="tool_not_allowed", detail=f"the policy could not be consulted: {error}"
@@ -124,6 +130,9 @@ class Mediator:
         ready()
         async with listening:
             await listening.serve_forever()
+
+    def _refusal(self, tool: str) -> str:
+        return "" if self.handed is None else self.handed.refusal(self.name, tool)
 
     def _log(self, record: Json) -> None:
         self.log({**record, "policy_digest": self.source.digest})
@@ -151,7 +160,9 @@ class Mediator:
     async def _session(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.source.server()
         server_reader, server_writer = await asyncio.open_unix_connection(self.server_path, limit=self.maximum)
-        session = Session(self.name, self.source.server, self.decide, self._log)
+        session = Session(
+            self.name, self.source.server, self.decide, self._log, shows=lambda tool: not self._refusal(tool)
+        )
         writers = {"client": writer, "server": server_writer}
         reviewed = None
         if self._reviews is not None:

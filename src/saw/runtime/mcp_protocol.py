@@ -91,7 +91,7 @@ class Session:
     ``server``: the governance entry (tools and their classes); ``decide`` judges a tool call; ``log`` receives one
     record per decision and per dropped message (tool names and reasons, never argument values). ``hold`` takes a call that
     people must decide on, which is then waiting until :meth:`release`, :meth:`tell` or :meth:`refuse`; without it such calls are
-    refused.
+    refused. ``shows``: whether the client is told of a tool of the policy, which its agent may be handed or not.
     """
 
     name: str
@@ -103,6 +103,7 @@ class Session:
     asked_by_client: dict[Identifier, str] = field(default_factory=dict)
     asked_by_server: set[Identifier] = field(default_factory=set)
     definitions: Definitions = field(default_factory=Definitions)
+    shows: Callable[[str], bool] = lambda _: True
 
     def from_client(self, line: bytes) -> list[Out]:
         """Judge one line of the client; return what to send to whom."""
@@ -269,7 +270,7 @@ class Session:
             self._note("server", "dropped", "response to nothing that was asked")
             return []
         tools = usable(self.server())
-        answered = judge_answer(method, message, tools, layer="mcp")
+        answered = judge_answer(method, message, tools, layer="mcp", shows=self.shows)
         if answered.withheld:
             self._note("server", "refused", answered.withheld)
         if answered.listed is not None:

@@ -30,6 +30,7 @@ from saw.runtime.policyd_calls import CallReports
 from saw.runtime.policyd_config import PolicydConfig, Workspace
 from saw.runtime.policyd_decisions import DecisionReports, Journal
 from saw.runtime.policyd_floor import FloorError, RevisionFloor
+from saw.runtime.policyd_tools import ToolFile
 
 _LONGEST_BACKOFF = 300.0
 _MOST_OWED = 32
@@ -102,6 +103,8 @@ class Policyd:
         self._calls = CallReports(config.decide_socket, broker.report_calls, boottime, config.calls_s)
         place = config.state / "decisions.json"
         journal = Journal(config.journal_dir)
+        self._tools = ToolFile(config, broker, log)
+        self._tools.restore()
         self._decisions = DecisionReports(journal, broker.report_decisions, place, boottime, config.decisions_s)
 
     @property
@@ -136,6 +139,7 @@ class Policyd:
             self._log(f"broker unreachable: {error.message}")
             self._use_last_good()
             return
+        self._tools.look(offer.seq)
         self._deliver_owed()
         active = self._activator.active
         digest, revision = offer.policy_digest or "", offer.revision or 0
@@ -196,13 +200,15 @@ class Policyd:
 
     def _wait(self) -> None:
         started = time.monotonic()
+        # Until it has attested a workspace is told of no tools, and its agent has none until it is told.
+        poll_s = self._config.poll_s if self._tools.told else min(self._config.poll_s, 2.0)
         try:
-            sequence = self._broker.watch(self._sequence, self._config.poll_s)
+            sequence = self._broker.watch(self._sequence, poll_s)
         except SawError:
             self._stop.wait(min(self._config.poll_s, 2.0))
             return
         if sequence == self._sequence:
-            self._stop.wait(max(0.0, self._config.poll_s - (time.monotonic() - started)))
+            self._stop.wait(max(0.0, poll_s - (time.monotonic() - started)))
         self._sequence = sequence
 
     def _watch_files(self) -> None:

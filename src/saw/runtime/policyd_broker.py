@@ -18,6 +18,7 @@ import msgspec
 
 from saw.audit.workspace_decisions import Decisions
 from saw.errors import UnavailableError
+from saw.policy.handed_tools import HandedInvalid, HandedTools, read_handed
 from saw.policy.tuf_fetcher import PinnedFetcher
 from saw.runtime.decide_counts import Counted
 from saw.runtime.policyd_config import Workspace
@@ -44,6 +45,12 @@ class Given(msgspec.Struct, frozen=True):
     """The bundle of the release that this workspace is given, base64, None when there is none."""
 
     bundle: str | None = None
+
+
+class _Refusal(msgspec.Struct, frozen=True):
+    """What the broker says of a refusal."""
+
+    code: str = ""
 
 
 class Recorded(msgspec.Struct, frozen=True):
@@ -187,6 +194,23 @@ class PolicyBroker:
                 "the broker records decisions under the workspace's identity alone", cure="wait until it has attested"
             )
 
+    def handed_tools(self) -> HandedTools:
+        """Return which tools the agent was handed, asked for under the workspace's identity; raises :class:`BrokerUnreachable`.
+
+        A broker that does not know the call knows no delegation that names tools.
+        """
+        path = "/v1/workspace/tools"
+        try:
+            with self._open(identified=True) as client:
+                answer = client.get(
+                    path, params={"workspace_id": self._workspace.workspace_id}, extensions=self._extensions
+                )
+            if answer.status_code == httpx.codes.NOT_FOUND and _code(answer) == "no_such_call":
+                return HandedTools(bound=False)
+            return read_handed(answer.raise_for_status().content)
+        except (httpx.HTTPError, HandedInvalid) as error:
+            raise _unreachable(path, error) from error
+
     def _open(self, *, identified: bool) -> httpx.Client:
         return open_client(self._workspace, self._ca, self._svid if identified else None, self._timeout)
 
@@ -206,6 +230,13 @@ def open_client(workspace: Workspace, ca: Path, svid: Path | None, timeout: floa
         trust_env=False,
         headers={"host": workspace.broker_name},
     )
+
+
+def _code(answer: httpx.Response) -> str:
+    try:
+        return msgspec.json.decode(answer.content, type=_Refusal).code
+    except msgspec.DecodeError:
+        return ""
 
 
 def _unreachable(what: str, error: Exception) -> BrokerUnreachable:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from broker_rig import Lab, cli
 
-from saw.broker.client import BrokerRefusal
+from saw.broker.client import BrokerRefusal, listed_delegations
 from saw.gateway.delegations import engagements, verify_statements
 from saw.gateway.state import parse_state
 from saw.identity.statement import verify_statement
@@ -168,3 +169,44 @@ def test_the_command_line_issues_shows_verifies_and_revokes(broker: Lab, tmp_pat
         assert (refused.returncode, "cannot be read" in refused.stderr) == (1, True)
     refused = cli(broker, "delegation", "issue", "del-cli", "--task", "t", "--for", "soon", "--resource", "a.test")
     assert "--for" in refused.stderr
+
+
+@pytest.mark.control("DEL-01")
+def test_the_command_line_hands_out_tools_and_reads_every_page(broker: Lab) -> None:
+    broker.workspace("del-tools")
+    hand = ("delegation", "issue", "del-tools", "--task", "t", "--for", "1h", "--resource", "a.test", "--json")
+    named = cli(broker, *hand, "--tool", "tracker search read_*", "--tool", "files")
+    assert json.loads(named.stdout)["tools"] == [
+        {"server": "tracker", "tools": ["search", "read_*"]},
+        {"server": "files", "tools": ["*"]},
+    ]
+    none = json.loads(cli(broker, *hand, "--tool", "none").stdout)
+    assert none["tools"] == []
+    plain = json.loads(cli(broker, *hand).stdout)
+    assert "tools" not in plain
+    for wrong in (("--tool", "none", "--tool", "files"), ("--tool", " ")):
+        refused = cli(broker, *hand, *wrong)
+        assert (refused.returncode, "cannot be read" in refused.stderr) == (1, True)
+    assert cli(broker, "delegation", "revoke", none["id"], "--reason", "done").returncode == 0
+    listed = cli(broker, "delegation", "list", "del-tools", "--state", "active", "--json")
+    assert [one["id"] for one in json.loads(listed.stdout)["delegations"]].count(plain["id"]) == 1
+    assert none["id"] not in listed.stdout
+    assert none["id"] in cli(broker, "delegation", "list", "--state", "revoked").stdout
+    found = listed_delegations(broker.operator, page=1, workspace_id=["del-tools"])
+    assert {one["id"] for one in found} == {plain["id"], none["id"], json.loads(named.stdout)["id"]}
+    assert len(found) == 3
+
+
+@pytest.mark.control("DEL-01")
+def test_changes_wake_whoever_waits_for_them_and_a_workspace_asks_under_its_own_name_alone(broker: Lab) -> None:
+    broker.workspace("del-feed")
+    seq = broker.operator.request("GET", "/v1/delegations?limit=1")["seq"]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(broker.operator.request, "GET", f"/v1/delegations/changes?after={seq}&wait=20")
+        made = issue(broker, "del-feed")
+        assert made["id"] in [one["id"] for one in waiting.result(60)["delegations"]]
+    with broker.tls() as client:
+        answer = client.get("/v1/workspace/tools?workspace_id=del-feed")
+        assert (answer.status_code, answer.json()["code"]) == (403, "not_this_workspace")
+    with broker.tls("perimeter", "edge") as client:
+        assert client.get("/v1/workspace/tools?workspace_id=del-feed").status_code == 403

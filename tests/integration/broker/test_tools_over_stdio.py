@@ -28,8 +28,10 @@ from saw.broker.secret_place import load_authority, open_secrets
 from saw.identity.x509 import new_key_and_csr
 from saw.policy.keys import create_key
 from saw.review.tool import ToolView, params_of
-from saw.runtime.policyd_config import Workspace
+from saw.runtime.policyd_broker import PolicyBroker
+from saw.runtime.policyd_config import PolicydConfig, Workspace
 from saw.runtime.policyd_reviews import ReviewBroker
+from saw.runtime.policyd_tools import ToolFile
 from saw.runtime.review_desk import Claim, Question, ReviewDesk
 
 GOVERNANCE = """\
@@ -143,6 +145,12 @@ class Place:
             broker_name=NAME, ring2="127.0.0.1:1", ring2_name="ring2", ca_pem=lab.ca_file.read_text(), tuf_root={},
             blueprint="coding", ring="stable",
         )  # fmt: skip
+        config = PolicydConfig(run_dir=str(folder), state_dir=str(folder / "state"))
+        for name in ("policy", "state"):
+            (folder / name).mkdir()
+        self.policy_broker = PolicyBroker(workspace, folder)
+        self.tools = ToolFile(config, self.policy_broker, print)
+        self.hear()
         self.between = Between(ReviewBroker(workspace, folder))
         self.desk = ReviewDesk(folder / "desk.sock", os.getuid(), self.between, print)
         self.desk.start()
@@ -163,6 +171,10 @@ class Place:
         )
         (self.folder / "svid" / "key.pem").write_bytes(key)
 
+    def hear(self) -> None:
+        """Ask which tools were handed out, as the policy agent does each time it goes round."""
+        self.tools.look(self.policy_broker.offer().seq)
+
     def mediator(self, name: str = "one") -> Path:
         """Start a mediator and return its socket once it serves."""
         listen = self.folder / f"{name}.sock"
@@ -175,6 +187,7 @@ class Place:
             f"{self.folder}/server.sock",
         ]
         command += ["--client-uid", str(os.getuid()), "--reviews", f"{self.folder}/desk.sock"]
+        command += ["--handed", f"{self.folder}/policy/tools.json"]
         process = subprocess.Popen(command, stderr=(self.folder / f"{name}.log").open("ab"))
         self.mediators.append(process)
         until(lambda: listens(listen))
@@ -195,6 +208,7 @@ class Place:
         for process in self.mediators:
             process.kill()
             process.wait(60)
+        self.policy_broker.close()
         self.desk.close()
         self.server.shutdown()
         self.server.server_close()
@@ -317,6 +331,50 @@ def test_without_broker_identity_or_policy_agent_nothing_is_called(place: Place)
     assert agent.call()["error"]["data"]["reason"] == "review_required"
     assert "made" in json.dumps(agent.call(tool="read")["result"]), "what no person decides on goes on"
     assert place.calls() == 0
+    agent.close()
+
+
+@pytest.mark.control("DEL-01")
+@pytest.mark.control("RUN-05")
+def test_tools_that_no_delegation_names_are_refused_from_the_first_one_on_that_names_some(place: Place) -> None:
+    agent = Client(place.mediator())
+
+    def hand(*tools: str) -> str:
+        asked = {"workspace_id": "ws-a", "task": "t", "resources": [{"host": "api.example.com"}], "duration_s": 3600}
+        if tools:
+            asked["tools"] = [{"server": "files", "tools": list(tools)}]
+        given = place.lab.operator.request("POST", "/v1/delegations", asked)
+        place.hear()
+        return str(given["id"])
+
+    def revoke(delegation: str) -> None:
+        place.lab.operator.request("POST", f"/v1/delegations/{delegation}/revoke", {"reason": "done"})
+        place.hear()
+
+    plain = hand()
+    assert "made" in json.dumps(agent.call(tool="read")["result"])
+    revoke(plain)
+    assert "made" in json.dumps(agent.call(tool="read")["result"]), "it named no tools"
+    read = hand("read")
+    assert "made" in json.dumps(agent.call(tool="read")["result"])
+    refused = agent.call()["error"]["data"]
+    assert (refused["reason"], refused["rule_missing"]) == (
+        "outside_delegation",
+        {"server": "files", "tool": "publish"},
+    )
+    both = hand("publish")
+    waits = review_of(agent.call())
+    assert place.review(waits["id"])["delegation"] == both
+    place.approve(waits["id"])
+    revoke(both)
+    assert agent.call()["error"]["data"]["reason"] == "outside_delegation"
+    assert place.calls() == 0
+    revoke(read)
+    assert agent.call(tool="read")["error"]["data"]["reason"] == "outside_delegation"
+    plain = hand()
+    assert "made" in json.dumps(agent.call(tool="read")["result"]), (
+        "one that says nothing of tools leaves them to policy"
+    )
     agent.close()
 
 

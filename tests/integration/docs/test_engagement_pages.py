@@ -71,9 +71,12 @@ def test_the_page_on_delegations(desk: tuple[Lab, Path]) -> None:
         return {"DELEGATION": ids[0]} if ids else {}
 
     walk("docs/delegation.md", desk, noted)
-    assert len(ids) == 2
-    states = [desk[0].operator.request("GET", f"/v1/delegations/{one}")["state"] for one in ids]
+    assert len(ids) == 3
+    found = [desk[0].operator.request("GET", f"/v1/delegations/{one}") for one in ids]
+    states = [one["state"] for one in found if "tools" not in one]
     assert states == ["revoked", "revoked"], "the part ended with the whole"
+    [named] = [one["tools"] for one in found if "tools" in one]
+    assert named == [{"server": "tracker", "tools": ["search", "read_*"]}, {"server": "files", "tools": ["*"]}]
 
 
 @pytest.mark.control("ID-04")

@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 from ring2_rig import BROKER, Answer, Rig, wait_for
+from ring2_sponsor import Sponsor
+
+from saw.policy.delegation import Resource, Tools
 
 pytestmark = [pytest.mark.control("RUN-05"), pytest.mark.control("POL-04")]
 
@@ -252,3 +255,48 @@ def test_the_kept_answer_of_a_reviewed_tool_is_looked_at_too(rig: Rig) -> None:
     kept = rig.call("GET", f"/.well-known/saw/reviews/{review}?wait=20")
     assert kept.status == 200 and b"sampling" not in kept.body
     assert json.loads(kept.body.partition(b"data: ")[2]) == DONE
+
+
+DOCS = [{"name": name, "inputSchema": {"type": "object"}} for name in ("read", "publish", "other")]
+
+
+def read_call(tool: str = "read") -> dict[str, Any]:
+    return {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "method": "tools/call",
+        "params": {"name": tool, "arguments": {"path": "/srv/docs/a"}},
+    }
+
+
+@pytest.mark.control("DEL-01")
+def test_a_delegation_that_names_tools_lets_these_alone_through_and_into_lists(rig: Rig) -> None:
+    sponsor = Sponsor(rig)
+    at = (Resource(host="api.example.com", paths=("/tools", "/mcp", "/rpc")),)
+
+    def hand(*tools: Tools) -> None:
+        fields = {"tools": tools} if tools else {}
+        rig.settle(delegations=[sponsor.hand(resources=at, **fields)], delegation_required=True)
+
+    def listed() -> set[str]:
+        saying(rig, JSON, {"jsonrpc": "2.0", "id": 1, "result": {"tools": DOCS}})
+        return {tool["name"] for tool in post(rig, LIST, "/tools").json["result"]["tools"]}
+
+    def called(tool: str, target: str = "/tools") -> tuple[int, str]:
+        saying(rig, JSON, DONE)
+        answer = post(rig, read_call(tool) if target == "/tools" else SEARCH, target)
+        return answer.status, "" if answer.status == 200 else answer.json["reason"]
+
+    try:
+        hand()
+        assert (listed(), called("read"), called("", "/mcp")) == ({"read", "publish"}, (200, ""), (200, ""))
+        hand(Tools(server="docs", tools=("re*",)))
+        assert (listed(), called("read")) == ({"read"}, (200, ""))
+        assert called("", "/mcp") == (403, "outside_delegation")
+        rig.far.arrived.clear()
+        assert called("publish") == (403, "outside_delegation"), "not even a person is asked"
+        assert rig.far.arrived == []
+        hand(Tools(server="web"))
+        assert (listed(), called("read"), called("", "/mcp")) == (set(), (403, "outside_delegation"), (200, ""))
+    finally:
+        rig.settle(delegations=[], delegation_required=False)

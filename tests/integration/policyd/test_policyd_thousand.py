@@ -18,6 +18,7 @@ from tuf.ngclient.fetcher import FetcherInterface
 
 from saw.audit.workspace_decisions import Decisions
 from saw.policy.bundle import build_manifest, policy_digest, sign
+from saw.policy.handed_tools import HandedTools
 from saw.policy.loader import load_members
 from saw.policy.tuf_accept import sign_online
 from saw.policy.tuf_metadata import Metadata, TargetFile, Targets, parse, sign_metadata
@@ -91,6 +92,9 @@ class FarBroker:
 
     def offer(self) -> Offer:
         return Offer(1, self.digest, 0)
+
+    def handed_tools(self) -> HandedTools:
+        return HandedTools(bound=False)
 
     def report(self, kind: str, state: str, *, reason: str, policy_digest: str, **_further: object) -> None:
         if kind == "policy_state":

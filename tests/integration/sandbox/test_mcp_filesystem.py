@@ -62,6 +62,7 @@ def mcp(networked, launch, filesystem_server):
     spec = compile_spec(load_policy(policy.encode()), load_governance(text.encode()), account=(2000, 2000, "/run/home"))
     spec = replace(spec, paths=RuntimePaths(PYTHON, str(SOURCE / "saw" / "runtime")))
     networked.write("/run/saw/generations/current/governance.yaml", text.encode())
+    networked.write("/run/saw/policy/tools.json", b'{"bound": false}')
     networked.write("/run/saw/sandbox/mcp-files.json", encode_launch(spec.mcp_launch(spec.mcp_servers[0])))
     networked.run(
         "install", "-d", "-o", "2000", "-g", "2000", "/run/home/project", "/run/home/project/src", "/run/home/other"

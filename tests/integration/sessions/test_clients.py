@@ -68,7 +68,47 @@ def test_plain_ssh_gets_a_certificate_for_each_connection(bastion: Bastion, conf
         assert newest(bastion)["command"] == f"echo {word}"
     kept = bastion.directory / "kept" / "ws-a"
     assert kept.stat().st_mode & 0o777 == 0o700
-    assert (kept / "key").stat().st_mode & 0o777 == 0o600
+    [key] = kept.glob("*/key")  # of the second one: what the first one left went before
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert key.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_connections_that_begin_together_have_a_certificate_each(
+    bastion: Bastion, config: Path, tmp_path: Path
+) -> None:
+    # Neither goes on before all of them have their certificate.
+    held = tmp_path / "held"
+    held.write_text(
+        '#!/bin/sh\n"$@" || exit\n'
+        f": > {tmp_path}/at-$$\n"
+        f'until [ "$(ls {tmp_path}/at-* | wc -l)" -ge 3 ]; do sleep 0.05; done\n'
+    )
+    held.chmod(0o755)
+    saw = Path(sys.executable).with_name("saw")
+    text = config.read_text()
+    assert f"exec {saw} " in text
+    config.write_text(text.replace(f"exec {saw} ", f"exec {held} {saw} "))
+    environment = {**os.environ, "SAW_SSH_KEYS": str(bastion.directory / "kept")}
+    clients = [
+        subprocess.Popen(
+            ["ssh", "-F", str(config), "ws-a", f"echo {word}"],
+            env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for word in ("one", "two", "three")
+    ]  # fmt: skip
+    ends = [(*client.communicate(timeout=120), client.returncode) for client in clients]
+    assert [(out, code) for out, _, code in ends] == [("one\n", 0), ("two\n", 0), ("three\n", 0)], ends
+
+
+def test_the_part_of_before_still_finds_its_key(bastion: Bastion, config: Path) -> None:
+    kept = bastion.directory / "kept" / "ws-a"
+    text = (
+        config.read_text().replace(" --process $PPID", "").replace(f"Include {kept}/*.conf", f"IdentityFile {kept}/key")
+    )
+    files = f"    CertificateFile {kept}/key-cert.pub\n    UserKnownHostsFile {kept}/known_hosts\n"
+    config.write_text(text + files)
+    done = run(bastion, "ssh", "-F", str(config), "ws-a", "echo as-before")
+    assert (done.returncode, done.stdout) == (0, "as-before\n"), done.stderr
 
 
 def test_scp_and_rsync_use_the_same_part(bastion: Bastion, config: Path, tmp_path: Path) -> None:

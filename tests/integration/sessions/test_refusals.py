@@ -6,13 +6,17 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
-from session_rig import Bastion, make_key
+from broker_rig import Lab
+from session_rig import RULES, Bastion, make_key, running
 from sso_rig import free_port
 
+from saw.broker.client import BrokerRefusal
 from saw.identity.ssh import SshAuthority
 
 pytestmark = pytest.mark.control("ID-02")
@@ -93,6 +97,31 @@ def test_a_certificate_bound_to_an_address_does_not_log_in_from_another(bastion:
     assert (moved.returncode, moved.stdout) == (255, "")
     assert allowed(bastion, folder, "-b", "127.0.0.1")
     assert bastion.closed(session)["from"] == "127.0.0.1"
+
+
+def test_a_certificate_counts_from_the_configured_networks_alone_whatever_is_asked_for(tmp_path: Path) -> None:
+    directory = Path(tempfile.mkdtemp(prefix="saw-source-"))
+    rules = msgspec.structs.replace(RULES, source_networks=("127.0.0.1/32", "127.0.0.8/30"))
+    lab = Lab(directory, sessions=rules)
+    try:
+        lab.start()
+        with running(lab, directory) as strict:
+            folder, session = strict.certify()
+            for other in ("127.0.0.2", "127.0.0.12"):
+                refused = strict.ssh(folder, "echo in-the-workspace", extra=("-b", other))
+                assert (refused.returncode, refused.stdout) == (255, "")
+            assert strict.show(session)["state"] == "requested"
+            assert allowed(strict, folder, "-b", "127.0.0.9")
+            assert strict.closed(session)["from"] == "127.0.0.9"
+            narrow, _ = strict.certify(source_address="127.0.0.9")
+            assert not allowed(strict, narrow, "-b", "127.0.0.8")
+            assert allowed(strict, narrow, "-b", "127.0.0.9")
+            with pytest.raises(BrokerRefusal) as caught:
+                strict.certify(source_address="127.0.0.0/8")
+            assert caught.value.code == "source_address_outside"
+    finally:
+        lab.stop()
+        shutil.rmtree(directory)
 
 
 @pytest.mark.regression("CVE-2026-59999")

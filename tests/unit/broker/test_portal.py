@@ -12,6 +12,7 @@ import pytest
 from portal_world import OPERATOR, ORIGIN, POLICY, RELEASED, ROLES, Outline, World
 
 from saw.broker.clock import iso
+from saw.broker.delegation_list import Wanted
 from saw.broker.registry import Step
 from saw.broker.review_decisions import Cancel
 from saw.broker.schema import people, reviews, sso_sessions
@@ -103,7 +104,7 @@ def test_anothers_workspace_session_and_engagement_answer_as_unknown_ones_do(sha
     ada = shared["ada"]
     foreign = {
         "ws-b": "/workspaces/{}", session_of(shared, "ws-b"): "/sessions/{}",
-        str(shared.broker.delegations.listed("ws-b")["delegations"][0]["id"]): "/delegations/{}/revoke",
+        str(shared.broker.delegations.listed(Wanted(("ws-b",)))["delegations"][0]["id"]): "/delegations/{}/revoke",
     }  # fmt: skip
     for name, path in foreign.items():
         unknown = name[:-1] + ("c" if name[-1] != "c" else "d")

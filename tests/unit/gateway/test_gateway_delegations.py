@@ -10,12 +10,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from saw.gateway.delegations import Engagement, OutsideDelegation, cover, engagements, verify_statements
+from saw.gateway.delegations import Engagement, OutsideDelegation, cover, engagements, shown, verify_statements
 from saw.gateway.judge import Refused, _delegated
 from saw.gateway.state import WorkspaceEntry
 from saw.identity.statement import sign_statement
 from saw.identity.x509 import Authority, new_key_and_csr
-from saw.policy.delegation import STATEMENT_TYPE, Delegation, Resource
+from saw.policy.delegation import STATEMENT_TYPE, Delegation, Resource, Tools
 from saw.policy.model import Decision, Operation, Request
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -142,6 +142,73 @@ def test_a_part_that_is_wider_than_the_whole_covers_nothing_even_when_signed(bro
     assert outcome(broker.engagement(whole, record("dlg-2", "dlg-1"))) == "dlg-2"
 
 
+def tool_call(held: Engagement, *tools: str, server: str = "docs", protocol: str = "mcp", at: datetime = NOW) -> str:
+    """The delegation that covers a POST in which these tools are called, or the reason of the refusal."""
+    request = Request(scheme="https", host="api.example.com", port=443, method="POST", path="/v1/mcp")
+    asked = tuple(Operation("tools/call", tool) for tool in tools) or (Operation("tools/list"),)
+    decision = Decision(verdict="allow", canonical_path="/v1/mcp", protocol=protocol, operations=asked)
+    try:
+        return cover(held, request, decision, git_host=False, now=at, server=server)
+    except OutsideDelegation as refusal:
+        return refusal.code
+
+
+@pytest.mark.control("DEL-01")
+def test_a_call_of_a_tool_needs_a_delegation_that_names_it_where_one_names_tools(broker: Broker) -> None:
+    assert tool_call(broker.engagement(record()), "publish") == "dlg-1"
+    held = broker.engagement(record(tools=(Tools(server="docs", tools=("read*",)),)))
+    assert tool_call(held, "read_all") == "dlg-1"
+    assert tool_call(held) == "dlg-1", "a list is no call"
+    for refused in (("publish",), ("read_all", "publish")):
+        assert tool_call(held, *refused) == "outside_delegation"
+    assert tool_call(held, "read_all", server="other") == "outside_delegation"
+    assert tool_call(held, "read_all", server="") == "outside_delegation"
+    assert tool_call(held, "", server="docs", protocol="json-rpc") == "outside_delegation"
+    assert tool_call(broker.engagement(record(tools=())), "read_all") == "outside_delegation"
+    with pytest.raises(OutsideDelegation, match="covers the tool publish of docs"):
+        cover(
+            held,
+            Request(scheme="https", host="api.example.com", port=443, method="POST", path="/v1/mcp"),
+            Decision(verdict="allow", canonical_path="/v1/mcp", operations=(Operation("tools/call", "publish"),)),
+            git_host=False, now=NOW, server="docs",
+        )  # fmt: skip
+
+
+@pytest.mark.control("DEL-01")
+def test_resources_and_tools_are_those_of_one_delegation(broker: Broker) -> None:
+    elsewhere = record("dlg-2", resources=(Resource(host="other.example.com"),), tools=(Tools(server="docs"),))
+    held = broker.engagement(record(tools=(Tools(server="docs", tools=("read",)),)), elsewhere)
+    assert tool_call(held, "read") == "dlg-1"
+    assert tool_call(held, "publish") == "outside_delegation"
+    assert tool_call(broker.engagement(record(tools=()), record("dlg-3")), "publish") == "dlg-3"
+
+
+@pytest.mark.control("DEL-02")
+def test_a_part_that_names_more_tools_than_the_whole_covers_nothing_even_when_signed(broker: Broker) -> None:
+    whole = record(workspace="ws-9", agent="agent-9", tools=(Tools(server="docs", tools=("read",)),))
+    good = record("dlg-2", "dlg-1", tools=(Tools(server="docs", tools=("read",)),))
+    assert tool_call(broker.engagement(whole, good), "read") == "dlg-2"
+    for wide in (record("dlg-2", "dlg-1", tools=(Tools(server="docs"),)), record("dlg-2", "dlg-1")):
+        assert tool_call(broker.engagement(whole, wide), "read") == "outside_delegation"
+
+
+@pytest.mark.control("DEL-01")
+def test_the_list_has_the_tools_that_were_handed_out(broker: Broker) -> None:
+    request = Request(scheme="https", host="API.example.com", port=443, method="GET", path="/v1/mcp")
+
+    def listed(held: Engagement, at: datetime = NOW) -> set[str]:
+        shows = shown(held, request, "/v1/mcp", "docs", at)
+        return {tool for tool in ("read", "publish") if shows(tool)}
+
+    assert listed(Engagement()) == listed(broker.engagement(record())) == {"read", "publish"}
+    held = broker.engagement(record(tools=(Tools(server="docs", tools=("read",)),)))
+    assert listed(held) == {"read"}
+    assert listed(held, NOW + HOUR) == set()
+    assert listed(broker.engagement(record(tools=(Tools(server="other"),)))) == set()
+    other = record(resources=(Resource(host="other.example.com"),))
+    assert listed(broker.engagement(other)) == set()
+
+
 @pytest.mark.control("DEL-02")
 def test_records_that_point_at_each_other_cover_nothing(broker: Broker) -> None:
     assert outcome(broker.engagement(record("dlg-1", "dlg-2"), record("dlg-2", "dlg-1"))) == "outside_delegation"
@@ -163,7 +230,9 @@ def test_approval_bounds_what_the_agent_does_on_its_own(broker: Broker) -> None:
 @pytest.mark.control("DEL-01")
 def test_a_grpc_call_that_a_person_would_have_to_decide_on_is_refused(broker: Broker) -> None:
     reviewed = broker.engagement(record(approval="review"))
-    case: Any = SimpleNamespace(view=SimpleNamespace(engagements={"ws-1": reviewed}), now=NOW, approved=False)
+    case: Any = SimpleNamespace(
+        view=SimpleNamespace(engagements={"ws-1": reviewed}), now=NOW, approved=False, server=""
+    )
     release: Any = SimpleNamespace(matcher=SimpleNamespace(speaks_git=lambda _: False))
     entry: Any = SimpleNamespace(id="ws-1")
     decision = Decision(verdict="allow", canonical_path="/v1/x")

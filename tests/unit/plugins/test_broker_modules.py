@@ -342,6 +342,30 @@ def test_another_content_or_a_near_end_replaces_a_delegation(broker_context, run
 
 
 @pytest.mark.control("DEL-01")
+def test_tools_are_handed_out_compared_and_left_to_policy_where_none_are_named(broker_context, run_module):
+    context = broker_context.context
+    run_module(workspace_registration, context=context, id="ws-del-5", **PROFILE)
+    wanted = {"context": context, "workspace": "ws-del-5", **TASK}
+    plain = run_module(delegation, **wanted)["delegation"]
+    assert "tools" not in plain
+    named = {**wanted, "tools": [{"server": "tracker", "tools": ["search", "read_*"]}, {"server": "files"}]}
+    assert "tools" in run_module(delegation, check=True, **named)["delegation"]
+    made = run_module(delegation, **named)
+    assert made["revoked"] == [plain["id"]]
+    assert made["delegation"]["tools"] == [
+        {"server": "tracker", "tools": ["search", "read_*"]},
+        {"server": "files", "tools": ["*"]},
+    ]
+    assert not run_module(delegation, **named)["changed"]
+    none = run_module(delegation, **{**wanted, "tools": []})
+    assert (none["delegation"]["tools"], none["revoked"]) == ([], [made["delegation"]["id"]])
+    assert not run_module(delegation, **{**wanted, "tools": []})["changed"]
+    assert run_module(delegation, **wanted)["revoked"] == [none["delegation"]["id"]]
+    refused = run_module(delegation, **{**wanted, "tools": [{"server": "a[b]"}]})
+    assert refused["failure"]["code"] == "delegation_invalid"
+
+
+@pytest.mark.control("DEL-01")
 def test_a_delegation_is_taken_back_once(broker_context, run_module):
     context = broker_context.context
     run_module(workspace_registration, context=context, id="ws-del-3", **PROFILE)

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saw.policy.delegation import Delegation, DelegationInvalid, Resource, Scope, parse_delegation, wider
+from saw.policy.delegation import (
+    Delegation,
+    DelegationInvalid,
+    Resource,
+    Scope,
+    Tools,
+    ToolScope,
+    parse_delegation,
+    wider,
+)
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -145,6 +154,13 @@ def test_whatever_a_part_covers_the_whole_covers(
         {"expires": "2026-01-03T03:04:05"},
         {"approval": "none"},
         {"workspace": "../x"},
+        {"tools": None},
+        {"tools": ["files"]},
+        {"tools": [{"server": "files", "tools": []}]},
+        {"tools": [{"server": "", "tools": ["read"]}]},
+        {"tools": [{"server": "files", "tools": ["a[b]"]}]},
+        {"tools": [{"server": "files", "tools": ["read"], "args": {}}]},
+        {"tools": [{"server": f"s{number}"} for number in range(65)]},
     ],
 )
 def test_a_record_that_could_be_misread_is_refused(change: dict[str, Any]) -> None:
@@ -152,6 +168,72 @@ def test_a_record_that_could_be_misread_is_refused(change: dict[str, Any]) -> No
     assert parse_delegation(msgspec.json.encode(good)) == record()
     with pytest.raises(DelegationInvalid):
         parse_delegation(msgspec.json.encode({**good, **change}))
+
+
+# --- Tools ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.control("DEL-01")
+def test_a_record_without_tools_has_the_bytes_it_always_had_and_leaves_tools_to_policy() -> None:
+    raw = msgspec.json.encode(record())
+    assert b"tools" not in raw
+    assert msgspec.json.encode(parse_delegation(raw)) == raw
+    assert ToolScope(parse_delegation(raw).tools).covers("files", "read")
+    assert ToolScope(parse_delegation(raw).tools).covers("", "read")
+
+
+@pytest.mark.control("DEL-01")
+def test_tools_cover_their_servers_and_names_and_nothing_else() -> None:
+    named = (Tools(server="files", tools=("read_*", "list")), Tools(server="tracker-*"))
+    scope = ToolScope(parse_delegation(msgspec.json.encode(record(tools=named))).tools)
+    for server, tool in (("files", "read_text"), ("files", "list"), ("tracker-a", "close")):
+        assert scope.covers(server, tool)
+    for server, tool in (("files", "write"), ("files", "lists"), ("tracker", "close"), ("Files", "list"), ("", "list")):
+        assert not scope.covers(server, tool), (server, tool)
+    assert not ToolScope(()).covers("files", "list")
+    assert not ToolScope((Tools(server="*"),)).covers("", "list")
+
+
+@pytest.mark.control("DEL-02")
+def test_the_tools_of_a_part_lie_within_those_of_the_whole() -> None:
+    whole = record(tools=(Tools(server="files", tools=("read_*", "list")), Tools(server="tracker")))
+    for good in (
+        (),
+        whole.tools,
+        (Tools(server="files", tools=("read_text", "read_a*")),),
+        (Tools(server="tracker", tools=("close",)), Tools(server="files", tools=("list",))),
+    ):
+        assert wider(part(tools=good), whole) == ()
+    for bad, said in (
+        ((Tools(server="files"),), "tools[0] (files) lies within no entry of dlg-1"),
+        ((Tools(server="tracker"), Tools(server="files", tools=("read*",))), "tools[1] (files)"),
+        ((Tools(server="tracker*", tools=("close",)),), "tools[0] (tracker*)"),
+        (msgspec.UNSET, "it says nothing of tools, and dlg-1 names some"),
+    ):
+        (problem,) = wider(part(tools=bad), whole)
+        assert said in problem
+    for anything in (msgspec.UNSET, (), (Tools(server="*"),)):
+        assert wider(part(tools=anything), record()) == ()
+
+
+NAMES = st.sampled_from(["*", "a", "b", "a*", "*a", "a*b", "ab", "**", "a*a*"])
+TOOLS = st.one_of(
+    st.just(msgspec.UNSET),
+    st.lists(st.builds(Tools, server=NAMES, tools=st.lists(NAMES, min_size=1, max_size=3).map(tuple)), max_size=3).map(
+        tuple
+    ),
+)
+CALLED = st.text(alphabet="ab", max_size=4)
+
+
+@pytest.mark.control("DEL-02")
+@settings(max_examples=400, deadline=None)
+@given(TOOLS, TOOLS, st.lists(st.tuples(CALLED, CALLED), min_size=12, max_size=12))
+def test_whatever_tool_a_part_covers_the_whole_covers(child: Any, parent: Any, calls: list[tuple[str, str]]) -> None:
+    if not wider(part(tools=child), record(tools=parent)):
+        for call in calls:
+            assert ToolScope(parent).covers(*call) or not ToolScope(child).covers(*call), call
+    assert wider(part(tools=parent), record(tools=parent)) == ()
 
 
 def test_every_problem_of_a_record_is_named_at_once() -> None:

@@ -15,6 +15,7 @@ import msgspec
 from starlette.responses import Response, StreamingResponse
 
 from saw.audit.choose import Choice
+from saw.broker import delegation_list
 from saw.broker.bastion_sessions import EndRequest
 from saw.broker.clock import iso
 from saw.broker.context import Caller
@@ -126,8 +127,7 @@ class Portal:
         broker = self._broker
         shown = broker.overview.show(name)
         sessions = broker.sessions.list(name)["sessions"]
-        handed = broker.delegations.listed(name)["delegations"]
-        active = [one for one in handed if one["state"] == "active"]
+        engagements, ended = _engagements(broker, name, everything=bool(wanted.engagements))
         choice = Choice(source="broker", workspace=name, kind="3004")
         history = broker.trail.back(wanted.before, STEPS, choice)
         return self._web.render(
@@ -137,9 +137,9 @@ class Portal:
             agents=self._agents.of_workspace(name),
             sessions=sorted(sessions, key=lambda one: one["state"] not in _LIVE)[:SESSIONS],
             more_sessions=len(sessions) > SESSIONS,
-            engagements=(handed if wanted.engagements else active)[:ENGAGEMENTS],
+            engagements=engagements,
             all_engagements=bool(wanted.engagements),
-            ended_engagements=len(handed) - len(active),
+            ended_engagements=ended,
             most_engagements=ENGAGEMENTS,
             history=list(_steps(history["events"])),
             earlier=history["next"],
@@ -257,6 +257,16 @@ class Portal:
         raise ForbiddenError(
             f"your roles do not allow {operation}", cure="ask somebody who may: see docs/portal.md", code="not_allowed"
         )
+
+
+def _engagements(broker: Broker, workspace: str, *, everything: bool) -> tuple[list[dict[str, Any]], int]:
+    """Return the newest engagements of a workspace, those that count or all, and how many do not count any more."""
+    now = broker.services.clock()
+    shown = delegation_list.Wanted((workspace,), () if everything else ("active",), limit=ENGAGEMENTS)
+    past = delegation_list.Wanted((workspace,), ("ended", "revoked"))
+    with broker.services.store.read() as connection:
+        ended = delegation_list.count(connection, past, now)
+    return broker.delegations.listed(shown)["delegations"], ended
 
 
 def _steps(events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

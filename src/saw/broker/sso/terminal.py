@@ -189,8 +189,10 @@ class Terminal:
 
     def _certify(self, caller: Caller, session: Session, name: str, key: Key, way: Way) -> tuple[str, str]:
         """Have the key certified for one session; return the session's id, and whose host certificate to look for."""
-        wanted = SessionRequest(name, key.public, ttl_s=CONNECT_S, source_address=way.source)
-        given = self._broker.sessions.request(caller, wanted, person=session.person.name, sign_in=session.id)
+        wanted = SessionRequest(name, key.public, ttl_s=CONNECT_S)
+        given = self._broker.sessions.request(
+            caller, wanted, person=session.person.name, sign_in=session.id, from_here=way.source
+        )
         key.certified(given["certificate"], given["host_ca"])
         return str(given["session_id"]), str(given["host_name"])
 
