@@ -27,7 +27,7 @@ from pathlib import Path
 
 from saw.errors import SawError
 from saw.files import write_atomic, write_private
-from saw.lab.process import recall, remember, run, stop, wait_for
+from saw.lab.process import command_line, recall, remember, run, stop, wait_for
 from saw.lab.strays import unmarked
 
 PREFIX = "10.77.0"
@@ -236,12 +236,8 @@ class LightHost:
         pid = recall(self.pid_file)
         if pid is None:
             return False
-        try:
-            started = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
-        except OSError:
-            return False
-        wanted = [*self.arguments(), "--boot"]
-        return started[0] == wanted[0] and started[: len(wanted)] != wanted
+        started, wanted = command_line(pid), [*self.arguments(), "--boot"]
+        return started[:1] == wanted[:1] and started != wanted
 
     def ssh_server_only(self) -> list[str]:
         """Arguments that run an SSH server as the only process; its keys lie under /run and never touch the tree."""

@@ -1,0 +1,132 @@
+"""Somebody with a browser and an SSH client on the machine that ran ``make workspace``, and nothing of the lab's own access."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1] / "integration/broker"))
+
+from chromium import Chromium, chromium
+
+from saw.lab import people
+from saw.lab.topology import Lab
+
+PICTURES = Path("build/first-day")
+ROWS = "[...document.querySelectorAll('.xterm-rows > div')].map((row) => row.innerText).join('\\n')"
+SAID = "document.getElementById('said').innerText"
+_COMPLETE = re.compile(rb"^or open (\S+)$", re.MULTILINE)
+
+
+class Person:
+    """``name`` of the demonstration, with the names of the pages in an ``/etc/hosts`` that only their programs see."""
+
+    def __init__(self, lab: Lab, name: str, desk: Path) -> None:
+        self.lab, self.name, self.desk = lab, name, desk
+        desk.mkdir(mode=0o700)
+        self.password = json.loads(people.people_file(lab).read_text(encoding="utf-8"))[name]
+        self.hosts = desk / "hosts"
+        self.hosts.write_text("127.0.0.1 localhost\n" + people.hosts_lines(lab), encoding="ascii")
+        keep = ("PATH", "LANG", "TMPDIR")
+        self.environment = {name: os.environ[name] for name in keep if name in os.environ} | {
+            "HOME": str(desk), "SAW_CONTEXT": str(people.context_file(lab)),
+        }  # fmt: skip
+
+    @property
+    def behind(self) -> list[str]:
+        """Begins a command line: what follows sees the names."""
+        script = 'mount --bind "$0" /etc/hosts && exec "$@"'
+        return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, str(self.hosts)]
+
+    def command(self, *argv: str) -> list[str]:
+        """``saw`` of the lab as this person runs it."""
+        return [*self.behind, str(self.lab.repository / ".venv/bin/saw"), *argv]
+
+    def saw(self, *argv: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            self.command(*argv), env=self.environment, cwd=self.desk, stdin=subprocess.DEVNULL, capture_output=True,
+            text=True, errors="replace", timeout=timeout, check=False,
+        )  # fmt: skip
+        assert not check or done.returncode == 0, (argv, done.stdout[-2000:], done.stderr[-2000:])
+        return done
+
+    @contextmanager
+    def browser(self) -> Iterator[Chromium]:
+        """A browser that nobody has used before."""
+        profile = self.desk / "profile"
+        shutil.rmtree(profile, ignore_errors=True)
+        profile.mkdir()
+        with chromium(profile, self.behind) as page:
+            yield page
+
+    def fill_in(self, page: Chromium, password: str) -> None:
+        """Fill in the provider's form and send it."""
+        page.until(f"location.host === '{people.IDENTITY}' && document.querySelector('input[name=login]')")
+        page.run(
+            f"document.querySelector('input[name=login]').value = {json.dumps(self.name)};"
+            f"document.querySelector('input[name=password]').value = {json.dumps(password)};"
+            "document.querySelector('form').submit()"
+        )
+
+    def sign_in(self, page: Chromium) -> None:
+        """Sign in at the pages with the own password."""
+        page.go(f"{people.ORIGIN}/")
+        page.until("location.pathname === '/sign-in'")
+        page.run("document.querySelector('main a.button').click()")
+        self.fill_in(page, self.password)
+        page.until(f"location.origin === '{people.ORIGIN}' && document.readyState === 'complete'")
+
+    def log_in(self, page: Chromium, pictures: str = "") -> dict[str, Any]:
+        """``saw login``, whose code is confirmed in the browser."""
+        argv = self.command(
+            "login", "--url", people.ORIGIN, "--ca", str(people.tls_directory(self.lab) / "ca.pem"), "--json"
+        )
+        process = subprocess.Popen(
+            argv,
+            env=self.environment,
+            cwd=self.desk,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            said = b""
+            while not (found := _COMPLETE.search(said)):
+                assert select.select([process.stderr], [], [], 60)[0], said
+                piece = os.read(process.stderr.fileno(), 4096)
+                assert piece, (said, process.wait(60))
+                said += piece
+            page.go(found[1].decode())
+            page.until(f"location.host === '{people.IDENTITY}' && document.querySelector('form')")
+            if pictures:
+                take(page, pictures)
+            page.run("document.querySelector('form').requestSubmit(document.querySelector('button[type=submit]'))")
+            out, rest = process.communicate(timeout=120)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+        assert process.returncode == 0, said + rest
+        return dict(json.loads(out))
+
+
+def take(page: Chromium, name: str) -> None:
+    """Keep a picture of the page."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    page.picture(PICTURES / f"{name}.png")
+
+
+def type_line(page: Chromium, text: str) -> None:
+    page.type(text)
+    page.key("Enter", "\r", 13)
