@@ -13,6 +13,7 @@ from typing import Any
 
 from joserfc.jwk import RSAKey
 
+from saw.errors import UnavailableError
 from saw.files import write_atomic, write_private
 from saw.lab import demo_pki
 from saw.lab.topology import BASTION_PORT, Lab
@@ -44,6 +45,13 @@ PEOPLE = (
     Person("auditor@example.com", "audits", ("audit",)),
 )
 ROLES = {"user": ["staff"], "approver": ["maintainers"], "operator": ["platform"], "auditor": ["audit"]}
+
+
+def need_provider(lab: Lab) -> None:
+    """Raise :class:`UnavailableError` when the identity provider's program is not there."""
+    tree = lab.repository / "tests/oidc"
+    if not all((place / "node_modules/.locked").exists() for place in (tree, tree / "node")):
+        raise UnavailableError(f"the identity provider is missing in {tree}", cure="scripts/bootstrap.sh workspace")
 
 
 def people_file(lab: Lab) -> Path:

@@ -109,6 +109,7 @@ class Bringup:
 
     def start_hosts(self) -> Path:
         """Start the light hosts; return the wheelhouse."""
+        people.need_provider(self.lab)
         cache = self.lab.build / "cache"
         cache.mkdir(parents=True, exist_ok=True)
         base = package_state.Base(self.lab.repository / "packer/packages/host.txt", cache, base_os(self.lab.repository))

@@ -11,6 +11,7 @@ import pytest
 
 from saw.broker.client import load_context
 from saw.broker.sso_settings import SsoSettings, problems_of
+from saw.errors import UnavailableError
 from saw.lab import people
 from saw.lab.topology import Lab
 
@@ -75,3 +76,14 @@ def test_what_a_person_is_told_and_reads_has_no_secret(lab: Lab) -> None:
         assert not any(person["password"] in text for person in settings["people"].values())
     for needed in (people.ORIGIN, people.hosts_lines(lab).splitlines()[0], str(people.people_file(lab))):
         assert needed in said
+
+
+def test_a_provider_that_was_not_installed_is_named_with_its_cure(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, tmp_path / "build")
+    with pytest.raises(UnavailableError, match="the identity provider is missing") as raised:
+        people.need_provider(lab)
+    assert raised.value.cure == "scripts/bootstrap.sh workspace"
+    for place in ("tests/oidc", "tests/oidc/node"):
+        (tmp_path / place / "node_modules").mkdir(parents=True)
+        (tmp_path / place / "node_modules/.locked").touch()
+    people.need_provider(lab)
