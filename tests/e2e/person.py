@@ -8,15 +8,13 @@ import re
 import select
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1] / "integration/broker"))
-
 from chromium import Chromium, chromium
+from vm_access import wait_until
 
 from saw.lab import people
 from saw.lab.topology import Lab
@@ -111,7 +109,7 @@ class Person:
             page.until(f"location.host === '{people.IDENTITY}' && document.querySelector('form')")
             if pictures:
                 take(page, pictures)
-            page.run("document.querySelector('form').requestSubmit(document.querySelector('button[type=submit]'))")
+            page.run("document.querySelector('form').requestSubmit(document.querySelector('button[autofocus]'))")
             out, rest = process.communicate(timeout=120)
         finally:
             if process.poll() is None:
@@ -130,3 +128,8 @@ def take(page: Chromium, name: str) -> None:
 def type_line(page: Chromium, text: str) -> None:
     page.type(text)
     page.key("Enter", "\r", 13)
+
+
+def shown(page: Chromium, text: str) -> None:
+    """Wait until the terminal of the page shows ``text``, which is written as in JavaScript; the machine behind it is slow."""
+    wait_until(text, lambda: page.run(f"{ROWS}.includes('{text}')"), patience=300)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 from chromium import Chromium
-from person import ROWS, SAID, Person, take, type_line
+from person import ROWS, SAID, Person, shown, take, type_line
 from vm_access import Workspace, wait_until
 
 from saw.lab import people
@@ -58,10 +59,11 @@ def test_a_person_signs_in_with_the_password_of_the_enterprise_and_sees_the_work
     page.go(f"{people.ORIGIN}/")
     page.until("location.pathname === '/sign-in'")
     page.run("document.querySelector('main a.button').click()")
+    page.until(f"location.host === '{people.IDENTITY}' && document.readyState === 'complete'")
+    take(page, "1-sign-in")
     day.sponsor.fill_in(page, "any")
     page.until("document.querySelector('[role=alert]')")
     assert page.run("location.host") == people.IDENTITY
-    take(page, "1-sign-in")
     day.sponsor.fill_in(page, day.sponsor.password)
     page.until(
         f"location.origin === '{people.ORIGIN}' && document.querySelector('a[href=\"/workspaces/{workspace.id}\"]')"
@@ -99,18 +101,21 @@ def test_an_agent_is_left_running_in_the_terminal_of_the_browser(
     type_line(
         page, f"git add agent.txt && git {identity} commit -qm 'agent: the work of {day.mark}' && echo kept-$((40+2))"
     )
-    page.until(f"{ROWS}.includes('kept-42')")
+    shown(page, "kept-42")
     # stands for an agent: it asks to push, and goes on whether somebody looks or not
     type_line(
         page, f"agent() {{ git push -q origin HEAD:main; while sleep 2; do echo at-work-{day.mark}; done; }}; agent"
     )
-    page.until(f"{ROWS}.includes('\\nat-work-{day.mark}')")
+    shown(page, f"\\nat-work-{day.mark}")
+    found = re.search(r"waiting for review (rv-[0-9a-f]{32})", page.run(ROWS))
+    assert found is not None, page.run(ROWS)
+    day.review = found[1]
     take(page, "4-terminal")
     page.go("about:blank")  # as a window that is closed
 
     def over() -> bool:
         told = {row["id"]: row for row in workspace.sessions()}[day.session]
-        return bool(told["ended_at"] and told["recording_stored_at"])
+        return bool(told["recording_stored_at"])
 
     wait_until("the end of the session", over, patience=120)
 
@@ -123,6 +128,8 @@ def test_plain_ssh_finds_it_at_work(day: Day, workspace: Workspace) -> None:
     ssh[0] = str(shutil.which(ssh[0]))
     with Terminal(ssh, day.sponsor.environment) as terminal:
         assert terminal.expect(f"at-work-{day.mark}".encode(), 180), terminal.tail()
+        terminal.type(b"\x03clear; echo ended-$((40+2))\r")
+        assert terminal.expect(b"ended-42", 60), terminal.tail()
 
 
 @pytest.mark.control("REV-02")
@@ -143,10 +150,7 @@ def test_the_push_waits_until_somebody_else_has_read_the_diff_and_approves_it_wi
         take(desk, "5-passkey")
 
         desk.go(seen)
-        desk.until("document.querySelector('main a[href^=\"/reviews/rev-\"]')")
-        day.review = str(
-            desk.run("document.querySelector('main a[href^=\"/reviews/rev-\"]').getAttribute('href')")
-        ).split("/")[2]
+        desk.until(f"document.querySelector('main a[href=\"/reviews/{day.review}\"]')")
 
         def told() -> bool:  # the far end says what the push would change
             desk.go(f"{seen}/{day.review}")

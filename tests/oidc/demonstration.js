@@ -12,6 +12,36 @@ const passwords = new Map(Object.entries(settings.people).map(([name, person]) =
 const nobody = randomBytes(32);
 const scope = 'openid offline_access email groups';
 
+const escape = (text) => text.replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`);
+const shell = (title, content) => `<!doctype html><html lang="en"><meta charset="utf-8"><title>${title} - Example Enterprise</title>
+<meta name="viewport" content="width=device-width">
+<style>body{font:16px/1.5 sans-serif;background:#eef1f5;color:#1b2430;margin:0}main{max-width:22rem;margin:12vh auto;padding:2rem;background:#fff;
+border-radius:.5rem;box-shadow:0 1px 4px #0003}h1{font-size:1.3rem;margin:0 0 1rem}label{display:block;margin-top:1rem}input{font:inherit;width:100%;
+box-sizing:border-box;padding:.5rem;border:1px solid #667;border-radius:.25rem}button{font:inherit;width:100%;margin-top:1.5rem;padding:.6rem;border:0;
+border-radius:.25rem;background:#1d4f91;color:#fff}button.no{background:#fff;color:#a11212;margin-top:.75rem}code{font-size:1.6rem}.bad{color:#a11212}</style>
+<main><h1>Example Enterprise</h1>${content}</main></html>`;
+const page = (action, said, name) => shell('Sign in', `<p>Sign in with the account of your organisation.</p>${said ? `<p class="bad" role="alert">${escape(said)}</p>` : ''}
+<form method="post" action="${escape(action)}"><label for="login">E-mail</label><input id="login" name="login" type="email" autocomplete="username" required
+value="${escape(name)}"${name ? '' : ' autofocus'}><label for="password">Password</label><input id="password" name="password" type="password"
+autocomplete="current-password" required${name ? ' autofocus' : ''}><button>Sign in</button></form>`);
+// The provider's own form is in `form`; what is shown around it is ours, since its pages ask for fonts elsewhere.
+const deviceFlow = {
+  enabled: true,
+  userCodeInputSource(context, form, _given, error) {
+    context.body = shell('Sign in a device', `<p>Enter the code that your device shows.</p>${error ? '<p class="bad" role="alert">This code does not count.</p>' : ''}
+${form}<button type="submit" form="op.deviceInputForm">Continue</button>`);
+  },
+  userCodeConfirmSource(context, form, client, _device, code) {
+    context.body = shell('Sign in a device', `<p><strong>${escape(client.clientId)}</strong> on another device wants to sign in as you. It must show this code:</p>
+<p><code>${escape(code)}</code></p><p>Did you not begin this, or is the code another one? Then refuse.</p>${form}
+<button type="submit" form="op.deviceConfirmForm" autofocus>Continue</button>
+<button type="submit" form="op.deviceConfirmForm" class="no" name="abort" value="yes">Refuse</button>`);
+  },
+  successSource(context) {
+    context.body = shell('Signed in', '<p>Your device is signed in. You can close this page.</p>');
+  },
+};
+
 const provider = new Provider(settings.issuer, {
   clients: [settings.client],
   jwks: settings.jwks,
@@ -21,7 +51,7 @@ const provider = new Provider(settings.issuer, {
   pkce: { required: () => true },
   features: {
     backchannelLogout: { enabled: true },
-    deviceFlow: { enabled: true },
+    deviceFlow,
     devInteractions: { enabled: false },
     rpInitiatedLogout: { enabled: true },
   },
@@ -45,18 +75,6 @@ const provider = new Provider(settings.issuer, {
   },
 });
 provider.proxy = true;
-
-const escape = (text) => text.replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`);
-const page = (action, said, name) => `<!doctype html><html lang="en"><meta charset="utf-8"><title>Sign in - Example Enterprise</title>
-<meta name="viewport" content="width=device-width">
-<style>body{font:16px/1.5 sans-serif;background:#eef1f5;color:#1b2430;margin:0}main{max-width:22rem;margin:12vh auto;padding:2rem;background:#fff;
-border-radius:.5rem;box-shadow:0 1px 4px #0003}h1{font-size:1.3rem;margin:0 0 1rem}label{display:block;margin-top:1rem}input{font:inherit;width:100%;
-box-sizing:border-box;padding:.5rem;border:1px solid #667;border-radius:.25rem}button{font:inherit;width:100%;margin-top:1.5rem;padding:.6rem;border:0;
-border-radius:.25rem;background:#1d4f91;color:#fff}.bad{color:#a11212}</style>
-<main><h1>Example Enterprise</h1><p>Sign in with the account of your organisation.</p>${said ? `<p class="bad" role="alert">${escape(said)}</p>` : ''}
-<form method="post" action="${escape(action)}"><label for="login">E-mail</label><input id="login" name="login" type="email" autocomplete="username" required
-value="${escape(name)}"${name ? '' : ' autofocus'}><label for="password">Password</label><input id="password" name="password" type="password"
-autocomplete="current-password" required${name ? ' autofocus' : ''}><button>Sign in</button></form></main></html>`;
 
 async function body(request) {
   let text = '';
