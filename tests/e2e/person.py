@@ -106,10 +106,11 @@ class Person:
                 assert piece, (said, process.wait(60))
                 said += piece
             page.go(found[1].decode())
-            page.until(f"location.host === '{people.IDENTITY}' && document.querySelector('form')")
+            button = "document.querySelector('button[form=\"op.deviceConfirmForm\"]')"
+            page.until(f"location.host === '{people.IDENTITY}' && document.readyState === 'complete' && {button}")
             if pictures:
                 take(page, pictures)
-            page.run("document.querySelector('form').requestSubmit(document.querySelector('button[autofocus]'))")
+            page.run(f"{button}.click()")
             out, rest = process.communicate(timeout=120)
         finally:
             if process.poll() is None:

@@ -156,7 +156,7 @@ def test_the_push_waits_until_somebody_else_has_read_the_diff_and_approves_it_wi
             desk.go(f"{seen}/{day.review}")
             return bool(
                 desk.run(
-                    f"[...document.querySelectorAll('section.agent ins')].some((one) => one.innerText === '+{day.mark}')"
+                    f"[...document.querySelectorAll('section.agent ins')].some((one) => one.innerText === '+ {day.mark}')"
                 )
             )
 
