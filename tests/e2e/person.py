@@ -109,7 +109,7 @@ class Person:
             button = "document.querySelector('button[form=\"op.deviceConfirmForm\"]')"
             page.until(f"location.host === '{people.IDENTITY}' && document.readyState === 'complete' && {button}")
             if pictures:
-                take(page, pictures)
+                take(page, pictures, 560)
             page.run(f"{button}.click()")
             out, rest = process.communicate(timeout=120)
         finally:
@@ -120,10 +120,12 @@ class Person:
         return dict(json.loads(out))
 
 
-def take(page: Chromium, name: str) -> None:
-    """Keep a picture of the page."""
+def take(page: Chromium, name: str, height: int = 0, top: str = "") -> None:
+    """Keep a picture of the page from ``top`` (JavaScript) on, ``height`` pixels of it where that is given."""
     PICTURES.mkdir(parents=True, exist_ok=True)
-    page.picture(PICTURES / f"{name}.png")
+    if top:
+        page.run(f"{top}.scrollIntoView()")
+    page.picture(PICTURES / f"{name}.png", height)
 
 
 def type_line(page: Chromium, text: str) -> None:

@@ -60,7 +60,7 @@ def test_a_person_signs_in_with_the_password_of_the_enterprise_and_sees_the_work
     page.until("location.pathname === '/sign-in'")
     page.run("document.querySelector('main a.button').click()")
     page.until(f"location.host === '{people.IDENTITY}' && document.readyState === 'complete'")
-    take(page, "1-sign-in")
+    take(page, "1-sign-in", 560)
     day.sponsor.fill_in(page, "any")
     page.until("document.querySelector('[role=alert]')")
     assert page.run("location.host") == people.IDENTITY
@@ -71,7 +71,7 @@ def test_a_person_signs_in_with_the_password_of_the_enterprise_and_sees_the_work
     page.run(f"document.querySelector('a[href=\"/workspaces/{workspace.id}\"]').click()")
     page.until(f"location.pathname === '/workspaces/{workspace.id}' && document.querySelector('#attach')")
     assert page.run("document.querySelector('.state').innerText") == "active"
-    take(page, "2-workspace")
+    take(page, "2-workspace", 850)
 
 
 @pytest.mark.control("ID-01")
@@ -110,7 +110,7 @@ def test_an_agent_is_left_running_in_the_terminal_of_the_browser(
     found = re.search(r"waiting for review (rv-[0-9a-f]{32})", page.run(ROWS))
     assert found is not None, page.run(ROWS)
     day.review = found[1]
-    take(page, "4-terminal")
+    take(page, "4-terminal", 520)
     page.go("about:blank")  # as a window that is closed
 
     def over() -> bool:
@@ -147,7 +147,7 @@ def test_the_push_waits_until_somebody_else_has_read_the_diff_and_approves_it_wi
             "document.getElementById('label').value = 'laptop'; document.querySelector('#register button').click()"
         )
         desk.until("document.querySelector('td') && document.body.innerText.includes('laptop')")
-        take(desk, "5-passkey")
+        take(desk, "5-passkey", 560)
 
         desk.go(seen)
         desk.until(f"document.querySelector('main a[href=\"/reviews/{day.review}\"]')")
@@ -167,7 +167,7 @@ def test_the_push_waits_until_somebody_else_has_read_the_diff_and_approves_it_wi
         page.go(f"{seen}/{day.review}")
         assert not page.run("document.querySelector('button[value=approve]')")
         desk.until("document.querySelector('#decide button:not(:disabled)')")
-        take(desk, "6-review")
+        take(desk, "6-review", 800, "document.querySelector('section.agent ins').closest('pre').previousElementSibling")
         desk.run(
             "document.getElementById('comment').value = 'read and right'; document.querySelector('button[value=approve]').click()"
         )
@@ -178,7 +178,7 @@ def test_the_push_waits_until_somebody_else_has_read_the_diff_and_approves_it_wi
             return str(desk.run("document.querySelector('.state').innerText")) == "done"
 
         wait_until("the push at the far end", done, patience=180)
-        take(desk, "7-done")
+        take(desk, "7-done", 520, "document.getElementById('facts')")
     assert f"the work of {day.mark}" in workspace.host("enterprise", " ".join(f"'{word}'" for word in tip))
     shown = json.loads(workspace.saw("review", "show", day.review, "--json").stdout)
     [decision] = shown["decisions"]
@@ -192,8 +192,7 @@ def test_the_session_is_played_back_in_the_browser(day: Day, page: Chromium) -> 
     page.run("document.getElementById('speed').value = '0'; document.querySelector('#play button').click()")
     page.until("document.getElementById('said').innerText.includes('It ends here.')")
     assert page.run(f"{ROWS}.includes('at-work-{day.mark}')")
-    page.run("document.getElementById('replay').scrollIntoView()")
-    take(page, "8-replay")
+    take(page, "8-replay", 640, "document.getElementById('replay')")
 
 
 @pytest.mark.control("AUD-02")
@@ -205,7 +204,7 @@ def test_an_auditor_proves_the_trail_complete_on_another_machine(
         desk.go(f"{people.ORIGIN}/audit?text={day.review}")
         desk.until("document.querySelector('table details')")
         assert day.approver.name in desk.run("document.querySelector('main').innerText")
-        take(desk, "9-audit")
+        take(desk, "9-audit", 850)
         assert day.auditor.log_in(desk)["roles"] == ["auditor"]
     # the platform team makes the key once, and signs the tree
     place, elsewhere = tmp_path / "control", tmp_path / "elsewhere"

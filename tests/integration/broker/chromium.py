@@ -102,8 +102,12 @@ class Chromium:
         """Prefer ``light`` or ``dark``."""
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])
 
-    def picture(self, file: Path) -> None:
-        raw = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=False)["data"]
+    def picture(self, file: Path, height: int = 0) -> None:
+        """Write what the window shows as PNG, its upper ``height`` pixels where that is given."""
+        clip = (
+            {"clip": {"x": 0, "y": self.run("scrollY"), "width": 1085, "height": height, "scale": 1}} if height else {}
+        )
+        raw = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=False, **clip)["data"]
         file.write_bytes(base64.b64decode(raw))
 
     def _next(self) -> dict[str, Any]:
