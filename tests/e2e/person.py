@@ -8,7 +8,7 @@ import re
 import select
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from saw.lab import people
 from saw.lab.topology import Lab
 
 PICTURES = Path("build/first-day")
+PAGE = Path(__file__).parents[2] / "docs/first-day.md"
 ROWS = "[...document.querySelectorAll('.xterm-rows > div')].map((row) => row.innerText).join('\\n')"
 SAID = "document.getElementById('said').innerText"
 _COMPLETE = re.compile(rb"^or open (\S+)$", re.MULTILINE)
@@ -85,9 +86,9 @@ class Person:
 
     def log_in(self, page: Chromium, pictures: str = "") -> dict[str, Any]:
         """``saw login``, whose code is confirmed in the browser."""
-        argv = self.command(
-            "login", "--url", people.ORIGIN, "--ca", str(people.tls_directory(self.lab) / "ca.pem"), "--json"
-        )
+        line = f"saw login --url {people.ORIGIN} --ca build/lab/people-tls/ca.pem"
+        places = {"build/lab/people-tls/ca.pem": str(people.tls_directory(self.lab) / "ca.pem")}
+        argv = self.command(*told(line, places), "--json")
         process = subprocess.Popen(
             argv,
             env=self.environment,
@@ -118,6 +119,12 @@ class Person:
                 process.communicate()
         assert process.returncode == 0, said + rest
         return dict(json.loads(out))
+
+
+def told(line: str, places: Mapping[str, str] = {}) -> list[str]:  # noqa: B006 - it is read alone
+    """Return the words behind ``saw`` of a line that the guide has, with the places that lie elsewhere here."""
+    assert f"\n$ {line}\n" in PAGE.read_text(encoding="utf-8"), line
+    return [places.get(word, word) for word in line.partition(" >")[0].split()[1:]]
 
 
 def take(page: Chromium, name: str, height: int = 0, top: str = "") -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from chromium import Chromium
-from person import ROWS, SAID, Person, shown, take, type_line
+from person import ROWS, SAID, Person, shown, take, told, type_line
 from vm_access import Workspace, wait_until
 
 from saw.lab import people
@@ -114,8 +114,8 @@ def test_an_agent_is_left_running_in_the_terminal_of_the_browser(
     page.go("about:blank")  # as a window that is closed
 
     def over() -> bool:
-        told = {row["id"]: row for row in workspace.sessions()}[day.session]
-        return bool(told["recording_stored_at"])
+        known = {row["id"]: row for row in workspace.sessions()}
+        return bool(known[day.session]["recording_stored_at"])
 
     wait_until("the end of the session", over, patience=120)
 
@@ -123,7 +123,10 @@ def test_an_agent_is_left_running_in_the_terminal_of_the_browser(
 @pytest.mark.control("ID-02")
 def test_plain_ssh_finds_it_at_work(day: Day, workspace: Workspace) -> None:
     config = day.sponsor.desk / "ssh_config"
-    config.write_text(day.sponsor.saw("ssh", "--config", workspace.id).stdout, encoding="utf-8")
+    config.write_text(
+        day.sponsor.saw(*told("saw ssh --config ws-demo >> ~/.ssh/config", {"ws-demo": workspace.id})).stdout,
+        encoding="utf-8",
+    )
     ssh = [*day.sponsor.behind, "ssh", "-F", str(config), workspace.id]
     ssh[0] = str(shutil.which(ssh[0]))
     with Terminal(ssh, day.sponsor.environment) as terminal:
@@ -152,7 +155,7 @@ def test_the_push_waits_until_somebody_else_has_read_the_diff_and_approves_it_wi
         desk.go(seen)
         desk.until(f"document.querySelector('main a[href=\"/reviews/{day.review}\"]')")
 
-        def told() -> bool:  # the far end says what the push would change
+        def read() -> bool:  # the far end says what the push would change
             desk.go(f"{seen}/{day.review}")
             return bool(
                 desk.run(
@@ -160,7 +163,7 @@ def test_the_push_waits_until_somebody_else_has_read_the_diff_and_approves_it_wi
                 )
             )
 
-        wait_until("the diff", told, patience=180, interval=2.0)
+        wait_until("the diff", read, patience=180, interval=2.0)
         assert f"the work of {day.mark}" in desk.run("document.querySelector('section.agent').innerText")
         assert day.mark not in workspace.host("enterprise", " ".join(f"'{word}'" for word in tip))
         # whose agent it is may not approve it
@@ -209,20 +212,21 @@ def test_an_auditor_proves_the_trail_complete_on_another_machine(
     # the platform team makes the key once, and signs the tree
     place, elsewhere = tmp_path / "control", tmp_path / "elsewhere"
     place.mkdir()
-    workspace.saw("audit", "key", "--name", "trail.example.com", "--out", str(place / "log.key"))
-    workspace.saw("audit", "checkpoint", "--tiles", str(place / "tiles"), "--key", str(place / "log.key"))
-    trail = day.auditor.saw("audit", "export").stdout
+    made = {"log.key": str(place / "log.key"), "tiles": str(place / "tiles")}
+    workspace.saw(*told("saw audit key --name trail.example.com --out log.key", made))
+    workspace.saw(*told("saw audit checkpoint --tiles tiles --key log.key", made))
+    trail = day.auditor.saw(*told("saw audit export > trail.jsonl")).stdout
     # another machine: public key, tiles and copy; no network, no context
     shutil.copytree(place / "tiles", elsewhere / "tiles")
     shutil.copy(place / "log.key.pub", elsewhere)
     (elsewhere / "trail.jsonl").write_text(trail, encoding="utf-8")
-    program = [str(workspace.checkout / ".venv/bin/saw"), "audit", "verify", "--checkpoint", "tiles/checkpoint"]
-    program += ["--key", "log.key.pub", "--tiles", "tiles", "--file"]
+    program = [str(workspace.checkout / ".venv/bin/saw")]
+    program += told("saw audit verify --checkpoint tiles/checkpoint --key log.key.pub --tiles tiles --file trail.jsonl")
 
     def verify(file: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["unshare", "--net", *program, file], cwd=elsewhere, env={"PATH": os.environ["PATH"], "HOME": str(elsewhere)},
-            capture_output=True, text=True, check=False, timeout=120,
+            ["unshare", "--net", *program[:-1], file], cwd=elsewhere,
+            env={"PATH": os.environ["PATH"], "HOME": str(elsewhere)}, capture_output=True, text=True, check=False, timeout=120,
         )  # fmt: skip
 
     whole = verify("trail.jsonl")
