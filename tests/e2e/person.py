@@ -121,7 +121,7 @@ class Person:
         return dict(json.loads(out))
 
 
-def told(line: str, places: Mapping[str, str] = {}) -> list[str]:  # noqa: B006 - it is read alone
+def told(line: str, places: Mapping[str, str] = {}) -> list[str]:
     """Return the words behind ``saw`` of a line that the guide has, with the places that lie elsewhere here."""
     assert f"\n$ {line}\n" in PAGE.read_text(encoding="utf-8"), line
     return [places.get(word, word) for word in line.partition(" >")[0].split()[1:]]

@@ -227,9 +227,13 @@ def test_a_host_that_was_started_otherwise_is_told_from_one_that_was_not(
 
 
 def test_the_command_line_of_a_process_is_read_and_is_empty_when_it_has_ended() -> None:
-    with subprocess.Popen(["sleep", "600"]) as child:
-        assert process.command_line(child.pid) == ["sleep", "600"]
+    child = subprocess.Popen(["sleep", "600"])
+    try:
+        # it has no words yet for a moment while it becomes what it is
+        process.wait_for("its words", lambda: process.command_line(child.pid) == ["sleep", "600"], patience=60)
+    finally:
         child.kill()
+        child.wait()
     assert process.command_line(child.pid) == []
 
 
