@@ -95,10 +95,12 @@ npm_tree() {  # FOLDER WHAT: what its lock file says, once
   printf '%s\n' "$wanted" > "$stamp"
 }
 
-if [ "$what" = all ]; then
+if [ "$what" != python ]; then
   npm_tree roles/broker/files/terminal "the portal's terminal"
-  npm_tree tests/oidc "the tests' OpenID provider"
-  npm_tree tests/pages "the engine that tests the portal's pages for WCAG"
+  npm_tree tests/oidc "the OpenID provider of the demonstration and of tests"
   npm_tree tests/oidc/node "a newer Node.js for it and for clients in the sandbox"
+fi
+if [ "$what" = all ]; then
+  npm_tree tests/pages "the engine that tests the portal's pages for WCAG"
   npm_tree tests/clients "clients that tests run in the sandbox"
 fi

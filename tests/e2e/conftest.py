@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from vm_access import PLACES, Workspace, wait_until
 
-sys.path.append(str(Path(__file__).parents[1] / "integration/docs"))
+sys.path += [str(Path(__file__).parents[1] / "integration" / folder) for folder in ("docs", "broker")]
 
 CHECKOUT = os.environ.get("SAW_E2E_CHECKOUT", "")
 

@@ -18,6 +18,7 @@ import msgspec
 from saw.errors import SawError, UnavailableError
 from saw.files import StorageError, describe_file_system, storage_error, takes_no_more
 from saw.image.finished import GoldenImage
+from saw.lab import people
 from saw.lab.evidence import attestation, head, trail
 from saw.lab.preflight import preflight
 from saw.lab.process import wait_for
@@ -113,6 +114,8 @@ def reported(lab: Lab, *, keep_image: bool) -> int:
     if isinstance(failure, Interrupted):
         return 130
     print(report.table())
+    if report.ok:
+        print(people.how_to_open(lab))
     print(f"{time.monotonic() - begin:.0f} s; report: {path}")
     return 0 if report.ok else 1
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from saw.errors import SawError
 from saw.files import write_atomic, write_private
-from saw.lab.process import recall, remember, run, stop, wait_for
+from saw.lab.process import command_line, recall, remember, run, stop, wait_for
 from saw.lab.strays import unmarked
 
 PREFIX = "10.77.0"
@@ -106,6 +106,8 @@ class LightHost:
     """Names that nspawn's filter lets through besides its own, such as those of Landlock, which older versions refuse."""
     booted: bool = True
     """False runs nothing but an SSH server on the tree, for building images: systemd is not there, nothing starts."""
+    read_only: tuple[str, ...] = ()
+    """Folders of the machine that the host sees and cannot change (``FROM:TO``)."""
     environment: tuple[str, ...] = ()
     """What that server sets for every command (``NAME=VALUE``, no spaces)."""
 
@@ -191,17 +193,7 @@ class LightHost:
     def boot(self) -> None:
         """Start systemd-nspawn in its own mount and cgroup environment and remember it; end what a killed one left."""
         end_cgroup(self.cgroup)
-        nspawn = [
-            "systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--console=pipe",
-            f"--machine={self.name}", f"--directory={self.root}", "--network-bridge=lab0", "--resolv-conf=off",
-            "--timezone=off", "--link-journal=no", "--private-users=no",
-        ]  # fmt: skip
-        if self.capability:
-            nspawn.append(f"--capability={self.capability}")
-        if self.system_calls:
-            nspawn.append(f"--system-call-filter={self.system_calls}")
-        nspawn += [f"--bind={bind}" for bind in self.binds]
-        nspawn += ["--boot"] if self.booted else self.ssh_server_only()
+        nspawn = [*self.arguments(), *(["--boot"] if self.booted else self.ssh_server_only())]
         script = (
             "mount --make-rprivate / && (umount -R /sys/fs/cgroup 2>/dev/null || true) && "
             f"mount -t cgroup2 none /sys/fs/cgroup && mkdir -p /sys/fs/cgroup/{self.cgroup} && "
@@ -223,6 +215,29 @@ class LightHost:
             child.wait()
             end_cgroup(self.cgroup)
             raise
+
+    def arguments(self) -> list[str]:
+        """Return systemd-nspawn's command line without what it runs."""
+        nspawn = [
+            "systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--console=pipe",
+            f"--machine={self.name}", f"--directory={self.root}", "--network-bridge=lab0", "--resolv-conf=off",
+            "--timezone=off", "--link-journal=no", "--private-users=no",
+        ]  # fmt: skip
+        if self.capability:
+            nspawn.append(f"--capability={self.capability}")
+        if self.system_calls:
+            nspawn.append(f"--system-call-filter={self.system_calls}")
+        nspawn += [f"--bind={bind}" for bind in self.binds]
+        nspawn += [f"--bind-ro={bind}" for bind in self.read_only]
+        return nspawn
+
+    def outdated(self) -> bool:
+        """Tell whether the booted host runs, and was started with another command line than it would be now."""
+        pid = recall(self.pid_file)
+        if pid is None:
+            return False
+        started, wanted = command_line(pid), [*self.arguments(), "--boot"]
+        return started[:1] == wanted[:1] and started != wanted
 
     def ssh_server_only(self) -> list[str]:
         """Arguments that run an SSH server as the only process; its keys lie under /run and never touch the tree."""

@@ -63,6 +63,15 @@ def recall(pid_file: Path) -> int | None:
     return pid if start_time(pid) == started else None
 
 
+def command_line(pid: int) -> list[str]:
+    """Return the words with which the process was started; none when it has ended."""
+    try:
+        told = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return told.split("\0")[:-1]
+
+
 def stop(pid_file: Path, *, patience: float = 10.0, first: signal.Signals = signal.SIGTERM) -> None:
     """End the remembered process: ask first, then kill after ``patience`` seconds; forget it."""
     pid = recall(pid_file)

@@ -19,6 +19,10 @@ WORKSPACE = "ws-demo"
 ENTERPRISE_NAMES = ("git.example.com", "api.example.com", "models.example.com")
 CREDENTIALS = ("git-token", "api-token", "model-key")
 BASTION_PORT = 2222
+LANDLOCK = "landlock_create_ruleset landlock_add_rule landlock_restrict_self"
+"""System calls that a terminal in the browser needs on the control host (docs/decisions/0037)."""
+IDENTITY_PROVIDER = "/opt/identity"
+"""Where the host ``enterprise`` has the identity provider's program."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,11 @@ class Lab:
         self.images.mkdir(parents=True, exist_ok=True)
         devices = tuple(device for device in ("/dev/net/tun", "/dev/kvm") if Path(device).exists())
         binds = (*devices, f"{self.images}:/var/lib/saw/images")
+        identity = (f"{self.repository}/tests/oidc:{IDENTITY_PROVIDER}",)
         return [
-            LightHost("control", "10.77.0.10", self.directory, self.network),
+            LightHost("control", "10.77.0.10", self.directory, self.network, system_calls=LANDLOCK),
             LightHost("edge", "10.77.0.20", self.directory, self.network, "all", binds),
-            LightHost("enterprise", "10.77.0.30", self.directory, self.network),
+            LightHost("enterprise", "10.77.0.30", self.directory, self.network, read_only=identity),
         ]
 
     @property

@@ -24,7 +24,7 @@ from saw.image.edr import chosen
 from saw.image.finished import GoldenImage
 from saw.image.record import make_record
 from saw.image.wheelhouse import wheelhouse
-from saw.lab import demo_pki
+from saw.lab import demo_pki, people
 from saw.lab.exclusive import exclusive as hold
 from saw.lab.image_release import release_image
 from saw.lab.nspawn import login_key_of
@@ -109,12 +109,17 @@ class Bringup:
 
     def start_hosts(self) -> Path:
         """Start the light hosts; return the wheelhouse."""
+        people.need_provider(self.lab)
         cache = self.lab.build / "cache"
         cache.mkdir(parents=True, exist_ok=True)
         base = package_state.Base(self.lab.repository / "packer/packages/host.txt", cache, base_os(self.lab.repository))
         tar = base.tar(package_state.settle(base, package_state.Choice("reuse"))[0])
         wheels = wheelhouse(self.lab.repository, cache)
         for host in self.hosts.values():
+            # What an earlier version started is started anew; not the hypervisor, which would end the workspace.
+            if host.name != "edge" and host.outdated():
+                self.progress.say(f"host {host.name} was started otherwise: it starts anew")
+                host.down()
             host.up(tar)
             self.progress.say(f"host {host.name} answers at {host.address}")
         return wheels
@@ -123,6 +128,7 @@ class Bringup:
         """Write inventory and context."""
         pki = demo_pki.ensure(self.lab.directory / "enterprise-tls", ENTERPRISE_NAMES)
         credentials = self.lab.credentials()
+        people.write_context(self.lab)
         self.lab.write_files(
             {
                 "saw_runtime_wheelhouse": str(wheels),
@@ -142,6 +148,7 @@ class Bringup:
                 "demo_enterprise_tls": str(pki),
                 "demo_enterprise_names": list(ENTERPRISE_NAMES),
                 "demo_enterprise_address": self.hosts["enterprise"].address,
+                **people.variables(self.lab),
             }
         )
 

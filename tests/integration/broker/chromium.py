@@ -8,7 +8,7 @@ import os
 import select
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,8 +106,12 @@ class Chromium:
         """Prefer ``light`` or ``dark``."""
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])
 
-    def picture(self, file: Path) -> None:
-        raw = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=False)["data"]
+    def picture(self, file: Path, height: int = 0) -> None:
+        """Write what the window shows as PNG, its upper ``height`` pixels where that is given."""
+        clip = (
+            {"clip": {"x": 0, "y": self.run("scrollY"), "width": 1085, "height": height, "scale": 1}} if height else {}
+        )
+        raw = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=False, **clip)["data"]
         file.write_bytes(base64.b64decode(raw))
 
     def _next(self) -> dict[str, Any]:
@@ -122,12 +126,12 @@ class Chromium:
 
 
 @contextmanager
-def chromium(directory: Path) -> Iterator[Chromium]:
-    """Start the browser on a profile of its own; it reads commands at descriptor 3 and answers at 4."""
+def chromium(directory: Path, behind: Sequence[str] = ()) -> Iterator[Chromium]:
+    """Start the browser on a profile of its own, by the command ``behind``; it reads at descriptor 3 and answers at 4."""
     (command_read, command_write), (answer_read, answer_write) = os.pipe(), os.pipe()
     script = f'exec chromium --user-data-dir="$0" "$@" 3<&{command_read} 4>&{answer_write}'
     process = subprocess.Popen(
-        ["bash", "-c", script, str(directory), *FLAGS],
+        [*behind, "bash", "-c", script, str(directory), *FLAGS],
         pass_fds=(command_read, answer_write),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

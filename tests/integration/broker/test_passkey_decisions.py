@@ -184,7 +184,9 @@ def test_the_sponsor_may_deny_and_not_approve(lab: SsoLab, people: dict[str, Any
     assert "You are the sponsor" in page
     assert 'value="approve"' not in page
     assert error(browser.decide(review, key)) == "self_approval"
+    assert "0 of 1 people of maintainers approved" in browser.get(f"/reviews/{review}").text
     assert browser.decide(review, key, "deny").json()["state"] == "denied"
+    assert "people of maintainers approved" not in browser.get(f"/reviews/{review}").text
 
 
 @pytest.mark.control("REV-02")

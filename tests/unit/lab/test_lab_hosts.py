@@ -13,7 +13,7 @@ import yaml
 from private_ns import private, sh
 
 from saw.errors import SawError
-from saw.lab import nspawn
+from saw.lab import nspawn, process
 from saw.lab.nspawn import LabError, LabNetwork, LightHost, host_key_of, key_pair, known_hosts, login_key_of
 from saw.lab.topology import Lab, find_lab
 
@@ -201,6 +201,40 @@ def test_a_network_that_an_interrupted_run_left_half_made_is_made_whole() -> Non
     shown = private(life)
     assert f"{LAN.gateway}/24" in shown
     assert "lab0" in shown
+
+
+def test_a_host_that_was_started_otherwise_is_told_from_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = LightHost("h", "10.93.7.10", tmp_path, LAN)
+    now = LightHost(
+        "h", "10.93.7.10", tmp_path, LAN, system_calls="landlock_create_ruleset", read_only=("/usr:/opt/x",)
+    )
+    assert "--bind-ro=/usr:/opt/x" in now.arguments()
+    assert not now.outdated(), "it does not run"
+    running: list[str] = []
+    monkeypatch.setattr(nspawn, "recall", lambda _: os.getpid())
+    monkeypatch.setattr(nspawn, "command_line", lambda _: running)
+    for words, expected in (
+        ([*now.arguments(), "--boot"], False),
+        ([*before.arguments(), "--boot"], True),
+        ([*now.arguments(), "--bind=/dev/kvm", "--boot"], True),
+        (["unshare", "--mount", "sh"], False),  # not yet at what it is to become
+        ([], False),
+    ):
+        running[:] = words
+        assert now.outdated() is expected, words
+
+
+def test_the_command_line_of_a_process_is_read_and_is_empty_when_it_has_ended() -> None:
+    child = subprocess.Popen(["sleep", "600"])
+    try:
+        # it has no words yet for a moment while it becomes what it is
+        process.wait_for("its words", lambda: process.command_line(child.pid) == ["sleep", "600"], patience=60)
+    finally:
+        child.kill()
+        child.wait()
+    assert process.command_line(child.pid) == []
 
 
 def test_the_command_line_refuses_another_user(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

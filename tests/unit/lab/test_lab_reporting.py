@@ -126,3 +126,21 @@ def test_the_far_ends_certificate_is_made_once_and_verifies_for_its_names(tmp_pa
     alternative = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert alternative.get_values_for_type(x509.DNSName) == list(names)
     ssl.create_default_context(cafile=str(place / "ca.pem"))
+
+
+def test_servers_of_one_authority_have_keys_of_their_own_and_one_that_is_added_makes_all_anew(tmp_path: Path) -> None:
+    names: dict[str, tuple[str, ...]] = {"pages": ("saw.example.com",), "identity": ("idp.example.com",)}
+    place = demo_pki.servers(tmp_path, names)
+    first = {path.name: path.read_bytes() for path in place.iterdir()}
+    assert first["pages.key"] != first["identity.key"]
+    assert demo_pki.servers(tmp_path, names) == place
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == first
+    authority = x509.load_pem_x509_certificate(first["ca.pem"])
+    known = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
+    for server in names:
+        certificate = x509.load_pem_x509_certificate(first[f"{server}.pem"])
+        certificate.verify_directly_issued_by(authority)
+        issuer = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+        assert issuer.key_identifier == known
+    demo_pki.servers(tmp_path, {**names, "third": ("third.example.com",)})
+    assert all((place / name).read_bytes() != content for name, content in first.items())
