@@ -132,14 +132,14 @@ def opened(config: TelemetryConfig, way: Way, host: str, source: str, stop: thre
 
 
 class Courier:
-    """Delivers what waits on one way until it is told to stop; ``error`` says why it does not, empty while it does."""
+    """Delivers what waits on one way until it is told to end; ``error`` says why it does not, empty while it does."""
 
-    def __init__(self, config: TelemetryConfig, spool: Spool, way: Way, host: str, stop: threading.Event) -> None:
+    def __init__(self, config: TelemetryConfig, spool: Spool, way: Way, host: str) -> None:
         self._config = config
         self._spool = spool
         self._way = way
         self._host = host
-        self._stop = stop
+        self._stop = threading.Event()
         self.error = ""
         self._thread = threading.Thread(target=self._run, name=f"saw-telemetry-{way}", daemon=True)
 
@@ -147,8 +147,9 @@ class Courier:
         """Begin."""
         self._thread.start()
 
-    def join(self, timeout: float) -> None:
-        """Wait for its end."""
+    def end(self, timeout: float) -> None:
+        """Tell it to end, and wait for that."""
+        self._stop.set()
         self._thread.join(timeout)
 
     def _run(self) -> None:

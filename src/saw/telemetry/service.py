@@ -81,7 +81,7 @@ class Service:
         self._end_reading()
         self._write_skipped(0.0)
         for courier in self._couriers.values():
-            courier.join(5)
+            courier.end(5)
         self._spool.close()
 
     def turn(self) -> None:
@@ -149,10 +149,11 @@ class Service:
         if ways == tuple(self._couriers):
             return
         self._spool.use(ways)
-        # A host becomes a workspace once, and stays one until it ends.
+        for way in self._couriers.keys() - set(ways):
+            self._couriers[way].end(5)
         for way in ways:
             if way not in self._couriers:
-                self._couriers[way] = Courier(self._config, self._spool, way, self._name, self._stop)
+                self._couriers[way] = Courier(self._config, self._spool, way, self._name)
                 self._couriers[way].start()
         self._couriers = {way: self._couriers[way] for way in ways}
 

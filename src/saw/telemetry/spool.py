@@ -89,14 +89,18 @@ class Spool:
         before the others and have room whenever there is any.
         """
         with self._lock, self._transaction():
-            self._trim(0 if self._bytes() >= self._limit else KEPT)
-            room = self._limit - self._bytes()
+            room, trimmed = self._limit - self._bytes(), False
             head, taken, cursor = self.head, 0, ""
             items: list[tuple[int, bytes]] = []
             for place, event in [*(("", event) for event in first), *read]:
                 if event is not None:
                     item = link(self.source, head, _valid(event))
                     raw = msgspec.json.encode(item)
+                    if not trimmed and room < len(raw):  # what is only kept to be read goes first
+                        trimmed = True
+                        before = self._bytes()
+                        self._trim(0)
+                        room += before - self._bytes()
                     if room <= 0 or (place and room < len(raw)):
                         break
                     items.append((item.seq, raw))

@@ -55,7 +55,10 @@ class Journal:
         text = ""
         for entry in entries:
             self.count += 1
-            stamp = {"__REALTIME_TIMESTAMP": str(START_US + self.count * 1000), "__MONOTONIC_TIMESTAMP": str(self.count * 1000)}
+            stamp = {
+                "__REALTIME_TIMESTAMP": str(START_US + self.count * 1000),
+                "__MONOTONIC_TIMESTAMP": str(self.count * 1000),
+            }
             fields = {**stamp, "_BOOT_ID": BOOT, "_TRANSPORT": "syslog", "_UID": "0", "_PID": "77", **entry}
             text += "".join(f"{name}={value}\n" for name, value in fields.items()) + "\n"
         done = subprocess.run(
@@ -70,13 +73,22 @@ class Journal:
     def sign_ins(self, count: int, first: int = 0) -> list[str]:
         """Append so many sign-ins; return their users."""
         users = [f"user{number}" for number in range(first, first + count)]
-        self.write([ssh(f"Accepted publickey for {user} from 10.0.0.9 port 4022 ssh2: ED25519 SHA256:abc") for user in users])
+        self.write(
+            [ssh(f"Accepted publickey for {user} from 10.0.0.9 port 4022 ssh2: ED25519 SHA256:abc") for user in users]
+        )
         return users
 
 
 def ssh(text: str, **more: str) -> dict[str, str]:
     """An entry of sshd."""
-    return {"SYSLOG_IDENTIFIER": "sshd", "_EXE": "/usr/sbin/sshd", "_COMM": "sshd", "PRIORITY": "6", "MESSAGE": text, **more}
+    return {
+        "SYSLOG_IDENTIFIER": "sshd",
+        "_EXE": "/usr/sbin/sshd",
+        "_COMM": "sshd",
+        "PRIORITY": "6",
+        "MESSAGE": text,
+        **more,
+    }
 
 
 class Host:
@@ -136,7 +148,9 @@ class Host:
         """Run the service as its unit does."""
         log = (self.folder / "service.log").open("ab")
         before = self._beaten()
-        process = subprocess.Popen(self.command("run"), stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            self.command("run"), stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
         log.close()
         try:
             until(lambda: self._beaten() > before or process.poll() is not None, "a sign of life")

@@ -29,8 +29,9 @@ def test_what_was_written_before_a_kill_is_there_once_after_it(host: Host) -> No
     users: list[str] = []
     for _ in range(3):
         with host.running() as process:
-            users += host.journal.sign_ins(150, len(users))
-            until(lambda: len(users_of(host.chain())) > len(users) - 150, "some of them")
+            seen = len(users)
+            users += host.journal.sign_ins(150, seen)
+            until(lambda seen=seen: len(users_of(host.chain())) > seen, "some of them")
             host.kill(process)
     with host.running():
         until(lambda: len(users_of(host.chain())) >= len(users), "all of them")
@@ -99,7 +100,9 @@ def test_what_the_journal_forgot_while_the_spool_was_full_is_a_gap_that_says_so(
 def test_a_journal_that_cannot_be_read_is_red(host: Host) -> None:
     host.configure(journal=str(host.folder / "nowhere"))
     with host.running():
-        said = until(lambda: [text for text in [host.saw("status")] if "the journal is not read" in text.stdout], "the problem")
+        said = until(
+            lambda: [text for text in [host.saw("status")] if "the journal is not read" in text.stdout], "the problem"
+        )
     assert said[0].returncode == 1
 
 
