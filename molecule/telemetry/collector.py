@@ -4,10 +4,10 @@ import http.server
 import json
 import os
 import ssl
+from pathlib import Path
 
-FOLDER = "/root/collector"
-with open(f"{FOLDER}/token", encoding="utf-8") as given:
-    TOKEN = given.read().strip()
+FOLDER = Path("/root/collector")
+TOKEN = (FOLDER / "token").read_text(encoding="utf-8").strip()
 
 
 class Collector(http.server.BaseHTTPRequestHandler):
@@ -18,7 +18,7 @@ class Collector(http.server.BaseHTTPRequestHandler):
         if self.headers["authorization"] != f"Bearer {TOKEN}" or self.path != "/v1/logs":
             self.answer(401, b"{}")
             return
-        with open(f"{FOLDER}/received.jsonl", "a", encoding="utf-8") as kept:
+        with (FOLDER / "received.jsonl").open("a", encoding="utf-8") as kept:
             kept.write(json.dumps(json.loads(body)) + "\n")
             kept.flush()
             os.fsync(kept.fileno())
@@ -34,6 +34,6 @@ class Collector(http.server.BaseHTTPRequestHandler):
 
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 4318), Collector)
 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-context.load_cert_chain(f"{FOLDER}/collector.pem", f"{FOLDER}/collector.key")
+context.load_cert_chain(FOLDER / "collector.pem", FOLDER / "collector.key")
 server.socket = context.wrap_socket(server.socket, server_side=True)
 server.serve_forever()
