@@ -123,3 +123,16 @@ def test_only_the_named_collector_gets_anything_and_status_says_why_another_does
         assert words in (host.folder / "service.log").read_text()
         assert "events do not leave for the collector" in host.saw("status").stdout
     assert siem.lines() == []
+
+
+def test_a_full_spool_loses_nothing_while_the_journal_keeps_it(host: Host, siem: Siem) -> None:
+    siem.kill()
+    host.configure(receiver=receiver(siem), spool_bytes=65536)
+    users = host.journal.sign_ins(200)
+    with host.running():
+        until(lambda: "the spool is full" in host.saw("status").stdout, "the full spool")
+        siem.start()
+        until(lambda: users_of(unlike(siem))[-1:] == users[-1:], "all at the collector")
+    assert users_of(unlike(siem)) == users
+    assert whole(unlike(siem))
+    assert host.findings("telemetry_gap") == []
