@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "runtime": BASE | {"policy", "identity", "attest", "audit", "budget", "review"},
     "gateway": BASE | {"policy", "identity", "attest", "audit", "budget", "review", "secrets"},
     "edr": BASE | {"audit", "runtime"},
+    "telemetry": BASE | {"audit", "edr", "runtime"},
     "patching": BASE | {"audit", "edr", "image"},
     "gpu": BASE | {"audit", "edr", "policy", "vm"},
     "drift": BASE | {"audit", "edr", "broker"},

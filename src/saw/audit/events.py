@@ -141,13 +141,25 @@ class EventFactory:
         subject: Subject,
         user: str,
         *,
-        activity: Literal["create", "enable", "disable", "delete"],
+        activity: Literal[
+            "create", "enable", "password", "disable", "delete", "attach", "detach", "lock", "unlock", "other"
+        ],
         outcome: Outcome = "success",
         message: str = "",
         detail: Mapping[str, object] | None = None,
     ) -> dict[str, Any]:
-        """Account Change (3001): a person or agent is given, or loses, an account."""
-        activity_id = {"create": 1, "enable": 2, "disable": 5, "delete": 6}[activity]
+        """Account Change (3001): a person or agent is given, or loses, an account, a password or a group."""
+        names = {
+            "create": 1,
+            "enable": 2,
+            "password": 3,
+            "disable": 5,
+            "delete": 6,
+            "attach": 7,
+            "detach": 8,
+            "lock": 9,
+        }
+        activity_id = {**names, "unlock": 12, "other": 99}[activity]
         return self._build(3001, activity_id, time, subject, outcome, message, "", {"user": {"uid": user}}, detail)
 
     def http_activity(
@@ -278,6 +290,18 @@ class EventFactory:
         return self._build(
             6002, names.index(activity) + 1, time, subject, outcome, message, status_detail, extra, detail
         )
+
+    def log(
+        self,
+        time: datetime,
+        subject: Subject,
+        *,
+        message: str,
+        severity: Severity = "informational",
+        detail: Mapping[str, object] | None = None,
+    ) -> dict[str, Any]:
+        """Base Event (0): an entry of a log for which OCSF has no class."""
+        return self._build(0, 99, time, subject, None, message, "", {}, detail, severity=severity)
 
     def _build(  # noqa: PLR0917 - the one private place that all classes share
         self,

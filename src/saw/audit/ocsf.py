@@ -245,6 +245,7 @@ _FINDING_STATUSES = frozenset({0, 1, 2, 3, 4, 5, 6, 99})
 CLASSES: dict[int, EventClass] = {
     item.uid: item
     for item in (
+        _event_class(0, "Base Event", (0, "Uncategorized"), {}, {}),
         _event_class(
             2002,
             "Vulnerability Finding",
@@ -269,6 +270,7 @@ CLASSES: dict[int, EventClass] = {
             {
                 1: "Create",
                 2: "Enable",
+                3: "Password Change",
                 5: "Disable",
                 6: "Delete",
                 7: "Attach Policy",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ from saw.errors import ConfigError, UnavailableError
 
 #: How many messages may be under way without an answer.
 WINDOW = 128
+_PATH = re.compile(r"/[A-Za-z0-9._~/-]{0,200}")
 
 
 class DeliveryError(UnavailableError):
@@ -53,6 +55,30 @@ class Receiver(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def address(self) -> str:
         """Host and port for people."""
         return f"{self.host}:{self.port}"
+
+
+def problems_of(receiver: Receiver) -> list[str]:
+    """Return what is wrong with the description of a receiver, by field."""
+    files = (receiver.ca_file, receiver.certificate_file, receiver.key_file, receiver.token_file)
+    return [
+        text
+        for bad, text in (
+            (not receiver.host, "receiver.host must name a host"),
+            (not 1 <= receiver.port <= 65535, "receiver.port must be 1 to 65535"),
+            (not 1 <= receiver.timeout_s <= 600, "receiver.timeout_s must be 1 to 600"),
+            (not _PATH.fullmatch(receiver.path), "receiver.path must be the path of a URL"),
+            (
+                receiver.protocol != "otlp" and (receiver.path, receiver.token_file) != ("/v1/logs", None),
+                "receiver.path and receiver.token_file are for protocol otlp",
+            ),
+            (
+                (receiver.certificate_file is None) != (receiver.key_file is None),
+                "receiver.certificate_file and receiver.key_file go together",
+            ),
+            (not all(Path(name or "/").is_absolute() for name in files), "files of receiver must be absolute paths"),
+        )
+        if bad
+    ]
 
 
 class Outlet(Protocol):
@@ -99,4 +125,4 @@ def tls_context(receiver: Receiver) -> ssl.SSLContext:
     return context
 
 
-__all__ = ["WINDOW", "DeliveryError", "Outlet", "Receiver", "Way", "tls_context"]
+__all__ = ["WINDOW", "DeliveryError", "Outlet", "Receiver", "Way", "problems_of", "tls_context"]

@@ -9,7 +9,6 @@ says what this does, and the last error.
 from __future__ import annotations
 
 import random
-import re
 import socket
 import threading
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import msgspec
 
 from saw.audit.chain import ChainedEvent, Head
 from saw.audit.otlp import Records
-from saw.audit.receiver import WINDOW, DeliveryError, Outlet, Receiver, Way
+from saw.audit.receiver import WINDOW, DeliveryError, Outlet, Receiver, Way, problems_of
 from saw.audit.relp import Messages
 from saw.audit.syslog import mark_of
 from saw.errors import ConfigError, SawError, UnavailableError
@@ -32,8 +31,8 @@ from saw.files import load_json, write_atomic
 POLL_S = 20
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
 _LEAST_LONGEST, _MOST_LONGEST = 8192, 16 * 1024 * 1024
-_PATH = re.compile(r"/[A-Za-z0-9._~/-]{0,200}")
-_WAYS: dict[str, Way] = {"relp": Messages(), "otlp": Records()}
+#: The ways of shipping, by the protocol of a receiver.
+WAYS: dict[str, Way] = {"relp": Messages(), "otlp": Records()}
 
 
 class ShipSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -108,33 +107,19 @@ class Trail(Protocol):
 def load_settings(path: Path | str) -> ShipSettings:
     """Read and check the configuration; raise :class:`ConfigError` that names the field and the cure."""
     settings = load_json(path, ShipSettings)
-    receiver = settings.receiver
-    files = (receiver.ca_file, receiver.certificate_file, receiver.key_file, receiver.token_file)
     problems = [
-        text
-        for bad, text in (
-            (not Path(settings.socket).is_absolute(), "socket must be an absolute path"),
-            (not Path(settings.state_dir).is_absolute(), "state_dir must be an absolute path"),
-            (not receiver.host, "receiver.host must name a host"),
-            (not 1 <= receiver.port <= 65535, "receiver.port must be 1 to 65535"),
-            (not 1 <= receiver.timeout_s <= 600, "receiver.timeout_s must be 1 to 600"),
-            (not _PATH.fullmatch(receiver.path), "receiver.path must be the path of a URL"),
-            (
-                receiver.protocol != "otlp" and (receiver.path, receiver.token_file) != ("/v1/logs", None),
-                "receiver.path and receiver.token_file are for protocol otlp",
-            ),
-            (
-                (receiver.certificate_file is None) != (receiver.key_file is None),
-                "receiver.certificate_file and receiver.key_file go together",
-            ),
-            (not all(Path(name or "/").is_absolute() for name in files), "files of receiver must be absolute paths"),
-            (
-                not _LEAST_LONGEST <= settings.max_message_bytes <= _MOST_LONGEST,
-                f"max_message_bytes must be {_LEAST_LONGEST} to {_MOST_LONGEST}",
-            ),
-        )
-        if bad
-    ]  # fmt: skip
+        *(
+            text
+            for bad, text in (
+                (not Path(settings.socket).is_absolute(), "socket must be an absolute path"),
+                (not Path(settings.state_dir).is_absolute(), "state_dir must be an absolute path"),
+            )
+            if bad
+        ),
+        *problems_of(settings.receiver),
+    ]
+    if not _LEAST_LONGEST <= settings.max_message_bytes <= _MOST_LONGEST:
+        problems.append(f"max_message_bytes must be {_LEAST_LONGEST} to {_MOST_LONGEST}")
     if problems:
         raise ConfigError(f"{path} is not valid: {'; '.join(problems)}", cure="correct the named fields")
     return settings
@@ -181,7 +166,7 @@ class Forwarder:
         self._cursor = Cursor()
         self._health = Health("starting", "", settings.receiver.address)
         self._marks_restart = False
-        self._way = _WAYS[settings.receiver.protocol]
+        self._way = WAYS[settings.receiver.protocol]
 
     def run(self) -> None:
         """Ship until stopped. Whatever fails is written to the health and tried again: within 10 s, or when the receiver says."""

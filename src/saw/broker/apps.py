@@ -69,6 +69,7 @@ def public_app(broker: Broker) -> Starlette:
     attestation, views = broker.attestation, broker.views
     # Anyone who reaches the port may ask; each workspace id has its share, so none can fill the trail or starve another.
     asked = RateLimit(40, 4.0, time.monotonic)
+    heard = RateLimit(20, 1.0, time.monotonic)
 
     def identify(request: Request) -> Caller:
         return tls_caller(broker, request)
@@ -108,6 +109,9 @@ def public_app(broker: Broker) -> Starlette:
                 cure="report for yourself",
                 code="foreign_report",
             )
+        if body.kind == "telemetry":
+            # Up to 64 KiB each, and as many as a flooded journal has: the trail takes them in at a pace of its own.
+            heard.take(body.workspace_id)
         return views.report(caller, body, verified=kind == "workspace")
 
     async def watch(request: Request, _caller: Caller) -> Any:

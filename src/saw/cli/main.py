@@ -41,6 +41,10 @@ AREAS: dict[str, tuple[str, str]] = {
     "image": ("saw.cli.image", "golden image records"),
     "baseline": ("saw.cli.baseline", "scores of hardening scans, their floor and waivers"),
     "edr": ("saw.cli.edr", "endpoint detection on this host: its health and its findings, a scan now"),
+    "telemetry": (
+        "saw.cli.telemetry",
+        "what this host's journal says, as OCSF events: whether they leave, and the newest",
+    ),
     "patch": (
         "saw.cli.patch",
         "security updates of this host: pending, held, overdue; a run now, a restart in its window",

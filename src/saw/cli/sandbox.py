@@ -14,8 +14,8 @@ from saw.runtime import netns, netns_rules
 ATTACH = "/opt/saw/libexec/saw-attach"
 WORKSPACE = Path("/run/saw/workspace.json")
 EGRESS_USER = "saw-egress"
-REPORTER = "saw-edr"
-"""Reports to the broker where the image has endpoint detection; elsewhere there is no such user."""
+REPORTERS = frozenset({"saw-edr", "saw-telemetry"})
+"""Report to the broker where the image has endpoint detection or telemetry; elsewhere there are no such users."""
 
 
 def main(argv: list[str]) -> int:
@@ -84,7 +84,7 @@ def vm_rules(net: netns.SandboxNet) -> netns_rules.Ruleset | None:
         uids.append(pwd.getpwnam(EGRESS_USER).pw_uid)
     except KeyError as error:
         raise netns.NetnsError(f"user {EGRESS_USER} does not exist", cure="install the role that creates it") from error
-    reporters = tuple(one.pw_uid for one in pwd.getpwall() if one.pw_name == REPORTER)
+    reporters = tuple(one.pw_uid for one in pwd.getpwall() if one.pw_name in REPORTERS)
     return net.vm_rules(number, tuple(uids), reporters)
 
 

@@ -10,12 +10,14 @@ import base64
 import binascii
 import contextlib
 import ssl
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
 
+from saw.audit.chain import ChainedEvent
 from saw.audit.workspace_decisions import Decisions
 from saw.errors import UnavailableError
 from saw.policy.handed_tools import HandedInvalid, HandedTools, read_handed
@@ -178,11 +180,18 @@ class PolicyBroker:
 
         It records nothing without the workspace's identity.
         """
-        body = {
-            "workspace_id": self._workspace.workspace_id,
-            "kind": "decisions",
-            "decisions": msgspec.to_builtins(said),
-        }
+        self._tell("decisions", msgspec.to_builtins(said))
+
+    def report_telemetry(self, source: str, events: Sequence[ChainedEvent]) -> None:
+        """Tell events of the chain ``source``; raises :class:`BrokerUnreachable` unless the broker has recorded them.
+
+        It records nothing without the workspace's identity, and takes about one report a second.
+        """
+        self._tell("telemetry", {"source": source, "events": msgspec.to_builtins(list(events))})
+
+    def _tell(self, kind: str, said: dict[str, Any]) -> None:
+        """Report what only counts under the workspace's identity."""
+        body = {"workspace_id": self._workspace.workspace_id, "kind": kind, kind: said}
         try:
             with self._open(identified=True) as client:
                 answer = client.post("/v1/workspace/report", json=body, extensions=self._extensions).raise_for_status()
@@ -191,7 +200,7 @@ class PolicyBroker:
             raise _unreachable("/v1/workspace/report", error) from error
         if not recorded:
             raise BrokerUnreachable(
-                "the broker records decisions under the workspace's identity alone", cure="wait until it has attested"
+                f"the broker records {kind} under the workspace's identity alone", cure="wait until it has attested"
             )
 
     def handed_tools(self) -> HandedTools:

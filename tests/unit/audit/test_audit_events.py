@@ -19,6 +19,7 @@ COUNTER = itertools.count()
 MAKE = EventFactory("saw-broker", host="control", new_uid=lambda: f"uid-{next(COUNTER)}")
 
 BUILD: dict[int, Callable[[Subject], dict[str, Any]]] = {
+    0: lambda who: MAKE.log(NOW, who, message="kernel: an error", severity="high"),
     2002: lambda who: MAKE.vulnerability_finding(
         NOW, who, kind="vulnerable", title="A package is vulnerable", vulnerabilities=[{
             "cve": {"uid": "CVE-2026-1"}, "is_fix_available": True,
