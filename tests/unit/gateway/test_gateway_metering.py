@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saw.budget.errors import Unmetered
 from saw.budget.price import Rates, Usage
 from saw.gateway.metering import Outcome, Told, judged, rates_of, read_told
-from saw.gateway.paying import pay
+from saw.gateway.paying import Unpaid, pay
 from saw.gateway.state import WorkspaceEntry
 from saw.gateway.usage_filter import BETWEEN, TOLD_HEADERS, usage_filter
 from saw.gateway.view import EMPTY
@@ -103,7 +102,7 @@ budgets: [{id: spend, scope: workspace, period: day, limit: {currency: USD, amou
         asked = pay(None, request, decision, Loaded(), entry, view=EMPTY, delegation="", request_id="")  # type: ignore[arg-type]
         return asyncio.run(asked)
 
-    with pytest.raises(Unmetered, match="has no ledger"):
+    with pytest.raises(Unpaid, match="has no ledger"):
         paid("paid.local", "POST", "/v1/messages")
     assert paid("paid.local", "GET", "/v1/models") is None
     assert paid("free.local", "POST", "/v1/messages") is None
