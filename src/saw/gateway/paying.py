@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import msgspec
 
 from saw.budget.errors import Exhausted, QuotaExhausted, RateLimited, Unmetered
+from saw.budget.ledger import money
 from saw.errors import SawError
 from saw.gateway.held import DEFAULT_OPEN_S, Held
 from saw.gateway.metering import Meter, Payer, Reserved, tellable
@@ -18,7 +19,7 @@ from saw.policy.inference import edit_of
 from saw.policy.model import Decision, Request
 
 STANDS_FOR = "budgets "
-"""How the rule of a review begins that lets one call pass a budget; the id of the budget follows."""
+"""How the rule of a review begins that lets one call pass a budget; the budget's id follows, and after a colon what is missing."""
 
 
 class Unpaid(Exception):
@@ -61,7 +62,7 @@ async def pay(
     if budget is None and not limits:
         return None
     asks = budget is not None and budget.on_exhaust == "review"
-    approved = budget is not None and asks and agreed == STANDS_FOR + budget.id
+    approved = budget is not None and asks and agreed.partition(":")[0] == STANDS_FOR + budget.id
     try:
         if meter is None:
             what = f"the budget {budget.id}" if budget is not None else f"the limit {limits[0].id}"
@@ -85,7 +86,7 @@ async def pay(
             approved=approved,
         )
     except Exhausted as error:
-        held = _held(release, budget) if budget is not None and asks and not agreed else None
+        held = _held(release, budget, error) if budget is not None and asks and not agreed else None
         raise Unpaid(error, held) from error
     except SawError as error:
         raise Unpaid(error, None) from error
@@ -101,11 +102,12 @@ def as_sent(request: Request, route: InferenceRoute) -> Request:
     )
 
 
-def _held(release: Release, budget: Budget) -> Held:
+def _held(release: Release, budget: Budget, error: Exhausted) -> Held:
     """Return what a review of a call beyond its budget asks for: one of those who own the blueprint."""
+    asked, left = (money(int(str(error.details[name])), budget.limit.currency) for name in ("asked", "left"))
     return Held(
         group=release.governance.blueprint.owner,
         quorum=1,
         expires_in_s=DEFAULT_OPEN_S,
-        rule=STANDS_FOR + budget.id,
+        rule=f"{STANDS_FOR}{budget.id}: the call may cost {asked}, and {left} is left",
     )
