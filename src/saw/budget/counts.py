@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Literal
 
@@ -23,11 +24,13 @@ Unit = Literal["requests", "tokens"]
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS counted (charge TEXT NOT NULL, key TEXT NOT NULL, calendar INTEGER NOT NULL, unit TEXT NOT NULL,
-  at INTEGER NOT NULL, reserved INTEGER NOT NULL, amount INTEGER NOT NULL CHECK (amount >= 0),
+  at INTEGER NOT NULL, reserved INTEGER NOT NULL, amount INTEGER NOT NULL CHECK (amount >= 0), alone INTEGER NOT NULL,
   PRIMARY KEY (charge, key)) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS counted_in ON counted (key, at, amount);
-CREATE INDEX IF NOT EXISTS counted_at ON counted (at);
+CREATE INDEX IF NOT EXISTS counted_at ON counted (alone, at);
 """
+LOOKED_BACK_S = 7200
+"""How long what was counted without a charge is kept (seconds): longer than any window."""
 
 
 class Count(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,23 +57,26 @@ def refusal(database: sqlite3.Connection, count: Count, time: datetime) -> SawEr
     key = count.key(time)
     if isinstance(count.per, int):
         seconds = int(time.timestamp())
-        rows = database.execute(
-            "SELECT at, amount FROM counted WHERE key = ? AND at >= ? ORDER BY at", (key, seconds - count.per)
-        ).fetchall()
-        left = max(0, count.most - sum(amount for _, amount in rows))
-        return None if count.amount <= left else _limited(count, rows, seconds, left)
+        within = (key, seconds - count.per)
+        total: int = database.execute(
+            "SELECT coalesce(sum(amount), 0) FROM counted WHERE key = ? AND at >= ?", within
+        ).fetchone()[0]
+        if total + count.amount <= count.most:
+            return None
+        rows = database.execute("SELECT at, amount FROM counted WHERE key = ? AND at >= ? ORDER BY at", within)
+        return _limited(count, rows, seconds, count.most - total)
     row = database.execute("SELECT held + spent FROM account WHERE key = ?", (key,)).fetchone()
     left = max(0, count.most - (row[0] if row else 0))
     return None if count.amount <= left else _exhausted(count, left, window(count.per, time)[1])
 
 
-def take(database: sqlite3.Connection, charge: str, count: Count, time: datetime) -> None:
-    """Count what :func:`refusal` let pass; ``charge`` is the name under which tokens are corrected later."""
+def take(database: sqlite3.Connection, charge: str, count: Count, time: datetime, *, alone: bool = False) -> None:
+    """Count what :func:`refusal` let pass; ``charge`` is the name under which tokens are corrected later, ``alone``: never."""
     key, calendar = count.key(time), not isinstance(count.per, int)
     at = int(time.timestamp())
     database.execute(
-        "INSERT INTO counted VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (charge, key, calendar, count.unit, at, count.amount, count.amount),
+        "INSERT INTO counted VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (charge, key, calendar, count.unit, at, count.amount, count.amount, alone),
     )
     if calendar:
         held, spent = (count.amount, 0) if count.unit == "tokens" else (0, count.amount)
@@ -96,11 +102,12 @@ def finish(database: sqlite3.Connection, charge: str, tokens: int | None, *, was
         database.execute("UPDATE counted SET amount = ? WHERE charge = ? AND key = ?", (actual, charge, key))
 
 
-def forget(database: sqlite3.Connection, before: int) -> None:
-    """Forget what was counted before the second ``before`` for calls whose charge is forgotten, or that had none."""
+def forget(database: sqlite3.Connection, now: int, keep_s: int) -> None:
+    """Forget what no window holds any more: with its charge where it has one, which is kept ``keep_s`` after its end."""
+    database.execute("DELETE FROM counted WHERE alone = 1 AND at < ?", (now - LOOKED_BACK_S,))
     database.execute(
-        "DELETE FROM counted WHERE at < ? AND NOT EXISTS (SELECT 1 FROM charge WHERE charge.id = counted.charge)",
-        (before,),
+        "DELETE FROM counted WHERE alone = 0 AND at < ? AND NOT EXISTS (SELECT 1 FROM charge WHERE id = counted.charge)",
+        (now - keep_s,),
     )
 
 
@@ -116,8 +123,12 @@ def _details(count: Count, left: int) -> dict[str, object]:
     }
 
 
-def _limited(count: Count, rows: list[tuple[int, int]], now: int, left: int) -> RateLimited:
-    """Return the refusal by a window: with the seconds after which the call fits, or none where it never can."""
+def _limited(count: Count, rows: Iterable[tuple[int, int]], now: int, room: int) -> RateLimited:
+    """Return the refusal by a window: with the seconds after which the call fits, or none where it never can.
+
+    ``rows`` are what the window holds, oldest first; ``room`` is what they leave of it, below zero where they pass it.
+    """
+    left = max(0, room)
     per = f"{count.most} {count.unit} in any {count.per} s"
     details = _details(count, left)
     if count.amount > count.most:
@@ -126,7 +137,7 @@ def _limited(count: Count, rows: list[tuple[int, int]], now: int, left: int) -> 
             cure="ask for a smaller answer, or send less; waiting does not help",
             details=details,
         )
-    missing, wait = count.amount - left, 1
+    missing, wait = count.amount - room, 1
     for at, amount in rows:
         missing -= amount
         wait = at + int(count.per) + 1 - now

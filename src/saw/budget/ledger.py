@@ -196,7 +196,7 @@ class Ledger:
                     self._open(database, identifier, _NO_MONEY, 0, time=time, detail="", counts=counts)
                 else:
                     for count in counts:
-                        counting.take(database, identifier, count, time)
+                        counting.take(database, identifier, count, time, alone=True)
         if refused is not None:
             raise refused
         return corrected
@@ -288,7 +288,7 @@ class Ledger:
             database.execute(
                 "DELETE FROM charge WHERE state != 'open' AND told = 1 AND ended_at < ?", (seconds - KEEP_S,)
             )
-            counting.forget(database, seconds - KEEP_S)
+            counting.forget(database, seconds, KEEP_S)
             return len(due)
 
     def untold(self, most: int = 256) -> list[Charge]:

@@ -19,7 +19,7 @@ from saw.policy.inference import edit_of
 from saw.policy.model import Decision, Request
 
 STANDS_FOR = "budgets "
-"""How the rule of a review begins that lets one call pass a budget; the budget's id follows, and after a colon what is missing."""
+"""How the rule of a review begins that lets one call pass a budget; its id follows, and after a colon what is missing."""
 
 
 class Unpaid(Exception):
