@@ -243,6 +243,18 @@ def test_a_long_call_is_written_into_as_a_short_one(rig: Rig) -> None:
     assert arrived(rig, body.replace(b'"fast"', b'"demo-big"'))
 
 
+def test_a_call_in_pieces_of_unknown_length_is_written_into_as_well(rig: Rig) -> None:
+    use(rig, aliases={"fast": "demo-big"})
+    pieces = [b'{"mod', b'el": "fa', b'st", "messages": []', b"}"]
+    chunks = b"".join(f"{len(piece):x}\r\n".encode() + piece + b"\r\n" for piece in pieces) + b"0\r\n\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: inference.local\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n"
+    with context(rig).wrap_socket(rig.connect("10.210.5.1", 8443), server_hostname="ring2.saw.internal") as sock:
+        sock.settimeout(60)
+        sock.sendall(head.encode() + chunks)
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+    assert arrived(rig, b'{"model": "demo-big", "messages": []}')
+
+
 def test_the_price_is_that_of_the_model_that_is_asked(rig: Rig) -> None:
     use(rig, budget={}, aliases={"fast": "demo-big"})
     assert ask(rig, model="demo-1", max_tokens=20).status == 200
