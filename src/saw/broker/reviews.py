@@ -315,6 +315,7 @@ class Reviews:
             request_digest=row.request_digest,
             call=call,
             binary=row.binary,
+            rule=row.rule,
         )
 
     def _void(self, tx: Transaction, caller: Caller, row: Row[Any]) -> Row[Any]:

@@ -20,6 +20,25 @@ class Exhausted(SawError):
     code = "budget_exhausted"
 
 
+class RateLimited(SawError):
+    """A call would pass a limit of requests or tokens in a window that slides.
+
+    ``details``: ``id`` of the limit, ``unit``, ``per``, ``limit``, ``asked``, ``left``, and ``retry_after_s``, after which the
+    call fits at the latest; without it, it never does.
+    """
+
+    code = "rate_limited"
+
+
+class QuotaExhausted(SawError):
+    """A call would pass a limit of requests or tokens in a calendar period.
+
+    ``details`` are those of :class:`RateLimited` with ``resets_at`` (RFC 3339) in the place of ``retry_after_s``.
+    """
+
+    code = "quota_exhausted"
+
+
 class Unbounded(SawError):
     """Nothing in a call says what it costs at most."""
 

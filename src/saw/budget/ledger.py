@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,8 +18,11 @@ from typing import Literal
 
 import msgspec
 
+from saw.budget import counts as counting
+from saw.budget.counts import Count
 from saw.budget.errors import Exhausted, LedgerError
 from saw.budget.windows import Period, window
+from saw.errors import SawError
 
 LIFE_S = 3600
 """How long a reservation stays open without news, unless told otherwise (seconds)."""
@@ -41,6 +44,8 @@ CREATE INDEX IF NOT EXISTS charge_untold ON charge (id) WHERE told = 0;
 CREATE TABLE IF NOT EXISTS clock (one INTEGER PRIMARY KEY CHECK (one = 1), latest INTEGER NOT NULL) STRICT;
 INSERT OR IGNORE INTO clock VALUES (1, 0);
 """
+_NO_MONEY = ""
+"""Stands for the account of a charge that costs nothing and is kept for its tokens alone; nobody is told of its end."""
 
 
 class Limit(msgspec.Struct, frozen=True):
@@ -104,7 +109,7 @@ class Ledger:
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=FULL")
             with self._change():
-                for statement in _SCHEMA.split(";\n"):
+                for statement in (_SCHEMA + counting.SCHEMA).split(";\n"):
                     self._database.execute(statement)
         except (sqlite3.Error, OSError) as error:
             raise LedgerError(f"the ledger {path} cannot be opened: {error}", cure="see docs/budgets.md") from error
@@ -135,15 +140,24 @@ class Ledger:
         self._database.execute("UPDATE clock SET latest = ?", (seconds,))
         return now
 
-    def reserve(self, limit: Limit, amount: int, identifier: str, now: datetime, detail: str = "") -> Reservation:
-        """Set ``amount`` aside under ``identifier``, which the caller makes up anew for every call.
+    def reserve(
+        self,
+        limit: Limit,
+        amount: int,
+        identifier: str,
+        now: datetime,
+        detail: str = "",
+        *,
+        counts: Sequence[Count] = (),
+    ) -> Reservation:
+        """Set ``amount`` aside under ``identifier``, which the caller makes up anew for every call, and count ``counts``.
 
-        The same identifier again is the same reservation. Raises :class:`Exhausted` when a hard limit would be passed, and
-        :class:`LedgerError`.
+        All of it or nothing. The same identifier again is the same reservation. Raises :class:`Exhausted` when a hard limit would
+        be passed, :class:`RateLimited` or :class:`QuotaExhausted` when a count does not fit, and :class:`LedgerError`.
         """
         if not 0 <= amount < MOST or not 0 <= limit.most < MOST:
             raise LedgerError(f"the amount {amount} cannot be counted", cure="lower it")
-        exhausted: Exhausted | None = None
+        refused: SawError | None = None
         with self._change() as database:
             time = self._time(now)
             start, end = window(limit.period, time)
@@ -153,36 +167,72 @@ class Ledger:
                 raise LedgerError(
                     f"the reservation {identifier} is there with another amount", cure="make up a new one"
                 )
+            held, spent = _counted(database, account)
             if known is None:
-                database.execute("INSERT OR IGNORE INTO account VALUES (?, 0, 0)", (account,))
                 bound = limit.most if limit.hard else MOST
-                taken = database.execute(
-                    "UPDATE account SET held = held + ?1 WHERE key = ?2 AND held + spent + ?1 <= ?3",
-                    (amount, account, bound),
-                ).rowcount
-                if taken:
-                    seconds = int(time.timestamp())
-                    database.execute(
-                        "INSERT INTO charge VALUES (?, ?, ?, NULL, 'open', ?, ?, NULL, 1, ?, '')",
-                        (identifier, account, amount, seconds, seconds + self._life_s, detail),
-                    )
-            held, spent = database.execute("SELECT held, spent FROM account WHERE key = ?", (account,)).fetchone()
-            left = max(0, limit.most - held - spent)
-            if known is None and not taken:
-                exhausted = _exhausted(limit, amount, left, end)
-        if exhausted is not None:
-            raise exhausted
-        return Reservation(identifier, amount, start, end, left)
+                refused = _misfit(database, counts, time)
+                if refused is None and held + spent + amount > bound:
+                    refused = _exhausted(limit, amount, max(0, limit.most - held - spent), end)
+                if refused is None:
+                    database.execute("INSERT OR IGNORE INTO account VALUES (?, 0, 0)", (account,))
+                    database.execute("UPDATE account SET held = held + ? WHERE key = ?", (amount, account))
+                    self._open(database, identifier, account, amount, time=time, detail=detail, counts=counts)
+                    held += amount
+        if refused is not None:
+            raise refused
+        return Reservation(identifier, amount, start, end, max(0, limit.most - held - spent))
 
-    def settle(self, identifier: str, actual: int, now: datetime, outcome: str = "") -> bool:
-        """Put ``actual`` in the place of what was reserved; return whether that changed anything.
+    def count(self, counts: Sequence[Count], identifier: str, now: datetime) -> bool:
+        """Count a call that no budget pays for, all of ``counts`` or nothing; raises as :meth:`reserve`.
+
+        Returns whether there are tokens to correct by :meth:`settle`, :meth:`keep` or :meth:`release` under ``identifier``.
+        """
+        with self._change() as database:
+            time = self._time(now)
+            refused = _misfit(database, counts, time)
+            corrected = refused is None and any(count.unit == "tokens" for count in counts)
+            if refused is None:
+                if corrected:
+                    self._open(database, identifier, _NO_MONEY, 0, time=time, detail="", counts=counts)
+                else:
+                    for count in counts:
+                        counting.take(database, identifier, count, time, alone=True)
+        if refused is not None:
+            raise refused
+        return corrected
+
+    def _open(
+        self,
+        database: sqlite3.Connection,
+        identifier: str,
+        account: str,
+        amount: int,
+        *,
+        time: datetime,
+        detail: str,
+        counts: Sequence[Count],
+    ) -> None:
+        seconds = int(time.timestamp())
+        database.execute(
+            "INSERT INTO charge VALUES (?, ?, ?, NULL, 'open', ?, ?, NULL, 1, ?, '')",
+            (identifier, account, amount, seconds, seconds + self._life_s, detail),
+        )
+        for count in counts:
+            counting.take(database, identifier, count, time)
+
+    def settle(
+        self, identifier: str, actual: int, now: datetime, outcome: str = "", *, tokens: int | None = None
+    ) -> bool:
+        """Put ``actual`` in the place of what was reserved, ``tokens`` of what was counted; return whether it changed anything.
 
         The first settlement counts. ``actual`` may be more than was reserved, and is recorded as it is. An expired reservation
-        takes its true cost.
+        takes its true cost. ``tokens`` None: what was counted stays.
         """
         if not 0 <= actual < MOST:
             raise LedgerError(f"the amount {actual} cannot be counted", cure="see what the service reported")
-        return self._end(identifier, "settled", ("open", "expired"), lambda _reserved: actual, now=now, outcome=outcome)
+        before: tuple[State, ...] = ("open", "expired")
+        cost = lambda _reserved: actual  # noqa: E731 - as in its siblings
+        return self._end(identifier, "settled", before, cost, now=now, outcome=outcome, tokens=tokens)
 
     def keep(self, identifier: str, now: datetime, outcome: str = "") -> bool:
         """Count an open reservation as spent in full, because nobody can say what the call cost."""
@@ -190,7 +240,7 @@ class Ledger:
 
     def release(self, identifier: str, now: datetime, outcome: str = "") -> bool:
         """Give an open reservation back, because the call certainly cost nothing."""
-        return self._end(identifier, "released", ("open",), lambda _reserved: 0, now=now, outcome=outcome)
+        return self._end(identifier, "released", ("open",), lambda _reserved: 0, now=now, outcome=outcome, tokens=0)
 
     def _end(
         self,
@@ -201,6 +251,7 @@ class Ledger:
         *,
         now: datetime,
         outcome: str,
+        tokens: int | None = None,
     ) -> bool:
         with self._change() as database:
             row = database.execute(
@@ -212,9 +263,10 @@ class Ledger:
             actual = cost(reserved)
             held, spent = (reserved, actual) if was == "open" else (0, actual - counted)
             _book(database, account, held, spent)
+            counting.finish(database, identifier, tokens, was_open=was == "open", most=MOST)
             database.execute(
-                "UPDATE charge SET state = ?, actual = ?, ended_at = ?, told = 0, outcome = ? WHERE id = ?",
-                (state, actual, int(self._time(now).timestamp()), outcome, identifier),
+                "UPDATE charge SET state = ?, actual = ?, ended_at = ?, told = (account = ?), outcome = ? WHERE id = ?",
+                (state, actual, int(self._time(now).timestamp()), _NO_MONEY, outcome, identifier),
             )
             return True
 
@@ -227,13 +279,16 @@ class Ledger:
             ).fetchall()
             for identifier, account, reserved in due:
                 _book(database, account, reserved, reserved)
+                counting.finish(database, identifier, None, was_open=True, most=MOST)
                 database.execute(
-                    "UPDATE charge SET state = 'expired', actual = reserved, ended_at = ?, told = 0, outcome = ? WHERE id = ?",
-                    (seconds, outcome, identifier),
+                    "UPDATE charge SET state = 'expired', actual = reserved, ended_at = ?, told = (account = ?), outcome = ?"
+                    " WHERE id = ?",
+                    (seconds, _NO_MONEY, outcome, identifier),
                 )
             database.execute(
                 "DELETE FROM charge WHERE state != 'open' AND told = 1 AND ended_at < ?", (seconds - KEEP_S,)
             )
+            counting.forget(database, seconds, KEEP_S)
             return len(due)
 
     def untold(self, most: int = 256) -> list[Charge]:
@@ -282,6 +337,18 @@ class Ledger:
         """Close the file."""
         with self._lock:
             self._database.close()
+
+
+def _counted(database: sqlite3.Connection, account: str) -> tuple[int, int]:
+    """Return what is held and what is spent of an account; nothing of one that is not there yet."""
+    row = database.execute("SELECT held, spent FROM account WHERE key = ?", (account,)).fetchone()
+    return (int(row[0]), int(row[1])) if row else (0, 0)
+
+
+def _misfit(database: sqlite3.Connection, counts: Sequence[Count], time: datetime) -> SawError | None:
+    """Return why the first of ``counts`` that does not fit is refused, or None; no two of them share a key."""
+    found = (counting.refusal(database, count, time) for count in counts)
+    return next((refused for refused in found if refused is not None), None)
 
 
 def _book(database: sqlite3.Connection, account: str, held: int, spent: int) -> None:

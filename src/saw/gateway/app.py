@@ -1,4 +1,4 @@
-"""The HTTP side of ext_authz: reads what Envoy sends, has it judged and recorded, answers 200 or 403.
+"""The HTTP side of ext_authz: reads what Envoy sends, has it judged and recorded, answers 200, 403, or 429 where waiting helps.
 
 A call is allowed only after its audit row is on disk. Whatever goes wrong here is a refusal.
 """
@@ -14,7 +14,8 @@ from urllib.parse import unquote
 
 from saw.audit.events import EventFactory
 from saw.errors import SawError
-from saw.gateway.envoy_parts import MAX_AUTHZ_BODY, METER_HEADER, METER_SEAT, SEND_SEAT, SEND_TICKET
+from saw.gateway.edit_filter import edit_value
+from saw.gateway.envoy_parts import EDIT_HEADER, MAX_AUTHZ_BODY, METER_HEADER, METER_SEAT, SEND_SEAT, SEND_TICKET
 from saw.gateway.events import event_of
 from saw.gateway.judge import Call, Dial, Judge, Verdict
 from saw.gateway.metering import Meter, Told, read_told
@@ -105,6 +106,7 @@ def refusal_body(verdict: Verdict) -> dict[str, object]:
         **({"upgrade": call.upgrade} if call.upgrade else {}),
         "rule_missing": decision.rule_missing if decision else None,
         **({"budget": dict(verdict.budget)} if verdict.budget is not None else {}),
+        **({"limit": dict(verdict.limit)} if verdict.limit is not None else {}),
         "next_steps": list(hints) or [step for step in (verdict.cure or own,) if step],
         "request_id": call.request_id,
     }
@@ -177,7 +179,7 @@ class AuthorizationApp:
             LOG.critical("call %s is refused: internal fault %s", call.request_id, type(error).__name__)
             return _unavailable(call)
         if verdict.dial is None:
-            return _refuse(refusal_body(verdict))
+            return _refuse(refusal_body(verdict), (verdict.limit or {}).get("retry_after_s"))
         # An answer that nobody looks at is never let through.
         return _unavailable(call) if verdict.server else _onward(verdict.dial)
 
@@ -211,6 +213,8 @@ def _onward(dial: Dial) -> Answer:
     ]
     if dial.charge:
         headers.append((METER_HEADER.encode(), dial.charge.encode("latin-1")))
+    if dial.edit is not None:
+        headers.append((EDIT_HEADER.encode(), edit_value(dial.edit).encode("latin-1")))
     if dial.frames:
         headers.append((FRAMES_HEADER.encode(), dial.frames.encode("latin-1")))
     if dial.inject is not None:
@@ -233,8 +237,12 @@ def _to_service(call: Call, ticket: str, service: str) -> Answer:
     return 200, headers, b""
 
 
-def _refuse(body: dict[str, object]) -> Answer:
-    return 403, [(b"content-type", b"application/json")], json.dumps(body).encode()
+def _refuse(body: dict[str, object], retry_after: object = None) -> Answer:
+    """Return a refusal; ``retry_after``: the seconds after which the same call may pass, which clients wait for by themselves."""
+    headers = [(b"content-type", b"application/json")]
+    if retry_after is not None:
+        headers.append((b"retry-after", str(retry_after).encode()))
+    return 403 if retry_after is None else 429, headers, json.dumps(body).encode()
 
 
 def _unavailable(call: Call) -> Answer:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from saw.gateway.edit_filter import EDIT_FILTER
 from saw.gateway.envoy_parts import (
     ANSWER_HEADERS,
     AUTHZ_TIMEOUT,
@@ -156,6 +157,7 @@ def _governed(
             "http_filters": [
                 _authorisation(credential_headers, body=True),
                 _script("credentials that come back", REDACTION_FILTER),
+                _script("models that others stand for", EDIT_FILTER),
                 _script("what model services used", usage_filter(drop_mark=True)),
                 # The name of what open calls rest on is part of the filter: when it changes, the listener does.
                 *([_script(f"frames {standing.rests_on}", FRAME_FILTER)] if standing else []),
@@ -206,6 +208,7 @@ def _approved(path: Path, credential_headers: tuple[str, ...]) -> Json:
             "http_filters": [
                 _authorisation(credential_headers, body=False),
                 _script("credentials that come back", REDACTION_FILTER),
+                _script("models that others stand for", EDIT_FILTER),
                 _script("what model services used", usage_filter(drop_mark=False)),
                 _router(),
             ],
@@ -301,7 +304,7 @@ def _authorisation(credential_headers: tuple[str, ...], *, body: bool) -> Json:
                 "server_uri": {"uri": "http://gatekeeper", "cluster": "gatekeeper", "timeout": AUTHZ_TIMEOUT},
                 "authorization_response": {
                     "allowed_upstream_headers": exactly([*ANSWER_HEADERS, *credential_headers]),
-                    "allowed_client_headers": exactly(["content-type", "x-request-id"]),
+                    "allowed_client_headers": exactly(["content-type", "retry-after", "x-request-id"]),
                 },
             },
             "allowed_headers": {"patterns": [{"safe_regex": {"regex": ".*"}}]},

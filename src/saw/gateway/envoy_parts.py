@@ -33,6 +33,8 @@ METER_HEADER = "x-saw-meter"
 """The header in which the gatekeeper names the charge of a call, and the filter that reads the answer tells it back."""
 METER_SEAT = "meter"
 """What stands for the workspace number where that filter tells the gatekeeper the end of a call."""
+EDIT_HEADER = "x-saw-edit"
+"""The header in which the gatekeeper says what is written into the body of a call; a filter does it, and removes the header."""
 ANSWER_HEADERS = (
     "x-saw-upstream",
     "x-saw-authority",
@@ -42,6 +44,7 @@ ANSWER_HEADERS = (
     FRAMES_HEADER,
     WORDS_HEADER,
     METER_HEADER,
+    EDIT_HEADER,
 )
 """What the gatekeeper's answer sets, and a client may never bring."""
 STREAM_SECONDS = 600

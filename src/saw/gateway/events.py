@@ -41,10 +41,14 @@ def event_of(verdict: Verdict, factory: EventFactory) -> dict[str, Any]:
         detail |= {"upgrade": call.upgrade[:_TEXT], "frames": decision.frames if decision else ""}
     if verdict.budget is not None:
         detail["budget"] = dict(verdict.budget)
+    if verdict.limit is not None:
+        detail["limit"] = dict(verdict.limit)
     if verdict.offline:
         detail["offline"] = True
     if dial is not None:
         detail |= {"upstream": dial.address, "authority": dial.authority, "injected": dial.inject is not None}
+        if dial.edit is not None:
+            detail["model_sent"] = dial.edit.text.strip('"')[:_TEXT]
     return factory.http_activity(
         verdict.time,
         subject,

@@ -11,7 +11,8 @@ from saw.review.messages import SPONSORS
 
 MIN_OPEN_S, MAX_OPEN_S = 60, 30 * 86400
 """Bounds of the time for which a review stays open (seconds)."""
-_DEFAULT_OPEN_S = 86400
+DEFAULT_OPEN_S = 86400
+"""How long a review stays open where no rule says (seconds)."""
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,7 +32,7 @@ def held_by(release: Release, request: Request, asked: Decision, delegation: str
     wants one and no rule names reviewers, the owners of the blueprint decide. A push whose refs are for different people to
     decide on is nobody's to decide on as a whole.
     """
-    group, quorum, expires = SPONSORS, 1, _DEFAULT_OPEN_S
+    group, quorum, expires = SPONSORS, 1, DEFAULT_OPEN_S
     if not asked.allowed:
         group = release.governance.blueprint.owner
         try:

@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from saw.errors import SawError
 from saw.gateway.credentials import CredentialStore, Injection
 from saw.gateway.delegations import NONE, Engagement, OutsideDelegation, cover, reach, shown
 from saw.gateway.errors import (
@@ -23,8 +22,8 @@ from saw.gateway.errors import (
 )
 from saw.gateway.held import Held, held_by
 from saw.gateway.mcp_exchange import KnownDefinitions, Rules
-from saw.gateway.metering import Meter, tellable
-from saw.gateway.paying import pay
+from saw.gateway.metering import Meter
+from saw.gateway.paying import Unpaid, pay
 from saw.gateway.peer import PeerReader
 from saw.gateway.placeholders import headers_with_placeholder, target_with_placeholder
 from saw.gateway.releases import Release
@@ -36,6 +35,7 @@ from saw.identity.x509 import Svid
 from saw.policy.addresses import is_blocked_host
 from saw.policy.errors import NotCanonical
 from saw.policy.grpc_calls import goes_unread, is_grpc
+from saw.policy.inference import Edit, edit_of
 from saw.policy.matcher import Matcher
 from saw.policy.mcp_servers import usable_tools
 from saw.policy.model import Decision, Request
@@ -76,7 +76,7 @@ class Dial(msgspec.Struct, frozen=True):
     """Where an allowed call goes: ``address`` is ``ip:port``; ``inject`` is the credential to add, never logged.
 
     ``frames`` is what the client may send on the WebSocket that the call opens, empty for every other call. ``charge`` is the
-    reservation that pays for it, empty where nothing is paid.
+    reservation that pays for it, empty where nothing is paid. ``edit`` is what is written into its body, if anything is.
     """
 
     address: str
@@ -87,6 +87,7 @@ class Dial(msgspec.Struct, frozen=True):
     remove: tuple[str, ...]
     frames: str = ""
     charge: str = ""
+    edit: Edit | None = None
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,9 +95,9 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
     ``held``: only a person is missing; all else holds. ``poll``: an allowed question about a review, which goes nowhere.
     ``review`` is the id of the review that the call belongs to. ``offline``: it rests on the time that policy grants without a
-    broker. ``budget``: what was reserved for it, or what is left of the budget that does not pay for it. ``cure``: what may
-    be done about a refusal, where the reason alone does not say. ``server``: the MCP server over HTTP that an allowed call goes
-    to, whose answer is looked at.
+    broker. ``budget``: what was reserved for it, or what is left of the budget that does not pay for it. ``limit``: what is left
+    of the limit that it would pass. ``cure``: what may be done about a refusal, where the reason alone does not say. ``server``:
+    the MCP server over HTTP that an allowed call goes to, whose answer is looked at.
     """
 
     call: Call
@@ -118,6 +119,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     review: str = ""
     offline: bool = False
     budget: Mapping[str, object] | None = None
+    limit: Mapping[str, object] | None = None
     cure: str = ""
     server: str = ""
 
@@ -182,25 +184,28 @@ class Judge:
             return case.refused(refusal)
         return case.verdict(allowed=True)
 
-    async def decide_approved(self, call: Call, workspace_id: str, policy_digest: str, review: str) -> Verdict:
+    async def decide_approved(
+        self, call: Call, workspace_id: str, policy_digest: str, review: str, *, rule: str = ""
+    ) -> Verdict:
         """Return the verdict on a call that people agreed to, as if the workspace made it now under ``policy_digest``.
 
-        Everything counts as for any other call, except that no person is needed any more and that it comes from no network.
+        ``rule`` is what asked for the review; one about a budget lets the call pass that budget. Everything counts as for any
+        other call, except that no person is needed any more and that it comes from no network.
         """
-        return await self._decide_for(call, workspace_id, policy_digest, review, question=False)
+        return await self._decide_for(call, workspace_id, policy_digest, review, question=False, rule=rule or "-")
 
     async def decide_question(self, call: Call, workspace_id: str, policy_digest: str, review: str) -> Verdict:
         """Like :meth:`decide_approved` for a call that nobody approved: what policy lets people decide on is refused."""
         return await self._decide_for(call, workspace_id, policy_digest, review, question=True)
 
     async def _decide_for(
-        self, call: Call, workspace_id: str, policy_digest: str, review: str, *, question: bool
+        self, call: Call, workspace_id: str, policy_digest: str, review: str, *, question: bool, rule: str = "-"
     ) -> Verdict:
         view = self._view()
         entry = view.workspaces.get(workspace_id)
         case = _Case(msgspec.structs.replace(call, listener=str(entry.number) if entry else ""), self._now(), view)
         case.workspace_id, case.digest, case.review, case.approved = workspace_id, policy_digest, review, True
-        case.question = question
+        case.question, case.agreed = question, rule
         try:
             await self._permit(case)
         except Refused as refusal:
@@ -281,11 +286,12 @@ class Judge:
         try:
             held = await pay(
                 self._meter, request, decision, release, entry,
-                view=view, delegation=case.delegation, request_id=call.request_id,
+                view=view, delegation=case.delegation, request_id=call.request_id, agreed=case.agreed,
             )  # fmt: skip
-        except SawError as error:
-            case.budget = tellable(error.details) or None
-            raise Refused(error.code, error.message, error.cure) from error
+        except Unpaid as error:
+            case.budget, case.limit, case.held = error.budget, error.limit, error.held
+            reason = error.reason if error.held is None else "review_required"
+            raise Refused(reason, error.detail, error.cure) from error
         if held is not None:
             case.budget, case.dial = held.detail, msgspec.structs.replace(case.dial, charge=held.id)
 
@@ -311,7 +317,7 @@ class Judge:
         self, case: _Case, entry: WorkspaceEntry, request: Request, release: Release, decision: Decision
     ) -> Dial:
         scheme, host, port, path = request.scheme, request.host, request.port, decision.canonical_path
-        credential_id = decision.credential
+        credential_id, call, edit = decision.credential, case.call, None
         exact, allowed = _reach(release.matcher, host, port)
         if decision.inference is not None:
             route = release.governance.route(decision.inference, port)
@@ -319,6 +325,9 @@ class Judge:
             exact, allowed = True, ()
             path = _upstream_path(path, route.upstream_prefix)
             credential_id = route.credential
+            edit = edit_of(route, call.body) if call.method == "POST" else None
+            if edit is not None:
+                call = msgspec.structs.replace(call, body=edit.apply(call.body))
         blocked = is_blocked_host(host)
         if blocked:
             raise Refused("destination_blocked", blocked)
@@ -327,9 +336,7 @@ class Judge:
         late = Refused("credential_unavailable", f"credential {credential_id} is not at hand: it takes too long")
         try:
             async with asyncio.timeout(DIAL_DEADLINE_S):
-                inject = await self._inject(
-                    release, credential_id, entry, _outgoing(case.call, scheme, authority, path)
-                )
+                inject = await self._inject(release, credential_id, entry, _outgoing(call, scheme, authority, path))
                 late = Refused(ResolutionFailed.code, f"there is no time left to look up {host}")
                 address = choose(host, await self._resolver.addresses(host), exact=exact, allowed=allowed)
         except TimeoutError:
@@ -344,6 +351,7 @@ class Judge:
             inject=inject,
             remove=_placeholders(case.call.headers, inject),
             frames=decision.frames,
+            edit=edit,
         )
 
     async def _inject(
@@ -384,6 +392,8 @@ class _Case:
         self.question = False
         self.offline = False
         self.budget: Mapping[str, object] | None = None
+        self.limit: Mapping[str, object] | None = None
+        self.agreed = ""
         self.server = ""
 
     def refused(self, refusal: Refused) -> Verdict:
@@ -410,6 +420,7 @@ class _Case:
             review=self.review,
             offline=self.offline,
             budget=self.budget,
+            limit=self.limit,
             cure=cure,
             server=self.server if allowed else "",
         )

@@ -1,4 +1,4 @@
-"""Budgets at ring 2: an allowed call of a model service is reserved before it leaves, and settled when its answer says its cost.
+"""Budgets and limits at ring 2: an allowed call of a model service is counted before it leaves, and settled by its answer.
 
 The rules where an answer says nothing clear: Envoy had no connection, or the service refused the call before it worked on it
 (:data:`REFUSED_UNSERVED`): nothing was spent. Anything else, and silence: the whole reservation is spent.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -16,6 +16,7 @@ import msgspec
 
 from saw.audit.events import EventFactory, Subject
 from saw.budget.bounds import Bound, bound
+from saw.budget.counts import Count, Unit
 from saw.budget.errors import Unbounded
 from saw.budget.ledger import MOST, Charge, Ledger, Limit, money
 from saw.budget.price import Rates, Usage, micros
@@ -24,7 +25,7 @@ from saw.errors import SawError
 from saw.gateway.envoy_parts import NOT_SENT
 from saw.gateway.spool import Spool
 from saw.policy import inference, strict_json
-from saw.policy.governance import Budget, InferenceRoute, Price
+from saw.policy.governance import Budget, CallLimit, InferenceRoute, LimitScope, Price
 from saw.policy.inference import price_of, requested_model
 from saw.policy.model import Request
 
@@ -89,10 +90,13 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reserved(msgspec.Struct, frozen=True):
-    """A reservation: its id, and what the audit event of the call says about it."""
+    """A reservation: its id, empty where the answer corrects nothing, and what the audit event of the call says about it.
+
+    ``detail`` is None where no budget pays for the call.
+    """
 
     id: str
-    detail: dict[str, object]
+    detail: dict[str, object] | None
 
 
 class Meter:
@@ -115,35 +119,46 @@ class Meter:
         self._ended = asyncio.Event()
 
     async def reserve(
-        self, request: Request, path: str, route: InferenceRoute, budget: Budget, payer: Payer
+        self,
+        request: Request,
+        path: str,
+        route: InferenceRoute,
+        *,
+        budget: Budget | None,
+        limits: Sequence[CallLimit],
+        payer: Payer,
+        approved: bool = False,
     ) -> Reserved:
-        """Set aside what an allowed call to the canonical ``path`` may cost at most.
+        """Set aside what an allowed call to the canonical ``path`` may cost at most, and count it against ``limits``.
 
-        Raises the errors of :mod:`saw.budget.errors`.
+        ``approved``: people agreed that it may pass the budget. Raises the errors of :mod:`saw.budget.errors`.
         """
-        price, model, found = _bound(request, path, route)
+        now, identifier = self._now(), self._new_id()
+        bounded = budget is not None or any(limit.tokens is not None for limit in limits)
+        model, found = _bound(request, path, route) if bounded else ("", Bound(0, 0))
+        counts = counts_of(limits, payer, found.input + found.output)
+        if budget is None:
+            corrected = await asyncio.to_thread(self._ledger.count, counts, identifier, now)
+            return Reserved(identifier if corrected else "", None)
+        price = price_of(route, model)
+        if price is None:
+            raise Unbounded(f"the model {model[:80]!r} has no price", cure="use a model with a price")
         rates = rates_of(price)
-        subject = {
-            "engagement": f"{payer.workspace}/{payer.engagement or '-'}",
-            "workspace": payer.workspace,
-            "blueprint": payer.blueprint,
-        }[budget.scope]
         limit = Limit(
             f"{payer.blueprint}/{budget.id}",
-            subject,
+            sharing(budget.scope, payer),
             budget.limit.currency,
             budget.period,
             micros(budget.limit.amount),
-            hard=budget.on_exhaust != "report",
+            hard=budget.on_exhaust != "report" and not approved,
         )
         amount = min(rates.most(found.input, found.output, caches=found.caches), MOST - 1)
-        now, identifier = self._now(), self._new_id()
         start, end = await asyncio.to_thread(self._ledger.period, limit, now)
         account = Account(
             payer=payer,
             budget=limit.budget,
             scope=budget.scope,
-            subject=subject,
+            subject=limit.subject,
             period=budget.period,
             start=f"{start:%Y-%m-%d}",
             end=f"{end:%Y-%m-%d}",
@@ -154,8 +169,8 @@ class Meter:
             rates=rates,
             at=now.isoformat(timespec="milliseconds"),
         )
-        detail = msgspec.json.encode(account).decode()
-        held = await asyncio.to_thread(self._ledger.reserve, limit, amount, identifier, now, detail)
+        text = msgspec.json.encode(account).decode()
+        held = await asyncio.to_thread(self._ledger.reserve, limit, amount, identifier, now, text, counts=counts)
         told = {**_told(account), "charge": identifier, "state": "open"}
         return Reserved(identifier, {**told, "reserved": _tellable(amount), "left": _tellable(held.left)})
 
@@ -169,9 +184,11 @@ class Meter:
         """End the charge of an answer by what it said, or by the rule for answers that say nothing clear."""
         account, outcome = await asyncio.to_thread(self._account, told.charge), judged(told)
         now, text = self._now(), msgspec.json.encode(outcome).decode()
-        if outcome.usage is not None and account is not None:
-            cost = min(account.rates.cost(outcome.usage), MOST - 1)
-            await asyncio.to_thread(self._ledger.settle, told.charge, cost, now, text)
+        usage = outcome.usage
+        if usage is not None:
+            cost = 0 if account is None else min(account.rates.cost(usage), MOST - 1)
+            tokens = usage.input + usage.output + usage.cache_read + usage.cache_write
+            await asyncio.to_thread(self._ledger.settle, told.charge, cost, now, text, tokens=tokens)
         elif outcome.rule == "nothing_spent":
             await asyncio.to_thread(self._ledger.release, told.charge, now, text)
         else:
@@ -180,7 +197,7 @@ class Meter:
 
     def _account(self, charge: str) -> Account | None:
         detail = self._ledger.detail(charge)
-        return None if detail is None else msgspec.json.decode(detail, type=Account)
+        return msgspec.json.decode(detail, type=Account) if detail else None
 
     async def run_forever(self) -> None:
         """Let reservations expire and bring every end into the audit trail, until cancelled."""
@@ -302,7 +319,35 @@ def read_told(headers: Iterable[tuple[bytes, bytes]], body: bytes, names: tuple[
     )
 
 
-def _bound(request: Request, path: str, route: InferenceRoute) -> tuple[Price, str, Bound]:
+def sharing(scope: LimitScope, payer: Payer) -> str:
+    """Return the name of those who share one limit with ``payer``. Without an agent, a workspace counts as one."""
+    return {
+        "engagement": f"{payer.workspace}/{payer.engagement or '-'}",
+        "agent": payer.agent or f"{payer.workspace}/-",
+        "workspace": payer.workspace,
+        "sponsor": payer.sponsor,
+        "blueprint": payer.blueprint,
+    }[scope]
+
+
+def counts_of(limits: Iterable[CallLimit], payer: Payer, tokens: int) -> list[Count]:
+    """Return what a call that may use ``tokens`` takes of ``limits``."""
+    found: list[Count] = []
+    for limit in limits:
+        subject, name = f"{limit.scope}:{sharing(limit.scope, payer)}", f"{payer.blueprint}/{limit.id}"
+        asked: tuple[tuple[Unit, int | None, int], ...] = (
+            ("requests", limit.requests, 1),
+            ("tokens", limit.tokens, min(tokens, MOST - 1)),
+        )
+        found += [
+            Count(limit=name, subject=subject, unit=unit, per=limit.span, most=most, amount=amount)
+            for unit, most, amount in asked
+            if most is not None
+        ]
+    return found
+
+
+def _bound(request: Request, path: str, route: InferenceRoute) -> tuple[str, Bound]:
     body = request.body or b""
     encoding = request.headers.get("content-encoding", "")
     try:
@@ -310,13 +355,11 @@ def _bound(request: Request, path: str, route: InferenceRoute) -> tuple[Price, s
         value = strict_json.loads(body, limit=inference.MAX_BODY)
     except (inference.Unreadable, strict_json.NotStrict) as error:
         raise Unbounded(f"the call cannot be read: {error}", cure="send one plain JSON object") from error
-    price = price_of(route, model)
-    if price is None or not isinstance(value, dict):
-        raise Unbounded(f"the model {model[:80]!r} has no price", cure="use a model with a price")
-    found = bound(
+    if not isinstance(value, dict):
+        raise Unbounded("the call is no JSON object", cure="send one plain JSON object")
+    return model, bound(
         path.partition("?")[0], value, len(body), max_input=route.max_input_tokens, max_output=route.max_output_tokens
     )
-    return price, model, found
 
 
 def _tellable(amount: int) -> int:

@@ -121,7 +121,9 @@ class Sender:
     async def execute(self, claimed: Claimed) -> None:
         """Send one claimed call and tell the result; raises what stands between its end and the broker's knowing of it."""
         call = call_of(claimed.call, claimed.binary, claimed.id)
-        verdict = await self._judge.decide_approved(call, claimed.workspace_id, claimed.policy_digest, claimed.id)
+        verdict = await self._judge.decide_approved(
+            call, claimed.workspace_id, claimed.policy_digest, claimed.id, rule=claimed.rule
+        )
         ends = datetime.fromisoformat(claimed.claim_ends_at)
         try:
             if request_digest(claimed.workspace_id, claimed.call) != claimed.request_digest:

@@ -137,7 +137,8 @@ class Price(Part, frozen=True):
 class InferenceRoute(Part, frozen=True):
     """A local host name that stands for a model service; ``models`` are globs over the request's ``model``.
 
-    A route with a budget needs ``prices``; a call of a model without a price is refused.
+    A route with a budget needs ``prices``; a call of a model without a price is refused. A model under ``aliases`` is sent as the
+    model that it stands for, which is the one that must be allowed and has a price.
     """
 
     alias: Annotated[str, says("The exact host name that the agent calls.", "inference.local")]
@@ -145,8 +146,15 @@ class InferenceRoute(Part, frozen=True):
     upstream: Annotated[
         str, says("The model service; its path takes the place of the leading /v1.", "https://models.example.com/v1")
     ]
+    aliases: Annotated[
+        dict[str, str],
+        says("Names that agents may ask for, and the model that is asked in their place.", {"fast": "demo-small"}),
+    ] = msgspec.field(default_factory=dict)
     credential: Annotated[str | None, says("Id of the credential for the service.", "model-key")] = None
     port: Annotated[int, says("Port of the alias.", 443)] = 443
+    limits: Annotated[
+        tuple[str, ...], says("Ids of the limits that count the calls. They are counted at the perimeter.", ["burst"])
+    ] = ()
     budget: Annotated[
         str | None,
         says("Id of the budget that pays for the calls. They are counted at the perimeter.", "spend"),
@@ -163,6 +171,10 @@ class InferenceRoute(Part, frozen=True):
         int | None,
         says("Most output that the service gives; set aside where a call does not say how much it wants.", 4096),
     ] = None
+
+    def model(self, asked: str) -> str:
+        """Return the model that a call which asks for ``asked`` is sent for."""
+        return self.aliases.get(asked, asked)
 
     @property
     def upstream_address(self) -> tuple[str, int]:
@@ -308,8 +320,44 @@ class Budget(Part, frozen=True):
     limit: Annotated[Limit, says("The most that may be spent in one period.", {"currency": "USD", "amount": "20.00"})]
     on_exhaust: Annotated[
         OnExhaust,
-        says("deny: a hard stop; report: it is only counted; review: not there yet, every call is refused.", "deny"),
+        says("deny: a hard stop; report: it is only counted; review: a call beyond it waits for a person.", "deny"),
     ] = "deny"
+
+
+LimitScope = Literal["engagement", "agent", "workspace", "sponsor", "blueprint"]
+CALENDAR = ("day", "week", "month")
+"""The periods of a limit that are of the calendar, in UTC; every other one is a number of seconds that slides."""
+
+
+class CallLimit(Part, frozen=True):
+    """How many requests and tokens calls of inference may take; a route names it under ``limits``.
+
+    What is taken is counted for each perimeter host.
+    """
+
+    id: Annotated[str, says("Name of the limit; lower-case letters, digits and dashes.", "burst")]
+    scope: Annotated[
+        LimitScope,
+        says("Who shares one count: an engagement, agent, workspace, sponsor, or all of the blueprint.", "workspace"),
+    ]
+    per: Annotated[
+        str,
+        says(
+            "Any stretch of that length, 1s to 1h (a rate), or the calendar's day, week or month in UTC (a quota).",
+            "1m",
+            "month",
+        ),
+    ]
+    requests: Annotated[int | None, says("Most calls.", 60)] = None
+    tokens: Annotated[int | None, says("Most tokens, of input and output together.", 200000)] = None
+
+    @property
+    def span(self) -> int | BudgetPeriod:
+        """Return the length of the window that slides, in seconds, or the calendar period."""
+        for period in ("day", "week", "month"):
+            if self.per == period:
+                return period
+        return duration(self.per)
 
 
 class DataClasses(Part, frozen=True):
@@ -386,6 +434,10 @@ class Governance(Part, frozen=True):
             [{"id": "spend", "scope": "engagement", "period": "day", "limit": {"currency": "USD", "amount": "20.00"}}],
         ),
     ] = ()
+    limits: Annotated[
+        tuple[CallLimit, ...],
+        says("Rates and quotas of inference.", [{"id": "burst", "scope": "workspace", "per": "1m", "requests": 60}]),
+    ] = ()
 
     data_classes: Annotated[
         DataClasses,
@@ -412,6 +464,10 @@ class Governance(Part, frozen=True):
     def paying(self, route: InferenceRoute) -> Budget | None:
         """Return the budget that ``route`` draws on, or None."""
         return None if route.budget is None else self.budget(route.budget)
+
+    def counting(self, route: InferenceRoute) -> tuple[CallLimit, ...]:
+        """Return the limits that count the calls of ``route``."""
+        return tuple(limit for limit in self.limits if limit.id in route.limits)
 
     def route(self, alias: str, port: int) -> InferenceRoute:
         """Return the inference route at this alias and port; raise ``KeyError`` when there is none."""

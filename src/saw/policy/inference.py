@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import lru_cache
 
@@ -41,14 +42,55 @@ def requested_model(body: bytes | None, *, complete: bool, encoding: str = "") -
     return str(value["model"])
 
 
+class Edit(msgspec.Struct, frozen=True):
+    """Bytes ``start`` to ``end`` (exclusive) of a body of ``size`` bytes, and the ``text`` that takes their place."""
+
+    start: int
+    end: int
+    size: int
+    text: str
+
+    def apply(self, body: bytes) -> bytes:
+        """Return the body with the text in place."""
+        return body[: self.start] + self.text.encode() + body[self.end :]
+
+
+def edit_of(route: InferenceRoute, body: bytes | None) -> Edit | None:
+    """Return what is written into an allowed call of ``route`` so that it asks for the model that an alias stands for.
+
+    None where it names no alias. Nothing else of the body changes, down to its spaces.
+    """
+    if not route.aliases or body is None:
+        return None
+    model = requested_model(body, complete=True)
+    target = route.model(model)
+    if target == model:
+        return None
+    text = body.decode("utf-8")
+    decoder, at = json.JSONDecoder(), _past(text, text.index("{") + 1)
+    while True:  # The body was read as an object with this key before, so it is there.
+        key, at = decoder.raw_decode(text, at)
+        at = _past(text, _past(text, at) + 1)
+        _, end = decoder.raw_decode(text, at)
+        if key == "model":
+            start = len(text[:at].encode())
+            return Edit(start, start + len(text[at:end].encode()), len(body), json.dumps(target))
+        at = _past(text, _past(text, end) + 1)
+
+
+def _past(text: str, at: int) -> int:
+    """Return the place of the next character that is no white space of JSON."""
+    while text[at] in " \t\n\r":
+        at += 1
+    return at
+
+
 def unenforced(route: InferenceRoute, budget: Budget | None) -> str:
     """Return why nobody can hold the calls of ``route`` to its ``budget``, or an empty text (also where it has none)."""
     if budget is None:
         return ""
     if not route.prices:
         return f"the budget {budget.id} of this route cannot be enforced: the route has no prices, so calls are not metered"
-    if budget.on_exhaust == "review":
-        return f"the budget {budget.id} of this route cannot be enforced: nobody can be asked when it is spent"
     return ""
 
 
@@ -98,8 +140,9 @@ class CompiledRoute(msgspec.Struct, frozen=True):
                 )
             except Unreadable as error:
                 return self._deny("model_not_allowed", str(error), target, "send one plain JSON object with one model")
+            model = route.model(model)
             if not any(pattern.fullmatch(model) for pattern in self.models):
-                allowed = ", ".join(route.models)
+                allowed = ", ".join([*route.aliases, *route.models])
                 detail = f"the model {model[:80]!r} is not among {allowed}"
                 return self._deny("model_not_allowed", detail, target, f"use one of the models {allowed}")
         elif not (method == "GET" and path in _GET):

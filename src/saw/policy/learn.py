@@ -43,6 +43,11 @@ _WHY: dict[str, tuple[str, str]] = {
     "budget_unenforced": ("the route's budget cannot be counted", f"{_OWNER} for prices"),
     "price_unknown": ("what a model costs is not learned", "add its price to the route by hand"),
     "budget_exhausted": ("the budget was spent", "wait for the next period, or raise the limit by hand"),
+    "rate_limited": ("too many calls or tokens in a short time", "wait, or raise the limit by hand"),
+    "quota_exhausted": (
+        "the calls or tokens of the period were used up",
+        "wait for the next one, or raise the limit by hand",
+    ),
     "budget_unbounded": ("what the call would cost at most is not known", "bound the call, or the route, by hand"),
     "tool_not_allowed": ("tools are granted by hand", "edit mcp.servers in governance.yaml"),
     "argument_not_allowed": ("arguments of tools are granted by hand", "edit mcp.servers in governance.yaml"),

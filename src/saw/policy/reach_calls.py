@@ -152,7 +152,9 @@ class CallComparison:
             ]
             credentials = [(glob, c.methods, side.secret_of(c)) for glob, c in side.credentials(host, port)]
             route = side.routes.get((host, port))
-            service = route and (route.models, route.upstream, side.secret(route.credential), side.passing(route))
+            service = route and (
+                route.models, route.aliases, route.upstream, side.secret(route.credential), side.passing(route)
+            )  # fmt: skip
             actions = [action for _, action in side.actions(host, port)]
             tools = {path: server.tools for path, server in side.servers(host, port).items()}
             plain = (host, port) in side.plain
@@ -250,7 +252,7 @@ def _item(group: _Group, key: tuple[object, ...], side: Side, *, lost: bool) -> 
             port=route.port,
             scheme=cell.request.scheme,
             methods=_methods(group.methods),
-            models=route.models,
+            models=(*route.aliases, *route.models),
             upstream=route.upstream,
             credential=decision.credential or "",
         )

@@ -20,6 +20,7 @@ from saw.policy.reach_automata import Budget
 from saw.policy.reach_budgets import compare_budgets
 from saw.policy.reach_calls import CallComparison
 from saw.policy.reach_data import compare_data_classes
+from saw.policy.reach_inference import compare_inference
 from saw.policy.reach_item import Item, Region, order
 from saw.policy.reach_settings import compare_directories, compare_settings
 from saw.policy.reach_side import Side
@@ -95,6 +96,7 @@ def diff_bundles(old: Bundle, new: Bundle) -> ReachDiff:
         *compare_directories(old.policy, new.policy),
         *compare_settings(before, after),
         *compare_budgets(old.governance, new.governance),
+        *compare_inference(old.governance, new.governance),
         *compare_data_classes(old.governance, new.governance),
         *compare_tools(old.governance, new.governance, Budget(1_000_000)),
     ]
@@ -105,6 +107,7 @@ def diff_bundles(old: Bundle, new: Bundle) -> ReachDiff:
                 *compare_directories(new.policy, old.policy),
                 *(item for item in compare_settings(after, before) if item.exact),
                 *(item for item in compare_budgets(new.governance, old.governance) if item.exact),
+                *(item for item in compare_inference(new.governance, old.governance) if item.exact),
                 *(item for item in compare_data_classes(new.governance, old.governance) if item.exact),
                 *compare_tools(new.governance, old.governance, Budget(1_000_000)),
             ]

@@ -39,7 +39,7 @@ _KNOWN: dict[type, frozenset[str]] = {
         model.Binary: "path harness",
         model.NetworkRule: "endpoints binaries name",
         words.Governance: (
-            "schema blueprint lease landlock allow_audit plaintext credentials inference actions mcp budgets data_classes "
+            "schema blueprint lease landlock allow_audit plaintext credentials inference actions mcp budgets limits data_classes "
             "persistence"
         ),
         words.Blueprint: "name version owner incident_contact review_days",
@@ -52,7 +52,10 @@ _KNOWN: dict[type, frozenset[str]] = {
         providers.OAuth2: "token_url client_id grant client_secret scopes resource",
         words.Inject: "header format",
         words.Inference: "routes",
-        words.InferenceRoute: "alias models upstream credential port budget prices max_input_tokens max_output_tokens",
+        words.InferenceRoute: (
+            "alias models aliases upstream credential port limits budget prices max_input_tokens max_output_tokens"
+        ),
+        words.CallLimit: "id scope per requests tokens",
         words.Price: "models input output cache_read cache_write",
         words.Budget: "id scope period limit on_exhaust",
         words.Limit: "currency amount",

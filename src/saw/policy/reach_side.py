@@ -110,7 +110,7 @@ class PathView(NamedTuple):
                 for placed, allow, deny in view.endpoints
             ]
             actions = [(a.match, a.class_, a.reviewers, a.expires) for _, a in view.actions]
-            service = view.route and (view.route.models, view.route.upstream, view.passing)
+            service = view.route and (view.route.models, view.route.aliases, view.route.upstream, view.passing)
             return endpoints, actions, view.secrets, service, view.tools
 
         return essence(self) == essence(other)

@@ -420,7 +420,7 @@ class _Local:
 
     def _models(self) -> Patterns:
         routes = [view.route for view in self.views if view.route is not None]
-        found = [glob for route in routes for glob in route.models]
+        found = [glob for route in routes for glob in (*route.models, *route.aliases)]
         found += [glob for route in routes for price in route.prices for glob in price.models]
         return Patterns(found, Glob.flat, _flat_fits, any_text())
 

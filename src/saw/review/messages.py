@@ -111,8 +111,8 @@ class ClaimReview(Message, frozen=True):
 
 class Claimed(Message, frozen=True):
     """An approved call with the right to send it once. ``claim`` proves the right when the result is told; whoever is not
-    done by ``claim_ends_at`` has lost it, and the review is ``unknown``. ``binary`` is that of :class:`OpenReview`: policy
-    judges the call again before it is sent."""
+    done by ``claim_ends_at`` has lost it, and the review is ``unknown``. ``binary`` and ``rule`` are those of
+    :class:`OpenReview`: policy judges the call again before it is sent, and only what asked for a person is settled."""
 
     id: ReviewId
     claim: Secret
@@ -122,6 +122,7 @@ class Claimed(Message, frozen=True):
     request_digest: Digest
     call: ReviewedCall
     binary: Annotated[str, msgspec.Meta(max_length=4096)] = ""
+    rule: Annotated[str, msgspec.Meta(max_length=256)] = ""
 
 
 class PushContext(Message, frozen=True):

@@ -182,6 +182,7 @@ class Reviews:
                 claim_ends_at=(datetime.now(UTC) + timedelta(seconds=self.claim_s)).isoformat(),
                 policy_digest=review.opened.policy_digest, request_digest=review.view.request_digest,
                 call=review.opened.call, binary=review.opened.binary,
+                rule=review.opened.rule,
             )  # fmt: skip
             return 200, ClaimAnswer(claimed=self.spoil(claimed))
 

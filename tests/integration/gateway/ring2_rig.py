@@ -56,7 +56,7 @@ class Answer:
     @property
     def outcome(self) -> tuple[int, str]:
         """Return the status, and the reason of a refusal."""
-        return self.status, self.json["reason"] if self.status == 403 else ""
+        return self.status, self.json["reason"] if self.status in {403, 429} else ""
 
 
 class Rig:

@@ -283,6 +283,7 @@ class Spending(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         assert self.ledger.balance(CAP, self.now) == Balance()
+        self.ledger.expire(self.now)  # so that it has seen the time that the account here begins with
 
     @rule(target=identifiers, amount=st.integers(0, 130))
     def reserve(self, amount: int) -> str:

@@ -59,7 +59,7 @@ class Slow:
         await self.step("address")
         return ("192.0.2.1",)
 
-    async def reserve(self, *_: object) -> Reserved:
+    async def reserve(self, *_: object, **_named: object) -> Reserved:
         self.reserved += 1
         return Reserved("charge-1", {})
 

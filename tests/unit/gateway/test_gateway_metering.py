@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saw.budget.errors import Unmetered
 from saw.budget.price import Rates, Usage
 from saw.gateway.metering import Outcome, Told, judged, rates_of, read_told
-from saw.gateway.paying import pay
+from saw.gateway.paying import Unpaid, pay
 from saw.gateway.state import WorkspaceEntry
 from saw.gateway.usage_filter import BETWEEN, TOLD_HEADERS, usage_filter
 from saw.gateway.view import EMPTY
@@ -77,7 +76,7 @@ def test_a_price_without_words_about_the_cache_counts_reads_as_input_and_writes_
     assert rates_of(told) == Rates(1_000_000, 2_000_000, 100_000, 1_250_000)
 
 
-def test_without_a_ledger_a_call_that_a_budget_pays_for_is_refused_and_others_pass() -> None:
+def test_without_a_ledger_a_call_that_is_counted_is_refused_and_others_pass() -> None:
     governance = b"""
 schema: 1
 blueprint: {name: coding, version: 1.0.0, owner: team-x}
@@ -86,6 +85,8 @@ inference:
     - {alias: free.local, models: ["*"], upstream: "https://m.example.com/v1"}
     - {alias: paid.local, models: ["*"], upstream: "https://m.example.com/v1", budget: spend,
        prices: [{models: ["*"], input: "1", output: "1"}]}
+    - {alias: limited.local, models: ["*"], upstream: "https://m.example.com/v1", limits: [burst]}
+limits: [{id: burst, scope: workspace, per: 1m, requests: 5}]
 budgets: [{id: spend, scope: workspace, period: day, limit: {currency: USD, amount: "1"}}]
 """
     bundle = load_members({"policy.yaml": b"version: 1\n", "governance.yaml": governance})
@@ -103,8 +104,11 @@ budgets: [{id: spend, scope: workspace, period: day, limit: {currency: USD, amou
         asked = pay(None, request, decision, Loaded(), entry, view=EMPTY, delegation="", request_id="")  # type: ignore[arg-type]
         return asyncio.run(asked)
 
-    with pytest.raises(Unmetered, match="has no ledger"):
-        paid("paid.local", "POST", "/v1/messages")
+    for host in ("paid.local", "limited.local"):
+        with pytest.raises(Unpaid, match="has no ledger") as refused:
+            paid(host, "POST", "/v1/messages")
+        assert refused.value.reason == "budget_unenforced"
+    assert paid("limited.local", "GET", "/v1/models") is None
     assert paid("paid.local", "GET", "/v1/models") is None
     assert paid("free.local", "POST", "/v1/messages") is None
 

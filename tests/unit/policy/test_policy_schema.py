@@ -105,6 +105,7 @@ def test_whole_files_of_examples_load() -> None:
     governance["plaintext"] = []  # An endpoint of its own would be needed.
     route = governance["inference"]["routes"][0]
     route["budget"] = governance["budgets"][0]["id"]
+    route["limits"] = [governance["limits"][0]["id"]]
     load_members({"policy.yaml": json.dumps(policy).encode(), "governance.yaml": json.dumps(governance).encode()})
     load_cases(json.dumps(whole_example("tests")).encode(), "tests.yaml")
     load_invariants(json.dumps(whole_example("invariants")).encode())
