@@ -76,6 +76,15 @@ from saw.policy.providers import (
     routed_scope,
     secrets_apart,
 )
+from saw.policy.sandbox_limits import (
+    MOST_WEIGHT,
+    SandboxLimits,
+    between,
+    check_cores,
+    check_memory,
+    check_size,
+    check_tmp,
+)
 from saw.policy.tool_rules import Argument, Mcp, McpServer, Reviewers, Tool, http_address
 
 T = TypeVar("T")
@@ -406,6 +415,16 @@ GOVERNANCE_CHECKS = Checks(
         (Tool, "expires"): _duration,
         (Argument, "under"): _under,
         (Persistence, "git_hooks"): _hooks,
+        (SandboxLimits, "memory"): check_memory,
+        (SandboxLimits, "swap"): check_size,
+        (SandboxLimits, "tasks"): between(32, 32768, "tasks"),
+        (SandboxLimits, "cpu"): check_cores,
+        (SandboxLimits, "cpu_weight"): between(1, MOST_WEIGHT, "parts"),
+        (SandboxLimits, "io_weight"): between(1, MOST_WEIGHT, "parts"),
+        (SandboxLimits, "tmp"): check_tmp,
+        (SandboxLimits, "shm"): check_tmp,
+        (SandboxLimits, "inodes"): between(1024, 1048576, "files and directories"),
+        (SandboxLimits, "files"): between(64, 65536, "open files"),
         (Argument, "regex"): _regex,
         (Tool, "definition"): _matches(
             _DEFINITION, "the hash of a definition", "write what `saw policy definitions` prints"

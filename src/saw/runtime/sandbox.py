@@ -21,6 +21,7 @@ from saw.policy.governance import Governance
 from saw.policy.model import Policy
 from saw.policy.persistence import Persistence, git_environment
 from saw.runtime.launcher import Launch
+from saw.runtime.limits import Limits, Machine, here, limits_of
 
 GENERATION = Path("/run/saw/generations/current")
 LAUNCH_DIRECTORY = "/run/saw/sandbox"
@@ -94,19 +95,6 @@ class RuntimePaths:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Resource limits: bytes, tasks, and POSIX limits per process by name (``nofile``, ``core``, …).
-
-    ``shm_max`` bounds the private ``/dev/shm``; what lies there counts as memory of the unit as well.
-    """
-
-    memory_max: int = 3 * 1024**3
-    shm_max: int = 512 * 1024**2
-    tasks_max: int = 1024
-    rlimits: tuple[tuple[str, int], ...] = (("core", 0), ("nofile", 8192), ("memlock", 8 * 1024**2))
-
-
-@dataclass(frozen=True)
 class McpServerSpec:
     """One stdio MCP server: its command and the directories it is narrowed to."""
 
@@ -130,10 +118,10 @@ class SandboxSpec:
     read_write: tuple[str, ...]
     minimum_abi: int
     environment: Mapping[str, str]
+    limits: Limits
     mcp_servers: tuple[McpServerSpec, ...] = ()
     devices: tuple[str, ...] = ()
     """Device nodes of a GPU that the policy grants to the main sandbox; MCP servers get none."""
-    limits: Limits = Limits()
     paths: RuntimePaths = RuntimePaths()
     persistence: Persistence = field(default_factory=Persistence)
 
@@ -264,12 +252,13 @@ def compile_spec(
     governance: Governance,
     *,
     paths: RuntimePaths | None = None,
-    limits: Limits | None = None,
+    machine: Machine | None = None,
     account: tuple[int, int, str] | None = None,
 ) -> SandboxSpec:
     """Compile the sandbox of a generation.
 
-    ``account`` is (uid, gid, home) of ``process.run_as_user``; looked up when absent. Raises :class:`SandboxError` for
+    ``account`` is (uid, gid, home) of ``process.run_as_user``; looked up when absent. ``machine`` is what its limits are
+    bounded by; absent: this one. Raises :class:`SandboxError` for
     root, unknown users, paths that reach the system's own secrets, and MCP servers that ask for more than the sandbox has.
     """
     user = policy.process.run_as_user
@@ -298,7 +287,7 @@ def compile_spec(
         minimum_abi=_minimum_abi(policy, governance),
         environment=environment(governance, user=user, home=home),
         devices=devices,
-        limits=limits or Limits(),
+        limits=limits_of(governance.sandbox.limits, machine or here()),
         paths=paths or RuntimePaths(),
         persistence=governance.persistence,
     )

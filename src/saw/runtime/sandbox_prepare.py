@@ -16,8 +16,10 @@ from saw.runtime.sandbox import (
     SandboxError,
     SandboxSpec,
 )
+from saw.runtime.sandbox_bounds import SCRATCH
 from saw.runtime.sandbox_home import PLACED, make_below_home, place_files, protect_home
-from saw.runtime.sandbox_units import MARK, MEDIATOR_USER, compile_launch_files, compile_units
+from saw.runtime.sandbox_units import MEDIATOR_USER, compile_launch_files, compile_units
+from saw.runtime.unitfile import MARK
 
 SHIMS = {"saw-run": "shell_client.py", "saw-mcp-connect": "mcp_connect.py"}
 
@@ -37,6 +39,11 @@ def prepare(
     changed: list[str] = []
     for path in (launch_directory, "/run/saw/shell", "/run/saw/mcp", "/run/saw/mcp-server"):
         Path(path).mkdir(mode=0o755, parents=True, exist_ok=True)
+    for place, _ in SCRATCH:
+        # Nobody but root passes: what lies there is the agent's, and is mounted into its sandbox.
+        Path(place).parent.mkdir(mode=0o700, exist_ok=True)
+        Path(place).parent.chmod(0o700)
+        Path(place).mkdir(mode=0o755, exist_ok=True)
     os.chown("/run/saw/shell", spec.uid, spec.gid)
     if spec.mcp_servers:
         os.chown("/run/saw/mcp", _uid(MEDIATOR_USER), spec.gid)
