@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from saw.policy import globs, websocket
 from saw.policy.addresses import is_blocked_host
+from saw.policy.always_on import Agent, check_agent_name, check_agents, check_command
 from saw.policy.checks_budgets import (
     GOVERNANCE_BUDGETS,
     check_amount,
@@ -78,6 +79,7 @@ from saw.policy.providers import (
 )
 from saw.policy.sandbox_limits import (
     MOST_WEIGHT,
+    Sandbox,
     SandboxLimits,
     between,
     check_cores,
@@ -415,6 +417,8 @@ GOVERNANCE_CHECKS = Checks(
         (Tool, "expires"): _duration,
         (Argument, "under"): _under,
         (Persistence, "git_hooks"): _hooks,
+        (Sandbox, "agents"): check_agents,
+        (Agent, "command"): check_command,
         (SandboxLimits, "memory"): check_memory,
         (SandboxLimits, "swap"): check_size,
         (SandboxLimits, "tasks"): between(32, 32768, "tasks"),
@@ -465,6 +469,7 @@ GOVERNANCE_CHECKS = Checks(
     keys={
         (DataClasses, "only_to"): _data_class,
         (Persistence, "files"): check_place,
+        (Sandbox, "agents"): check_agent_name,
         (Mcp, "servers"): _matches(_ID, "a server name", "use lower-case letters, digits and dashes"),
         (McpServer, "tools"): _tool_name,
         (Tool, "args"): _tool_name,

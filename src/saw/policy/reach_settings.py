@@ -8,8 +8,8 @@ from typing import Literal
 
 import msgspec
 
+from saw.policy import always_on, model, persistence, providers, sandbox_limits, tool_rules
 from saw.policy import governance as words
-from saw.policy import model, persistence, providers, sandbox_limits, tool_rules
 from saw.policy.governance import Governance, duration
 from saw.policy.model import Policy
 from saw.policy.persistence import Persistence
@@ -43,7 +43,8 @@ _KNOWN: dict[type, frozenset[str]] = {
             "schema blueprint lease landlock allow_audit plaintext credentials inference actions mcp budgets data_classes "
             "persistence sandbox"
         ),
-        sandbox_limits.Sandbox: "limits",
+        always_on.Agent: "command restart",
+        sandbox_limits.Sandbox: "limits agents",
         sandbox_limits.SandboxLimits: "memory swap tasks cpu cpu_weight io_weight tmp shm inodes files",
         words.Blueprint: "name version owner incident_contact review_days",
         words.DataClasses: "handles never only_to",
@@ -153,6 +154,8 @@ def _knobs(old: tuple[Policy, Governance], new: tuple[Policy, Governance]) -> It
         yield "landlock.allow_best_effort", "false", "true", "low"
     yield from _kept(rules.persistence, rules_2.persistence)
     yield from _limits(rules.sandbox.limits, rules_2.sandbox.limits)
+    for name, before, after in always_on.more_agents(rules.sandbox.agents, rules_2.sandbox.agents):
+        yield f"sandbox.agents[{name}]", before, after, "medium"
 
 
 def _limits(old: SandboxLimits, new: SandboxLimits) -> Iterator[tuple[str, str, str, Risk]]:

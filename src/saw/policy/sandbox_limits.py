@@ -12,6 +12,9 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Annotated
 
+import msgspec
+
+from saw.policy.always_on import Agent
 from saw.policy.decode import Report
 from saw.policy.model import Part, says
 
@@ -69,6 +72,13 @@ class Sandbox(Part, frozen=True):
     limits: Annotated[
         SandboxLimits, says("What the agent may use of the workspace.", {"memory": "3GiB", "tasks": 1024})
     ] = SandboxLimits()
+    agents: Annotated[
+        dict[str, Agent],
+        says(
+            "Always-on agents by name: they run without anybody who starts them.",
+            {"triage": {"command": ["/usr/bin/triage-agent", "--watch"], "restart": "on-failure"}},
+        ),
+    ] = msgspec.field(default_factory=dict)
 
 
 def amount(name: str, value: str | int) -> Decimal:

@@ -63,6 +63,9 @@ BASE_READ_ONLY = (
 BASE_READ_WRITE = ("/run/saw/shell", "/tmp", "/var/tmp", SHARED_MEMORY)  # noqa: S108
 """Writable in every sandbox: its own private temporary directories and the directory of its two sockets."""
 
+SHELL_ALONE = ("/run/saw/shell",)
+"""Of these, what always-on agents do not have: a command sent there runs in the main sandbox."""
+
 UNREACHABLE = (
     "/etc/shadow",
     "/etc/gshadow",
@@ -105,6 +108,25 @@ class McpServerSpec:
 
 
 @dataclass(frozen=True)
+class AgentSpec:
+    """One always-on agent: its command and when systemd starts it again (``Restart=``)."""
+
+    name: str
+    command: tuple[str, ...]
+    restart: str
+
+    @property
+    def unit(self) -> str:
+        """Return the name of its unit."""
+        return f"saw-agent@{self.name}.service"
+
+    @property
+    def launch(self) -> str:
+        """Return the name of its launch file."""
+        return f"agent-{self.name}.json"
+
+
+@dataclass(frozen=True)
 class SandboxSpec:
     """Everything that the units, launch files and checks of one generation are made from. Paths are absolute."""
 
@@ -120,6 +142,7 @@ class SandboxSpec:
     environment: Mapping[str, str]
     limits: Limits
     mcp_servers: tuple[McpServerSpec, ...] = ()
+    agents: tuple[AgentSpec, ...] = ()
     devices: tuple[str, ...] = ()
     """Device nodes of a GPU that the policy grants to the main sandbox; MCP servers get none."""
     paths: RuntimePaths = RuntimePaths()
@@ -157,6 +180,11 @@ class SandboxSpec:
             environment=dict(self.environment),
             workdir=self.workdir,
         )
+
+    def agent_launch(self) -> Launch:
+        """Return the launch file of an always-on agent: what the main sandbox has, without the sockets into that one."""
+        launch = self.shell_launch()
+        return replace(launch, read_write=tuple(p for p in launch.read_write if p not in SHELL_ALONE))
 
     def mcp_launch(self, server: McpServerSpec) -> Launch:
         """Return the launch file of one MCP server: only its own directories, and no network at all."""
@@ -297,7 +325,8 @@ def compile_spec(
         for name, server in sorted(governance.mcp.servers.items())
         if server.transport == "stdio"
     ]
-    return replace(spec, mcp_servers=tuple(servers))
+    agents = (AgentSpec(name, one.command, one.restart) for name, one in sorted(governance.sandbox.agents.items()))
+    return replace(spec, mcp_servers=tuple(servers), agents=tuple(agents))
 
 
 def load_spec(generation: Path = GENERATION, **options: object) -> SandboxSpec:

@@ -18,18 +18,21 @@ from saw.runtime.sandbox import (
     APT_CONFIGURATION,
     BASE_READ_WRITE,
     LAUNCH_DIRECTORY,
+    SHELL_ALONE,
     UNREACHABLE,
+    AgentSpec,
     McpServerSpec,
     SandboxError,
     SandboxSpec,
     encode_launch,
 )
-from saw.runtime.sandbox_bounds import SCRATCH, bounded_properties, scratch_units, slice_unit
+from saw.runtime.sandbox_bounds import bounded_properties, scratch, scratch_units, slice_unit
 from saw.runtime.unitfile import Properties, unit_text
 
 NETNS_PATH = "/run/netns/saw-sandbox"
 MEDIATOR_USER = "saw-mcp"
 MINIMUM_SYSTEMD_PRIVATE_PIDS = 257
+MINIMUM_SYSTEMD_RESTART_STEPS = 254
 _ALLOWED_CALLS = "landlock_create_ruleset landlock_add_rule landlock_restrict_self seccomp"
 _REFUSED_CALLS = (
     "@clock @cpu-emulation @debug @keyring @module @mount @obsolete @raw-io @reboot @swap chroot",
@@ -132,38 +135,76 @@ def _quote(word: str) -> str:
     return '"' + escaped.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def shell_unit(spec: SandboxSpec, *, systemd: int = 257) -> str:
-    """Return ``saw-shell.service``: the sandbox of the agent, holding tmux and the command daemon."""
-    execd = (spec.paths.python, "-I", "-S", f"{spec.paths.package}/shell_execd.py", "--directory", "/run/saw/shell")
-    service: Properties = [
+def _sandbox(spec: SandboxSpec, owner: str, sockets: tuple[str, ...], *, systemd: int) -> Properties:
+    """Return the properties that shell and agents share; ``owner`` is whose temporary directories they are."""
+    writable = (*(p for p in BASE_READ_WRITE if p not in SHELL_ALONE), *sockets, *spec.read_write)
+    return [
         ("Type", "exec"),
         ("User", spec.user),
         ("Group", spec.group),
         ("WorkingDirectory", "/"),
-        ("ExecStart", _launcher(spec, "shell.json", execd)),
-        ("Restart", "always"),
-        ("RestartSec", "1s"),
         ("KillMode", "control-group"),
         ("TimeoutStopSec", "5s"),
         ("NetworkNamespacePath", NETNS_PATH),
         *bounded_properties(spec),
         *common_properties(spec, systemd=systemd),
-        *view_properties((*spec.base_read_only, *spec.read_only), (*BASE_READ_WRITE, *spec.read_write), spec.protected),
-        *[("BindPaths", f"{place}:{inside}") for place, inside in SCRATCH],
+        *view_properties((*spec.base_read_only, *spec.read_only), writable, spec.protected),
+        *[("BindPaths", f"{place}:{inside}") for place, inside in scratch(owner)],
         *device_properties(spec.devices),
     ]
+
+
+def _sandboxed(description: str, *mounts: str) -> Properties:
+    """Return the head of a unit in the sandbox's network, which needs ``mounts``."""
+    return [
+        ("Description", description),
+        ("Requires", "saw-sandbox-net.service"),
+        ("After", "saw-sandbox-net.service saw-ring1.service"),
+        ("RequiresMountsFor", " ".join(mounts)),
+        ("StartLimitIntervalSec", "0"),
+    ]
+
+
+def shell_unit(spec: SandboxSpec, *, systemd: int = 257) -> str:
+    """Return ``saw-shell.service``: the sandbox of the agent, holding tmux and the command daemon."""
+    execd = (spec.paths.python, "-I", "-S", f"{spec.paths.package}/shell_execd.py", "--directory", "/run/saw/shell")
+    places = (place for place, _ in scratch("shell"))
+    return unit_text(
+        {
+            "Unit": _sandboxed("Agent sandbox: persistent shell and command daemon", *SHELL_ALONE, *places),
+            "Service": [
+                ("ExecStart", _launcher(spec, "shell.json", execd)),
+                ("Restart", "always"),
+                ("RestartSec", "1s"),
+                *_sandbox(spec, "shell", SHELL_ALONE, systemd=systemd),
+            ],
+            "Install": [("WantedBy", "multi-user.target")],
+            **_placed(spec),
+        }
+    )
+
+
+def agent_unit(spec: SandboxSpec, agent: AgentSpec, *, systemd: int = 257) -> str:
+    """Return ``saw-agent@NAME.service``: an always-on agent in a sandbox of its own, with the shell's files and network.
+
+    It starts only while a policy is in force. Where it keeps ending, it is started again ever more slowly, where systemd can.
+    """
+    owner = f"agent-{agent.name}"
+    backoff: Properties = [("RestartSec", "10s")]
+    if systemd >= MINIMUM_SYSTEMD_RESTART_STEPS:
+        backoff = [("RestartSec", "2s"), ("RestartSteps", "8"), ("RestartMaxDelaySec", "5min")]
     return unit_text(
         {
             "Unit": [
-                ("Description", "Agent sandbox: persistent shell and command daemon"),
-                ("Requires", "saw-sandbox-net.service"),
-                ("After", "saw-sandbox-net.service saw-ring1.service"),
-                ("RequiresMountsFor", " ".join(("/run/saw/shell", *(place for place, _ in SCRATCH)))),
-                ("StartLimitIntervalSec", "0"),
+                *_sandboxed(f"Always-on agent {agent.name}", *(place for place, _ in scratch(owner))),
+                ("ConditionPathExists", "/run/saw/generations/current/policy.yaml"),
             ],
-            "Service": service,
-            "Install": [("WantedBy", "multi-user.target")],
-            **_placed(spec),
+            "Service": [
+                ("ExecStart", _launcher(spec, agent.launch, agent.command)),
+                ("Restart", agent.restart),
+                *backoff,
+                *_sandbox(spec, owner, (), systemd=systemd),
+            ],
         }
     )
 
@@ -202,7 +243,7 @@ def mcp_units(spec: SandboxSpec, server: McpServerSpec, *, systemd: int = 257) -
                 *common_properties(spec, systemd=systemd),
                 *[
                     ("TemporaryFileSystem", f"{inside}:{spec.limits.tmpfs(spec.limits.tmp_max)}")
-                    for _, inside in SCRATCH
+                    for _, inside in scratch("")
                 ],
                 *view_properties((*base, *server.read_only), server.read_write, protected),
             ],
@@ -289,12 +330,14 @@ def compile_units(spec: SandboxSpec, *, systemd: int = 257) -> dict[str, str]:
     }
     for server in spec.mcp_servers:
         units |= mcp_units(spec, server, systemd=systemd)
+    units |= {agent.unit: agent_unit(spec, agent, systemd=systemd) for agent in spec.agents}
     return units
 
 
 def compile_launch_files(spec: SandboxSpec) -> dict[str, bytes]:
     """Return every launch file of the generation as name (below ``/run/saw/sandbox``) → content, and apt's settings."""
     files = {"shell.json": encode_launch(spec.shell_launch()), Path(APT_CONFIG).name: APT_CONFIGURATION.encode()}
+    files |= {agent.launch: encode_launch(spec.agent_launch()) for agent in spec.agents}
     files |= {f"mcp-{server.name}.json": encode_launch(spec.mcp_launch(server)) for server in spec.mcp_servers}
     return files
 

@@ -16,11 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
 import pytest
 from conftest import PYTHON, ROOT, SOURCE
 
 from saw.policy.sandbox_limits import SandboxLimits
-from saw.runtime import sandbox_units
+from saw.runtime import sandbox_bounds, sandbox_units
 from saw.runtime.limits import Machine, limits_of
 from saw.runtime.sandbox import RuntimePaths
 
@@ -32,6 +33,7 @@ SCRIPT = Path(__file__).with_name("limits_inside.py")
 LIMITS = SandboxLimits(
     memory="256MiB", tasks=128, cpu="0.5", tmp="32MiB", shm="16MiB", inodes=1024, files=256, cpu_weight=10
 )
+MACHINE = Machine(2 * 1024**3)
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root to lay out the tree of a host"),
@@ -66,7 +68,7 @@ def _tree(root: Path) -> Path:
     spec = replace(
         spec,
         paths=RuntimePaths(PYTHON, f"{PACKAGES}/saw/runtime"),
-        limits=limits_of(LIMITS, Machine(2 * 1024**3)),
+        limits=limits_of(LIMITS, MACHINE),
         mcp_servers=(server,),
     )
     with (root / "etc/passwd").open("a") as stream:
@@ -95,6 +97,10 @@ def _tree(root: Path) -> Path:
         (root / name).write_text(text)
     for name, launch in sandbox_units.compile_launch_files(spec).items():
         (root / "usr/local/lib" / name).write_bytes(launch)
+    less = replace(
+        spec, limits=limits_of(msgspec.structs.replace(LIMITS, memory="200MiB", tasks=100, cpu="all"), MACHINE)
+    )
+    (root / "usr/local/lib/narrower.json").write_text(json.dumps(sandbox_bounds.slice_words(less)))
     for program in (PROBE, SCRIPT):
         shutil.copy(program, root / "usr/local/lib")
     wants = root / "etc/systemd/system/inside.target.wants"
@@ -112,7 +118,7 @@ def _tree(root: Path) -> Path:
 
 
 def _add(stream: BinaryIO, name: str, place: Path | None) -> None:
-    """Write one entry of a cpio archive of the kind "newc" (cpio(5)), which the kernel unpacks; each name is a file of its own."""
+    """Write one entry of a cpio archive of the kind "newc" (cpio(5)), which the kernel unpacks. Hard links become copies."""
     state = os.lstat(place) if place else os.stat_result((0,) * 10)
     content = b""
     if place and stat.S_ISREG(state.st_mode):
@@ -189,4 +195,4 @@ def test_the_services_and_the_sandbox_itself_are_as_they_were(told: dict[str, An
 
 
 def test_a_narrower_policy_counts_for_what_already_runs(told: dict[str, Any]) -> None:
-    assert told["narrower"] == {"slice": str(200 * 1024**2), "tasks": "100"}
+    assert told["narrower"] == {"slice": str(200 * 1024**2), "tasks": "100", "cpu": "max 100000"}

@@ -42,7 +42,20 @@ def directives(text: str) -> dict[str, str]:
 def test_sizes_and_processors_are_read_exactly() -> None:
     assert (size("512MiB"), size("3GiB"), size("0MiB")) == (512 * MIB, 3 * GIB, 0)
     assert (cores("all"), cores("1.5"), cores("0.25")) == (None, Decimal("1.5"), Decimal("0.25"))
-    for text in ("512", "512MB", "1.5GiB", "-1GiB", "01GiB", " 1GiB", "1GiB\n", "１GiB", "1TiB", "max", "infinity", "75%"):
+    for text in (
+        "512",
+        "512MB",
+        "1.5GiB",
+        "-1GiB",
+        "01GiB",
+        " 1GiB",
+        "1GiB\n",
+        "１GiB",
+        "1TiB",
+        "max",
+        "infinity",
+        "75%",
+    ):
         with pytest.raises(ValueError, match="is not a size"):
             size(text)
     for text in ("150%", "-1", "1e3", "1.555", "ALL", "", "1.", "1\n", "NaN", "Infinity"):
@@ -118,20 +131,25 @@ def test_without_words_there_are_limits_all_the_same() -> None:
     found = directives(sandbox_units.compile_units(build(memory=1536 * MIB))[SLICE])
     assert "CPUQuota" not in found
     assert found["MemoryMax"] == str(1024 * MIB)
-    assert (found["MemorySwapMax"], found["TasksMax"], found["CPUWeight"], found["IOWeight"]) == ("0", "1024", "25", "25")
+    assert (found["MemorySwapMax"], found["TasksMax"], found["CPUWeight"], found["IOWeight"]) == (
+        "0",
+        "1024",
+        "25",
+        "25",
+    )
     assert limits_of(SandboxLimits(), Machine(8 * GIB)).memory_max == 3 * GIB
 
 
 def test_temporary_directories_have_a_size_and_a_number_of_files() -> None:
     units = sandbox_units.compile_units(build("{tmp: 64MiB, shm: 32MiB, inodes: 2000}"))
     options = f"rw,nosuid,nodev,mode=1777,size={64 * MIB},nr_inodes=2000"
-    for name in ("run-saw-scratch-tmp.mount", "run-saw-scratch-var.mount"):
+    for name in ("run-saw-scratch-shell-tmp.mount", "run-saw-scratch-shell-var.mount"):
         assert directives(units[name])["Options"] == options
     shell, server = units["saw-shell.service"], units["saw-mcp-server-files@.service"]
-    for line in ("BindPaths=/run/saw/scratch/tmp:/tmp", "BindPaths=/run/saw/scratch/var:/var/tmp"):
+    for line in ("BindPaths=/run/saw/scratch/shell/tmp:/tmp", "BindPaths=/run/saw/scratch/shell/var:/var/tmp"):
         assert line in shell.splitlines()
         assert line not in server
-    assert "RequiresMountsFor=/run/saw/shell /run/saw/scratch/tmp /run/saw/scratch/var" in shell
+    assert "RequiresMountsFor=/run/saw/shell /run/saw/scratch/shell/tmp /run/saw/scratch/shell/var" in shell
     assert f"TemporaryFileSystem=/tmp:{options}" in server
     assert f"TemporaryFileSystem=/var/tmp:{options}" in server
     for text in (shell, server):
