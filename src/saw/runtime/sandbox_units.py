@@ -190,6 +190,7 @@ def agent_unit(spec: SandboxSpec, agent: AgentSpec, *, systemd: int = 257) -> st
     It starts only while a policy is in force. Where it keeps ending, it is started again ever more slowly, where systemd can.
     """
     owner = f"agent-{agent.name}"
+    init = (spec.paths.python, "-I", "-S", f"{spec.paths.package}/agent_init.py")
     backoff: Properties = [("RestartSec", "10s")]
     if systemd >= MINIMUM_SYSTEMD_RESTART_STEPS:
         backoff = [("RestartSec", "2s"), ("RestartSteps", "8"), ("RestartMaxDelaySec", "5min")]
@@ -200,7 +201,8 @@ def agent_unit(spec: SandboxSpec, agent: AgentSpec, *, systemd: int = 257) -> st
                 ("ConditionPathExists", "/run/saw/generations/current/policy.yaml"),
             ],
             "Service": [
-                ("ExecStart", _launcher(spec, agent.launch, agent.command)),
+                ("ExecStart", _launcher(spec, agent.launch, (*init, *agent.command))),
+                ("SuccessExitStatus", "143"),
                 ("Restart", agent.restart),
                 *backoff,
                 *_sandbox(spec, owner, (), systemd=systemd),

@@ -336,7 +336,7 @@ def test_an_always_on_agent_runs_while_a_policy_is_in_force_and_is_started_again
             "agent-night-watch.json",
             unit,
         ]
-        assert shown("ActiveState") == "inactive"
+        assert shown("ActiveState") == "inactive", "it was ended by force"
         assert "agent-night-watch" not in booted.run("findmnt", "-rno", "TARGET")
         assert booted.run("systemctl", "is-active", "saw-shell.service").strip() == "active"
     finally:

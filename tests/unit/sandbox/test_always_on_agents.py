@@ -90,7 +90,8 @@ def test_an_agent_has_a_unit_with_the_shells_confinement_and_bounds() -> None:
     assert "/run/saw/shell" in spec.shell_launch().read_write
     assert "/run/saw/shell" not in spec.agent_launch().read_write
     start = next(line for line in lines if line.startswith("ExecStart="))
-    assert start.endswith("saw.runtime.launcher --launch /run/saw/sandbox/agent-triage.json -- /usr/bin/triage --watch")
+    assert "saw.runtime.launcher --launch /run/saw/sandbox/agent-triage.json -- " in start
+    assert start.endswith("/agent_init.py /usr/bin/triage --watch")
     shell = units["saw-shell.service"].splitlines()
     own = ("ExecStart", "Restart", "Description", "RequiresMountsFor", "BindPaths", "WantedBy", "[Install]")
     assert {x for x in shell if not x.startswith(own)} <= set(lines), "what confines the shell confines the agent"
