@@ -30,6 +30,7 @@ from saw.runtime.policyd_calls import CallReports
 from saw.runtime.policyd_config import PolicydConfig, Workspace
 from saw.runtime.policyd_decisions import DecisionReports, Journal
 from saw.runtime.policyd_floor import FloorError, RevisionFloor
+from saw.runtime.policyd_usage import UsageReports
 
 _LONGEST_BACKOFF = 300.0
 _MOST_OWED = 32
@@ -103,6 +104,7 @@ class Policyd:
         place = config.state / "decisions.json"
         journal = Journal(config.journal_dir)
         self._decisions = DecisionReports(journal, broker.report_decisions, place, boottime, config.decisions_s)
+        self._usage = UsageReports(broker.report_usage, boottime, config.usage_s)
 
     @property
     def last_good(self) -> Path:
@@ -124,6 +126,7 @@ class Policyd:
             self.cycle()
             self.report_calls()
             self.report_decisions()
+            self.report_usage()
             self._wait()
 
     def cycle(self) -> None:
@@ -179,6 +182,13 @@ class Policyd:
             self._decisions.report()
         except (SawError, OSError) as error:
             self._log(f"decisions not reported: {error}")
+
+    def report_usage(self) -> None:
+        """Tell the broker what the agent used of this workspace, at most every ``usage_s`` seconds."""
+        try:
+            self._usage.report()
+        except (SawError, OSError) as error:
+            self._log(f"usage not reported: {error}")
 
     def beat(self) -> None:
         """Write the heartbeat, unless the loop itself stands still."""

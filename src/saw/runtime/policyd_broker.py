@@ -17,6 +17,7 @@ import httpx
 import msgspec
 
 from saw.audit.workspace_decisions import Decisions
+from saw.audit.workspace_usage import Usage
 from saw.errors import UnavailableError
 from saw.policy.tuf_fetcher import PinnedFetcher
 from saw.runtime.decide_counts import Counted
@@ -171,11 +172,14 @@ class PolicyBroker:
 
         It records nothing without the workspace's identity.
         """
-        body = {
-            "workspace_id": self._workspace.workspace_id,
-            "kind": "decisions",
-            "decisions": msgspec.to_builtins(said),
-        }
+        self._record("decisions", said)
+
+    def report_usage(self, usage: Usage) -> None:
+        """Tell what the agent used; raises as :meth:`report_decisions`."""
+        self._record("usage", usage)
+
+    def _record(self, kind: str, said: msgspec.Struct) -> None:
+        body = {"workspace_id": self._workspace.workspace_id, "kind": kind, kind: msgspec.to_builtins(said)}
         try:
             with self._open(identified=True) as client:
                 answer = client.post("/v1/workspace/report", json=body, extensions=self._extensions).raise_for_status()
@@ -184,7 +188,7 @@ class PolicyBroker:
             raise _unreachable("/v1/workspace/report", error) from error
         if not recorded:
             raise BrokerUnreachable(
-                "the broker records decisions under the workspace's identity alone", cure="wait until it has attested"
+                f"the broker records {kind} under the workspace's identity alone", cure="wait until it has attested"
             )
 
     def _open(self, *, identified: bool) -> httpx.Client:

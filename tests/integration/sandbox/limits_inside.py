@@ -87,6 +87,9 @@ def main() -> None:
     say("files", probe("files", "5000"))
     say("modest files", probe("files", "100"))
     say("cpu", {name: (SLICE / f"cpu.{name}").read_text().strip() for name in ("max", "weight")})
+    files = [*SLICE.glob("*.*"), *SLICE.glob("saw-shell.service/*.*")]
+    counts = ("cpu.stat", "memory.peak", "memory.events", "pids.current", "pids.events", "io.stat")
+    say("groups", {str(path.relative_to(SLICE.parent)): path.read_text() for path in files if path.name in counts})
     say("after", {"neighbour": main_pid("neighbour.service"), "shell": main_pid("saw-shell.service")})
     subprocess.run(json.loads(Path(f"{LIB}/narrower.json").read_text()), check=True)
     files = (("slice", "memory.max"), ("tasks", "pids.max"), ("cpu", "cpu.max"))

@@ -23,6 +23,7 @@ from conftest import PYTHON, ROOT, SOURCE
 from saw.policy.sandbox_limits import SandboxLimits
 from saw.runtime import sandbox_bounds, sandbox_units
 from saw.runtime.limits import Machine, limits_of
+from saw.runtime.policyd_usage import read_usage
 from saw.runtime.sandbox import RuntimePaths
 
 TARS = sorted((ROOT / "build/cache").glob("base-host-*.tar"), key=lambda path: path.stat().st_mtime)
@@ -192,6 +193,20 @@ def test_the_services_and_the_sandbox_itself_are_as_they_were(told: dict[str, An
     assert told["after"] == told["before"]
     assert told["before"]["neighbour"] != "0"
     assert told["oom"] == {"neighbour": "-900", "shell": "500"}
+
+
+@pytest.mark.control("AUD-01")
+def test_what_was_used_is_counted(told: dict[str, Any], tmp_path: Path) -> None:
+    for name, text in told["groups"].items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    usage = read_usage(tmp_path)
+    assert usage is not None
+    shell = usage.units["saw-shell.service"]
+    assert usage.total.cpu_ms >= shell.cpu_ms > 0
+    assert usage.total.oom_kills == told["memory of both"]["oom_kills"]
+    assert 200 * 1024**2 < usage.total.memory_peak <= 256 * 1024**2
+    assert usage.total.refused_tasks == shell.refused_tasks > 0
 
 
 def test_a_narrower_policy_counts_for_what_already_runs(told: dict[str, Any]) -> None:
