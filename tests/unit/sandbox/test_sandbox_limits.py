@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 from test_sandbox_spec import ACCOUNT, GOVERNANCE, POLICY
@@ -14,7 +15,8 @@ from saw.policy.reach_diff import diff_bundles
 from saw.policy.sandbox_limits import SandboxLimits, cores, size
 from saw.runtime import sandbox_units
 from saw.runtime.limits import SLICE, Machine, limits_of
-from saw.runtime.sandbox import compile_spec, encode_launch
+from saw.runtime.sandbox import SandboxError, compile_spec, encode_launch
+from saw.runtime.sandbox_bounds import hold_running
 
 pytestmark = pytest.mark.control("RUN-03")
 MIB = 1024**2
@@ -201,3 +203,36 @@ def test_openshell_does_not_take_the_limits_over_in_silence() -> None:
     plan(bundle("{}"), accept=accepted)
     with pytest.raises(PolicyError, match=r"governance\.sandbox\.limits"):
         plan(bundle("{memory: 1GiB}"), accept=accepted)
+
+
+@pytest.fixture
+def systemctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A systemctl that writes down what it was asked, and whose answers are exit codes in files."""
+    program = tmp_path / "systemctl"
+    program.write_text(
+        '#!/bin/sh\necho "$@" >>"${0%/*}/asked"\n'
+        'case $1 in is-active) exit $(cat "${0%/*}/active");; esac\nexit $(cat "${0%/*}/set")\n'
+    )
+    program.chmod(0o755)
+    (tmp_path / "asked").touch()
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("active", "done", "held"), [("0", "0", True), ("3", "0", False), ("0", "1", None)])
+def test_what_runs_is_held_to_the_new_limits(systemctl: Path, active: str, done: str, held: bool | None) -> None:
+    (systemctl / "active").write_text(active)
+    (systemctl / "set").write_text(done)
+    noted = systemctl / "control" / f"{SLICE}.d"
+    noted.mkdir(parents=True)
+    (noted / "50-MemoryMax.conf").touch()
+    spec = build("{memory: 1GiB, tasks: 100}")
+    if held is None:
+        with pytest.raises(SandboxError, match="did not set the limits"):
+            hold_running(spec, control=systemctl / "control")
+    else:
+        assert hold_running(spec, control=systemctl / "control") is held
+    asked = (systemctl / "asked").read_text()
+    words = f"set-property --runtime {SLICE} MemoryMax={GIB} MemorySwapMax=0 TasksMax=100 CPUWeight=25 IOWeight=25 CPUQuota=\n"
+    assert (words in asked) is (active == "0"), "no quota takes an earlier one back"
+    assert noted.exists() is (active != "0"), "the unit file says the same, and changes with the policy"
