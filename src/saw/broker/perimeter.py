@@ -11,6 +11,7 @@ from sqlalchemy import select
 from saw.audit import ChainedEvent, Head, event_hash, workspace_telemetry
 from saw.audit.chain import ChainError
 from saw.audit.workspace_decisions import Decisions, events_of
+from saw.audit.workspace_usage import Usage, event_of
 from saw.broker.agent_states import retired_agents
 from saw.broker.charges import ChargeTally
 from saw.broker.clock import iso
@@ -43,7 +44,7 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a workspace says about its policy, or something it found."""
 
     workspace_id: Annotated[str, msgspec.Meta(max_length=64)]
-    kind: Literal["policy_state", "finding", "calls", "decisions", "telemetry"]
+    kind: Literal["policy_state", "finding", "calls", "decisions", "telemetry", "usage"]
     state: Literal["offered", "verified", "loaded", "refused", ""] = ""
     revision: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
     reason: Text = ""
@@ -52,6 +53,7 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     calls: CallsSaid | None = None
     decisions: Decisions | None = None
     telemetry: workspace_telemetry.Telemetry | None = None
+    usage: Usage | None = None
 
 
 class Shipment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -142,6 +144,8 @@ class Views:
             return self._hear_decisions(caller, report, verified=verified)
         if report.kind == "telemetry":
             return self._hear_telemetry(caller, report, verified=verified)
+        if report.kind == "usage":
+            return self._hear_usage(caller, report, verified=verified)
         now = self._s.clock()
         detail = {"verified": verified, "revision": report.revision, "report": _bounded(report.detail)}
         digest = report.policy_digest or ""
@@ -240,6 +244,17 @@ class Views:
             subject = caller.subject(row.id, agent=row.agent_id, policy_digest=row.policy_digest or "")
             said = report.telemetry
             tx.record(*workspace_telemetry.events_of(self._s.events, self._s.clock(), subject, said))
+        return {"recorded": True, "verified": verified}
+
+    def _hear_usage(self, caller: Caller, report: Report, *, verified: bool) -> dict[str, Any]:
+        """Write down what the agent of a workspace used, when the workspace proves who it is."""
+        if not verified or report.usage is None:
+            return {"recorded": False, "verified": verified}
+        with self._s.store.write() as tx:
+            row = get_row(tx.connection, report.workspace_id)
+            require_state(row, MAY_REPORT)
+            subject = caller.subject(row.id, agent=row.agent_id, policy_digest=row.policy_digest or "")
+            tx.record(event_of(self._s.events, self._s.clock(), subject, report.usage))
         return {"recorded": True, "verified": verified}
 
     def accept_events(self, caller: Caller, shipment: Shipment) -> dict[str, Any]:

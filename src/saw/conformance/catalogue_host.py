@@ -126,7 +126,8 @@ def _files() -> list[Case]:
         name: str, title: str, attempt: str, arguments: dict[str, Any], *, control: str = "RUN-02",
         expected: tuple[str, ...] = ABSENT, twin: str = "twin.files.tmp", **more: Any,
     ) -> Case:  # fmt: skip
-        return Case(f"files.{name}", control, "files", title, attempt, arguments, SCOPE, expected, twin, **more)
+        layer = more.pop("layer", SCOPE)
+        return Case(f"files.{name}", control, "files", title, attempt, arguments, layer, expected, twin, **more)
 
     def reading(name: str, title: str, path: str, **more: Any) -> Case:
         return case(f"read.{name}", title, "read", {"path": path}, twin="twin.files.read", **more)
@@ -196,6 +197,11 @@ def _files() -> list[Case]:
         case("give.owner", "give a file to root", "give-away", {"what": "owner"}, control="RUN-03"),
         case("give.capability", "give a program a capability", "give-away", {"what": "capability"}, control="RUN-03",
              expected=(*ABSENT, "EOPNOTSUPP")),
+        *[
+            case(f"limit.{name}", f"a gigabyte of {place}", "fill", {"path": place, "size": 1024**3}, control="RUN-03",
+                 layer="unit: bounded file systems", expected=("ENOSPC",), seconds=20.0, twin="twin.files.fill")
+            for name, place in (("tmp", "/tmp"), ("var-tmp", "/var/tmp"), ("shm", "/dev/shm"))  # noqa: S108
+        ],
     ]  # fmt: skip
 
 
@@ -256,6 +262,7 @@ def twins() -> list[Case]:
         twin("process.own", "see and signal a process of one's own", "find-own", {}, "process"),
         twin("files.tmp", "write, rename and remove a file in /tmp", "write-own", {"path": "/tmp"}, "files"),  # noqa: S108
         twin("files.read", "read the list of accounts", "read", {"path": "/etc/passwd"}, "files"),
+        twin("files.fill", "a megabyte of /tmp", "fill", {"path": "/tmp", "size": 1024**2}, "files"),  # noqa: S108
         twin("files.symbolic", "read an own file through a symbolic link", "own-link", {"kind": "symbolic"}, "files"),
         twin("files.hard", "read an own file through a hard link", "own-link", {"kind": "hard"}, "files"),
         twin("credentials.environment", "read one's own environment and start a program", "fork-exec", {}, "credentials"),

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from saw.policy import globs, websocket
 from saw.policy.addresses import is_blocked_host
+from saw.policy.always_on import Agent, check_agent_name, check_agents, check_command
 from saw.policy.checks_budgets import (
     GOVERNANCE_BUDGETS,
     check_aliases,
@@ -81,6 +82,16 @@ from saw.policy.providers import (
     may_share,
     routed_scope,
     secrets_apart,
+)
+from saw.policy.sandbox_limits import (
+    MOST_WEIGHT,
+    Sandbox,
+    SandboxLimits,
+    between,
+    check_cores,
+    check_memory,
+    check_size,
+    check_tmp,
 )
 from saw.policy.tool_rules import Argument, Mcp, McpServer, Reviewers, Tool, http_address
 
@@ -416,6 +427,18 @@ GOVERNANCE_CHECKS = Checks(
         (Tool, "expires"): _duration,
         (Argument, "under"): _under,
         (Persistence, "git_hooks"): _hooks,
+        (Sandbox, "agents"): check_agents,
+        (Agent, "command"): check_command,
+        (SandboxLimits, "memory"): check_memory,
+        (SandboxLimits, "swap"): check_size,
+        (SandboxLimits, "tasks"): between(32, 32768, "tasks"),
+        (SandboxLimits, "cpu"): check_cores,
+        (SandboxLimits, "cpu_weight"): between(1, MOST_WEIGHT, "parts"),
+        (SandboxLimits, "io_weight"): between(1, MOST_WEIGHT, "parts"),
+        (SandboxLimits, "tmp"): check_tmp,
+        (SandboxLimits, "shm"): check_tmp,
+        (SandboxLimits, "inodes"): between(1024, 1048576, "files and directories"),
+        (SandboxLimits, "files"): between(64, 65536, "open files"),
         (Argument, "regex"): _regex,
         (Tool, "definition"): _matches(
             _DEFINITION, "the hash of a definition", "write what `saw policy definitions` prints"
@@ -458,6 +481,7 @@ GOVERNANCE_CHECKS = Checks(
         (DataClasses, "only_to"): _data_class,
         (Persistence, "files"): check_place,
         (InferenceRoute, "aliases"): check_model,
+        (Sandbox, "agents"): check_agent_name,
         (Mcp, "servers"): _matches(_ID, "a server name", "use lower-case letters, digits and dashes"),
         (McpServer, "tools"): _tool_name,
         (Tool, "args"): _tool_name,

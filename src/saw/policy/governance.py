@@ -16,6 +16,7 @@ import msgspec
 from saw.policy.model import Part, says
 from saw.policy.persistence import Persistence
 from saw.policy.providers import OAuth2, SigV4
+from saw.policy.sandbox_limits import Sandbox
 from saw.policy.tool_rules import ActionClass, Mcp, Reviewers
 
 _DURATION = re.compile(r"(0|[1-9][0-9]{0,8})([smhd])\Z")
@@ -446,6 +447,9 @@ class Governance(Part, frozen=True):
     persistence: Annotated[
         Persistence, says("What of a session may act on a later one.", {"git_settings": ["core.fsmonitor"]})
     ] = Persistence()
+    sandbox: Annotated[
+        Sandbox, says("How the sandbox is run.", {"limits": {"memory": "3GiB", "tasks": 1024, "cpu": "1.5"}})
+    ] = Sandbox()
 
     def credential(self, identifier: str) -> Credential:
         """Return the credential with this id; raise ``KeyError`` when there is none."""

@@ -18,6 +18,7 @@ from saw.policy.loader import POLICY_FILE, Bundle
 from saw.policy.model import CALL_PROTOCOLS, READ_METHODS, AnyOf, Endpoint, Match, Policy
 from saw.policy.openshell_calls import spoken
 from saw.policy.openshell_finding import Effect, Finding
+from saw.policy.sandbox_limits import SandboxLimits
 from saw.policy.yamltext import dump
 
 __all__ = ["SANDBOX_ACCOUNT", "Effect", "Exported", "Finding", "export"]
@@ -228,6 +229,16 @@ def _governance(bundle: Bundle) -> list[Finding]:
                 f"Git refs are not read: {what} is class {action.class_} here only",
             )
     lost("persistence", "wider", "hooks of repositories and configuration of agents act on later sessions there")
+    for name in governance.sandbox.agents:
+        lost(
+            f"sandbox.agents.{name}",
+            "lost",
+            f"the always-on agent {name} is not started there",
+            "start it by other means",
+        )
+    if governance.sandbox.limits != SandboxLimits():
+        reason = "limits of memory, processors, tasks and temporary files have no field"
+        lost("sandbox.limits", "wider", reason, "set the limits of its containers")
     for name in governance.data_classes.handles:
         lost(f"data_classes.{name}", "lost", f"that {name} data is handled, and where it may go, has no field")
     for name in governance.data_classes.never:

@@ -41,6 +41,7 @@ GOVERNANCE_HOLDERS: dict[str, Holder] = {
     "budgets": "ring 2",
     "data_classes": "bundle",
     "persistence": "nobody",
+    "sandbox": "nobody",
 }
 """Holder of each field of ``governance.yaml``. ``mcp`` is that of servers over HTTP; over stdio nobody holds them."""
 

@@ -8,12 +8,13 @@ from typing import Literal
 
 import msgspec
 
+from saw.policy import always_on, model, persistence, providers, sandbox_limits, tool_rules
 from saw.policy import governance as words
-from saw.policy import model, persistence, providers, tool_rules
 from saw.policy.governance import Governance, duration
 from saw.policy.model import Policy
 from saw.policy.persistence import Persistence
 from saw.policy.reach_item import Item, Region, Risk, Witness
+from saw.policy.sandbox_limits import SandboxLimits, amount
 
 Access = Literal["read", "write"]
 
@@ -40,8 +41,11 @@ _KNOWN: dict[type, frozenset[str]] = {
         model.NetworkRule: "endpoints binaries name",
         words.Governance: (
             "schema blueprint lease landlock allow_audit plaintext credentials inference actions mcp budgets limits data_classes "
-            "persistence"
+            "persistence sandbox"
         ),
+        always_on.Agent: "command restart",
+        sandbox_limits.Sandbox: "limits agents",
+        sandbox_limits.SandboxLimits: "memory swap tasks cpu cpu_weight io_weight tmp shm inodes files",
         words.Blueprint: "name version owner incident_contact review_days",
         words.DataClasses: "handles never only_to",
         persistence.Persistence: "files writable git_hooks git_settings",
@@ -152,6 +156,17 @@ def _knobs(old: tuple[Policy, Governance], new: tuple[Policy, Governance]) -> It
     if rules_2.landlock.allow_best_effort and not rules.landlock.allow_best_effort:
         yield "landlock.allow_best_effort", "false", "true", "low"
     yield from _kept(rules.persistence, rules_2.persistence)
+    yield from _limits(rules.sandbox.limits, rules_2.sandbox.limits)
+    for name, before, after in always_on.more_agents(rules.sandbox.agents, rules_2.sandbox.agents):
+        yield f"sandbox.agents[{name}]", before, after, "medium"
+
+
+def _limits(old: SandboxLimits, new: SandboxLimits) -> Iterator[tuple[str, str, str, Risk]]:
+    """Yield every limit of the sandbox that is wider: more of it may be used of what all of the workspace share."""
+    for name in new.__struct_fields__:
+        was, now = getattr(old, name), getattr(new, name)
+        if amount(name, now) > amount(name, was):
+            yield f"sandbox.limits.{name}", str(was), str(now), "low" if name.endswith("_weight") else "medium"
 
 
 def _kept(old: Persistence, new: Persistence) -> Iterator[tuple[str, str, str, Risk]]:

@@ -31,6 +31,7 @@ from saw.runtime.policyd_config import PolicydConfig, Workspace
 from saw.runtime.policyd_decisions import DecisionReports, Journal
 from saw.runtime.policyd_floor import FloorError, RevisionFloor
 from saw.runtime.policyd_tools import ToolFile
+from saw.runtime.policyd_usage import UsageReports
 
 _LONGEST_BACKOFF = 300.0
 _MOST_OWED = 32
@@ -106,6 +107,7 @@ class Policyd:
         self._tools = ToolFile(config, broker, log)
         self._tools.restore()
         self._decisions = DecisionReports(journal, broker.report_decisions, place, boottime, config.decisions_s)
+        self._usage = UsageReports(broker.report_usage, boottime, config.usage_s)
 
     @property
     def last_good(self) -> Path:
@@ -127,6 +129,7 @@ class Policyd:
             self.cycle()
             self.report_calls()
             self.report_decisions()
+            self.report_usage()
             self._wait()
 
     def cycle(self) -> None:
@@ -183,6 +186,13 @@ class Policyd:
             self._decisions.report()
         except (SawError, OSError) as error:
             self._log(f"decisions not reported: {error}")
+
+    def report_usage(self) -> None:
+        """Tell the broker what the agent used of this workspace, at most every ``usage_s`` seconds."""
+        try:
+            self._usage.report()
+        except (SawError, OSError) as error:
+            self._log(f"usage not reported: {error}")
 
     def beat(self) -> None:
         """Write the heartbeat, unless the loop itself stands still."""

@@ -19,6 +19,7 @@ import msgspec
 
 from saw.audit.chain import ChainedEvent
 from saw.audit.workspace_decisions import Decisions
+from saw.audit.workspace_usage import Usage
 from saw.errors import UnavailableError
 from saw.policy.handed_tools import HandedInvalid, HandedTools, read_handed
 from saw.policy.tuf_fetcher import PinnedFetcher
@@ -188,6 +189,10 @@ class PolicyBroker:
         It records nothing without the workspace's identity, and takes about one report a second.
         """
         self._tell("telemetry", {"source": source, "events": msgspec.to_builtins(list(events))})
+
+    def report_usage(self, usage: Usage) -> None:
+        """Tell what the agent used; raises as :meth:`report_decisions`."""
+        self._tell("usage", msgspec.to_builtins(usage))
 
     def _tell(self, kind: str, said: dict[str, Any]) -> None:
         """Report what only counts under the workspace's identity."""

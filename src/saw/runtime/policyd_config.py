@@ -21,7 +21,8 @@ class PolicydConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     ``readback_s`` bounds the wait for both parts to enforce what was switched to, ``proxy_start_s`` the wait for a ring 1
     that was not seen running yet. ``calls_s`` is the shortest time between two reports of how many calls were denied,
-    ``decisions_s`` between two of which ones; these are read from the journal in ``journal_dir``, null for the host's own.
+    ``decisions_s`` between two of which ones, ``usage_s`` between two of what the agent used; decisions are read from the
+    journal in ``journal_dir``, null for the host's own.
     ``review_user`` are the mediators of MCP servers, for whom people are asked; null asks nobody.
     ``nv_index`` (for example ``0x01500010``) adds a revision floor in the TPM. ``attest_socket`` null measures nothing; the
     broker then issues no identity for the policy.
@@ -46,6 +47,7 @@ class PolicydConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     measure_s: Seconds = 60.0
     calls_s: Seconds = 15.0
     decisions_s: Seconds = 20.0
+    usage_s: Seconds = 900.0
     journal_dir: str | None = None
     nv_index: str | None = None
     tcti: str | None = None

@@ -21,6 +21,7 @@ from saw.policy.governance import Governance
 from saw.policy.model import Policy
 from saw.policy.persistence import Persistence, git_environment
 from saw.runtime.launcher import Launch
+from saw.runtime.limits import Limits, Machine, here, limits_of
 
 GENERATION = Path("/run/saw/generations/current")
 LAUNCH_DIRECTORY = "/run/saw/sandbox"
@@ -62,6 +63,9 @@ BASE_READ_ONLY = (
 BASE_READ_WRITE = ("/run/saw/shell", "/tmp", "/var/tmp", SHARED_MEMORY)  # noqa: S108
 """Writable in every sandbox: its own private temporary directories and the directory of its two sockets."""
 
+SHELL_ALONE = ("/run/saw/shell",)
+"""Of these, what always-on agents do not have: a command sent there runs in the main sandbox."""
+
 UNREACHABLE = (
     "/etc/shadow",
     "/etc/gshadow",
@@ -94,19 +98,6 @@ class RuntimePaths:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Resource limits: bytes, tasks, and POSIX limits per process by name (``nofile``, ``core``, …).
-
-    ``shm_max`` bounds the private ``/dev/shm``; what lies there counts as memory of the unit as well.
-    """
-
-    memory_max: int = 3 * 1024**3
-    shm_max: int = 512 * 1024**2
-    tasks_max: int = 1024
-    rlimits: tuple[tuple[str, int], ...] = (("core", 0), ("nofile", 8192), ("memlock", 8 * 1024**2))
-
-
-@dataclass(frozen=True)
 class McpServerSpec:
     """One stdio MCP server: its command and the directories it is narrowed to."""
 
@@ -114,6 +105,25 @@ class McpServerSpec:
     command: tuple[str, ...]
     read_only: tuple[str, ...]
     read_write: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AgentSpec:
+    """One always-on agent: its command and when systemd starts it again (``Restart=``)."""
+
+    name: str
+    command: tuple[str, ...]
+    restart: str
+
+    @property
+    def unit(self) -> str:
+        """Return the name of its unit."""
+        return f"saw-agent@{self.name}.service"
+
+    @property
+    def launch(self) -> str:
+        """Return the name of its launch file."""
+        return f"agent-{self.name}.json"
 
 
 @dataclass(frozen=True)
@@ -130,10 +140,11 @@ class SandboxSpec:
     read_write: tuple[str, ...]
     minimum_abi: int
     environment: Mapping[str, str]
+    limits: Limits
     mcp_servers: tuple[McpServerSpec, ...] = ()
+    agents: tuple[AgentSpec, ...] = ()
     devices: tuple[str, ...] = ()
     """Device nodes of a GPU that the policy grants to the main sandbox; MCP servers get none."""
-    limits: Limits = Limits()
     paths: RuntimePaths = RuntimePaths()
     persistence: Persistence = field(default_factory=Persistence)
 
@@ -169,6 +180,11 @@ class SandboxSpec:
             environment=dict(self.environment),
             workdir=self.workdir,
         )
+
+    def agent_launch(self) -> Launch:
+        """Return the launch file of an always-on agent: what the main sandbox has, without the sockets into that one."""
+        launch = self.shell_launch()
+        return replace(launch, read_write=tuple(p for p in launch.read_write if p not in SHELL_ALONE))
 
     def mcp_launch(self, server: McpServerSpec) -> Launch:
         """Return the launch file of one MCP server: only its own directories, and no network at all."""
@@ -264,12 +280,13 @@ def compile_spec(
     governance: Governance,
     *,
     paths: RuntimePaths | None = None,
-    limits: Limits | None = None,
+    machine: Machine | None = None,
     account: tuple[int, int, str] | None = None,
 ) -> SandboxSpec:
     """Compile the sandbox of a generation.
 
-    ``account`` is (uid, gid, home) of ``process.run_as_user``; looked up when absent. Raises :class:`SandboxError` for
+    ``account`` is (uid, gid, home) of ``process.run_as_user``; looked up when absent. ``machine`` is what its limits are
+    bounded by; absent: this one. Raises :class:`SandboxError` for
     root, unknown users, paths that reach the system's own secrets, and MCP servers that ask for more than the sandbox has.
     """
     user = policy.process.run_as_user
@@ -298,7 +315,7 @@ def compile_spec(
         minimum_abi=_minimum_abi(policy, governance),
         environment=environment(governance, user=user, home=home),
         devices=devices,
-        limits=limits or Limits(),
+        limits=limits_of(governance.sandbox.limits, machine or here()),
         paths=paths or RuntimePaths(),
         persistence=governance.persistence,
     )
@@ -308,7 +325,8 @@ def compile_spec(
         for name, server in sorted(governance.mcp.servers.items())
         if server.transport == "stdio"
     ]
-    return replace(spec, mcp_servers=tuple(servers))
+    agents = (AgentSpec(name, one.command, one.restart) for name, one in sorted(governance.sandbox.agents.items()))
+    return replace(spec, mcp_servers=tuple(servers), agents=tuple(agents))
 
 
 def load_spec(generation: Path = GENERATION, **options: object) -> SandboxSpec:

@@ -6,7 +6,7 @@ import os
 import pwd
 import py_compile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from saw.files import write_atomic
@@ -16,8 +16,10 @@ from saw.runtime.sandbox import (
     SandboxError,
     SandboxSpec,
 )
+from saw.runtime.sandbox_bounds import SCRATCH
 from saw.runtime.sandbox_home import PLACED, make_below_home, place_files, protect_home
-from saw.runtime.sandbox_units import MARK, MEDIATOR_USER, compile_launch_files, compile_units
+from saw.runtime.sandbox_units import MEDIATOR_USER, compile_launch_files, compile_units
+from saw.runtime.unitfile import MARK
 
 SHIMS = {"saw-run": "shell_client.py", "saw-mcp-connect": "mcp_connect.py"}
 
@@ -37,6 +39,9 @@ def prepare(
     changed: list[str] = []
     for path in (launch_directory, "/run/saw/shell", "/run/saw/mcp", "/run/saw/mcp-server"):
         Path(path).mkdir(mode=0o755, parents=True, exist_ok=True)
+    # Nobody but root passes: what lies there is the agent's, and is mounted into its sandbox.
+    Path(SCRATCH).mkdir(mode=0o700, exist_ok=True)
+    Path(SCRATCH).chmod(0o700)
     os.chown("/run/saw/shell", spec.uid, spec.gid)
     if spec.mcp_servers:
         os.chown("/run/saw/mcp", _uid(MEDIATOR_USER), spec.gid)
@@ -57,25 +62,48 @@ def retire(
     launch_directory: str = LAUNCH_DIRECTORY,
     unit_directory: str,
 ) -> list[str]:
-    """Stop and remove what is left of MCP servers that the policy has no longer; return what was removed.
+    """Stop and remove what is left of MCP servers and agents that the policy has no longer; return what was removed.
 
-    Only files that :func:`prepare` wrote are touched. ``stop`` gets the names of units, patterns of instances among them, and
-    raises when one goes on running: then nothing is removed, so that it is tried again.
+    An agent that the policy has otherwise than before is stopped, too: it would run on as it was started, for ever. Only
+    files that :func:`prepare` wrote are touched. ``stop`` gets the names of units, patterns of instances among them, and raises
+    when one goes on running: then nothing is removed, so that it is tried again.
     """
     wanted = compile_units(spec)
-    left = [
-        path
-        for path in sorted(Path(unit_directory).glob("saw-mcp-*"))
-        if path.name not in wanted and path.is_file() and path.read_bytes().startswith(MARK.encode())
-    ]
+    launches = compile_launch_files(spec)
+    left = [path for path in _ours(unit_directory) if path.name not in wanted]
+    stale = _changed_agents(spec, Path(unit_directory), launch_directory)
+    changed = [path for path in _ours(unit_directory) if path.name in stale]
+    if left or changed:
+        stop([path.name.replace("@.", "@*.") for path in (*left, *changed)])
     if not left:
         return []
-    stop([path.name.replace("@.", "@*.") for path in left])
-    launches = set(compile_launch_files(spec))
-    files = left + [path for path in sorted(Path(launch_directory).glob("mcp-*.json")) if path.name not in launches]
+    files = left + [path for path in sorted(Path(launch_directory).glob("*.json")) if _is_left(path.name, launches)]
     for path in files:
         path.unlink()
     return [str(path) for path in files]
+
+
+def _ours(unit_directory: str) -> list[Path]:
+    """Return the unit files of MCP servers and agents that :func:`prepare` wrote."""
+    kinds = ("saw-mcp-*", "saw-agent@*", "run-saw-scratch-agent*.mount")
+    found = (path for kind in kinds for path in sorted(Path(unit_directory).glob(kind)))
+    return [path for path in found if path.is_file() and path.read_bytes().startswith(MARK.encode())]
+
+
+def _is_left(name: str, launches: Collection[str]) -> bool:
+    return name.startswith(("mcp-", "agent-")) and name not in launches
+
+
+def _changed_agents(spec: SandboxSpec, unit_directory: Path, launch_directory: str) -> set[str]:
+    """Return the units of agents whose unit or launch file is no longer what the policy makes of it."""
+    units, launches = compile_units(spec), compile_launch_files(spec)
+    changed = set()
+    for agent in spec.agents:
+        files = ((unit_directory / agent.unit, units[agent.unit].encode()),
+                 (Path(launch_directory, agent.launch), launches[agent.launch]))  # fmt: skip
+        if any(path.is_file() and path.read_bytes() != content for path, content in files):
+            changed.add(agent.unit)
+    return changed
 
 
 def write_shims(directory: Path, paths: RuntimePaths) -> list[str]:

@@ -12,31 +12,33 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from saw.runtime.limits import SLICE
 from saw.runtime.sandbox import (
     APT_CONFIG,
     APT_CONFIGURATION,
     BASE_READ_WRITE,
     LAUNCH_DIRECTORY,
+    SHELL_ALONE,
     UNREACHABLE,
+    AgentSpec,
     McpServerSpec,
     SandboxError,
     SandboxSpec,
     encode_launch,
 )
+from saw.runtime.sandbox_bounds import bounded_properties, scratch, scratch_units, slice_unit
+from saw.runtime.unitfile import Properties, unit_text
 
 NETNS_PATH = "/run/netns/saw-sandbox"
 MEDIATOR_USER = "saw-mcp"
 MINIMUM_SYSTEMD_PRIVATE_PIDS = 257
-MARK = "# Written by saw from the loaded policy generation; changes here are overwritten."
-"""First line of every unit that is made here."""
-
+MINIMUM_SYSTEMD_RESTART_STEPS = 254
 _ALLOWED_CALLS = "landlock_create_ruleset landlock_add_rule landlock_restrict_self seccomp"
 _REFUSED_CALLS = (
     "@clock @cpu-emulation @debug @keyring @module @mount @obsolete @raw-io @reboot @swap chroot",
     "io_uring_setup io_uring_enter io_uring_register userfaultfd perf_event_open bpf ptrace process_vm_readv process_vm_writev",
     "pidfd_getfd kcmp name_to_handle_at open_by_handle_at",
 )
-Properties = list[tuple[str, str]]
 
 
 def common_properties(spec: SandboxSpec, *, systemd: int = 257) -> Properties:
@@ -45,14 +47,11 @@ def common_properties(spec: SandboxSpec, *, systemd: int = 257) -> Properties:
         ("NoNewPrivileges", "yes"),
         ("CapabilityBoundingSet", ""),
         ("AmbientCapabilities", ""),
-        ("PrivateTmp", "yes"),
-        # A hardened host mounts both noexec. Builds need them, and programs may run from the home all the same.
-        ("ExecPaths", "/tmp /var/tmp"),  # noqa: S108
         ("PrivateDevices", "yes"),
         ("DevicePolicy", "closed"),
         ("PrivateIPC", "yes"),
         # PrivateDevices= binds the host's /dev/shm into the unit's /dev, and PrivateIPC= leaves it there.
-        ("TemporaryFileSystem", f"/dev/shm:rw,nosuid,nodev,mode=1777,size={spec.limits.shm_max},nr_inodes=65536"),  # noqa: S108
+        ("TemporaryFileSystem", f"/dev/shm:{spec.limits.tmpfs(spec.limits.shm_max)}"),  # noqa: S108
         ("ProtectProc", "invisible"),
         ("ProtectClock", "yes"),
         ("ProtectControlGroups", "yes"),
@@ -71,9 +70,6 @@ def common_properties(spec: SandboxSpec, *, systemd: int = 257) -> Properties:
         ("SystemCallErrorNumber", "EPERM"),
         ("SystemCallFilter", f"@system-service {_ALLOWED_CALLS}"),
         *[("SystemCallFilter", f"~{calls}") for calls in _REFUSED_CALLS],
-        ("MemoryMax", str(spec.limits.memory_max)),
-        ("MemorySwapMax", "0"),
-        ("TasksMax", str(spec.limits.tasks_max)),
         ("LimitCORE", "0"),
         ("UMask", "0027"),
     ]
@@ -116,13 +112,6 @@ def _between(read_write: tuple[str, ...], protected: tuple[str, ...]) -> list[st
     return sorted(str(p) for p in parents if any(p != Path(q) and p.is_relative_to(q) for q in read_write))
 
 
-def _unit(sections: dict[str, Properties]) -> str:
-    lines = [MARK]
-    for section, properties in sections.items():
-        lines += ["", f"[{section}]", *(f"{name}={value}" for name, value in properties)]
-    return "\n".join(lines) + "\n"
-
-
 def _launcher(spec: SandboxSpec, launch: str, command: tuple[str, ...]) -> str:
     words = (
         spec.paths.python,
@@ -146,37 +135,78 @@ def _quote(word: str) -> str:
     return '"' + escaped.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def shell_unit(spec: SandboxSpec, *, systemd: int = 257) -> str:
-    """Return ``saw-shell.service``: the sandbox of the agent, holding tmux and the command daemon."""
-    execd = (spec.paths.python, "-I", "-S", f"{spec.paths.package}/shell_execd.py", "--directory", "/run/saw/shell")
-    service: Properties = [
+def _sandbox(spec: SandboxSpec, owner: str, sockets: tuple[str, ...], *, systemd: int) -> Properties:
+    """Return the properties that shell and agents share; ``owner`` is whose temporary directories they are."""
+    writable = (*(p for p in BASE_READ_WRITE if p not in SHELL_ALONE), *sockets, *spec.read_write)
+    return [
         ("Type", "exec"),
         ("User", spec.user),
         ("Group", spec.group),
         ("WorkingDirectory", "/"),
-        ("RuntimeDirectory", "saw/shell"),
-        ("RuntimeDirectoryMode", "0750"),
-        ("ExecStart", _launcher(spec, "shell.json", execd)),
-        ("Restart", "always"),
-        ("RestartSec", "1s"),
         ("KillMode", "control-group"),
         ("TimeoutStopSec", "5s"),
         ("NetworkNamespacePath", NETNS_PATH),
+        *bounded_properties(spec),
         *common_properties(spec, systemd=systemd),
-        *view_properties((*spec.base_read_only, *spec.read_only), (*BASE_READ_WRITE, *spec.read_write), spec.protected),
+        *view_properties((*spec.base_read_only, *spec.read_only), writable, spec.protected),
+        *[("BindPaths", f"{place}:{inside}") for place, inside in scratch(owner)],
         *device_properties(spec.devices),
     ]
-    return _unit(
+
+
+def _sandboxed(description: str, *mounts: str) -> Properties:
+    """Return the head of a unit in the sandbox's network, which needs ``mounts``."""
+    return [
+        ("Description", description),
+        ("Requires", "saw-sandbox-net.service"),
+        ("After", "saw-sandbox-net.service saw-ring1.service"),
+        ("RequiresMountsFor", " ".join(mounts)),
+        ("StartLimitIntervalSec", "0"),
+    ]
+
+
+def shell_unit(spec: SandboxSpec, *, systemd: int = 257) -> str:
+    """Return ``saw-shell.service``: the sandbox of the agent, holding tmux and the command daemon."""
+    execd = (spec.paths.python, "-I", "-S", f"{spec.paths.package}/shell_execd.py", "--directory", "/run/saw/shell")
+    places = (place for place, _ in scratch("shell"))
+    return unit_text(
         {
-            "Unit": [
-                ("Description", "Agent sandbox: persistent shell and command daemon"),
-                ("Requires", "saw-sandbox-net.service"),
-                ("After", "saw-sandbox-net.service saw-ring1.service"),
-                ("StartLimitIntervalSec", "0"),
+            "Unit": _sandboxed("Agent sandbox: persistent shell and command daemon", *SHELL_ALONE, *places),
+            "Service": [
+                ("ExecStart", _launcher(spec, "shell.json", execd)),
+                ("Restart", "always"),
+                ("RestartSec", "1s"),
+                *_sandbox(spec, "shell", SHELL_ALONE, systemd=systemd),
             ],
-            "Service": service,
             "Install": [("WantedBy", "multi-user.target")],
             **_placed(spec),
+        }
+    )
+
+
+def agent_unit(spec: SandboxSpec, agent: AgentSpec, *, systemd: int = 257) -> str:
+    """Return ``saw-agent@NAME.service``: an always-on agent in a sandbox of its own, with the shell's files and network.
+
+    It starts only while a policy is in force. Where it keeps ending, it is started again ever more slowly, where systemd can.
+    """
+    owner = f"agent-{agent.name}"
+    init = (spec.paths.python, "-I", "-S", f"{spec.paths.package}/agent_init.py")
+    backoff: Properties = [("RestartSec", "10s")]
+    if systemd >= MINIMUM_SYSTEMD_RESTART_STEPS:
+        backoff = [("RestartSec", "2s"), ("RestartSteps", "8"), ("RestartMaxDelaySec", "5min")]
+    return unit_text(
+        {
+            "Unit": [
+                *_sandboxed(f"Always-on agent {agent.name}", *(place for place, _ in scratch(owner))),
+                ("ConditionPathExists", "/run/saw/generations/current/policy.yaml"),
+            ],
+            "Service": [
+                ("ExecStart", _launcher(spec, agent.launch, (*init, *agent.command))),
+                ("SuccessExitStatus", "143"),
+                ("Restart", agent.restart),
+                *backoff,
+                *_sandbox(spec, owner, (), systemd=systemd),
+            ],
         }
     )
 
@@ -198,7 +228,7 @@ def mcp_units(spec: SandboxSpec, server: McpServerSpec, *, systemd: int = 257) -
     name = server.name
     base = tuple(p for p in spec.base_read_only if p != "/run/saw/mcp")
     protected = tuple(p for p in spec.protected if any(Path(p).is_relative_to(q) for q in server.read_write))
-    instance = _unit(
+    instance = unit_text(
         {
             "Unit": [("Description", f"MCP server {name} in its own sandbox"), ("CollectMode", "inactive-or-failed")],
             "Service": [
@@ -211,12 +241,17 @@ def mcp_units(spec: SandboxSpec, server: McpServerSpec, *, systemd: int = 257) -
                 ("ExecStart", _launcher(spec, f"mcp-{name}.json", server.command)),
                 ("PrivateNetwork", "yes"),
                 ("TimeoutStopSec", "5s"),
+                *bounded_properties(spec),
                 *common_properties(spec, systemd=systemd),
+                *[
+                    ("TemporaryFileSystem", f"{inside}:{spec.limits.tmpfs(spec.limits.tmp_max)}")
+                    for _, inside in scratch("")
+                ],
                 *view_properties((*base, *server.read_only), server.read_write, protected),
             ],
         }
     )
-    socket = _unit(
+    socket = unit_text(
         {
             "Unit": [("Description", f"MCP server {name}: one instance per mediated session")],
             "Socket": [
@@ -230,7 +265,7 @@ def mcp_units(spec: SandboxSpec, server: McpServerSpec, *, systemd: int = 257) -
             "Install": [("WantedBy", "sockets.target")],
         }
     )
-    mediator = _unit(
+    mediator = unit_text(
         {
             "Unit": [
                 ("Description", f"MCP mediator for {name}"),
@@ -246,6 +281,11 @@ def mcp_units(spec: SandboxSpec, server: McpServerSpec, *, systemd: int = 257) -
                 ("RestartSec", "1s"),
                 ("TimeoutStopSec", "3s"),
                 ("PrivateNetwork", "yes"),
+                # One of the workspace's own services: what the agent sends it costs neither the others nor the agent.
+                ("MemoryMax", "256M"),
+                ("MemorySwapMax", "0"),
+                ("TasksMax", "64"),
+                ("PrivateTmp", "yes"),
                 *common_properties(spec, systemd=systemd),
                 ("ReadWritePaths", "/run/saw/mcp"),
                 ("InaccessiblePaths", "/home -/root"),
@@ -264,7 +304,7 @@ def mcp_units(spec: SandboxSpec, server: McpServerSpec, *, systemd: int = 257) -
 def net_unit(spec: SandboxSpec) -> str:
     """Return ``saw-sandbox-net.service``, which holds the sandbox's network up."""
     saw = f"{spec.paths.python} -I -m saw.cli.main sandbox"
-    return _unit(
+    return unit_text(
         {
             "Unit": [
                 ("Description", "Network of the agent sandbox"),
@@ -284,15 +324,22 @@ def net_unit(spec: SandboxSpec) -> str:
 
 def compile_units(spec: SandboxSpec, *, systemd: int = 257) -> dict[str, str]:
     """Return every unit of the generation as name → text."""
-    units = {"saw-shell.service": shell_unit(spec, systemd=systemd), "saw-sandbox-net.service": net_unit(spec)}
+    units = {
+        SLICE: slice_unit(spec),
+        **scratch_units(spec),
+        "saw-shell.service": shell_unit(spec, systemd=systemd),
+        "saw-sandbox-net.service": net_unit(spec),
+    }
     for server in spec.mcp_servers:
         units |= mcp_units(spec, server, systemd=systemd)
+    units |= {agent.unit: agent_unit(spec, agent, systemd=systemd) for agent in spec.agents}
     return units
 
 
 def compile_launch_files(spec: SandboxSpec) -> dict[str, bytes]:
     """Return every launch file of the generation as name (below ``/run/saw/sandbox``) → content, and apt's settings."""
     files = {"shell.json": encode_launch(spec.shell_launch()), Path(APT_CONFIG).name: APT_CONFIGURATION.encode()}
+    files |= {agent.launch: encode_launch(spec.agent_launch()) for agent in spec.agents}
     files |= {f"mcp-{server.name}.json": encode_launch(spec.mcp_launch(server)) for server in spec.mcp_servers}
     return files
 

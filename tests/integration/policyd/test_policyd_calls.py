@@ -12,11 +12,14 @@ from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 from policyd_lab import POLICY, Lab
 
+from saw.audit.workspace_usage import Usage, Used
 from saw.identity.x509 import Authority, new_key_and_csr
 from saw.policy.tuf_repository import adopt_publication
+from saw.runtime.policyd_broker import BrokerUnreachable
 
 sys.path.append(str(Path(__file__).parents[1] / "broker"))
 
@@ -219,3 +222,24 @@ def test_what_nobody_outside_sees_is_in_the_trail_and_what_ring_2_records_is_not
     assert [one["http_request"]["url"]["hostname"] for one in workspace.decisions()[len(found) :]] == [
         "fourth.example.com"
     ]
+
+
+@pytest.mark.control("AUD-01")
+def test_what_the_agent_used_is_in_the_trail_under_the_workspaces_identity_alone(workspace):
+    agent = workspace.lab.agent()
+    usage = Usage(boot="0" * 32, total=Used(cpu_ms=5000, oom_kills=1), units={"saw-shell.service": Used(cpu_ms=4000)})
+
+    def recorded() -> list[dict]:
+        found = [one["event"] for one in workspace.broker.events()]
+        return [one for one in found if one.get("api", {}).get("operation") == "sandbox/usage"]
+
+    svid = workspace.lab.run / "svid"
+    (svid / "svid.pem").rename(svid / "away")
+    with pytest.raises(BrokerUnreachable, match="records usage under the workspace's identity alone"):
+        agent._broker.report_usage(usage)
+    assert recorded() == []
+    (svid / "away").rename(svid / "svid.pem")
+    agent._broker.report_usage(usage)
+    (event,) = recorded()
+    assert event["device"]["uid"] == "ws-demo"
+    assert event["unmapped"]["saw"]["usage"] == msgspec.to_builtins(usage)

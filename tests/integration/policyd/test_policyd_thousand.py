@@ -17,6 +17,7 @@ from tuf.api.exceptions import DownloadHTTPError
 from tuf.ngclient.fetcher import FetcherInterface
 
 from saw.audit.workspace_decisions import Decisions
+from saw.audit.workspace_usage import Usage
 from saw.policy.bundle import build_manifest, policy_digest, sign
 from saw.policy.handed_tools import HandedTools
 from saw.policy.loader import load_members
@@ -102,6 +103,9 @@ class FarBroker:
 
     def report_decisions(self, said: Decisions) -> None:
         raise AssertionError(f"nothing was decided, {said}")
+
+    def report_usage(self, usage: Usage) -> None:
+        raise AssertionError(f"no agent ran, {usage}")
 
     def report_calls(self, digest: str, _counted: Counted, _window: float) -> None:
         raise AssertionError(f"no call was decided, {digest}")

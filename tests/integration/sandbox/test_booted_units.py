@@ -20,7 +20,7 @@ from conftest import PROBE, PYTHON, ROOT, SOURCE, wait_until
 from saw.lab.nspawn import LabNetwork, LightHost
 from saw.lab.process import recall
 from saw.runtime import sandbox_prepare, sandbox_units
-from saw.runtime.sandbox import RuntimePaths, SandboxError, SandboxSpec
+from saw.runtime.sandbox import AgentSpec, RuntimePaths, SandboxError, SandboxSpec
 
 sys.path.insert(0, str(ROOT / "tests" / "unit" / "sandbox"))
 TARS = sorted((ROOT / "build/cache").glob("base-host-*.tar"), key=lambda path: path.stat().st_mtime)
@@ -93,7 +93,10 @@ def _bring_up(host: LightHost, build: Callable) -> Booted:
     spec = build(compatibility="best_effort", best_effort="true", read_write=", /dev/nvidia0")
     server = replace(spec.mcp_servers[0], command=(PYTHON, "/run/saw/sandbox/probe.py", *MCP_CASES))
     idle = replace(server, name="idle", command=("/usr/bin/sleep", "600"))
-    spec = replace(spec, paths=RuntimePaths(PYTHON, f"{PACKAGES}/saw/runtime"), mcp_servers=(server, idle))
+    watch = AgentSpec("night-watch", (PYTHON, "/run/saw/sandbox/watch.py"), "on-failure")
+    spec = replace(
+        spec, paths=RuntimePaths(PYTHON, f"{PACKAGES}/saw/runtime"), mcp_servers=(server, idle), agents=(watch,)
+    )
     machine.spec = spec
     machine.run("install", "-d", "-o", "2000", "-g", "2000", "/run/saw/shell")
     machine.run("install", "-d", "/run/saw/mcp", "/run/saw/mcp-server", "/run/saw/generations", "/run/saw/ring1-ca")
@@ -101,6 +104,7 @@ def _bring_up(host: LightHost, build: Callable) -> Booted:
     for name, content in sandbox_units.compile_launch_files(spec).items():
         machine.write(f"/run/saw/sandbox/{name}", content)
     machine.write("/run/saw/sandbox/probe.py", PROBE.read_bytes())
+    machine.write("/run/saw/sandbox/watch.py", WATCH.encode())
     machine.write("/run/saw/sandbox/ca-bundle.pem", b"public\n")
     machine.write("/run/saw/ring1-ca/ca.key", b"secret\n", "600")
     machine.run("ln", "-s", "closed", "/run/saw/generations/current")
@@ -119,6 +123,13 @@ def _bring_up(host: LightHost, build: Callable) -> Booted:
 
 
 MCP_CASES = ("read-host-shm", "write-shm", "write-tmp", "read-gpu-0", "read-gpu-1")
+WATCH = """
+import json, subprocess, time
+words = ["python3", "/run/saw/sandbox/probe.py", "read-host-shm", "write-tmp", "write-unit", "read-ring1-ca", "tcp-socket"]
+with open("/home/agent/project/watched", "a") as stream:
+    stream.write(json.dumps(json.loads(subprocess.run(words, capture_output=True).stdout)) + "\\n")
+time.sleep(600)
+"""
 HOLD = """
 import socket, time
 with socket.socket(socket.AF_UNIX) as s:
@@ -251,6 +262,85 @@ def test_an_mcp_server_that_left_the_policy_is_stopped_and_removed(booted: Boote
         held.kill()
         held.wait()
         held.stdout.close()
+
+
+@pytest.mark.control("RUN-03")
+def test_temporary_directories_and_open_files_have_an_end_that_the_host_does_not_feel(booted: Booted) -> None:
+    """By bytes and by files; memory and tasks are tried where there are controllers for them (test_limits_in_a_vm.py)."""
+    booted.write("/run/saw/sandbox/limits_probe.py", Path(__file__).with_name("limits_probe.py").read_bytes())
+
+    def wants(*words: str) -> dict[str, object]:
+        program = (PYTHON, "/run/saw/sandbox/limits_probe.py", *words)
+        return json.loads(booted.run(PYTHON, "-I", "-S", CLIENT, "--", *program))
+
+    for place in ("/tmp", "/var/tmp", "/dev/shm"):
+        assert wants("bytes", "600", f"{place}/x") == {"count": 512, "stopped": "ENOSPC"}
+        assert wants("bytes", "100", f"{place}/x") == {"count": 100, "stopped": ""}
+    assert wants("inodes", "100", "/run/saw/shell/x")["stopped"] == "ENOSPC"
+    assert wants("bytes", "1", "/run/saw/shell/x")["stopped"] == "ENOSPC"
+    assert wants("files", "9000")["stopped"] == "EMFILE"
+    assert wants("files", "8000") == {"count": 8000, "stopped": ""}
+    mounted = booted.run("findmnt", "-rno", "TARGET,FSTYPE")
+    for place in ("/run/saw/shell", "/run/saw/scratch/shell/tmp", "/run/saw/scratch/shell/var"):
+        assert f"{place} tmpfs" in mounted
+    assert (
+        booted.run(PYTHON, "-I", "-S", CLIENT, "--", "sh", "-ec", "cp /bin/true /tmp/x; /tmp/x && echo ran").strip()
+        == "ran"
+    )
+    seen = booted.run("sh", "-c", "ls /run/saw/scratch/shell/tmp; ls /tmp")
+    assert seen.split()[0] == "x", "malware scans look there"
+    assert "x" not in booted.run("ls", "/tmp").split()
+    agent = ("setpriv", "--reuid=2000", "--regid=2000", "--clear-groups", "ls", "/run/saw/scratch/shell/tmp")
+    booted.run("chmod", "700", "/run/saw/scratch")
+    assert booted.run(*agent, check=False) == ""
+
+
+@pytest.mark.control("RUN-03")
+def test_an_always_on_agent_runs_while_a_policy_is_in_force_and_is_started_again(booted: Booted) -> None:
+    unit = "saw-agent@night-watch.service"
+    watched = booted.root / "home/agent/project/watched"
+
+    def lines() -> int:
+        return len(watched.read_text().splitlines()) if watched.exists() else 0
+
+    def shown(name: str) -> str:
+        return booted.run("systemctl", "show", f"--property={name}", "--value", unit).strip()
+
+    booted.run("systemctl", "start", unit)
+    assert (shown("ActiveState"), shown("ConditionResult")) == ("inactive", "no"), "no policy is in force"
+    booted.write("/run/saw/generations/closed/policy.yaml", b"version: 1\n")
+    try:
+        booted.run("systemctl", "start", unit)
+        wait_until(lambda: lines() == 1, 90)
+        assert (shown("ActiveState"), shown("Slice")) == ("active", "sandbox.slice")
+        assert json.loads(watched.read_text().splitlines()[0]) == {
+            "read-host-shm": "ENOENT",
+            "write-tmp": "ok",
+            "write-unit": "ENOENT",
+            "read-ring1-ca": "ENOENT",
+            "tcp-socket": "ok",
+        }
+        first = shown("MainPID")
+        booted.run("kill", "-9", first)
+        wait_until(lambda: lines() == 2, 120)
+        assert (shown("ActiveState"), shown("NRestarts")) == ("active", "1")
+        folder, launches = booted.root / "run/systemd/system", booted.root / "run/saw/sandbox"
+
+        def stop(names: list[str]) -> None:
+            booted.run("systemctl", "stop", "--", *names)
+
+        gone = sandbox_prepare.retire(
+            replace(booted.spec, agents=()), stop, launch_directory=str(launches), unit_directory=str(folder)
+        )
+        assert sorted(Path(path).name for path in gone if path.endswith((".service", ".json"))) == [
+            "agent-night-watch.json",
+            unit,
+        ]
+        assert shown("ActiveState") == "inactive", "it was ended by force"
+        assert "agent-night-watch" not in booted.run("findmnt", "-rno", "TARGET")
+        assert booted.run("systemctl", "is-active", "saw-shell.service").strip() == "active"
+    finally:
+        booted.run("rm", "-r", "/run/saw/generations/closed")
 
 
 SERVE = """

@@ -15,6 +15,10 @@ def test_systemd_accepts_the_units_and_refuses_a_broken_one():
     assert set(units) == {
         "saw-shell.service",
         "saw-sandbox-net.service",
+        "sandbox.slice",
+        "run-saw-shell.mount",
+        "run-saw-scratch-shell-tmp.mount",
+        "run-saw-scratch-shell-var.mount",
         "saw-mcp-files.service",
         "saw-mcp-server-files.socket",
         "saw-mcp-server-files@.service",

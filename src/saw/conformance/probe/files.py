@@ -52,6 +52,19 @@ def create(path: str) -> str:
     return "created and removed"
 
 
+@attempt("fill")
+def fill(path: str, size: int) -> str:
+    """Take ``size`` bytes of a directory's file system, and give them back at once."""
+    name = os.path.join(path, f"saw-probe-{os.getpid()}")
+    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.posix_fallocate(handle, 0, size)
+    finally:
+        os.close(handle)
+        os.unlink(name)
+    return f"{size} bytes were there"
+
+
 @attempt("persist")
 def persist(path: str, home: bool = False) -> str:
     """Open for appending a file that would be read at a later start; what was missing is made, and removed again."""
