@@ -78,7 +78,7 @@ class ToolReviews:
         Raises :class:`ForbiddenError` for a call that policy does not let people decide on or that no delegation covers,
         :class:`ConflictError` for another policy than the one in force, :class:`BusyError` when too much waits.
         """
-        _require_self(caller, body.workspace_id)
+        require_self(caller, body.workspace_id)
         with self._s.store.read() as connection:
             # Before anything of a policy is read: of others than its own a workspace learns nothing.
             _asking(connection, body)
@@ -130,7 +130,7 @@ class ToolReviews:
 
     def view(self, caller: Caller, identifier: str, workspace_id: str) -> ToolView:
         """Return a review of the caller's own; another's does not exist."""
-        _require_self(caller, workspace_id)
+        require_self(caller, workspace_id)
         with self._s.store.read() as connection:
             row = _mine(connection, caller, identifier)
             found = self._view(connection, row)
@@ -146,7 +146,7 @@ class ToolReviews:
         Everything is looked at again first: bytes, workspace, policy, agent, delegation, lease, and who approved. The same claim
         again is answered as the first time. A refusal is an event.
         """
-        _require_self(caller, body.workspace_id)
+        require_self(caller, body.workspace_id)
         with self._s.store.write() as tx:
             row = self._moves.settle(tx, _mine(tx.connection, caller, identifier))
             found = self._claim(tx, caller, row, body)
@@ -159,7 +159,7 @@ class ToolReviews:
 
     def result(self, caller: Caller, identifier: str, body: EndTool) -> ToolView:
         """Take the workspace's word for how the call ended; the same word again changes nothing."""
-        _require_self(caller, body.workspace_id)
+        require_self(caller, body.workspace_id)
         if (body.outcome == "done") != bool(body.answer_sha256):
             raise MalformedError("an answer belongs to done, and to nothing else", cure="tell what happened")
         with self._s.store.write() as tx:
@@ -322,7 +322,7 @@ def _governance(digest: str, raw: bytes) -> Governance:
     return read_content(raw).governance
 
 
-def _require_self(caller: Caller, workspace_id: str) -> None:
+def require_self(caller: Caller, workspace_id: str) -> None:
     """Refuse whoever is not the workspace that it speaks of, by the certificate that its attestation gave it."""
     if caller.principal == f"workspace:{workspace_id}":
         return
