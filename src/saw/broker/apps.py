@@ -38,6 +38,7 @@ from saw.broker.limits import RateLimit
 from saw.broker.operator_routes import operator_routes
 from saw.broker.peer import SCOPE_KEY, Peer
 from saw.broker.perimeter import Report, Shipment
+from saw.broker.policy_request_routes import workspace_request_routes
 from saw.broker.review_routes import perimeter_review_routes
 from saw.broker.session_routes import bastion_session_routes
 from saw.broker.tool_review_routes import tool_review_routes
@@ -155,6 +156,7 @@ def public_app(broker: Broker) -> Starlette:
             route("/v1/workspace/bundle", "GET", without_body(given_bundle)),
             route("/v1/workspace/report", "POST", limited(Report, report)),
             *tool_review_routes(broker, route),
+            *workspace_request_routes(broker, route),
             route("/v1/perimeter/state", "GET", perimeter_state, perimeter),
             route(
                 "/v1/perimeter/events",

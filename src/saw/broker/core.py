@@ -32,6 +32,7 @@ from saw.broker.notifications import Notifications
 from saw.broker.overview import Overview
 from saw.broker.people import map_again
 from saw.broker.perimeter import Views
+from saw.broker.policy_requests import PolicyRequests
 from saw.broker.recordings import Recordings
 from saw.broker.register_place import require_register
 from saw.broker.registry import Registry
@@ -101,6 +102,7 @@ class Broker:
     decisions: Decisions
     gates: Gates
     tools: ToolReviews
+    policy_requests: PolicyRequests
     jobs: Jobs
     job_work: JobWork
     machines: Machines
@@ -174,6 +176,7 @@ class Broker:
             decisions=Decisions(services, vault),
             gates=Gates(services, vault),
             tools=ToolReviews(services, vault),
+            policy_requests=PolicyRequests(services),
             jobs=jobs,
             job_work=JobWork(services, jobs),
             machines=Machines(services, None if sso is None else sso.provider),

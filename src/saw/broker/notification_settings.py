@@ -30,6 +30,7 @@ class Kind(enum.StrEnum):
     REVIEW_OPENED = "review_opened"
     REVIEW_ENDED = "review_ended"
     WORKSPACE_QUARANTINED = "workspace_quarantined"
+    POLICY_REQUESTED = "policy_requested"
     BREAK_GLASS_KEY = "break_glass_key"
     BREAK_GLASS = "break_glass"
     BREAK_GLASS_REJECTED = "break_glass_rejected"
@@ -38,9 +39,9 @@ class Kind(enum.StrEnum):
     TEST = "test"
 
 
-DEFAULT_KINDS = frozenset(Kind) - {Kind.REVIEW_ENDED, Kind.TEST}
+DEFAULT_KINDS = frozenset(Kind) - {Kind.REVIEW_ENDED, Kind.POLICY_REQUESTED, Kind.TEST}
 """Kinds that a channel gets which names none."""
-URGENT = frozenset(Kind) - {Kind.REVIEW_OPENED, Kind.REVIEW_ENDED, Kind.TEST}
+URGENT = frozenset(Kind) - {Kind.REVIEW_OPENED, Kind.REVIEW_ENDED, Kind.POLICY_REQUESTED, Kind.TEST}
 """Kinds that are sent first, and marked as important."""
 
 

@@ -108,6 +108,19 @@ def workspace_message(config: BrokerConfig, kind: Kind, workspace_id: str, at: d
     return Message(kind, iso(at), facts)
 
 
+def request_message(config: BrokerConfig, kind: Kind, workspace_id: str, request: str, at: datetime) -> Message:
+    """Return what is said about a policy request. What the agent asks for, and why, are its own words and stand in no message."""
+    facts = Facts(
+        title=f"The agent of {workspace_id} asks for more than its policy allows",
+        urgent=kind in URGENT,
+        workspace=workspace_id,
+        state="open",
+        link=_link(config, f"policy-requests/{request}"),
+        command=f"saw policy requests show {request}",
+    )
+    return Message(kind, iso(at), facts)
+
+
 def trial_message(config: BrokerConfig, channel: str, at: datetime) -> Message:
     """Return what a test of ``channel`` says."""
     facts = Facts(title=f"A test of the channel {channel}", link=_link(config, ""), command="saw notify list")

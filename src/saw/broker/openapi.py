@@ -15,6 +15,7 @@ import msgspec
 from saw import __version__
 from saw.broker.agent_views import Agent, Changed, Changes, Page
 from saw.broker.delegation_views import DelegationChanges, DelegationPage, Issued, Revoked, Signed
+from saw.broker.policy_request_views import AnsweredRequest, JudgedRequest, PolicyRequestPage
 from saw.broker.sponsor_views import ChangedSponsor, Sponsor, SponsorPage
 from saw.broker.workspace_views import ChangedWorkspace, WayBack, Workspace, WorkspacePage
 
@@ -78,6 +79,17 @@ ABOUT: Mapping[str, Words] = {
     "POST /v1/policy/rollouts/{ring}/halt": Words("Halt a rollout"),
     "POST /v1/policy/rollouts/{ring}/resume": Words("Let a halted rollout go on"),
     "PUT /v1/policy/rollouts/{ring}/rollback": Words("Hand in the signed way back of a release"),
+    "GET /v1/policy/requests": Words(
+        "What agents ask for beyond their policy, newest first",
+        ("state", "workspace_id", "sponsor", "after", "limit"),
+        PolicyRequestPage,
+    ),
+    "GET /v1/policy/requests/{id}": Words(
+        "One such request, and what of a bundle would allow it", (), JudgedRequest
+    ),
+    "POST /v1/policy/requests/{id}/answer": Words(
+        "Accept or decline one; it allows nothing, a signed release does", (), AnsweredRequest
+    ),
     "GET /v1/agents": Words(
         "Agents by id, in pages", ("after", "limit", "state", "sponsor", "workspace", "blueprint", "name", "text"), Page
     ),

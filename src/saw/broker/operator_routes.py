@@ -25,6 +25,7 @@ from saw.broker.job_routes import job_routes
 from saw.broker.notification_routes import notification_routes
 from saw.broker.openapi import Call, document
 from saw.broker.operator_roles import ALLOWED
+from saw.broker.policy_request_routes import operator_request_routes
 from saw.broker.registry import CreateWorkspace, Kill, RecordEk, Reprovision, Step
 from saw.broker.releases import Publication, TrustRoot
 from saw.broker.review_routes import operator_review_routes
@@ -94,6 +95,7 @@ def operator_routes(broker: Broker, route: MakeRoute) -> list[Route]:
         route("/v1/policy/repository", "GET", without_body(lambda _c, _r: releases.archive())),
         route("/v1/policy/rings", "GET", without_body(lambda _c, _r: releases.rings())),
         *operator_rollout_routes(broker, route),
+        *operator_request_routes(broker, route),
         *agent_routes(broker, route),
         *sponsor_routes(broker, route),
         *operator_delegation_routes(broker, route),

@@ -688,3 +688,43 @@ notifications = Table(
     Index("notifications_ended", "state", "ended_at"),
     Index("notifications_newest", "created_at", "id"),
 )
+
+#: What agents ask for beyond their policy (:mod:`saw.broker.policy_requests`). ``ask_sha256`` tells the same ask again.
+policy_requests = Table(
+    "policy_requests",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("workspace_id", String(64), nullable=False),
+    Column("agent_id", String(64), nullable=False),
+    Column("sponsor", String(256), nullable=False),
+    Column("blueprint", String(64), nullable=False),
+    Column("ring", String(64), nullable=False),
+    Column("policy_digest", String(64), nullable=False),
+    Column("ask_sha256", String(64), nullable=False),
+    Column("scheme", String(8), nullable=False),
+    Column("host", String(256), nullable=False),
+    Column("port", Integer, nullable=False),
+    Column("method", String(32), nullable=False),
+    Column("path", String(1024), nullable=False),
+    Column("program", String(256), nullable=False),
+    # The agent's own words.
+    Column("reason", Text, nullable=False),
+    # How the policy in force stood to it when it was asked.
+    Column("standing", String(16), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("opened_at", String(32), nullable=False),
+    Column("expires_at", String(32), nullable=False),
+    Column("ended_at", String(32)),
+    Column("answered_by", String(256)),
+    Column("comment", Text),
+    Index("policy_requests_newest", "opened_at", "id"),
+    Index("policy_requests_workspace", "workspace_id", "state"),
+    Index(
+        "policy_requests_one_open",
+        "workspace_id",
+        "ask_sha256",
+        unique=True,
+        sqlite_where=text("state = 'open'"),
+        postgresql_where=text("state = 'open'"),
+    ),
+)

@@ -240,6 +240,7 @@ def upkeep_once(broker: Broker, context: ssl.SSLContext, clock: Clock, pages: ss
         broker.recordings.tick()
         broker.retention.catch_up()
         broker.notifications.tick()
+        broker.policy_requests.tick()
         if broker.sso is not None:
             broker.sso.sessions.tick()
     if pages is not None:

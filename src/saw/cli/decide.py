@@ -18,6 +18,7 @@ from saw.runtime.decide_counts import Counts
 from saw.runtime.decide_state import Generations, Heartbeat, Lease
 from saw.runtime.decision_log import DecisionLog
 from saw.runtime.notify import notify
+from saw.runtime.policy_local import PolicyLocal
 
 
 def boottime() -> float:
@@ -45,7 +46,9 @@ def main(argv: list[str]) -> int:
     os.umask(0o077)
     server = _Server(
         uvicorn.Config(
-            DecideService(decider, DecisionLog(sys.stdout)),
+            DecideService(
+                decider, DecisionLog(sys.stdout), PolicyLocal(decider, Path(config.ask_socket), time.monotonic)
+            ),
             uds=config.socket,
             log_level="warning",
             access_log=False,

@@ -23,7 +23,9 @@ from saw.runtime.policyd_activate import Activator, Step, ensure_secret_file
 from saw.runtime.policyd_broker import PolicyBroker
 from saw.runtime.policyd_config import PolicydConfig, bootstrap_settings, load_workspace, ring1_settings
 from saw.runtime.policyd_floor import FileFloor, Floors, TpmFloor
+from saw.runtime.policyd_requests import RequestBroker
 from saw.runtime.policyd_reviews import ReviewBroker
+from saw.runtime.request_desk import RequestDesk
 from saw.runtime.review_desk import ReviewDesk
 
 
@@ -46,13 +48,13 @@ def main(argv: list[str]) -> int:
             write_atomic(arguments.output, raw)
         return 0
     agent = build(config)
-    desk = review_desk(config)
+    desks = [desk for desk in (review_desk(config), request_desk(config)) if desk is not None]
     signal.signal(signal.SIGTERM, lambda *_: agent.stop())
     notify("READY=1")
     try:
         agent.run()
     finally:
-        if desk is not None:
+        for desk in desks:
             desk.close()
         agent.close()
     return 0
@@ -113,6 +115,25 @@ def review_desk(config: PolicydConfig) -> ReviewDesk | None:
         desk = ReviewDesk(config.run / "review" / "tools.sock", uid, broker, _log)
     except OSError as error:  # the policy goes on being enforced; calls that need people are refused
         _log(f"tools over stdio have no reviews here: {error}")
+        return None
+    desk.start()
+    return desk
+
+
+def request_desk(config: PolicydConfig) -> RequestDesk | None:
+    """Return the socket where the decision service asks for more, answering; None where it has no user, or it cannot be made."""
+    if config.ask_user is None:
+        return None
+    try:
+        uid = pwd.getpwnam(config.ask_user).pw_uid
+    except KeyError:
+        _log(f"there is no user {config.ask_user}: agents cannot ask for more than their policy here")
+        return None
+    broker = RequestBroker(load_workspace(config), config.run)
+    try:
+        desk = RequestDesk(config.run / "ask" / "policy.sock", uid, broker, _log)
+    except OSError as error:  # the policy goes on being enforced, and nothing can be asked for
+        _log(f"agents cannot ask for more than their policy here: {error}")
         return None
     desk.start()
     return desk

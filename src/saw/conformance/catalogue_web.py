@@ -104,6 +104,8 @@ def _names() -> list[Case]:
         _inside("sni-unlisted", "another server name inside an allowed tunnel", _request(get), sni="unlisted.invalid",
                 expected=mismatch),
         _inside("sni-sibling", "another allowed host as server name", _request(get), sni="${sibling}", expected=mismatch),
+        _inside("host-policy", "another host in a tunnel to the one that tells policy", _request(get, host="unlisted.invalid"),
+                authority="policy.local:443", sni="policy.local", expected=mismatch),
         _inside("host-port", "another port in Host", _request(get, host="${allowed_host}:8443"), expected=mismatch),
         _inside("host-twice", "two Host headers", _request(get, "Host: unlisted.invalid"), expected=(*mismatch, *MALFORMED)),
         _inside("host-missing", "no Host at all", "GET ${allowed_path} HTTP/1.1\r\nX-Probe-Nonce: ${nonce}\r\n\r\n",

@@ -50,7 +50,8 @@ _NEXT_STEPS = {
     "resolution_failed": "check the host name",
     "destination_blocked": "this destination can never be reached from a workspace",
     "budget_unenforced": "ask the platform team for a perimeter that meters, or the policy's owner for a route without budget",
-    "outside_delegation": "stay within the task that was handed to this agent, or ask the sponsor for a delegation of this call",
+    "outside_delegation": "stay within the task that was handed to this agent, or ask the sponsor for a delegation of this call; "
+    "in a sandbox, POST http://policy.local/v1/requests asks people (a request, never a grant)",
     "not_canonical": "send the path and authority in canonical form",
 }
 

@@ -26,6 +26,8 @@ from saw.runtime.attribution import Attribution, Caller
 from saw.runtime.decide_counts import Counts
 from saw.runtime.decide_state import Generations, Heartbeat, Lease
 from saw.runtime.generation import Loaded
+from saw.runtime.policy_local import PolicyLocal
+from saw.runtime.request_desk import SOCKET
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -33,6 +35,22 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s\[\]:@/\\?#%\x00-\x20\x7f-\U0010ffff]+)(?::([0-9]{1,5}))?")
 _REVIEW = "review_required"
+_LOCAL_PORTS = frozenset({80, 443})
+_ASKABLE = frozenset(
+    {
+        "host_not_allowed",
+        "binary_not_allowed",
+        "method_or_path_not_allowed",
+        "deny_rule",
+        "operation_not_allowed",
+        "action_denied",
+    }
+)
+ASK = (
+    f"read the policy at http://{facts.POLICY_HOST}/, or ask people for this call with POST "
+    f"http://{facts.POLICY_HOST}/v1/requests (a request, never a grant)"
+)
+"""The step that a refusal names which another policy could turn into a yes."""
 _REMEMBERED, _MOST_SHOWN = 20, 400
 """How many refusals the sandbox can read again, and how much of each text (characters); a list has no more parts than that."""
 
@@ -45,6 +63,7 @@ class DecideConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     lease: str = "/run/saw/svid/lease.json"
     heartbeat: str = "/run/saw/policy/heartbeat"
     heartbeat_limit_s: float = 15.0
+    ask_socket: str = SOCKET
     netns: str = "/run/netns/saw-sandbox"
 
 
@@ -126,6 +145,9 @@ class Decider:
         granted: str | None = None
         try:
             target = target_of(asked)
+            if asked.stage == "connect" and target.host == facts.POLICY_HOST and target.port in _LOCAL_PORTS:
+                # It ends in this process again, whatever the policy says and whether or not there is a lease.
+                return _answer(asked, target, None, Decision(verdict="allow", policy=facts.POLICY_HOST), loaded)
             if loaded is None:
                 raise Refused(
                     "not_released",
@@ -145,6 +167,14 @@ class Decider:
             kept = {name: _cut(value) for name, value in answer.refusal.items()}
             self._refused.appendleft({"time": datetime.now(UTC).isoformat(timespec="seconds"), **kept})
         return answer
+
+    def current(self) -> Loaded | None:
+        """Return the generation in force, None when there is none."""
+        return self._generations.get()
+
+    def caller(self, source: str) -> Caller | None:
+        """Return which program opened the connection from ``source``, as far as it can be told."""
+        return self._attribution.caller(source)
 
     def refusals(self) -> list[dict[str, object]]:
         """Return the last refusals, newest first: the bodies of the answers with the time of each, long texts cut."""
@@ -296,7 +326,7 @@ def _answer(
         "detail": decision.detail,
         **shown,
         "rule_missing": decision.rule_missing,
-        "next_steps": list(decision.next_steps),
+        "next_steps": [*decision.next_steps, *([ASK] if decision.reason in _ASKABLE else [])],
     }
     return Answer(403, (("content-type", "application/json"),), json.dumps(body).encode() + b"\n", log, body)
 
@@ -304,12 +334,16 @@ def _answer(
 class DecideService:
     """ASGI application on the Unix socket.
 
-    ``/decide`` for Envoy, ``/status`` and ``/counts`` for policyd, ``/refusals`` for the sandbox, which Envoy lets through.
+    ``/decide`` for Envoy, ``/status`` and ``/counts`` for policyd; ``/refusals`` and what is under ``/policy.local`` for the
+    sandbox, which Envoy lets through.
     """
 
-    def __init__(self, decider: Decider, log: Callable[[dict[str, object]], None]) -> None:
+    def __init__(
+        self, decider: Decider, log: Callable[[dict[str, object]], None], local: PolicyLocal | None = None
+    ) -> None:
         self._decider = decider
         self._log = log
+        self._local = local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request (ASGI)."""
@@ -318,6 +352,10 @@ class DecideService:
         if scope["path"] == facts.REFUSALS_PATH:  # from the sandbox itself, whose body nobody wants
             body = json.dumps({"refusals": self._decider.refusals()}, indent=1).encode() + b"\n"
             await _respond(send, 200, (("content-type", "application/json"),), body)
+            return
+        if scope["path"].startswith(f"{facts.POLICY_PREFIX}/"):
+            if (found := (404, (), b"") if self._local is None else await self._local.told(scope, receive)) is not None:
+                await _respond(send, *found)
             return
         chunks: list[bytes] = []
         more = True

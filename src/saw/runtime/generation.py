@@ -20,10 +20,13 @@ import msgspec
 
 from saw.errors import SawError
 from saw.files import load_json
+from saw.policy.governance import Governance
 from saw.policy.loader import load_governance, load_policy
 from saw.policy.matcher import Matcher
+from saw.policy.model import Policy
 from saw.runtime import ring1
 from saw.runtime.leaf import LeafAuthority
+from saw.runtime.ring1_settings import POLICY_HOST
 
 INDEX = "generation.json"
 CURRENT = "current"
@@ -66,6 +69,8 @@ class Loaded(msgspec.Struct, frozen=True):
     digest: str
     revision: int
     matcher: Matcher
+    policy: Policy
+    governance: Governance
 
 
 def compile_generation(
@@ -77,7 +82,8 @@ def compile_generation(
     ``OSError``; nothing is left behind then.
     """
     final = root / content.digest
-    certificate, key = authority.issue((address.host for address in content.matcher.endpoints()), now)
+    hosts = [address.host for address in content.matcher.endpoints()]
+    certificate, key = authority.issue([*hosts, POLICY_HOST], now)
     files: dict[str, bytes] = {
         **{name: content.members[name] for name in _MEMBERS},
         "manifest.json": content.manifest,
@@ -180,7 +186,8 @@ def load_from(directory: Path, name: str) -> Loaded:
         if listed.get(member, {}).get("sha256") != hashlib.sha256(raw).hexdigest():
             raise GenerationInvalid(f"generation {name}: {member} was changed after it was verified", cure=_CURE)
     policy = load_policy(members["policy.yaml"])
-    return Loaded(name, index.revision, Matcher.compile(policy, load_governance(members["governance.yaml"])))
+    governance = load_governance(members["governance.yaml"])
+    return Loaded(name, index.revision, Matcher.compile(policy, governance), policy, governance)
 
 
 _CURE = "saw-policyd restores it from the signed bundle; find out who wrote there"

@@ -24,6 +24,7 @@ class PolicydConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ``decisions_s`` between two of which ones, ``usage_s`` between two of what the agent used; decisions are read from the
     journal in ``journal_dir``, null for the host's own.
     ``review_user`` are the mediators of MCP servers, for whom people are asked; null asks nobody.
+    ``ask_user`` is the decision service, which passes on what agents ask for beyond their policy; null passes nothing on.
     ``nv_index`` (for example ``0x01500010``) adds a revision floor in the TPM. ``attest_socket`` null measures nothing; the
     broker then issues no identity for the policy.
     """
@@ -36,6 +37,7 @@ class PolicydConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     envoy: str = "/opt/saw/bin/envoy"
     egress_group: str | None = "saw-egress"
     review_user: str | None = "saw-mcp"
+    ask_user: str | None = "saw-egress"
     listen_address: str = "10.200.0.1"
     listen_port: Annotated[int, msgspec.Meta(gt=0, lt=65536)] = 3128
     poll_s: Seconds = 10.0

@@ -8,6 +8,7 @@ import msgspec
 
 from saw.policy.grpc_calls import unread_route
 from saw.policy.websocket import FRAME_FILTER
+from saw.runtime.ring1_local import FRAMES, SENDER, policy_host, probe_host
 from saw.runtime.ring1_settings import (
     ANSWER_AUTHORITY,
     ANSWER_PATH,
@@ -19,9 +20,6 @@ from saw.runtime.ring1_settings import (
     FACT_STAGE,
     FACT_UPGRADE,
     POLICY_HEADERS,
-    PROBE_HOST,
-    PROBE_PATH,
-    REFUSALS_PATH,
     STATE_AUTHORITY,
     STATE_SOURCE,
     Config,
@@ -46,8 +44,6 @@ _NO_TUNNEL = (
     '{"error": "policy_denied", "layer": "ring1", "reason": "method_or_path_not_allowed", '
     '"detail": "a tunnel inside a tunnel is never opened"}'
 )
-_SENDER = "send as matched"
-_FRAMES = "frames"
 _SEND_AS_MATCHED = f"""
 function envoy_on_request(handle)
   if handle:headers():get(":method") == "CONNECT" then
@@ -78,7 +74,7 @@ def closed_listeners(settings: Ring1) -> list[Config]:
     hcm["route_config"] = {
         "name": "closed",
         "virtual_hosts": [
-            _probe_host("closed"),
+            probe_host("closed"),
             {
                 "name": "all",
                 "domains": ["*"],
@@ -138,20 +134,13 @@ def _sandbox_listener(settings: Ring1, generation: str) -> Config:
     hcm["route_config"] = {
         "name": f"sandbox-{generation}",
         "virtual_hosts": [
-            _probe_host(generation, refusals=True),
+            probe_host(generation, refusals=True),
+            policy_host(_to_tunnel()),
             {
                 "name": "all",
                 "domains": ["*"],
                 "routes": [
-                    {
-                        "match": {"connect_matcher": {}},
-                        "route": {
-                            "cluster": "tunnel",
-                            "timeout": _UNLIMITED,
-                            "idle_timeout": "3600s",
-                            "upgrade_configs": [{"upgrade_type": "CONNECT", "connect_config": {}}],
-                        },
-                    },
+                    _to_tunnel(),
                     unread_route(_to_ring2()),
                     _to_ring2(),
                 ],
@@ -223,7 +212,10 @@ def _tunnelled(settings: Ring1, generation: str, stage: str) -> Config:
     hcm["upgrade_configs"] = [{"upgrade_type": "websocket"}]
     hcm["route_config"] = {
         "name": f"inspect-{stage}-{generation}",
-        "virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [unread_route(_to_ring2()), _to_ring2()]}],
+        "virtual_hosts": [
+            policy_host(),
+            {"name": "all", "domains": ["*"], "routes": [unread_route(_to_ring2()), _to_ring2()]},
+        ],
     }
     return hcm
 
@@ -337,8 +329,8 @@ def _facts(values: dict[str, str]) -> list[Config]:
 def _decided_filters(settings: Ring1) -> list[Config]:
     return [
         _authorize(settings, body=True),
-        _script(_SENDER, _SEND_AS_MATCHED),
-        _script(_FRAMES, FRAME_FILTER),
+        _script(SENDER, _SEND_AS_MATCHED),
+        _script(FRAMES, FRAME_FILTER),
         _router(),
     ]
 
@@ -394,6 +386,18 @@ def _state(key: str, value: str) -> Config:
     }
 
 
+def _to_tunnel() -> Config:
+    return {
+        "match": {"connect_matcher": {}},
+        "route": {
+            "cluster": "tunnel",
+            "timeout": _UNLIMITED,
+            "idle_timeout": "3600s",
+            "upgrade_configs": [{"upgrade_type": "CONNECT", "connect_config": {}}],
+        },
+    }
+
+
 def _to_ring2() -> Config:
     return {
         "match": {"prefix": "/"},
@@ -404,31 +408,6 @@ def _to_ring2() -> Config:
             "host_rewrite_header": ANSWER_AUTHORITY,
         },
     }
-
-
-def _probe_host(generation: str, *, refusals: bool = False) -> Config:
-    """Return the host that tells the sandbox about ring 1; ``refusals``: a decision service is there that knows them."""
-    undecided = {
-        "envoy.filters.http.ext_authz": {
-            "@type": f"{API}.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute",
-            "disabled": True,
-        },
-        **{
-            name: {"@type": f"{API}.extensions.filters.http.lua.v3.LuaPerRoute", "disabled": True}
-            for name in (_SENDER, _FRAMES)
-        },
-    }
-    probe: Config = {
-        "match": {"path": PROBE_PATH},
-        "direct_response": {"status": 200, "body": {"inline_string": generation}},
-        "typed_per_filter_config": undecided,
-    }
-    recent: Config = {
-        "match": {"path": REFUSALS_PATH, "headers": [{"name": ":method", "string_match": {"exact": "GET"}}]},
-        "route": {"cluster": "decide", "timeout": "5s"},
-        "typed_per_filter_config": undecided,
-    }
-    return {"name": "probe", "domains": [PROBE_HOST], "routes": [probe, *([recent] if refusals else [])]}
 
 
 def _router() -> Config:

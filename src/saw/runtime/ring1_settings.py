@@ -39,6 +39,17 @@ PROBE_HOST = "ring1.saw.internal"
 PROBE_PATH = "/generation"
 REFUSALS_PATH = "/refusals"
 """Where the sandbox reads what was refused last, for clients that show no more of an answer than its status."""
+POLICY_HOST = "policy.local"
+"""Where the sandbox reads the policy in force and asks people for more; ring 1 answers it, whatever a policy says of it."""
+POLICY_PREFIX = "/policy.local"
+"""Under which path the decision service answers what is asked there."""
+POLICY_CALLS = (
+    ("GET", "/"),
+    ("GET", "/text"),
+    ("GET", "/v1/policy"),
+    ("GET", "/v1/requests"),
+    ("POST", "/v1/requests"),
+)
 STATE_AUTHORITY = "saw.connect.authority"
 STATE_SOURCE = "saw.connect.source"
 

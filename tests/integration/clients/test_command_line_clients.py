@@ -69,6 +69,27 @@ def test_the_last_refusals_can_be_read_in_the_sandbox_newest_first_and_without_q
 
 
 @pytest.mark.control("RUN-01")
+def test_the_policy_is_read_in_the_sandbox_by_its_own_environment_and_an_ask_allows_nothing(
+    workspace: Workspace,
+) -> None:
+    for url in ("http://policy.local/", "https://policy.local/", "https://policy.local/v1/policy"):
+        told = json.loads(workspace.client("curl", "-sS", url).out)
+        assert told["policy_digest"] == workspace.digest
+        assert "api.example.com" in {one["host"] for one in told["hosts"]}
+    by_python = "import urllib.request as u; print(u.urlopen('https://policy.local/text').read().decode())"
+    assert f"policy {workspace.digest[:16]}" in workspace.python(by_python).out
+    wish = json.dumps({"host": "unlisted.example.com", "reason": "the task"})
+    asked = json.loads(workspace.client("curl", "-sS", "http://policy.local/v1/requests", "-d", wish).out)
+    assert asked["error"] == "ask_unavailable"  # no policy agent runs beside this sandbox
+    assert workspace.client("curl", "-sSf", "https://unlisted.example.com/").code != 0
+    last = json.loads(workspace.client("curl", "-sS", "http://ring1.saw.internal/refusals").out)["refusals"][0]
+    assert any("http://policy.local/v1/requests" in step for step in last["next_steps"])
+    for path in ("/decide", "/status", "/counts"):
+        done = workspace.client("curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}", f"http://policy.local{path}")
+        assert done.out == "404", path
+
+
+@pytest.mark.control("RUN-01")
 def test_a_database_client_reaches_nothing_as_plain_tcp_has_no_way_out(workspace: Workspace) -> None:
     for host, words in (("db.example.com", "name resolution"), ("10.99.0.5", "Permission denied")):
         done = workspace.client("psql", f"postgresql://agent@{host}/demo", "-c", "select 1")

@@ -25,9 +25,11 @@ def test_a_call_outside_the_delegation_never_leaves_and_one_within_does(rig: Rig
     assert rig.call().status == 200
     refused = rig.call(target="/v1/elsewhere")
     assert refused.outcome == (403, "outside_delegation")
-    assert refused.json["next_steps"] == [
+    (step,) = refused.json["next_steps"]
+    assert step.startswith(
         "stay within the task that was handed to this agent, or ask the sponsor for a delegation of this call"
-    ]
+    )
+    assert "POST http://policy.local/v1/requests" in step
     assert [seen["target"] for seen in rig.far.arrived] == ["/v1/things"]
     wait_for(
         lambda: any(

@@ -34,6 +34,7 @@ from saw.runtime.decide import Decider, DecideService
 from saw.runtime.decide_counts import Counts
 from saw.runtime.decide_state import Generations, Heartbeat, Lease
 from saw.runtime.decision_log import DecisionLog
+from saw.runtime.policy_local import PolicyLocal
 from saw.runtime.policyd import Policyd
 from saw.runtime.policyd_config import PolicydConfig
 
@@ -261,7 +262,8 @@ class Lab:
             Counts(time.monotonic()),
         )
         self.decisions = (self.directory / "decisions.log").open("w+", encoding="utf-8")
-        service = DecideService(decider, DecisionLog(self.decisions, journal=True))
+        local = PolicyLocal(decider, self.run / "ask" / "policy.sock", time.monotonic)
+        service = DecideService(decider, DecisionLog(self.decisions, journal=True), local)
         path = str(self.run / "decide" / "authz.sock")
         config = uvicorn.Config(service, uds=path, log_level="error", lifespan="off", loop="asyncio")
         self._decide = uvicorn.Server(config)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import shutil
 import sqlite3
 import subprocess
@@ -17,6 +19,7 @@ import pytest
 from policyd_lab import POLICY, Lab
 
 from saw.audit.workspace_usage import Usage, Used
+from saw.cli.policyd import request_desk
 from saw.identity.x509 import Authority, new_key_and_csr
 from saw.policy.tuf_repository import adopt_publication
 from saw.runtime.policyd_broker import BrokerUnreachable
@@ -243,3 +246,62 @@ def test_what_the_agent_used_is_in_the_trail_under_the_workspaces_identity_alone
     (event,) = recorded()
     assert event["device"]["uid"] == "ws-demo"
     assert event["unmapped"]["saw"]["usage"] == msgspec.to_builtins(usage)
+
+
+@pytest.mark.control("POL-01")
+@pytest.mark.control("RUN-01")
+def test_an_agent_asks_people_for_more_and_a_signed_release_alone_allows_it(workspace):
+    lab = workspace.lab
+    workspace.release(1, NARROW)
+    lab.configure(ask_user=pwd.getpwuid(os.getuid()).pw_name)
+    agent = lab.agent()
+    agent.cycle()
+    agent.beat()
+    desk = request_desk(lab.config())
+    assert desk is not None
+
+    def local(path: str, *extra: str) -> dict:
+        command = ["curl", "-s", "-x", f"http://127.0.0.1:{lab.proxy_port}", *extra, f"http://policy.local{path}"]
+        return json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+
+    def people(method: str, path: str, body: dict | None = None) -> dict:
+        return workspace.broker.operator.request(method, f"/v1/policy/requests{path}", body)
+
+    wish = {
+        "host": "api.example.com",
+        "method": "GET",
+        "path": "/v1/x",
+        "scheme": "http",
+        "port": 443,
+        "reason": "the task",
+    }
+    try:
+        assert local("/")["policy_digest"] == workspace.digests[1]
+        assert workspace.ask(1) == ["host_not_allowed"]
+        asked = local("/v1/requests", "-d", json.dumps(wish))["request"]
+        assert (asked["state"], asked["program"]) == ("open", "/usr/bin/curl")
+        assert local("/v1/requests", "-d", json.dumps({**wish, "reason": "again"}))["request"]["id"] == asked["id"]
+        refused = local("/v1/requests", "-d", json.dumps({**wish, "host": "other.example.com"}))
+        assert refused["error"] == "already_allowed"
+        shown = people("GET", f"/{asked['id']}")
+        assert (shown["now"]["standing"], "host: api.example.com" in shown["now"]["proposal"]) == ("refused", True)
+        people("POST", f"/{asked['id']}/answer", {"decision": "accept", "comment": "it fits the task"})
+        answered = local("/v1/requests")["requests"][0]
+        assert (answered["state"], answered["comment"]) == ("accepted", "it fits the task")
+        agent.cycle()
+        assert local("/")["policy_digest"] == workspace.digests[1]
+        assert workspace.ask(1) == ["host_not_allowed"]
+        workspace.release(2, POLICY)
+        agent.cycle()
+        assert local("/")["policy_digest"] == workspace.digests[2]
+        assert workspace.ask(1) != ["host_not_allowed"]
+        assert people("GET", f"/{asked['id']}")["now"]["standing"] == "allowed"
+        # Without the identity that attestation gave, nobody is asked in the workspace's name.
+        (lab.run / "svid" / "svid.pem").rename(lab.run / "svid" / "away")
+        assert local("/v1/requests", "-d", json.dumps({**wish, "path": "/v9"}))["error"] == "ask_unavailable"
+        (lab.run / "svid" / "away").rename(lab.run / "svid" / "svid.pem")
+    finally:
+        desk.close()
+    told = [one["event"] for one in workspace.broker.events()]
+    operations = [one["api"]["operation"] for one in told if "policy_request" in json.dumps(one.get("resources", ""))]
+    assert operations == ["policy.request.open", "policy.request.accept"]

@@ -171,6 +171,7 @@ class Rig:
             "lease": str(self.svid / "lease.json"),
             "heartbeat": str(self.directory / "heartbeat"),
             "heartbeat_limit_s": 3600.0,
+            "ask_socket": str(self.directory / "ask" / "policy.sock"),
             "netns": f"/run/netns/{callers or self.sandbox}",
         }
         (self.directory / "decide.json").write_text(json.dumps(config))

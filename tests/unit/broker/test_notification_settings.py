@@ -48,7 +48,7 @@ def test_nobody_is_told_until_it_is_configured(tmp_path: Path) -> None:
     assert isinstance(hook, Webhook)
     assert isinstance(mail, Email)
     assert (mail.port, mail.tls, mail.sender) == (587, "starttls", "saw@example.com")
-    assert {Kind.REVIEW_ENDED, Kind.TEST} == set(Kind) - DEFAULT_KINDS
+    assert {Kind.REVIEW_ENDED, Kind.POLICY_REQUESTED, Kind.TEST} == set(Kind) - DEFAULT_KINDS
 
 
 @pytest.mark.parametrize(

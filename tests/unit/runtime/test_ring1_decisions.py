@@ -12,7 +12,7 @@ import pytest
 
 from saw.policy.model import Decision
 from saw.runtime.attribution import Attribution
-from saw.runtime.decide import Asked, Decider, Refused, Target, _answer, _asked, target_of
+from saw.runtime.decide import ASK, Asked, Decider, Refused, Target, _answer, _asked, target_of
 from saw.runtime.decide_state import Heartbeat, Lease
 
 NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
@@ -224,6 +224,6 @@ def test_what_the_sandbox_can_read_again_is_cut_at_every_depth_and_the_answer_is
     assert shown == kept
     assert (shown["path"], shown["rule_missing"]["path"]) == (path[:400], path[:400])
     assert shown["rule_missing"]["fields"] == [path[:400]] * 20
-    assert shown["next_steps"] == ["ask", path[:400]]
+    assert shown["next_steps"] == ["ask", path[:400], ASK]
     decider.decide(asked())
     assert decider.refusals()[0]["rule_missing"]["path"] == "/"

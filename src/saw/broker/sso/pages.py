@@ -27,6 +27,7 @@ from saw.broker.sso.agent_pages import AgentPages
 from saw.broker.sso.job_pages import JobPages
 from saw.broker.sso.operate import operate_app
 from saw.broker.sso.passkeys import Answered, NewCredential
+from saw.broker.sso.policy_request_pages import PolicyRequestPages
 from saw.broker.sso.port_pages import PortPages
 from saw.broker.sso.portal import Portal
 from saw.broker.sso.service import SingleSignOn
@@ -273,7 +274,7 @@ def page_routes(pages: Pages, broker: Broker) -> list[Route]:
     web = pages.web
     jobs = JobPages(web, broker)
     agents = AgentPages(web, broker)
-    ports = PortPages(web, broker)
+    ports, asked = PortPages(web, broker), PolicyRequestPages(web, broker)
     portal, trail, terminal = Portal(web, broker, jobs, agents, ports), TrailPages(web, broker), pages.terminal
 
     def page(path: str, handle: Any, method: str = "GET", *, limited: bool = False) -> Route:
@@ -294,6 +295,9 @@ def page_routes(pages: Pages, broker: Broker) -> list[Route]:
         page("/workspaces/{id}/jobs/{kind}", jobs.ask, "POST"),
         page("/agents", agents.agents),
         page("/agents/{id}/retire", agents.retire, "POST"),
+        page("/policy-requests", asked.requests),
+        page("/policy-requests/{id}", asked.request),
+        page("/policy-requests/{id}/answer", asked.answer, "POST"),
         page("/jobs", jobs.listed),
         page("/jobs/{id}", jobs.job),
         data("/jobs/{id}/now", jobs.now, "GET"),

@@ -24,6 +24,7 @@ from saw.broker.sso.service import SingleSignOn
 from saw.broker.sso.sessions import NotSignedIn, Session
 from saw.budget.ledger import money
 from saw.errors import SawError
+from saw.review.escapes import escape
 
 T = TypeVar("T")
 SESSION_COOKIE = "__Host-saw-session"
@@ -136,6 +137,7 @@ class Web:
             lstrip_blocks=True,
         )
         self._templates.filters["money"] = money
+        self._templates.filters["visible"] = escape
 
     def page(self, handle: Handle, *, limited: bool = False) -> Callable[[Request], Awaitable[Response]]:
         """Return an endpoint whose refusals are pages; who is not signed in is sent there."""
