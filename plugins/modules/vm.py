@@ -68,6 +68,12 @@ options:
     description: Nothing of the VM is released before the signed record of a wipe lies beside it (C(saw gpu wipe)).
     type: bool
     default: false
+  handed:
+    description:
+      - What the broker hands to hypervisors so that they judge images themselves (C(saw image hand-over NAME), as a mapping).
+      - For V(created) and V(started). It is verified there and kept before anything else is done.
+    type: dict
+    default: {}
 attributes:
   check_mode:
     description: Reports what would change without changing it.
@@ -90,9 +96,10 @@ EXAMPLES = r"""
     credentials:
       saw.workspace: "{{ workspace_credential }}"
 
-- name: Run it as it was made
+- name: Run it as it was made, with a release record that was signed anew meanwhile
   secure_agent.workspace.vm:
     id: ws-demo
+    handed: "{{ hand_over.stdout | from_json }}"
 
 - name: End it at once
   secure_agent.workspace.vm:
@@ -213,6 +220,7 @@ def main():
             "accel": {"type": "str", "choices": ["auto", "kvm", "tcg"], "default": "auto"},
             "devices": {"type": "list", "elements": "str", "default": []},
             "wipe": {"type": "bool", "default": False},
+            "handed": {"type": "dict", "default": {}},
         },
         required_if=[("state", "created", ("number", "image", "image_sha256"))],
         required_together=[("number", "image", "image_sha256")],
@@ -234,6 +242,10 @@ def main():
     elif state == "absent" and stored is not None:
         verb = "destroy"
     result = {"id": vm_id, "state": state, "active": active, "changed": bool(create or verb)}
+    if params["handed"] and state in ("created", "started") and (described or verb):
+        words = ["accept"] + (["--dry-run"] if module.check_mode else [])
+        taken = call(module, *words, data=json.dumps(params["handed"]))
+        result["changed"] = result["changed"] or taken["changed"]
     replaced = create and active and stored.get("image_sha256") != wanted["image_sha256"]
     kept = before if stored and not replaced else "stopped"
     after = {"created": kept, "killed": "stopped"}.get(state, state)

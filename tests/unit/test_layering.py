@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "drift": BASE | {"audit", "edr", "broker"},
     "conformance": BASE | {"policy", "runtime"},
     "image": BASE | {"attest", "vm"},
-    "vm": BASE | {"image"},
+    "vm": BASE | {"image", "attest", "policy"},
     "lab": BASE
     | {"policy", "identity", "attest", "audit", "budget", "review", "broker", "gateway", "runtime", "image", "vm"},
 }

@@ -82,6 +82,41 @@ def test_an_image_of_another_digest_is_not_used(host):
     assert not host.file("/var/lib/saw/vms/ws-life").exists
 
 
+@pytest.mark.control("P0-04")
+def test_an_image_without_a_record_is_not_started_by_hand_and_one_with_it_is(host):
+    record = "/var/lib/saw/images/tiny/tiny.release.signed.json"
+    life(("created", True))
+    try:
+        host.run_expect([0], f"mv {record} /root/kept")
+        refused = host.run("/opt/saw/bin/saw vm start ws-life --json")
+        assert (refused.rc, json.loads(refused.stdout)["error"]["code"]) == (1, "record_missing"), refused.stdout
+        # Nor by its unit, past the command: it ends with the reason, and no emulator runs.
+        host.run("systemctl start saw-vm@ws-life.service")
+        host.run_expect(
+            [0], "timeout 120 sh -c 'until systemctl is-failed -q saw-vm@ws-life.service; do sleep 0.5; done'"
+        )
+        assert "has no signed release record" in host.run("journalctl -u saw-vm@ws-life.service --no-pager").stdout
+        assert not host.file("/run/saw/vm/ws-life/qmp.sock").exists
+        host.run_expect([0], f"mv /root/kept {record}")
+        assert host.run("/opt/saw/bin/saw vm start ws-life --json").rc == 0
+        host.run_expect([0], "timeout 120 sh -c 'until [ -S /run/saw/vm/ws-life/qmp.sock ]; do sleep 0.5; done'")
+    finally:
+        host.run(f"mv /root/kept {record}")
+        life(("absent", True))
+
+
+@pytest.mark.control("P0-04")
+def test_the_pinned_root_is_not_overwritten(host):
+    before = host.file("/var/lib/saw/trust/root.json").content
+    place = Path(os.environ["MOLECULE_PROJECT_DIRECTORY"], "build/molecule/releases")
+    other = str(place / "strangers/repository/metadata/1.root.json")
+    refused = play("converge.yml", hypervisor_trusted_root=other)
+    assert refused.returncode != 0
+    assert "is not the one that this hypervisor trusts" in " ".join((refused.stdout + refused.stderr).split())
+    assert host.file("/var/lib/saw/trust/root.json").content == before
+    assert json.loads(host.file("/etc/saw/hypervisor.json").content_string) == {"image_records": "required"}
+
+
 @pytest.mark.control("P0-01")
 def test_what_a_killed_run_left_undone_is_done_by_the_next(host):
     """As after a kill between a new unit file and systemd's reading of it: the file looks right, the reload is still owed."""

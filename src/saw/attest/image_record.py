@@ -5,6 +5,7 @@ Officers sign it in a DSSE envelope; the broker takes the expected measurements 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from datetime import date, datetime
 from typing import Annotated, Literal
@@ -76,8 +77,20 @@ class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 BASELINE_REPORT = "baseline.dat"
 """The scanner's report, beside the image and among a record's evidence."""
-CVE_REPORT = "vulnerabilities.json"
-"""What a search for known vulnerabilities found and how it was judged, at the same place."""
+
+
+def cve_report(sha256: str) -> str:
+    """Return the name of a report of known vulnerabilities with this digest: what a search found and how it was judged.
+
+    It lies at the same place. A later search makes another file, so that a record which was signed keeps the one that it names.
+    """
+    return f"vulnerabilities-{sha256[:12]}.json"
+
+
+def is_cve_report(name: str) -> bool:
+    """Tell whether a file beside an image is such a report; those of older releases had no digest in their name."""
+    return re.fullmatch(r"vulnerabilities(-[0-9a-f]{12})?\.json", name) is not None
+
 
 Evidence = Literal["sbom", "provenance", "scan", "secure_boot"]
 """What a record may carry about how the image was made and boots, beside what its boot measures."""

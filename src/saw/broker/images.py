@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -171,6 +171,20 @@ class Images:
                 }
                 for row in rows
             ]
+        }
+
+    def hand_over(self, roots: Sequence[Any], name: str = "", image_sha256: str = "") -> dict[str, Any]:
+        """Return what a hypervisor is handed so that it can judge images itself: the officers' ``roots``, what was revoked, and
+        the signed records of the images ``name`` (all of that name without ``image_sha256``) that are not revoked."""
+        with self._s.store.read() as connection:
+            rows = connection.execute(select(images).order_by(images.c.name, images.c.image_sha256)).all()
+        named = [row for row in rows if name and row.name == name and image_sha256 in ("", row.image_sha256)]
+        return {
+            "roots": roots,
+            "records": [msgspec.Raw(row.envelope) for row in named if row.envelope and row.state != ImageState.REVOKED],
+            "revoked": [
+                {"name": row.name, "image_sha256": row.image_sha256} for row in rows if row.state == ImageState.REVOKED
+            ],
         }
 
     def _verified(self, envelope: SignedEnvelope) -> tuple[ReleaseRecord, bytes, tuple[str, ...]]:

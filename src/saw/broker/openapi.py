@@ -156,6 +156,9 @@ ABOUT: Mapping[str, Words] = {
     "POST /v1/notifications/test": Words("Send a test to everyone whom a channel reaches"),
     "POST /v1/notifications/{id}/retry": Words("Try a message again now"),
     "GET /v1/images": Words("Images with their release records"),
+    "GET /v1/images/hand-over": Words(
+        "What a hypervisor needs to judge images itself: roots, a signed record, what was revoked", ("name", "image_sha256")
+    ),
     "PUT /v1/images": Words("Register an image by its signed release record"),
     "POST /v1/images/{name}/state": Words("Promote, deprecate or revoke an image"),
     "POST /v1/certificates/ssh": Words("A short certificate to log in past the bastion, where that is allowed"),

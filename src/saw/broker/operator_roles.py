@@ -62,6 +62,7 @@ ALLOWED: dict[tuple[str, str], frozenset[Role]] = {
     ("POST", "/v1/forwards/{id}/revoke"): _INTERVENE,
     ("PUT", "/v1/images"): _OPERATE,
     ("GET", "/v1/images"): _LOOK,
+    ("GET", "/v1/images/hand-over"): _LOOK,
     ("POST", "/v1/images/{name}/state"): _OPERATE,
     ("POST", "/v1/findings/drift"): _OPERATE,
     ("GET", "/v1/jobs"): _LOOK,

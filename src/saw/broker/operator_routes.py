@@ -125,6 +125,15 @@ def operator_routes(broker: Broker, route: MakeRoute) -> list[Route]:
             with_body(Move, lambda c, b, r: broker.images.move(c, r.path_params["name"], b)),
         ),
         route("/v1/images", "GET", without_body(lambda _c, _r: broker.images.list())),
+        route(
+            "/v1/images/hand-over",
+            "GET",
+            without_body(
+                lambda _c, r: broker.images.hand_over(
+                    releases.tuf_roots(), r.query_params.get("name", ""), r.query_params.get("image_sha256", "")
+                )
+            ),
+        ),
         route("/v1/certificates/ssh", "POST", with_body(SshRequest, lambda c, b, _r: certificates.ssh(c, b))),
         route("/v1/certificates/x509", "POST", with_body(X509Request, lambda c, b, _r: certificates.x509(c, b))),
         route(

@@ -245,6 +245,10 @@ class Releases:
         raw = self._repository.root()
         return None if raw is None else msgspec.Raw(raw)
 
+    def tuf_roots(self) -> list[Any]:
+        """Return every root as JSON, from the first on; none before one is installed."""
+        return [msgspec.Raw(raw) for raw in self._repository.roots()]
+
     def _check_target(self, path: str, raw: bytes, keys: dict[str, PublicKey], threshold: int, now: datetime) -> None:
         """Refuse a bundle that no workspace could load: not signed by enough officers, not valid, or rolled back."""
         ring, blueprint = _split(path)

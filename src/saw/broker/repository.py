@@ -16,6 +16,7 @@ from saw.policy import tuf_repository
 from saw.policy.keys import parse_private_key, public_pem
 from saw.policy.tuf_compared import Compared
 from saw.policy.tuf_reach import ReachDiff, bundle_diff
+from saw.policy.tuf_store import read_role
 from saw.policy.tuf_transfer import export_repository
 
 
@@ -46,6 +47,10 @@ class Repository:
     def root(self) -> bytes | None:
         """Return the newest trusted root, or None before one is installed."""
         return tuf_repository.current_root(self._directory) if self._root_versions() else None
+
+    def roots(self) -> list[bytes]:
+        """Return every root from the first on, in order; whoever trusts one of them can follow the signatures from there."""
+        return [read_role(self._directory, "root", version) for version in sorted(self._root_versions())]
 
     def root_version(self) -> int:
         """Return the version of the newest root, 0 when there is none."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import msgspec
 import rfc8785
@@ -51,9 +52,16 @@ def main(argv: list[str]) -> int:
         columns = ("name", "state", "signed", "image_sha256", "created", "not_after", "registered_at")
         show(answer, table(rows, columns), as_json=options.json)
         return 0
+    if options.command == "hand-over":
+        print(json.dumps(client.request("GET", _hand_over(options))))
+        return 0
     answer = _call(client, options)
     show(answer, fields(answer), as_json=options.json)
     return 0
+
+
+def _hand_over(options: argparse.Namespace) -> str:
+    return f"/v1/images/hand-over?{urlencode({'name': options.name, 'image_sha256': options.sha256})}"
 
 
 def _call(client: Any, options: argparse.Namespace) -> dict[str, Any]:
@@ -197,6 +205,12 @@ def _parser() -> argparse.ArgumentParser:
         step.add_argument("--reason", required=True, help="why; it is audited")
         add_options(step)
     add_options(commands.add_parser("list", help="list registered images"))
+    handed = commands.add_parser(
+        "hand-over", help="print what a hypervisor needs to judge images itself, for saw vm accept there (JSON)"
+    )
+    handed.add_argument("name", nargs="?", default="", help="with the signed record of this image")
+    handed.add_argument("--sha256", default="", help="digest, where several images have the name")
+    add_options(handed)
     image_scan.add_commands(commands)
     image_compare.add_command(commands)
     image_local.add_commands(commands)

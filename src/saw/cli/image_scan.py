@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from datetime import timedelta
 from pathlib import Path
@@ -54,10 +55,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def scan(options: argparse.Namespace) -> int:
     """Search, judge, and write a passed search into the record; a failed one takes an earlier one out of it.
 
-    What was found lies beside the image either way; the record names it where the search passed.
+    What was found lies beside the image either way, in a file named by its content; the record names it where the search passed.
+    Reports of earlier searches that passed stay there, since a signed record may name one.
     """
-    from saw.attest.image_record import CVE_REPORT
-    from saw.image.disk import digest_of
+    from saw.attest.image_record import cve_report, is_cve_report
     from saw.image.vulnerabilities import judge, read_database, read_waivers
     from saw.image.vulnerabilities import scan as search
 
@@ -76,15 +77,17 @@ def scan(options: argparse.Namespace) -> int:
     digest = read_database(options.database, options.suite, longest=longest, now=now)
     verdict = judge(search(bill, options.database, options.suite), waivers, fail_on=options.fail_on, today=now.date())
     before = record.pop("scan", None)
-    named = record.get("evidence", {})
-    named.pop(CVE_REPORT, None)
+    named = {path: sha256 for path, sha256 in record.get("evidence", {}).items() if not is_cve_report(path)}
+    record["evidence"] = named
     report = {
         "database_sha256": digest,
         "suite": options.suite,
         "fail_on": options.fail_on,
         **msgspec.to_builtins(verdict),
     }
-    write_atomic(file.with_name(CVE_REPORT), json.dumps(report, indent=2) + "\n")
+    found_text = json.dumps(report, indent=2) + "\n"
+    found_sha256 = hashlib.sha256(found_text.encode()).hexdigest()
+    write_atomic(file.with_name(cve_report(found_sha256)), found_text)
     if not verdict.problems:
         covering = [waiver for waiver in waivers if any(waiver.covers(one) for one in verdict.waived)]
         found = {
@@ -100,11 +103,13 @@ def scan(options: argparse.Namespace) -> int:
         # The same search again with the same end is no news: the record, and what officers signed of it, stays as it is.
         same = isinstance(before, dict) and {**found, "scanned_at": before.get("scanned_at")} == before
         record["scan"] = before if same else found
-        record["evidence"] = {**named, CVE_REPORT: digest_of(file.with_name(CVE_REPORT))}
+        record["evidence"] = {**named, cve_report(found_sha256): found_sha256}
     text = json.dumps(record, indent=2) + "\n"
     if changed := text.encode() != file.read_bytes():
         write_atomic(file, text)
+    _sweep(file.parent, keep=cve_report(found_sha256))
     answer = {
+        "report": cve_report(found_sha256),
         "ok": not verdict.problems,
         "changed": changed,
         "name": record.get("name", ""),
@@ -142,6 +147,21 @@ def evidence(options: argparse.Namespace) -> int:
     ]
     show(answer, "\n".join(lines), as_json=options.json)
     return 1 if differing else 0
+
+
+def _sweep(folder: Path, keep: str) -> None:
+    """Remove the reports of earlier searches that failed: no record names one. Those of passed ones stay, for signed records."""
+    from saw.attest.image_record import is_cve_report
+
+    for file in folder.glob("vulnerabilities-*.json"):
+        if not is_cve_report(file.name) or file.name == keep:
+            continue
+        try:
+            failed = bool(msgspec.json.decode(file.read_bytes(), type=dict[str, Any]).get("problems"))
+        except (OSError, msgspec.DecodeError):
+            continue
+        if failed:
+            file.unlink(missing_ok=True)
 
 
 def _unended(record: dict[str, Any]) -> dict[str, Any]:

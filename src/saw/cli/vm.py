@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from saw.attest.image_record import PAYLOAD_TYPE
 from saw.errors import ConfigError
-from saw.vm import golden, measure, qemu
+from saw.policy.envelope import read_envelope
+from saw.vm import golden, measure, qemu, released, trust
 from saw.vm.spec import STATE, load_spec, parse_spec
 
 
@@ -43,6 +47,16 @@ def parser() -> argparse.ArgumentParser:
     boot = verbs.add_parser("measure", help="boot an image once with a fresh vTPM and print its PCR values")
     boot.add_argument("--image", type=Path, required=True)
     boot.add_argument("--patience", type=float, default=300.0)
+    accept = verbs.add_parser("accept", help="take a hand-over: the officers' roots, release records, revoked images")
+    accept.add_argument(
+        "--from", dest="source", default="-", metavar="FILE", help="what saw image hand-over printed, or -"
+    )
+    accept.add_argument("--pin", action="store_true", help="take the first root too, where this hypervisor has none")
+    accept.add_argument("--dry-run", action="store_true", help="verify it and keep nothing")
+    for verb in ("create", "start", "rebuild"):
+        verbs.choices[verb].add_argument(
+            "--record", type=Path, help="a signed release record of the image; it is verified and kept"
+        )
     for sub in verbs.choices.values():
         sub.add_argument("--json", action="store_true", help="machine-readable output")
     return top
@@ -55,15 +69,16 @@ def read_input(source: str) -> bytes:
     try:
         return Path(source).read_bytes()
     except OSError as error:
-        raise ConfigError(
-            f"cannot read {source}: {error.strerror}", cure="name a file with a specification, or -"
-        ) from error
+        raise ConfigError(f"cannot read {source}: {error.strerror}", cure="name a readable file, or -") from error
 
 
 def main(argv: list[str]) -> int:
     """Run ``saw vm``."""
     options = parser().parse_args(argv)
     answer: dict[str, Any]
+    if getattr(options, "record", None):
+        envelope = read_envelope(read_input(str(options.record)), PAYLOAD_TYPE)
+        released.accept(msgspec.json.encode(trust.HandOver(records=(envelope,))))
     if options.verb == "create":
         answer = qemu.create(parse_spec(read_input(options.spec)))
     elif options.verb == "list":
@@ -76,6 +91,9 @@ def main(argv: list[str]) -> int:
         answer = {"image": str(golden.find(options.image_sha256, options.name)), "image_sha256": options.image_sha256}
     elif options.verb == "rebuild":
         answer = qemu.rebuild(load_spec(options.id), options.image, options.image_sha256)
+    elif options.verb == "accept":
+        taken = released.accept(read_input(options.source), pin=options.pin, dry=options.dry_run)
+        answer = msgspec.to_builtins(taken)
     elif options.verb == "firmware":
         answer = {"firmware_sha256": measure.firmware_sha256()}
     elif options.verb == "measure":

@@ -6,6 +6,7 @@ What may differ is data (``differences.yml``), with a reason for each. Everythin
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ _ABSENT = object()
 
 
 class Allowed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One place that may differ: where, in which ways, and why."""
+    """One place that may differ: where, in which ways, and why. ``*`` stands for the digest in a report's name."""
 
     where: str
     how: list[str]
@@ -81,13 +82,18 @@ def compare(a: Path, b: Path, allowed: list[Allowed] | None = None) -> Compariso
 def _judged(where: str, how: list[str], listed: list[Allowed]) -> Difference:
     """A place passes when all of how it differs is allowed there; a pointer stands for what lies below it, too."""
     for one in listed:
-        if one.where == where and all(_covers(one.how, each) for each in how):
+        if _named(one.where, where) and all(_covers(one.how, each) for each in how):
             return Difference(where, how, one.why)
     return Difference(where, how)
 
 
 def _covers(allowed: list[str], how: str) -> bool:
-    return any(how == one or (one.startswith("/") and how.startswith(f"{one}/")) for one in allowed)
+    return any(_named(one, how) or (one.startswith("/") and how.startswith(f"{one}/")) for one in allowed)
+
+
+def _named(listed: str, found: str) -> bool:
+    """Tell whether ``listed`` is ``found``, where each ``*`` stands for a digest's first twelve digits."""
+    return re.fullmatch(re.escape(listed).replace(r"\*", "[0-9a-f]{12}"), found) is not None
 
 
 def _files(a: Path, b: Path) -> Found:

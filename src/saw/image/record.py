@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from saw.attest.image_record import BASELINE_REPORT, CVE_REPORT, Baseline, RecordInvalid, parse_record
+from saw.attest.image_record import BASELINE_REPORT, Baseline, RecordInvalid, is_cve_report, parse_record
 from saw.attest.verifier import RELEASED_PCRS
 from saw.errors import ConfigError
 from saw.files import write_atomic
@@ -195,7 +195,9 @@ def _known(file: Path, image_sha256: str) -> dict[str, Any]:
 def _reports(folder: Path, known: dict[str, Any]) -> dict[str, str]:
     """Return the reports that the record there names; raise :class:`ImageError` where one is not that file any more."""
     named = {
-        name: known["evidence"][name] for name in (CVE_REPORT, BASELINE_REPORT) if name in known.get("evidence", {})
+        name: digest
+        for name, digest in known.get("evidence", {}).items()
+        if name == BASELINE_REPORT or is_cve_report(name)
     }
     for name, digest in named.items():
         if not (folder / name).is_file() or digest_of(folder / name) != digest:

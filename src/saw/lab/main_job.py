@@ -164,7 +164,7 @@ def converge(job: Bringup) -> str:
     """Converge the far end, the control plane and the perimeter; return the digest of the release that they then knew."""
     job.playbook("demo_enterprise")
     seen = job.released_digest()
-    job.playbook("control_plane")
+    job.playbook("control_plane", job.trusted_root())
     return seen
 
 
@@ -172,7 +172,7 @@ def publish(job: Bringup, seen: str) -> dict[str, Any]:
     """Publish the blueprint and return its release; the perimeter opens once it is told the root of a first one."""
     release = job.publish()
     if release["policy_digest"] != seen:
-        job.playbook("control_plane")
+        job.playbook("control_plane", job.trusted_root())
     return release
 
 

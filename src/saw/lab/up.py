@@ -161,6 +161,11 @@ class Bringup:
         except SawError:
             return ""
 
+    def trusted_root(self) -> dict[str, Any]:
+        """Return the variable that pins the officers' root on the hypervisor; none before the officers made it."""
+        root = self.lab.directory / "officers/metadata/1.root.json"
+        return {"hypervisor_trusted_root": str(root)} if root.exists() else {}
+
     def publish(self) -> dict[str, Any]:
         """Sign the example blueprint with two of three keys made on the spot and publish it, unless it is in force."""
         from saw.lab.release import publish_blueprint

@@ -54,7 +54,12 @@ def _report(console: str) -> list[str]:
 
 
 class ReferenceVm(VmSpec, frozen=True, forbid_unknown_fields=True):
-    """The VM of a reference boot: no workspace, so it lies in none of the workspaces' places."""
+    """The VM of a reference boot: no workspace, so it lies in none of the workspaces' places. It is there to make a record."""
+
+    @property
+    def needs_record(self) -> bool:
+        """No: it has no network, and ends when it has reported."""
+        return False
 
     @property
     def directory(self) -> Path:

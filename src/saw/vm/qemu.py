@@ -25,7 +25,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from saw.files import write_atomic
-from saw.vm import devices, golden, secure_boot, wiped
+from saw.vm import devices, golden, released, secure_boot, wiped
 from saw.vm.accel import probe
 from saw.vm.programs import run
 from saw.vm.spec import RUNTIME, STATE, VmError, VmSpec, parse_spec
@@ -39,8 +39,8 @@ SILENCE = 60.0
 def create(spec: VmSpec, *, renew: bool = False) -> dict[str, Any]:
     """Make every part of the VM that is missing; return ``{changed, ek_pub_pem, directory}``. Nothing is started.
 
-    The image file must have the digest of ``spec``, else :class:`golden.ImageRefusedError` and nothing changes. ``renew`` makes
-    the root disk again and reads the image again.
+    The image file must have the digest of ``spec``, else :class:`golden.ImageRefusedError`, and a current release record, else
+    :class:`saw.vm.trust.RecordRefusedError`; nothing changes then. ``renew`` makes the root disk again and reads the image again.
     """
     directory, changed = spec.directory, False
     encoded = msgspec.json.format(msgspec.json.encode(spec))
@@ -56,6 +56,7 @@ def create(spec: VmSpec, *, renew: bool = False) -> dict[str, Any]:
         changed = True
     wiped.refuse_wiped(spec)
     devices.refuse_taken(spec)
+    released.require(spec)
     golden.verify(spec, again=renew)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     changed |= make_root_disk(spec, renew=renew)
@@ -111,12 +112,14 @@ def root_disk_fits(spec: VmSpec) -> bool:
 
 
 def startable(spec: VmSpec) -> None:
-    """Raise :class:`VmError` unless the root disk is whole and lies on an image file that has the digest of ``spec``."""
+    """Raise :class:`VmError` unless the root disk is whole and lies on an image file that has the digest of ``spec``, and that
+    image has a current release record."""
     if not root_disk_fits(spec):
         raise VmError(
             f"the root disk of {spec.id} was not finished or lies on another image",
             cure="finish what made it: playbook workspace_rebuild (or workspace_create)",
         )
+    released.require(spec)
     golden.verify(spec)
     secure_boot.startable(spec)
 

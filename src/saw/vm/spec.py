@@ -53,6 +53,11 @@ class VmSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     wipe: bool = False
 
     @property
+    def needs_record(self) -> bool:
+        """Whether it runs on released images alone, as every workspace does (:mod:`saw.vm.released`)."""
+        return True
+
+    @property
     def directory(self) -> Path:
         """State of this VM on the hypervisor."""
         return STATE / self.id

@@ -12,8 +12,11 @@ import pytest
 from broker_rig import Lab, cli, image_record, signed_record
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from saw.attest.image_record import PAYLOAD_TYPE
 from saw.broker.client import BrokerRefusal
 from saw.broker.config import ImageSettings
+from saw.policy.envelope import verify_envelope
+from saw.policy.tuf_repository import trusted_policy_keys
 
 
 def refusal(call: Any, *arguments: Any, **fields: Any) -> BrokerRefusal:
@@ -172,3 +175,30 @@ def test_two_officers_sign_one_after_the_other_on_the_command_line(broker: Lab, 
     assert cli(broker, "image", "revoke", "gov-cli", "--reason", "test").returncode == 0
     assert "cannot become" in cli(broker, "image", "deprecate", "gov-cli", "--reason", "test").stderr
     assert "signed envelope" in cli(broker, "image", "register", str(record)).stderr
+
+
+@pytest.mark.control("P0-04")
+def test_a_hypervisor_is_handed_roots_signed_records_and_what_was_revoked(own_broker: Lab) -> None:
+    def handed(*words: str) -> dict[str, Any]:
+        done = cli(own_broker, "image", "hand-over", *words)
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
+    assert handed("hand-none") == {"roots": [], "records": [], "revoked": []}
+    good, bad = image_record("hand-good", "a1" * 32), image_record("hand-bad", "a2" * 32)
+    for record in (good, {**good, "image_sha256": "a3" * 32}, bad):
+        own_broker.register_image(record)
+    found = handed("hand-good", "--sha256", "a1" * 32)
+    assert [one["signed"]["version"] for one in found["roots"]] == [1]
+    assert (len(found["records"]), found["revoked"]) == (1, [])
+    # It is what the officers signed, to the letter.
+    envelope = msgspec.json.encode(found["records"][0])
+    payload, signers = verify_envelope(envelope, PAYLOAD_TYPE, *trusted_policy_keys(own_broker.officers.root))
+    assert (json.loads(payload), len(signers)) == (good, 2)
+    assert len(handed("hand-good")["records"]) == 2
+    assert handed()["records"] == []
+    own_broker.move_image("hand-bad", "revoked")
+    own_broker.move_image("hand-good", "deprecated")  # what runs on it goes on
+    assert handed("hand-bad")["records"] == []
+    assert handed("hand-good")["revoked"] == [{"name": "hand-bad", "image_sha256": "a2" * 32}]
+    assert len(handed("hand-good")["records"]) == 2

@@ -17,7 +17,7 @@ from cryptography.x509.oid import NameOID
 
 from saw.image import secure_boot as image_secure_boot
 from saw.image import uefi_keys
-from saw.vm import qemu, secure_boot, spec
+from saw.vm import qemu, released, secure_boot, spec
 from saw.vm.spec import VmSpec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -75,6 +75,8 @@ def boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shop: Shop) -> Iterato
     """Boot an image as the driver does and return the console; ``store``: with the owner's variable store beside it."""
     monkeypatch.setattr(spec, "STATE", tmp_path / "vms")
     monkeypatch.setattr(qemu, "STATE", tmp_path / "vms")
+    (tmp_path / "hypervisor.json").write_text('{"image_records": "unchecked"}')
+    monkeypatch.setattr(released, "SETTINGS", tmp_path / "hypervisor.json")
     monkeypatch.setattr(spec, "RUNTIME", Path(f"/tmp/saw-{hashlib.sha256(str(tmp_path).encode()).hexdigest()[:12]}"))
     started: list[subprocess.Popen[bytes]] = []
 

@@ -316,8 +316,9 @@ def test_a_passed_search_is_in_the_record_and_a_failed_one_takes_it_out(
     assert main(["scan", str(image / "release.json"), "--database", str(clean)]) == 0
     noted = record_of(image)["scan"]
     assert (noted["database_sha256"], noted["open"], noted["fail_on"]) == (digest_of(clean), 1, "high")
-    report = image / "vulnerabilities.json"
-    assert record_of(image)["evidence"]["vulnerabilities.json"] == digest_of(report)
+    (report,) = image.glob("vulnerabilities-*.json")
+    assert report.name == f"vulnerabilities-{digest_of(report)[:12]}.json"
+    assert record_of(image)["evidence"][report.name] == digest_of(report)
     assert [one["cve"] for one in json.loads(report.read_text(encoding="utf-8"))["open"]] == ["CVE-2026-1"]
     # The same search later is no news, so that what officers signed goes on to be the record.
     kept = {**record_of(image), "scan": {**noted, "scanned_at": "2026-11-28T00:00:00Z"}}
@@ -330,8 +331,27 @@ def test_a_passed_search_is_in_the_record_and_a_failed_one_takes_it_out(
     answer = json.loads(capsys.readouterr().out)
     assert answer["problems"] == ["CVE-2026-5 in openssh 1:10.0p1-7 is open and its urgency is high"]
     assert "scan" not in record_of(image)
-    assert "vulnerabilities.json" not in record_of(image)["evidence"]
-    assert [one["cve"] for one in json.loads(report.read_text(encoding="utf-8"))["open"]] == ["CVE-2026-5"]
+    assert not [name for name in record_of(image)["evidence"] if name.startswith("vulnerabilities")]
+    failed = image / answer["report"]
+    assert [one["cve"] for one in json.loads(failed.read_text(encoding="utf-8"))["open"]] == ["CVE-2026-5"]
+
+
+@pytest.mark.control("IMG-01")
+def test_a_later_search_leaves_the_report_that_a_signed_record_names(image: Path, tmp_path: Path) -> None:
+    record, names = image / "release.json", []
+    for number, (found, code) in enumerate(((OPEN_LOW, 0), (OPEN_HIGH, 1), (OPEN_HIGH, 1), (OPEN_LOW, 0))):
+        place = tmp_path / str(number)
+        place.mkdir()
+        source = mirrored(place, database(**{f"CVE_2026_{number}": found}))
+        assert main(["scan", str(record), "--database", str(source)]) == code
+        names += [name for name in record_of(image)["evidence"] if name.startswith("vulnerabilities")]
+        if number == 0:
+            (image / "signed.json").write_bytes(record.read_bytes())  # what officers signed then
+    assert len(set(names)) == len(names) == 2
+    # Both passed ones are there, of those that failed none: no record names one.
+    assert sorted(file.name for file in image.glob("vulnerabilities*")) == sorted(names)
+    assert main(["evidence", str(image / "signed.json"), "--image-directory", str(image)]) == 0
+    assert main(["evidence", str(record)]) == 0
 
 
 def test_a_bill_that_was_exchanged_is_not_searched(image: Path, tmp_path: Path) -> None:

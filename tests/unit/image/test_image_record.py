@@ -225,7 +225,7 @@ def test_the_record_says_which_endpoint_detection_the_image_has(tmp_path: Path) 
 def test_what_a_search_and_a_scanner_said_stays_and_a_report_that_was_changed_shows(golden: Golden) -> None:
     boots = Boots(golden)
     record = make_record(golden.folder, boots, boots.say).record
-    report = golden.folder / "vulnerabilities.json"
+    report = golden.folder / f"vulnerabilities-{hashlib.sha256(b'{}').hexdigest()[:12]}.json"
     report.write_text("{}")
     record["scan"] = {"database_sha256": "4" * 64, "scanned_at": "2026-11-29T00:00:00Z", "fail_on": "high", "open": 0}
     record["evidence"][report.name] = hashlib.sha256(b"{}").hexdigest()

@@ -351,10 +351,11 @@ def test_a_released_image_is_compared_with_a_fresh_build_and_with_another_releas
     for number, folder in enumerate((released, again)):
         found = {"open": [{"cve": f"CVE-{number}"}], "database_sha256": f"{number}"}
         signed = {"payload": f"{number}", "payloadType": "x", "signatures": [{"sig": f"{number}"}]}
-        evidence = {**record["evidence"], "vulnerabilities.json": f"{number}", "baseline.dat": f"{number}"}  # type: ignore[dict-item]
+        reports = {f"vulnerabilities-{number:012x}.json": f"{number}", "baseline.dat": f"{number}"}
+        evidence = {**record["evidence"], **reports}  # type: ignore[dict-item]
         scored = {**record, "scan": found, "baseline": {"score": number}, "evidence": evidence}
         for name, content in (
-            ("release.json", scored), ("release.signed.json", signed), ("vulnerabilities.json", found),
+            ("release.json", scored), ("release.signed.json", signed), (f"vulnerabilities-{number:012x}.json", found),
             ("measured.json", {"seconds": number, "pcrs": {"11": "0"}}), ("baseline.dat", number),
         ):  # fmt: skip
             (folder / name).write_text(json.dumps(content))
@@ -363,6 +364,8 @@ def test_a_released_image_is_compared_with_a_fresh_build_and_with_another_releas
     (again / "release.json").write_text(json.dumps({**record, "boot": {"pcrs": {"11": "1"}}}))
     (again / "measured.json").write_text(json.dumps({"seconds": 1, "pcrs": {"11": "1"}}))
     assert [one.where for one in compare(released, again).refused] == ["measured.json", "release.json"]
+    (again / "vulnerabilities-of-mine.json").write_text("{}")
+    assert "vulnerabilities-of-mine.json" in [one.where for one in compare(released, again).refused]
     (again / "release.json").write_text(json.dumps(record))  # recorded, and neither searched nor scored
     assert "release.json" not in [one.where for one in compare(released, again).refused]
 

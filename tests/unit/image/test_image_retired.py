@@ -119,8 +119,12 @@ def test_an_image_that_the_lab_went_past_is_promoted_again_when_it_goes_back(
     monkeypatch.setattr(image_release, "serves", lambda *_: True)
     record = tmp_path / "release.json"
     record.write_text(json.dumps({"name": "workspace-1"}))
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab/workspace-1.release.signed.json").write_text("signed")
     image_release.release_image(Lab(tmp_path, tmp_path), broker.saw, record, None)  # type: ignore[arg-type]
     assert [words[:3] for words in broker.steps][-1] == ("image", "promote", "workspace-1")
+    # The hypervisor looks for it beside the image.
+    assert (tmp_path / "release.signed.json").read_text() == "signed"
 
 
 def test_the_lab_hears_why_the_command_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

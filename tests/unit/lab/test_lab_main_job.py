@@ -193,14 +193,21 @@ class Converging:
     def __init__(self, before: str, release: str) -> None:
         self.before, self.after = before, release
         self.plays: list[str] = []
+        self.pinned: list[dict[str, Any]] = []
+        self.root: dict[str, Any] = {}
+
+    def trusted_root(self) -> dict[str, Any]:
+        return self.root
 
     def released_digest(self) -> str:
         return self.before
 
-    def playbook(self, name: str) -> None:
+    def playbook(self, name: str, variables: dict[str, Any] | None = None) -> None:
         self.plays.append(name)
+        self.pinned.append(variables or {})
 
     def publish(self) -> dict[str, Any]:
+        self.root = {"hypervisor_trusted_root": "1.root.json"}
         return {"policy_digest": self.after}
 
 
@@ -219,6 +226,16 @@ def test_the_perimeter_is_converged_again_only_for_a_release_that_it_has_not_see
     seen = main_job.converge(cast("Bringup", job))
     assert main_job.publish(cast("Bringup", job), seen) == {"policy_digest": after}
     assert job.plays == plays
+    # The hypervisor pins the root out of the officers' hands, once they have made it.
+    assert job.pinned == [{}, {}, {"hypervisor_trusted_root": "1.root.json"}][: len(plays)]
+
+
+def test_the_root_that_the_hypervisor_pins_is_the_officers_own(lab: Lab) -> None:
+    job, root = Bringup(lab, Progress(total=1)), lab.directory / "officers/metadata/1.root.json"
+    assert job.trusted_root() == {}
+    root.parent.mkdir(parents=True)
+    root.write_text("{}")
+    assert job.trusted_root() == {"hypervisor_trusted_root": str(root)}
 
 
 def test_without_a_broker_nothing_counts_as_released(lab: Lab) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ exec {saw} "$@"
 class Hypervisor:
     """A VM called ``name`` on the image ``one``, registered with the broker; ``two`` is there as well.
 
+    The hypervisor has the officers' root and asks for records; it was handed that of ``one``, and none lies beside an image.
     ``fields`` are further ones of its specification.
     """
 
@@ -76,6 +78,9 @@ class Hypervisor:
             **fields,
         }
         (base / "spec.json").write_text(json.dumps(spec))
+        handed = self.inside(str(SAW), "image", "hand-over", f"{name}-one").stdout
+        (base / "handed.json").write_text(handed)
+        self.inside("/opt/saw/bin/saw", "vm", "accept", "--pin", "--from", str(base / "handed.json"))
         self.inside("/opt/saw/bin/saw", "vm", "create", "--spec", str(base / "spec.json"))
 
     @staticmethod
@@ -178,3 +183,31 @@ def test_a_start_on_a_revoked_image_ends_at_once_with_the_reason(hypervisor):
     assert f"{hypervisor.name} may not run on {hypervisor.name}-one: the image is revoked" in done.stdout
     assert "Run the VM as it was made" not in done.stdout
     assert hypervisor.found()[2] == "stopped"
+
+
+@pytest.mark.control("P0-04")
+def test_a_rebuild_without_a_new_image_and_a_start_bring_the_record_that_the_hypervisor_lacks(hypervisor):
+    """As on a hypervisor from before records: the officers' root was pinned by its role, and no record is there."""
+    records = hypervisor.base / "state/trust/records"
+    shutil.rmtree(records)
+    refused = hypervisor.inside("/opt/saw/bin/saw", "vm", "start", hypervisor.name, check=False)
+    assert (refused.returncode, "has no signed release record" in refused.stderr) == (1, True), refused
+    assert hypervisor.play("workspace_rebuild", {"workspace_active_retries": 1}, "--check").returncode == 0
+    assert not records.exists() or not list(records.iterdir())
+    hypervisor.play("workspace_rebuild", {"workspace_active_retries": 1})
+    (record,) = records.iterdir()
+    assert hypervisor.found() == ("one", "one", "attesting")
+    record.unlink()
+    said = hypervisor.play("workspace_start", {"workspace_active_retries": 1}).stdout
+    assert record.exists(), said
+
+
+@pytest.mark.control("P0-04")
+def test_an_image_that_is_revoked_is_not_started_by_hand_either(hypervisor):
+    name = f"{hypervisor.name}-one"
+    hypervisor.broker.move_image(name, "revoked")
+    assert hypervisor.inside("/opt/saw/bin/saw", "vm", "start", hypervisor.name).returncode == 0  # nobody told it yet
+    done = hypervisor.play("image_state", {"image_state_name": name, "image_state_to": "revoked"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    refused = hypervisor.inside("/opt/saw/bin/saw", "vm", "start", hypervisor.name, check=False)
+    assert (refused.returncode, f"image {name} is revoked" in refused.stderr) == (1, True), refused

@@ -37,6 +37,12 @@ if verb == "create":
     stored.write_text(raw)
 elif verb == "status":
     answer.update(id=rest[0], active=active.exists())
+elif verb == "accept":
+    handed = sys.stdin.read()
+    kept = home / "handed"
+    answer["changed"] = not kept.exists() or kept.read_text() != handed
+    if "--dry-run" not in rest:
+        kept.write_text(handed)
 elif verb == "start":
     answer["changed"] = not active.exists()
     active.touch()
@@ -208,6 +214,27 @@ def test_without_an_image_a_vm_is_run_as_it_was_made(driver: Driver, run_module:
     assert driver.calls() == ["status", "status", "start", "status"]
     assert not run_module(vm, id="ws-t")["changed"]
     assert driver.spec() == made
+
+
+@pytest.mark.control("P0-04")
+def test_what_is_handed_over_comes_before_the_vm_and_is_forecast(driver: Driver, run_module: Run) -> None:
+    handed = {"roots": [{"signed": {"version": 1}}], "records": [], "revoked": []}
+    assert run_module(vm, check=True, **WANTED, handed=handed)["changed"]
+    assert not (driver.home / "handed").exists()
+    assert run_module(vm, **WANTED, state="created", handed=handed)["changed"]
+    assert driver.calls() == ["accept", "accept", "create", "status"]
+    assert json.loads((driver.home / "handed").read_text()) == handed
+    assert not run_module(vm, **WANTED, state="created", handed=handed)["changed"]
+    # A record that was signed anew is news by itself, and is there before the start.
+    newer = {**handed, "records": [{"payload": "b"}]}
+    assert run_module(vm, check=True, **WANTED, state="created", handed=newer)["changed"]
+    driver.calls()
+    assert run_module(vm, id="ws-t", handed=newer)["changed"]
+    assert driver.calls() == ["status", "accept", "start", "status"]
+    # What runs already, and what ends, is handed nothing.
+    assert not run_module(vm, id="ws-t", handed=handed)["changed"]
+    assert run_module(vm, id="ws-t", state="stopped", handed=handed)["changed"]
+    assert "accept" not in driver.calls()
 
 
 def test_what_is_documented_is_what_is_returned(driver: Driver, run_module: Run) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from saw.cli import vm as vm_cli
-from saw.vm import golden, measure, qemu, spec
+from saw.vm import golden, measure, qemu, released, spec
 
 SYSTEMCTL = """#!/bin/sh
 echo "$@" >> "{log}"
@@ -25,7 +25,13 @@ esac
 
 @pytest.fixture
 def hypervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Private state and runtime directories of the driver; the service manager at the far end is a small program."""
+    """Private state and runtime directories of the driver; the service manager at the far end is a small program.
+
+    Release records are not asked for here but in test_released_image.py, which is about them.
+    """
+    settings = tmp_path / "hypervisor.json"
+    settings.write_text('{"image_records": "unchecked"}')
+    monkeypatch.setattr(released, "SETTINGS", settings)
     state, runtime = tmp_path / "lib/vms", tmp_path / "run"
     for module in (spec, qemu, vm_cli, measure, golden):
         for name, value in (("STATE", state), ("RUNTIME", runtime)):
