@@ -20,7 +20,7 @@ from saw.runtime.notify import notify
 from saw.telemetry.config import TelemetryConfig, Way
 from saw.telemetry.forward import Courier
 from saw.telemetry.health import Beat
-from saw.telemetry.journal import Entry, Gap, JournalError, Open, Reading
+from saw.telemetry.journal import Entry, Gap, Open, Reading
 from saw.telemetry.spool import Spool
 from saw.telemetry.told import Host
 from saw.telemetry.translate import began_event, event_of, gap_event
@@ -173,4 +173,4 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-__all__ = ["JournalError", "Service", "host_name"]
+__all__ = ["Service", "host_name"]
