@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sqlite3
+import tempfile
 from contextlib import closing
 from pathlib import Path
 
@@ -54,8 +55,7 @@ class Far:
 
 @pytest.fixture
 def far(tmp_path: Path):
-    directory = tmp_path / "broker"
-    directory.mkdir()
+    directory = Path(tempfile.mkdtemp(prefix="saw-tree-"))  # paths of sockets are short
     lab = Lab(directory, audit_tree=str(tmp_path / "audit-tree/tiles"))
     (tmp_path / "audit-tree").mkdir()
     try:
@@ -63,6 +63,7 @@ def far(tmp_path: Path):
         yield Far(lab, tmp_path)
     finally:
         lab.stop()
+        shutil.rmtree(directory)
 
 
 def test_a_witness_follows_the_tree_and_fails_for_a_fork_and_a_broker_that_is_away(far: Far) -> None:
