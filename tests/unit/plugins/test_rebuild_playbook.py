@@ -211,3 +211,33 @@ def test_an_image_that_is_revoked_is_not_started_by_hand_either(hypervisor):
     assert done.returncode == 0, done.stdout + done.stderr
     refused = hypervisor.inside("/opt/saw/bin/saw", "vm", "start", hypervisor.name, check=False)
     assert (refused.returncode, f"image {name} is revoked" in refused.stderr) == (1, True), refused
+
+
+@pytest.mark.control("P0-04")
+def test_the_role_pins_the_root_that_the_broker_has_and_follows_no_other(hypervisor):
+    play, pinned = hypervisor.base / "trust.yml", hypervisor.base / "state/trust/root.json"
+    play.write_text(
+        "- hosts: hypervisors\n  gather_facts: false\n  tasks:\n    - ansible.builtin.include_role:\n"
+        "        name: secure_agent.workspace.hypervisor\n        tasks_from: trust\n"
+    )
+    hypervisor.play("workspace_stop", {}, "--syntax-check")  # writes the inventory
+
+    def run(*words: str) -> str:
+        command = [str(SAW.with_name("ansible-playbook")), "-i", str(hypervisor.base / "inventory"), str(play), *words]
+        return " ".join(hypervisor.inside(*command, check=False).stdout.split())
+
+    held = json.loads(pinned.read_bytes())
+    shutil.rmtree(pinned.parent)
+    assert "changed=1 " in run("--check")
+    assert not pinned.exists()
+    assert "changed=1 " in run()
+    assert json.loads(pinned.read_bytes()) == held
+    assert "changed=0 " in run(
+        "-e", "hypervisor_control_host=localhost"
+    )  # asked on the broker's host, with its command
+    other = json.loads(pinned.read_bytes())
+    other["signed"]["expires"] = "2030-01-01T00:00:00Z"
+    (hypervisor.base / "other.json").write_text(json.dumps(other))
+    said = run("-e", f"hypervisor_trusted_root={hypervisor.base}/other.json")
+    assert "is not the one that this hypervisor trusts" in said, said
+    assert json.loads(pinned.read_bytes()) == held
