@@ -108,22 +108,18 @@ def test_a_fault_in_the_program_is_recorded_and_goes_on(lab: Lab, monkeypatch: p
     ],
 )
 def test_every_way_out_leaves_its_own_report(
-    lab: Lab,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    raised: BaseException,
-    code: int,
-    error: str,
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, error: str
 ) -> None:
     def fail(_: Progress, __: Report) -> None:
         raise raised
 
     with_steps(monkeypatch, fail)
-    assert main_job.bring_up(lab) == code
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main_job.bring_up(lab) == code
     told = report(lab)
     assert (told["ok"], told["error"]["code"]) == (False, error)
     assert told["problems"][0] == told["error"]["message"]
-    assert people.ORIGIN not in capsys.readouterr().out
+    assert people.ORIGIN not in said.getvalue()
 
 
 @root_only
