@@ -173,8 +173,9 @@ def test_root_reaches_ring_2_and_the_broker_and_nothing_else(rooted: Workspace, 
     gateway = f"10.210.{rooted.number}.1"
     targets = {
         f"{gateway}:8443": "open", f"{gateway}:8444": "open", f"{gateway}:22": "shut", f"{gateway}:80": "shut",
-        "10.77.0.10:8443": "shut", "10.77.0.10:22": "shut", "10.77.0.20:22": "shut", "10.77.0.30:443": "shut",
-        "10.77.0.1:22": "shut", "169.254.169.254:80": "shut", "10.210.2.1:8443": "shut", "127.0.0.1:22": "open",
+        "10.77.0.10:8443": "shut", "10.77.0.10:8445": "shut", "10.77.0.10:22": "shut",
+        "10.77.0.20:22": "shut", "10.77.0.30:443": "shut", "10.77.0.1:22": "shut",
+        "169.254.169.254:80": "shut", "10.210.2.1:8443": "shut", "127.0.0.1:22": "open",
     }  # fmt: skip
     connect = "import socket, sys; h, p = sys.argv[1].rsplit(':', 1); socket.create_connection((h, int(p)), 2)"
     script = f"""

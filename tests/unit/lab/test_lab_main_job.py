@@ -16,7 +16,7 @@ import pytest
 from private_ns import private
 
 from saw.errors import UnavailableError
-from saw.lab import main_job
+from saw.lab import main_job, people
 from saw.lab.report import Report
 from saw.lab.steps import Progress
 from saw.lab.topology import Lab
@@ -114,10 +114,12 @@ def test_every_way_out_leaves_its_own_report(
         raise raised
 
     with_steps(monkeypatch, fail)
-    assert main_job.bring_up(lab) == code
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main_job.bring_up(lab) == code
     told = report(lab)
     assert (told["ok"], told["error"]["code"]) == (False, error)
     assert told["problems"][0] == told["error"]["message"]
+    assert people.ORIGIN not in said.getvalue()
 
 
 @root_only
@@ -135,7 +137,9 @@ def test_a_run_that_is_killed_leaves_no_report_of_an_earlier_one(lab: Lab, monke
 
 
 @root_only
-def test_a_good_run_says_ok_and_ends_with_zero(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_good_run_says_ok_and_where_the_pages_are_and_ends_with_zero(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def good(progress: Progress, told: Report) -> None:
         with progress.step("all"):
             call = {
@@ -155,6 +159,7 @@ def test_a_good_run_says_ok_and_ends_with_zero(lab: Lab, monkeypatch: pytest.Mon
     with_steps(monkeypatch, good)
     assert main_job.bring_up(lab) == 0
     assert (report(lab)["ok"], report(lab)["problems"], report(lab)["error"]) == (True, [], None)
+    assert people.how_to_open(lab) in capsys.readouterr().out
 
 
 class Hypervisor:
