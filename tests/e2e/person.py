@@ -130,9 +130,7 @@ def told(line: str, places: Mapping[str, str] = {}) -> list[str]:
 def take(page: Chromium, name: str, height: int = 0, top: str = "") -> None:
     """Keep a picture of the page from ``top`` (JavaScript) on, ``height`` pixels of it where that is given."""
     PICTURES.mkdir(parents=True, exist_ok=True)
-    if top:
-        page.run(f"{top}.scrollIntoView()")
-    page.picture(PICTURES / f"{name}.png", height)
+    page.picture(PICTURES / f"{name}.png", height, top)
 
 
 def type_line(page: Chromium, text: str) -> None:

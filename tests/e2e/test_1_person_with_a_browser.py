@@ -181,7 +181,7 @@ def test_the_push_waits_until_somebody_else_has_read_the_diff_and_approves_it_wi
             return str(desk.run("document.querySelector('.state').innerText")) == "done"
 
         wait_until("the push at the far end", done, patience=180)
-        take(desk, "7-done", 520, "document.getElementById('facts')")
+        take(desk, "7-done", 540, "document.getElementById('facts')")
     assert f"the work of {day.mark}" in workspace.host("enterprise", " ".join(f"'{word}'" for word in tip))
     shown = json.loads(workspace.saw("review", "show", day.review, "--json").stdout)
     [decision] = shown["decisions"]

@@ -106,11 +106,12 @@ class Chromium:
         """Prefer ``light`` or ``dark``."""
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])
 
-    def picture(self, file: Path, height: int = 0) -> None:
-        """Write what the window shows as PNG, its upper ``height`` pixels where that is given."""
-        clip = (
-            {"clip": {"x": 0, "y": self.run("scrollY"), "width": 1085, "height": height, "scale": 1}} if height else {}
-        )
+    def picture(self, file: Path, height: int = 0, top: str = "") -> None:
+        """Write what the window shows as PNG; where ``height`` is given, that many pixels from the element ``top`` on."""
+        clip = {}
+        if height:
+            y = self.run(f"{top}.scrollIntoView(); scrollY + {top}.getBoundingClientRect().top" if top else "scrollY")
+            clip = {"clip": {"x": 0, "y": y, "width": 1085, "height": height, "scale": 1}}
         raw = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=False, **clip)["data"]
         file.write_bytes(base64.b64decode(raw))
 
