@@ -60,5 +60,5 @@ else
   remove "$root/build"
 fi
 remove "$root/.venv"
-remove "$root"/roles/broker/files/terminal/node_modules "$root"/tests/{oidc/node/,oidc/,clients/}node_modules
+remove "$root"/roles/broker/files/terminal/node_modules "$root"/tests/{oidc/node/,oidc/,pages/,clients/}node_modules
 printf '==> clean: %s removed\n' "$([ "$removed" = 1 ] && echo '1 thing' || echo "$removed things")"

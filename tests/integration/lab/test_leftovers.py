@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -196,3 +197,15 @@ def test_another_build_directory_loses_only_what_is_ours(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert [path.name for path in other.iterdir()] == ["somebody's data"]
     assert "it holds more than ours" in done.stdout
+
+
+def test_clean_removes_every_tree_that_npm_filled(tmp_path: Path) -> None:
+    root = checkout(tmp_path, saw="exit 0")
+    folders = re.findall(r"^ *npm_tree (\S+) ", (ROOT / "scripts/bootstrap.sh").read_text(), re.MULTILINE)
+    assert len(folders) > 2
+    for folder in folders:
+        (root / folder / "node_modules/a").mkdir(parents=True)
+    done = clean(root)
+    assert done.returncode == 0, done.stderr
+    assert list(root.rglob("node_modules")) == []
+    assert all((root / folder).is_dir() for folder in folders), "what is not npm's stays"
