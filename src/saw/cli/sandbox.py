@@ -112,14 +112,12 @@ def _check() -> list[str]:
 
 
 def _prepare(generation: Path, units: str) -> list[str]:
-    from saw.runtime import sandbox, sandbox_bounds, sandbox_prepare, sandbox_units
-    from saw.runtime.limits import SLICE
+    from saw.runtime import sandbox, sandbox_prepare, sandbox_units
 
     spec = sandbox.load_spec(generation)
     version = sandbox_units.systemd_version()
     sandbox_units.verify_units(sandbox_units.compile_units(spec, systemd=version))
-    removed = sandbox_prepare.retire(spec, sandbox_units.stop_units, unit_directory=units)
-    changed = removed + sandbox_prepare.prepare(spec, unit_directory=units)
-    if any(Path(path).name == SLICE for path in changed):
-        sandbox_bounds.hold_running(spec)
-    return changed
+    changed = sandbox_prepare.bound(spec, unit_directory=units)
+    # Before the home: what an agent did there must not keep it running under a policy that no longer has it so.
+    changed += sandbox_prepare.retire(spec, sandbox_units.stop_units, unit_directory=units)
+    return changed + sandbox_prepare.prepare(spec, unit_directory=units)

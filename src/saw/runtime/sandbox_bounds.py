@@ -66,7 +66,8 @@ def slice_words(spec: SandboxSpec) -> list[str]:
 def hold_running(spec: SandboxSpec, *, control: Path = CONTROL) -> bool:
     """Hold what runs to the limits of ``spec``; tell whether anything does. Raises :class:`SandboxError`.
 
-    ``control`` is where systemd notes what it was told; the note is taken away, since the unit file says the same.
+    Nothing is compared before: what systemd shows is what it has read, and not what the kernel was told. ``control`` is where
+    systemd notes what it was told; the note is taken away however this ends, since the unit file says the same.
     """
     try:
         active = ["systemctl", "is-active", "--quiet", limits.SLICE]
@@ -75,7 +76,8 @@ def hold_running(spec: SandboxSpec, *, control: Path = CONTROL) -> bool:
         done = subprocess.run(slice_words(spec), capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SandboxError(f"systemctl did not set the limits: {error}", cure="see `systemctl status`") from error
-    shutil.rmtree(control / f"{limits.SLICE}.d", ignore_errors=True)
+    finally:
+        shutil.rmtree(control / f"{limits.SLICE}.d", ignore_errors=True)
     if done.returncode != 0:
         raise SandboxError(f"systemctl did not set the limits: {done.stderr.strip()[-300:]}", cure="see its journal")
     return True

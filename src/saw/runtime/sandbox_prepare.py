@@ -10,18 +10,29 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from saw.files import write_atomic
+from saw.runtime.limits import SLICE
 from saw.runtime.sandbox import (
     LAUNCH_DIRECTORY,
     RuntimePaths,
     SandboxError,
     SandboxSpec,
 )
-from saw.runtime.sandbox_bounds import SCRATCH
+from saw.runtime.sandbox_bounds import SCRATCH, hold_running, slice_unit
 from saw.runtime.sandbox_home import PLACED, make_below_home, place_files, protect_home
 from saw.runtime.sandbox_units import MEDIATOR_USER, compile_launch_files, compile_units
 from saw.runtime.unitfile import MARK
 
 SHIMS = {"saw-run": "shell_client.py", "saw-mcp-connect": "mcp_connect.py"}
+
+
+def bound(spec: SandboxSpec, *, unit_directory: str) -> list[str]:
+    """Write the slice of everything of the agent and hold what runs to it, whether or not it changed; return what changed.
+
+    It comes first, so that nothing that fails later, such as what the agent did to its home, keeps wider limits in force.
+    """
+    changed = _write_changed(unit_directory, {SLICE: slice_unit(spec).encode()})
+    hold_running(spec)
+    return changed
 
 
 def prepare(

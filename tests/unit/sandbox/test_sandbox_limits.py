@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_sandbox_spec import ACCOUNT, GOVERNANCE, POLICY
 
+from saw.cli import sandbox as cli
 from saw.policy.errors import PolicyError
 from saw.policy.loader import Bundle, load_governance, load_members, load_policy
 from saw.policy.openshell_runtime import plan
 from saw.policy.reach_diff import diff_bundles
 from saw.policy.sandbox_limits import SandboxLimits, cores, size
-from saw.runtime import sandbox_units
+from saw.runtime import sandbox, sandbox_prepare, sandbox_units
 from saw.runtime.limits import SLICE, Machine, limits_of
 from saw.runtime.sandbox import SandboxError, compile_spec, encode_launch
 from saw.runtime.sandbox_bounds import hold_running
@@ -235,4 +239,61 @@ def test_what_runs_is_held_to_the_new_limits(systemctl: Path, active: str, done:
     asked = (systemctl / "asked").read_text()
     words = f"set-property --runtime {SLICE} MemoryMax={GIB} MemorySwapMax=0 TasksMax=100 CPUWeight=25 IOWeight=25 CPUQuota=\n"
     assert (words in asked) is (active == "0"), "no quota takes an earlier one back"
-    assert noted.exists() is (active != "0"), "the unit file says the same, and changes with the policy"
+    assert not noted.exists(), "the unit file says the same, and changes with the policy"
+
+
+def test_a_note_of_systemds_goes_though_systemctl_hangs(systemctl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted = systemctl / "control" / f"{SLICE}.d"
+    noted.mkdir(parents=True)
+    real = subprocess.run
+
+    def hang(words: list[str], **how: Any) -> Any:
+        if words[1] == "set-property":
+            raise subprocess.TimeoutExpired(words, how["timeout"])
+        return real(words, **how)
+
+    (systemctl / "active").write_text("0")
+    monkeypatch.setattr(subprocess, "run", hang)
+    with pytest.raises(SandboxError, match="did not set the limits"):
+        hold_running(build(), control=systemctl / "control")
+    assert not noted.exists()
+
+
+@pytest.mark.parametrize("fails", ["retire", "prepare", ""])
+def test_what_runs_is_held_to_the_limits_first_and_at_every_apply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    done: list[str] = []
+
+    def step(name: str, answer: object = None) -> Callable[..., object]:
+        def run(*_: object, **__: object) -> object:
+            done.append(name)
+            if name == fails:
+                raise SandboxError("told to")
+            return [] if answer is None else answer
+
+        return run
+
+    spec = build("{memory: 1GiB}")
+    monkeypatch.setattr(sandbox, "load_spec", lambda _: spec)
+    monkeypatch.setattr(sandbox_units, "systemd_version", lambda: 257)
+    monkeypatch.setattr(sandbox_units, "verify_units", lambda _: None)
+    monkeypatch.setattr(sandbox_prepare, "hold_running", step("hold"))
+    monkeypatch.setattr(sandbox_prepare, "retire", step("retire"))
+    monkeypatch.setattr(sandbox_prepare, "prepare", step("prepare"))
+    words = ["prepare", "--json", "--units", str(tmp_path)]
+    for _ in range(2):
+        if fails:
+            with pytest.raises(SandboxError, match="told to"):
+                cli.main(words)
+        else:
+            assert cli.main(words) == 0
+        assert f"MemoryMax={GIB}" in (tmp_path / SLICE).read_text()
+    steps = ["hold", "retire", "prepare"]
+    assert done == 2 * (steps[: steps.index(fails) + 1] if fails else steps)
+
+
+def test_an_apply_that_failed_is_tried_again() -> None:
+    template = Path(__file__).resolve().parents[3] / "roles/sandbox/templates/saw-sandbox-apply.service.j2"
+    lines = template.read_text().splitlines()
+    assert {"Type=oneshot", "Restart=on-failure", "RestartSec=10s", "StartLimitIntervalSec=0"} <= set(lines)
