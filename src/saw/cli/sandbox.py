@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
         ("net-down", "take down the sandbox's network; the VM-wide rules stay"),
         ("check", "compare network and rules with what they must be"),
         ("prepare", "write launch files and units of the loaded generation"),
+        ("start-agents", "start always-on agents that were not started yet as the loaded generation has them"),
         ("shims", "write saw-run, saw-attach and saw-mcp-connect"),
         ("attach", "open the persistent terminal, or run SSH_ORIGINAL_COMMAND, in the sandbox"),
         ("forward", "carry connections to the port that SSH_ORIGINAL_COMMAND names in the sandbox's network"),
@@ -40,9 +41,9 @@ def main(argv: list[str]) -> int:
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("--json", action="store_true", help="machine-readable answer on stdout")
-        if name == "prepare":
+        if name in {"prepare", "start-agents"}:
             command.add_argument("--generation", type=Path, default=Path("/run/saw/generations/current"))
-            command.add_argument("--units", default="/run/systemd/system", help="where the units are written")
+            command.add_argument("--units", default="/run/systemd/system", help="where the units lie")
         if name == "shims":
             command.add_argument("--directory", type=Path, default=Path("/opt/saw/libexec"))
     options = parser.parse_args(argv)
@@ -56,6 +57,8 @@ def main(argv: list[str]) -> int:
         problems = _check()
     elif options.command == "prepare":
         changed = _prepare(options.generation, options.units)
+    elif options.command == "start-agents":
+        changed = _start_agents(options.generation, options.units)
     else:
         from saw.runtime import sandbox, sandbox_prepare
 
@@ -121,3 +124,12 @@ def _prepare(generation: Path, units: str) -> list[str]:
     # Before the home: what an agent did there must not keep it running under a policy that no longer has it so.
     changed += sandbox_prepare.retire(spec, sandbox_units.stop_units, unit_directory=units)
     return changed + sandbox_prepare.prepare(spec, unit_directory=units)
+
+
+def _start_agents(generation: Path, units: str) -> list[str]:
+    from saw.runtime import sandbox, sandbox_agents
+
+    # The folder itself, so that digest and policy are of one generation.
+    generation = generation.resolve()
+    spec = sandbox.load_spec(generation)
+    return sandbox_agents.start_agents(spec, generation.name, sandbox_agents.start_unit, unit_directory=units)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_sandbox_spec import ACCOUNT, POLICY
 
+from saw.cli import sandbox as cli
 from saw.policy.errors import PolicyError
 from saw.policy.loader import Bundle, load_governance, load_members, load_policy
 from saw.policy.openshell_runtime import plan
 from saw.policy.reach_diff import diff_bundles
-from saw.runtime import sandbox_bounds, sandbox_prepare, sandbox_units
+from saw.runtime import sandbox, sandbox_agents, sandbox_bounds, sandbox_prepare, sandbox_units
 from saw.runtime.limits import SLICE
 from saw.runtime.sandbox import SandboxError, compile_spec, encode_launch
 
@@ -172,6 +174,137 @@ def test_an_agent_that_the_policy_has_otherwise_is_stopped_to_be_started_anew(tm
     assert set(machine.stopped) == wanted
     machine.write(after)
     assert (machine.retire(after), machine.stopped) == ([], [])
+
+
+class Starts:
+    """What `saw sandbox start-agents` starts beside a :class:`Machine`."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine, self.fail = machine, ""
+        self.record = machine.units.parent / "started.json"
+
+    def __call__(self, spec, digest: str = "a" * 64) -> list[str]:
+        asked = []
+
+        def start(unit: str) -> None:
+            asked.append(unit.removeprefix("saw-agent@").removesuffix(".service"))
+            if asked[-1] == self.fail:
+                raise SandboxError(f"{unit}: told to")
+
+        places = {"launch_directory": str(self.machine.launches), "unit_directory": str(self.machine.units)}
+        if self.fail:
+            with pytest.raises(SandboxError, match="told to"):
+                sandbox_agents.start_agents(spec, digest, start, **places, record=self.record)
+        else:
+            sandbox_agents.start_agents(spec, digest, start, **places, record=self.record)
+        return asked
+
+
+THREE = "{ever: {command: [/bin/a]}, mended: {command: [/bin/b], restart: on-failure}, once: {command: [/bin/c], restart: no}}"
+
+
+def test_an_agent_that_ended_is_started_again_by_a_policy_a_boot_or_another_unit_and_by_nothing_else(
+    tmp_path: Path,
+) -> None:
+    machine, spec = Machine(tmp_path), build(THREE)
+    machine.write(spec)
+    starts = Starts(machine)
+    assert starts(spec) == ["ever", "mended", "once"]
+    assert starts(spec) == starts(spec) == ["ever"], "files that come and go beside the generation start nobody"
+    assert starts(spec, "b" * 64) == ["ever", "mended", "once"], "another policy comes into force"
+    ever, mended, once = spec.agents
+    other = replace(spec, agents=(ever, mended, replace(once, command=("/bin/d",))))
+    machine.write(other)
+    assert starts(other, "b" * 64) == ["ever", "once"]
+    assert starts(replace(other, agents=(ever, mended)), "b" * 64) == ["ever"]
+    assert starts(other, "b" * 64) == ["ever", "once"], "it was gone in between"
+    for broken in (b"", b"[]", b'{"a": 1}'):
+        starts.record.write_bytes(broken)
+        assert starts(other, "b" * 64) == ["ever", "mended", "once"]
+    starts.record.unlink()
+    assert starts(other, "b" * 64) == ["ever", "mended", "once"], "after a boot the record is gone"
+
+
+def test_a_start_that_systemd_refuses_is_tried_again_and_holds_up_no_other(tmp_path: Path) -> None:
+    machine, spec = Machine(tmp_path), build(THREE)
+    machine.write(spec)
+    starts = Starts(machine)
+    starts.fail = "mended"
+    assert starts(spec) == ["ever", "mended", "once"]
+    starts.fail = ""
+    assert starts(spec) == ["ever", "mended"]
+    (machine.units / "saw-agent@once.service").unlink()
+    with pytest.raises(SandboxError, match="is not prepared"):
+        starts(spec)
+
+
+def test_the_command_starts_agents_of_the_generation_in_force_without_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, spec = Machine(tmp_path), build()
+    machine.write(spec)
+    (tmp_path / ("c" * 64)).mkdir()
+    (tmp_path / "current").symlink_to("c" * 64)
+    loaded: list[Path] = []
+    monkeypatch.setattr(sandbox, "load_spec", lambda place: loaded.append(place) or spec)
+    places = {"launch_directory": str(machine.launches), "record": tmp_path / "started.json"}
+    keywords = {**sandbox_agents.start_agents.__kwdefaults__, **places}
+    monkeypatch.setattr(sandbox_agents.start_agents, "__kwdefaults__", keywords)
+    program = tmp_path / "systemctl"
+    program.write_text('#!/bin/sh\necho "$@" >>"${0%/*}/asked"\nexit $(cat "${0%/*}/code")\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    words = ["start-agents", "--json", "--generation", str(tmp_path / "current"), "--units", str(machine.units)]
+    (tmp_path / "code").write_text("1")
+    with pytest.raises(SandboxError, match=r"did not start saw-agent@triage\.service"):
+        cli.main(words)
+    (tmp_path / "code").write_text("0")
+    assert [cli.main(words), cli.main(words)] == [0, 0]
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked == 2 * ["start --no-block -- saw-agent@triage.service"]
+    assert set(loaded) == {tmp_path / ("c" * 64)}
+
+
+TEMPLATE = Path(__file__).resolve().parents[3] / "roles/sandbox/templates/saw-sandbox-apply.service.j2"
+
+
+@pytest.mark.parametrize("fails", ["", "prepare", "start-agents", "saw-shell.service"])
+def test_an_apply_starts_agents_by_their_own_command_and_fails_with_any_part(tmp_path: Path, fails: str) -> None:
+    (tmp_path / "generations").mkdir()
+    (tmp_path / "generations/current").symlink_to("d" * 64)
+    (tmp_path / "units").mkdir()
+    for name in (
+        "saw-agent@a.service",
+        "saw-mcp-git.service",
+        "saw-mcp-server-git@.service",
+        "saw-mcp-server-git.socket",
+    ):
+        (tmp_path / "units" / name).touch()
+    for name in ("saw", "systemctl"):
+        place = tmp_path / name
+        place.write_text(
+            f'#!/bin/sh\necho "{name} $*" >>{tmp_path}/asked\ncase " $* " in *" {fails or "never"} "*) exit 1;; esac\n'
+        )
+        place.chmod(0o755)
+    text = TEMPLATE.read_text()
+    script = text[text.index("'while") + 1 : text.rindex("'")].replace("\\\n", "\n").replace("$$", "$")
+    for place, ours in (
+        ("/run/saw/generations", tmp_path / "generations"),
+        ("/run/systemd/system", tmp_path / "units"),
+        ("/opt/saw/bin/saw", tmp_path / "saw"),
+    ):
+        script = script.replace(place, str(ours))
+    done = subprocess.run(
+        ["/bin/sh", "-ec", script], check=False, timeout=60, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    )
+    steps = [
+        "saw sandbox prepare",
+        "systemctl daemon-reload",
+        "saw sandbox start-agents",
+        "systemctl start -- saw-shell.service saw-mcp-git.service saw-mcp-server-git.socket",
+    ]
+    assert (tmp_path / "asked").read_text().splitlines() == (steps[:1] if fails == "prepare" else steps)
+    assert (done.returncode == 0) is (not fails)
 
 
 def gained(old: str, new: str) -> list[tuple[str, str, str]]:
