@@ -117,19 +117,26 @@ def view_policy(digest: str, revision: int, policy: Policy, governance: Governan
         ),
         files=Files(files.read_only[:MOST], files.read_write[:MOST], files.include_workdir),
         budgets=tuple(budget.id for budget in governance.budgets[:MOST]),
-        truncated=any(
-            len(part) > MOST
-            for part in (
-                hosts,
-                governance.actions,
-                governance.mcp.servers,
-                governance.inference.routes,
-                governance.budgets,
-            )
-        ),
+        truncated=_is_cut(policy, governance),
         ask=ASK,
     )
     return _bounded(found)
+
+
+def _is_cut(policy: Policy, governance: Governance) -> bool:
+    """Tell whether a list is longer than what is told of it."""
+    endpoints = [endpoint for rule in policy.network_policies.values() for endpoint in rule.endpoints]
+    servers, routes = governance.mcp.servers.values(), governance.inference.routes
+    files = policy.filesystem_policy
+    whole = (endpoints, governance.actions, servers, routes, governance.budgets, files.read_only, files.read_write)
+    inside = (
+        *(rule.binaries for rule in policy.network_policies.values() if rule.endpoints),
+        *(endpoint.rules or () for endpoint in endpoints),
+        *(server.tools for server in servers),
+        *(tool.args for server in servers for tool in server.tools.values()),
+        *((*route.aliases, *route.models) for route in routes),
+    )
+    return any(len(part) > MOST for part in whole) or any(len(part) > MOST_INSIDE for part in inside)
 
 
 def _bounded(view: PolicyView) -> PolicyView:

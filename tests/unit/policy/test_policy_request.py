@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from saw.policy.loader import Bundle, load_bundle_folder, load_members
+from saw.policy import policy_view
+from saw.policy.loader import Bundle, load_bundle_folder, load_governance, load_members, load_policy
 from saw.policy.model import Request
 from saw.policy.policy_request import Wish, canonical, judge
 from saw.policy.policy_view import MAX_VIEW, as_text, view_policy
@@ -62,6 +64,59 @@ def test_a_view_of_a_huge_policy_keeps_to_its_bound_and_says_so() -> None:
     assert view.truncated
     assert 0 < len(view.hosts) < 80
     assert "the policy is longer than this" in as_text(view)
+
+
+@pytest.mark.parametrize(
+    ("what", "most"),
+    [
+        ("rules", 4), ("programs", 4), ("tools", 4), ("arguments", 4), ("models", 4), ("aliases", 3),
+        ("read_only", 6), ("read_write", 6), ("actions", 6), ("routes", 6), ("servers", 6), ("endpoints", 6),
+    ],
+)  # fmt: skip
+def test_whatever_is_left_out_of_a_list_makes_the_view_say_so(
+    monkeypatch: pytest.MonkeyPatch, what: str, most: int
+) -> None:
+    monkeypatch.setattr(policy_view, "MOST", 6)
+    monkeypatch.setattr(policy_view, "MOST_INSIDE", 4)
+
+    def told(count: int) -> bool:
+        def many(name: str) -> range:
+            return range(count if name == what else 1)
+
+        rules = [{"allow": {"method": "GET", "path": f"/{n}"}} for n in many("rules")]
+        programs = [{"path": f"/usr/bin/a{n}"} for n in many("programs")]
+        endpoint = {"port": 443, "protocol": "rest", "rules": rules}
+        endpoints = [{"host": f"a{n}.example.com", **endpoint} for n in many("endpoints")]
+        policy = {
+            "version": 1,
+            "network_policies": {"a": {"endpoints": endpoints, "binaries": programs}},
+            "filesystem_policy": {
+                kind: [f"/srv/{kind}{n}" for n in many(kind)] for kind in ("read_only", "read_write")
+            },
+        }
+        tool = {"class": "auto", "args": {f"a{n}": {} for n in many("arguments")}}
+        tools = {f"t{n}": tool for n in many("tools")}
+        route = {
+            "upstream": "https://models.example.com/v1", "models": [f"m{n}" for n in many("models")],
+            "aliases": {f"a{n}": "m0" for n in many("aliases")} if what == "aliases" else {},
+        }  # fmt: skip
+        governance = {
+            "schema": 1,
+            "blueprint": {"name": "coding", "version": "1.0.0", "owner": "team"},
+            "actions": [
+                {"match": {"host": "a0.example.com", "path": f"/{n}"}, "class": "auto"} for n in many("actions")
+            ],
+            "mcp": {
+                "servers": {
+                    f"s{n}": {"transport": "stdio", "command": ["/bin/mcp"], "tools": tools} for n in many("servers")
+                }
+            },
+            "inference": {"routes": [{"alias": f"m{n}.example.com", **route} for n in many("routes")]},
+        }
+        read = load_policy(json.dumps(policy).encode()), load_governance(json.dumps(governance).encode())
+        return view_policy("d" * 64, 1, *read).truncated
+
+    assert (told(most), told(most + 1)) == (False, True)
 
 
 def test_a_policy_that_allows_nothing_says_so() -> None:
