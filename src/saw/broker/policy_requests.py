@@ -19,10 +19,10 @@ from saw.broker.context import BROKER, Caller, Services
 from saw.broker.delegation_ends import record_of
 from saw.broker.errors import BusyError, ConflictError, ForbiddenError, MalformedError, NotFoundError
 from saw.broker.handed_tools import require_self
-from saw.broker.holds import holds_in_force
 from saw.broker.lifecycle import State
 from saw.broker.notification_settings import Kind
 from saw.broker.notifications import Notifications
+from saw.broker.policy_request_ends import RequestRetention, make_room
 from saw.broker.policy_request_views import (
     AnsweredRequest,
     AnswerRequest,
@@ -46,13 +46,11 @@ OPEN_FOR = timedelta(days=14)
 MOST_OPEN = 20
 """Most open requests of a workspace."""
 MOST_KEPT = 200
-"""Most requests of a workspace that are kept at all: those of the last :data:`KEEP`."""
-KEEP = timedelta(days=90)
-"""How long one that has ended is listed; what the trail says of it stays."""
+"""Most requests of a workspace that are kept at all; of those that ended and are not held, the first make room."""
 SHOWN = 50
 """Most requests that an agent is told of, the newest."""
 STEP = 500
-"""Most requests that one look expires, or removes."""
+"""Most requests that one look expires."""
 MAX_PAGE = 200
 STATES = ("open", "accepted", "declined", "expired")
 _ENDS: dict[str, Literal["accepted", "declined"]] = {"accept": "accepted", "decline": "declined"}
@@ -64,11 +62,13 @@ class PolicyRequests:
     def __init__(self, services: Services) -> None:
         self._s = services
         self._notifications = Notifications(services)
+        self._retention = RequestRetention(services)
 
     def ask(self, caller: Caller, body: AskMore) -> Asked:
         """Keep a request; the same again is the one that is open, or was answered under the same policy.
 
-        Raises ``not_this_workspace``, ``policy_changed``, ``already_allowed``, ``never_allowed``, ``too_many_requests``.
+        Raises ``not_this_workspace``, ``policy_changed``, ``already_allowed``, ``never_allowed``, ``too_many_requests``,
+        ``all_requests_held``.
         """
         require_self(caller, body.workspace_id)
         with self._s.store.read() as connection:
@@ -96,6 +96,7 @@ class PolicyRequests:
             if found is not None:
                 return _asked(found)
             _require_room(tx.connection, workspace.id)
+            make_room(tx, self._s, workspace.id, MOST_KEPT)
             identifier = self._s.new_id("pr")
             tx.connection.execute(
                 policy_requests.insert().values(
@@ -214,20 +215,13 @@ class PolicyRequests:
 
     def tick(self) -> None:
         """Expire what nobody answered in time, and remove what ended long ago and is not held."""
-        now = self._s.clock()
-        late = (policy_requests.c.state == "open") & (policy_requests.c.expires_at <= iso(now))
-        old = (policy_requests.c.state != "open") & (policy_requests.c.ended_at <= iso(now - KEEP))
+        late = (policy_requests.c.state == "open") & (policy_requests.c.expires_at <= iso(self._s.clock()))
         with self._s.store.read() as connection:
-            if connection.execute(select(policy_requests.c.id).where(late | old).limit(1)).first() is None:
-                return
-        with self._s.store.write() as tx:
-            self._expire(tx)
-            held = holds_in_force(tx.connection)
-            rows = tx.connection.execute(select(policy_requests).where(old).limit(STEP)).all()
-            gone = [row.id for row in rows if not held.takes(row.workspace_id, row.opened_at, row.ended_at)]
-            if gone:
-                tx.connection.execute(policy_requests.delete().where(policy_requests.c.id.in_(gone)))
-                self._record_removal(tx, len(gone))
+            waiting = connection.execute(select(policy_requests.c.id).where(late).limit(1)).first() is not None
+        if waiting:
+            with self._s.store.write() as tx:
+                self._expire(tx)
+        self._retention.tick()
 
     def _expire(self, tx: Transaction, workspace_id: str = "") -> None:
         now = iso(self._s.clock())
@@ -296,18 +290,6 @@ class PolicyRequests:
             )
         )
 
-    def _record_removal(self, tx: Transaction, count: int) -> None:
-        tx.record(
-            self._s.events.api_activity(
-                self._s.clock(),
-                BROKER.subject(),
-                "policy.request.retention.remove",
-                activity="delete",
-                message=f"{count} policy requests that ended more than {KEEP.days} days ago were removed",
-                detail={"requests": count, "days": KEEP.days},
-            )
-        )
-
 
 def get_request(connection: Connection, identifier: str) -> Row[Any]:
     """Return the row of a request or raise :class:`NotFoundError`."""
@@ -363,11 +345,11 @@ def _same(connection: Connection, body: AskMore) -> Row[Any] | None:
 
 def _require_room(connection: Connection, workspace_id: str) -> None:
     columns = policy_requests.c
-    query = select(func.count()).select_from(policy_requests).where(columns.workspace_id == workspace_id)
-    waiting = connection.execute(query.where(columns.state == "open")).scalar_one()
-    if waiting >= MOST_OPEN or connection.execute(query).scalar_one() >= MOST_KEPT:
+    query = select(func.count()).select_from(policy_requests)
+    query = query.where(columns.workspace_id == workspace_id, columns.state == "open")
+    if connection.execute(query).scalar_one() >= MOST_OPEN:
         raise BusyError(
-            f"{workspace_id} asks for too much: at most {MOST_OPEN} requests are open and {MOST_KEPT} kept",
+            f"{workspace_id} asks for too much: at most {MOST_OPEN} requests are open",
             cure="wait until people have answered",
             code="too_many_requests",
         )

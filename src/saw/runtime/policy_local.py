@@ -35,6 +35,7 @@ _STATUS = {
     "too_large": 413,
     "rate_limited": 429,
     "too_many_requests": 429,
+    "all_requests_held": 429,
 }
 _BURST, _EACH_S = 20, 2.0
 """So many calls about requests at once, and one more every so many seconds."""

@@ -16,6 +16,8 @@ from test_policy_requests import (
     test_the_list_is_filtered_and_comes_in_pages_newest_first,
     test_the_same_ask_is_one_request_while_it_is_open_and_while_the_policy_that_answered_it_is_in_force,
     test_what_ended_long_ago_goes_and_what_is_held_or_open_stays,
+    test_what_is_held_keeps_nothing_behind_it_and_has_nothing_written,
+    test_what_is_held_makes_no_room_and_what_is_not_does,
 )
 
 

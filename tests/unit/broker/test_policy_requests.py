@@ -7,6 +7,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,17 +17,19 @@ import msgspec
 import pytest
 from request_world import ME, NEIGHBOUR, RequestWorld, ask_more
 from review_world import EDGE, OPERATOR, refused
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from saw.broker import apps, policy_request_routes
+from saw.broker import policy_request_ends as ends
 from saw.broker import policy_requests as kept
 from saw.broker.agents import RetireAgent
 from saw.broker.context import Caller
 from saw.broker.delegations import Issue, Revoke
 from saw.broker.errors import BrokerError
-from saw.broker.holds import AddHold
+from saw.broker.holds import AddHold, ReleaseHold
 from saw.broker.notification_settings import Kind, Webhook
-from saw.broker.policy_requests import KEEP, MOST_OPEN, OPEN_FOR
+from saw.broker.policy_request_ends import KEEP
+from saw.broker.policy_requests import MOST_OPEN, OPEN_FOR
 from saw.broker.releases import bundles_of
 from saw.broker.schema import notifications, policy_requests
 from saw.policy.bundle import read_content
@@ -230,15 +233,54 @@ def test_open_and_kept_requests_of_a_workspace_are_bounded_and_those_of_others_a
     assert world.ask(path="/v2/0").id == made[0]
     assert world.ask(NEIGHBOUR, workspace_id="ws-b").state == "open"
     world.answer(made[0], "decline", "no")
+    world.later(seconds=1)
     assert world.ask().state == "open"
     for number in range(1, 5):
         world.answer(made[number], "decline", "no")
         world.ask(path=f"/v3/{number}")
+    assert count(world) == MOST_OPEN + 5
     world.answer(made[5])
-    with refused("too_many_requests"):
-        world.ask(path="/v3/more")
+    world.later(seconds=1)
+    more = world.ask(path="/v3/more")
+    assert (count(world), more.state) == (MOST_OPEN + 5, "open")
+    with refused("unknown_policy_request"):
+        world.broker.policy_requests.show(made[0])
+    assert world.broker.policy_requests.show(made[1]).state == "declined"
+    told = [one for one in world.told() if one["api"]["operation"] == "policy.request.retention.remove"]
+    assert [(one["unmapped"]["saw"]["workspace"], one["unmapped"]["saw"]["requests"]) for one in told] == [("ws-a", 1)]
     monkeypatch.setattr(kept, "SHOWN", 7)
     assert len(world.broker.policy_requests.mine(ME, "ws-a").requests) == 7
+
+
+def count(world: RequestWorld, workspace: str = "ws-a") -> int:
+    query = select(func.count()).select_from(policy_requests).where(policy_requests.c.workspace_id == workspace)
+    with world.broker.services.store.read() as connection:
+        return int(connection.execute(query).scalar_one())
+
+
+def test_what_is_held_makes_no_room_and_what_is_not_does(world: RequestWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "MOST_KEPT", 3)
+    monkeypatch.setattr(ends, "STEP", 1)
+    made = []
+    for number in range(3):
+        made.append(world.ask(path=f"/v2/{number}").id)
+        world.answer(made[-1], "decline", "no")
+        world.now += timedelta(days=1)
+    day = int(world.now.timestamp() * 1000) - 2 * 86_400_000
+    first = world.broker.holds.add(OPERATOR, AddHold(reason="a case", since=0, until=day))["id"]
+    world.ask(path="/v2/more")
+    left = {one.id for one in world.broker.policy_requests.mine(ME, "ws-a").requests}
+    assert made[0] in left, "it ended first and is held"
+    assert made[1] not in left
+    world.broker.holds.add(OPERATOR, AddHold(reason="another", workspace="ws-a"))
+    with refused("all_requests_held", 429):
+        world.ask(path="/v2/again")
+    assert world.ask(NEIGHBOUR, workspace_id="ws-b").state == "open"
+    for hold in world.broker.holds.listed(everything=False)["holds"]:
+        world.broker.holds.release(OPERATOR, hold["id"], ReleaseHold(reason="over"))
+    assert first
+    assert world.ask(path="/v2/again").state == "open"
+    assert count(world) == 3
 
 
 def test_the_routes_give_each_workspace_a_share_of_its_own(
@@ -386,6 +428,54 @@ def test_what_ended_long_ago_goes_and_what_is_held_or_open_stays(world: RequestW
     assert world.told()[-1]["unmapped"]["saw"]["requests"] == 1
 
 
+def test_what_is_held_keeps_nothing_behind_it_and_has_nothing_written(
+    world: RequestWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ends, "STEP", 2)
+    world.broker.holds.add(OPERATOR, AddHold(reason="a case", workspace="ws-b"))
+    for number in range(5):
+        world.answer(world.ask(NEIGHBOUR, workspace_id="ws-b", path=f"/v2/{number}").id)
+        world.now += timedelta(seconds=1)
+    for number in range(3):
+        world.answer(world.ask(path=f"/v2/{number}").id)
+    world.now += KEEP
+    for _ in range(5):
+        world.broker.policy_requests.tick()
+    assert (count(world), count(world, "ws-b")) == (0, 5)
+
+    def write() -> None:
+        raise AssertionError("nothing is to be written")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.broker.services.store, "write", write)
+        for _ in range(4):
+            world.broker.policy_requests.tick()
+    (hold,) = world.broker.holds.listed(everything=False)["holds"]
+    world.broker.holds.release(OPERATOR, hold["id"], ReleaseHold(reason="over"))
+    for _ in range(5):
+        world.broker.policy_requests.tick()
+    assert count(world, "ws-b") == 0
+
+
+def test_a_hold_that_comes_between_look_and_removal_counts(
+    world: RequestWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = world.ask()
+    world.answer(asked.id)
+    world.now += KEEP
+    real = world.broker.services.store.write
+
+    def write() -> Any:
+        monkeypatch.undo()
+        world.broker.holds.add(OPERATOR, AddHold(reason="a case", workspace="ws-a"))
+        return real()
+
+    monkeypatch.setattr(world.broker.services.store, "write", write)
+    world.broker.policy_requests.tick()
+    assert count(world) == 1
+    assert [one["api"]["operation"] for one in world.told()][-1] == "policy.request.accept"
+
+
 def test_people_are_told_where_they_want_it_without_a_word_of_the_agent(tmp_path: Path) -> None:
     quiet = Webhook(name="quiet", url="https://chat.example.com/hook", secret_file="/nowhere/chat")
     wants = Webhook(
@@ -413,6 +503,7 @@ def test_no_other_part_reads_or_writes_the_table_of_requests() -> None:
         if re.search(r"\bpolicy_requests\b", path.read_text()) and "migrations" not in path.parts
     }
     assert found == {
-        "broker/schema.py", "broker/policy_requests.py", "broker/policy_request_routes.py", "broker/core.py", "broker/server.py",
+        "broker/schema.py", "broker/policy_requests.py", "broker/policy_request_ends.py",
+        "broker/policy_request_routes.py", "broker/core.py", "broker/server.py",
         "broker/sso/policy_request_pages.py", "cli/policy.py",
     }  # fmt: skip

@@ -144,6 +144,7 @@ def test_there_are_no_other_calls(local: PolicyLocal, method: str, path: str) ->
         ("already_allowed", 409),
         ("never_allowed", 403),
         ("too_many_requests", 429),
+        ("all_requests_held", 429),
         ("ask_unavailable", 503),
         ("of_another_time", 503),
     ],
