@@ -36,7 +36,7 @@ def _run(options: argparse.Namespace) -> int:
     about = Options(
         python=options.python, recorder=tuple(options.recorder), proxy=options.proxy, allowed_url=options.allowed_url,
         second_url=options.second_url, graphql_url=options.graphql_url, mcp_url=options.mcp_url,
-        redirect_url=options.redirect_url, ours=options.ours,
+        redirect_url=options.redirect_url, governance=options.governance, ours=options.ours,
     )  # fmt: skip
     started = datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -122,6 +122,9 @@ def _parser() -> argparse.ArgumentParser:
                            "characters, and nothing else")  # fmt: skip
     runs.add_argument("--redirect-url", default="", metavar="URL",
                       help="an allowed https address that answers with a redirect to where its query url= says")  # fmt: skip
+    runs.add_argument("--governance", default="", metavar="FILE",
+                      help="governance.yaml of the policy in force there, which says how much its temporary directories hold "
+                           "(default: less than a gigabyte)")  # fmt: skip
     runs.add_argument("--ours", action="store_true", help="hold reasons against those of this project's own services")
     runs.add_argument("--case", action="append", default=[], metavar="ID", help="only this case (may be repeated)")
     named = ", ".join(SUITES)

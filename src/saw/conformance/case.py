@@ -116,6 +116,8 @@ FACTS = {
     "fd_mark": "descriptors do not pass to this target",
     "knock": "no address of the target is known from outside",
     "host_interfaces": "no interface of the host is known",
+    "beyond_tmp": "the policy gives as much of it as of memory, which is out first (--governance)",
+    "beyond_shm": "the policy gives as much of it as of memory, which is out first (--governance)",
     "cgroup": "resource limits of the cgroup are not part of this target",
 }
 """Each fact, with what its absence means, in words for the report."""

@@ -198,9 +198,9 @@ def _files() -> list[Case]:
         case("give.capability", "give a program a capability", "give-away", {"what": "capability"}, control="RUN-03",
              expected=(*ABSENT, "EOPNOTSUPP")),
         *[
-            case(f"limit.{name}", f"a gigabyte of {place}", "fill", {"path": place, "size": 1024**3}, control="RUN-03",
-                 layer="unit: bounded file systems", expected=("ENOSPC",), seconds=20.0, twin="twin.files.fill")
-            for name, place in (("tmp", "/tmp"), ("var-tmp", "/var/tmp"), ("shm", "/dev/shm"))  # noqa: S108
+            case(f"limit.{name}", f"more of {place} than it may hold", "fill", {"path": place, "size": f"${{beyond_{limit}}}"},
+                 control="RUN-03", layer="unit: bounded file systems", expected=("ENOSPC",), seconds=20.0, twin="twin.files.fill")
+            for name, place, limit in (("tmp", "/tmp", "tmp"), ("var-tmp", "/var/tmp", "tmp"), ("shm", "/dev/shm", "shm"))  # noqa: S108
         ],
     ]  # fmt: skip
 

@@ -49,6 +49,7 @@ class Options:
     graphql_url: str = ""
     mcp_url: str = ""
     redirect_url: str = ""
+    governance: str = ""
     ours: bool = False
 
 
@@ -69,13 +70,18 @@ def open_target(name: str, options: Options) -> Iterator[Session]:
     kind, _, rest = name.partition(":")
     local = {"bare": _bare, "bubblewrap": _bubblewrap, "systemd-unit": _systemd_unit, "local-sandbox": _local_sandbox}
     remote = {"cmd": _cmd, "ssh": _ssh, "systemd-unit": _systemd_unit_at, "workspace": _workspace}
+    beyond = limit_facts(options)
     if kind in local and not rest:
         with contextlib.ExitStack() as stack:
-            yield local[kind](stack, options)
+            session = local[kind](stack, options)
+            session.facts |= beyond
+            yield session
     elif kind in remote:
         with contextlib.ExitStack() as stack:
             command, ours = remote[kind](rest, options)
-            yield _elsewhere(stack, Session(name, command, ours or options.ours, {}), options)
+            session = _elsewhere(stack, Session(name, command, ours or options.ours, {}), options)
+            session.facts |= beyond
+            yield session
     else:
         raise ConfigError(f"there is no target {name!r}", cure=f"name one of {KINDS}")
 
@@ -93,6 +99,28 @@ def _workspace(rest: str, options: Options) -> tuple[list[str], bool]:
         raise ConfigError("workspace: needs the id of a workspace", cure="write --target workspace:ws-demo")
     python = "/usr/bin/python3" if options.python == "python3" else options.python
     return [str(Path(sys.executable).with_name("saw")), "ssh", rest, "--", python, "-I", "-u", "-"], True
+
+
+def limit_facts(options: Options) -> dict[str, Any]:
+    """Return what is more (bytes) than a temporary directory may hold: a gigabyte, or a MiB beyond what the policy gives.
+
+    A directory to which the policy gives as much as all memory has no such number: the kernel ends the attempt before.
+    """
+    if not options.governance:
+        return dict.fromkeys(("beyond_tmp", "beyond_shm"), 1024**3)
+    from saw.policy.loader import load_governance
+    from saw.policy.sandbox_limits import size
+
+    try:
+        raw = Path(options.governance).read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"--governance {options.governance} cannot be read: {error.strerror}",
+            cure="name the governance.yaml of the policy that is in force there",
+        ) from error
+    limits = load_governance(raw, options.governance).sandbox.limits
+    beyond = {"beyond_tmp": size(limits.tmp) + 1024**2, "beyond_shm": size(limits.shm) + 1024**2}
+    return {name: most if most < size(limits.memory) else None for name, most in beyond.items()}
 
 
 def web_facts(options: Options, *, environment: bool) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from saw.conformance.case import FACTS, NONCE, SUITES, Case, MissingFactError, f
 from saw.conformance.probe import core, files, git, h2, net, process, web
 from saw.conformance.verdict import TwinResult, judge, judge_twin, missing
 from saw.errors import ConfigError, UnavailableError
+from saw.policy.errors import PolicyError
 
 ROOT = Path(__file__).parents[3]
 PROBE = (core, net, process, files, git, web, h2)
@@ -368,6 +369,46 @@ def test_a_graphql_address_is_an_https_address() -> None:
     assert "graphql_host" not in targets.web_facts(targets.Options(), environment=True)
     with pytest.raises(ConfigError, match="--graphql-url is no https address"):
         targets.web_facts(targets.Options(graphql_url="http://a.example.com/graphql"), environment=True)
+
+
+GOVERNANCE = "schema: 1\nblueprint: {name: coding, version: 1.0.0, owner: team}\nsandbox: {limits: {%s}}\n"
+
+
+@pytest.mark.parametrize(
+    ("limits", "tmp", "shm"),
+    [
+        (None, 1024, 1024),
+        ("", 513, 513),
+        ("tmp: 2GiB, shm: 64MiB", 2049, 65),
+        ("tmp: 3GiB", None, 513),
+        ("memory: 1GiB, tmp: 1023MiB, shm: 1022MiB", None, 1023),
+    ],
+)
+def test_more_is_tried_than_a_temporary_directory_may_hold(
+    tmp_path: Path, limits: str | None, tmp: int | None, shm: int | None
+) -> None:
+    named = tmp_path / "governance.yaml"
+    if limits is not None:
+        named.write_text(GOVERNANCE.replace("%s", limits))
+    options = targets.Options(governance="" if limits is None else str(named))
+    with targets.open_target("cmd:true", options) as session:
+        facts = session.facts
+    cases = {case.id: case for case in catalogue.attacks()}
+    for name, sized in (("tmp", tmp), ("var-tmp", tmp), ("shm", shm)):
+        case = cases[f"files.limit.{name}"]
+        if sized is None:
+            with pytest.raises(MissingFactError, match="as much of it as of memory"):
+                fill(case, facts, "saw-x")
+        else:
+            assert fill(case, facts, "saw-x")["size"] == sized * 1024**2
+
+
+def test_a_policy_that_cannot_be_read_says_no_size(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        targets.limit_facts(targets.Options(governance=str(tmp_path / "none.yaml")))
+    (tmp_path / "bad.yaml").write_text(GOVERNANCE.replace("%s", "tmp: much"))
+    with pytest.raises(PolicyError):
+        targets.limit_facts(targets.Options(governance=str(tmp_path / "bad.yaml")))
 
 
 # ---------------------------------------------------------------- a systemd unit
