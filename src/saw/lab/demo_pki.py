@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,26 +13,39 @@ from cryptography.x509.oid import NameOID
 
 from saw.files import write_atomic, write_private
 
+LIFE = timedelta(days=365)
+RENEW = timedelta(days=30)
+"""What ends within this time is made anew."""
 
-def ensure(directory: Path, names: tuple[str, ...]) -> Path:
-    """Make CA, server key and server certificate for ``names`` once; return the directory."""
-    return servers(directory, {"server": names})
+
+def utc_now() -> datetime:
+    """Return the time of the machine's clock."""
+    return datetime.now(UTC)
 
 
-def servers(directory: Path, names_of: Mapping[str, tuple[str, ...]]) -> Path:
-    """Make a CA once, and for each server a key and a certificate for its names; return the directory.
+def ensure(directory: Path, names: tuple[str, ...], clock: Callable[[], datetime] = utc_now) -> Path:
+    """Make CA, server key and server certificate for ``names``; see :func:`servers`."""
+    return servers(directory, {"server": names}, clock)
 
-    ``ca.pem`` comes last, so what was cut short is made anew. A server that was added later is, too, with a CA of its own.
+
+def servers(directory: Path, names_of: Mapping[str, tuple[str, ...]], clock: Callable[[], datetime] = utc_now) -> Path:
+    """Make a CA, and for each server a key and a certificate for its names; return the directory.
+
+    What is there is kept while it is whole, has the same names and lasts for :data:`RENEW` more; else all is made anew, with
+    another CA. ``ca.pem`` comes last, so what was cut short is made anew, too.
     """
-    made = all((directory / f"{server}.{end}").exists() for server in names_of for end in ("pem", "key"))
-    if made and (directory / "ca.pem").exists():
+    now = clock()
+    if _lasts(directory / "ca.pem", None, now) and all(
+        (directory / f"{server}.key").exists() and _lasts(directory / f"{server}.pem", names, now)
+        for server, names in names_of.items()
+    ):
         return directory
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     (directory / "ca.pem").unlink(missing_ok=True)
     ca_key = ec.generate_private_key(ec.SECP256R1())
     issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Example Enterprise CA")])
     ca = (
-        _builder(issuer, ca_key.public_key(), issuer, ca_key.public_key())
+        _builder(issuer, ca_key.public_key(), issuer, ca_key.public_key(), now)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(x509.KeyUsage(False, False, False, False, False, True, True, False, False), critical=True)
         .sign(ca_key, hashes.SHA256())
@@ -41,7 +54,7 @@ def servers(directory: Path, names_of: Mapping[str, tuple[str, ...]]) -> Path:
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])])
         certificate = (
-            _builder(subject, key.public_key(), issuer, ca_key.public_key())
+            _builder(subject, key.public_key(), issuer, ca_key.public_key(), now)
             .add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in names]), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .sign(ca_key, hashes.SHA256())
@@ -55,11 +68,29 @@ def servers(directory: Path, names_of: Mapping[str, tuple[str, ...]]) -> Path:
     return directory
 
 
+def _lasts(path: Path, names: tuple[str, ...] | None, now: datetime) -> bool:
+    """Tell whether the certificate at ``path`` lasts for :data:`RENEW` more and is for ``names``, where there are any."""
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        ends = certificate.not_valid_after_utc
+        if not certificate.not_valid_before_utc <= now <= ends - RENEW:
+            return False
+        if names is None:
+            return True
+        said = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (FileNotFoundError, ValueError, x509.ExtensionNotFound):
+        return False
+    return tuple(said.get_values_for_type(x509.DNSName)) == names
+
+
 def _builder(
-    subject: x509.Name, key: ec.EllipticCurvePublicKey, issuer: x509.Name, issuer_key: ec.EllipticCurvePublicKey
+    subject: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    issuer: x509.Name,
+    issuer_key: ec.EllipticCurvePublicKey,
+    now: datetime,
 ) -> x509.CertificateBuilder:
     """Return a certificate of a year without what it is for; it names its key and its issuer's, as RFC 5280, 4.2.1, wants."""
-    now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -67,7 +98,7 @@ def _builder(
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(minutes=5))
-        .not_valid_after(now + timedelta(days=365))
+        .not_valid_after(now + LIFE)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key), critical=False)
     )

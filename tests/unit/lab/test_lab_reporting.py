@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import ssl
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,56 @@ def test_the_far_ends_certificate_is_made_once_and_verifies_for_its_names(tmp_pa
     alternative = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert alternative.get_values_for_type(x509.DNSName) == list(names)
     ssl.create_default_context(cafile=str(place / "ca.pem"))
+
+
+NAMES = ("git.example.com", "api.example.com")
+
+
+@pytest.mark.parametrize(
+    ("days", "names", "kept"),
+    [
+        (0, NAMES, True),
+        (334, NAMES, True),
+        (336, NAMES, False),
+        (400, NAMES, False),
+        (-2, NAMES, False),
+        (0, (*NAMES, "new.example.com"), False),
+        (0, NAMES[:1], False),
+    ],
+)
+def test_the_far_ends_certificates_are_made_anew_before_they_end_and_for_other_names(
+    tmp_path: Path, days: int, names: tuple[str, ...], kept: bool
+) -> None:
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    now = start + timedelta(days=days)
+    place = demo_pki.ensure(tmp_path, NAMES, lambda: start)
+    first = {path.name: path.read_bytes() for path in place.iterdir()}
+    demo_pki.ensure(place, names, lambda: now)
+    again = {path.name: path.read_bytes() for path in place.iterdir()}
+    assert (again == first) is kept
+    authority, server = (x509.load_pem_x509_certificate(again[name]) for name in ("ca.pem", "server.pem"))
+    server.verify_directly_issued_by(authority)
+    assert authority.not_valid_after_utc >= now + timedelta(days=30)
+    alternative = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert alternative.get_values_for_type(x509.DNSName) == list(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("server.pem", None), ("server.key", None), ("ca.pem", None), ("server.pem", b"no certificate")],
+)
+def test_what_is_missing_or_damaged_at_the_far_end_is_made_anew(
+    tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    place = demo_pki.ensure(tmp_path, NAMES)
+    first = (place / "ca.pem").read_bytes()
+    (place / name).unlink()
+    if content is not None:
+        (place / name).write_bytes(content)
+    demo_pki.ensure(place, NAMES)
+    authority, server = (x509.load_pem_x509_certificate((place / one).read_bytes()) for one in ("ca.pem", "server.pem"))
+    server.verify_directly_issued_by(authority)
+    assert (place / "ca.pem").read_bytes() != first
 
 
 def test_servers_of_one_authority_have_keys_of_their_own_and_one_that_is_added_makes_all_anew(tmp_path: Path) -> None:
