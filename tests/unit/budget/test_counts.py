@@ -75,6 +75,43 @@ def test_tokens_count_as_what_is_asked_for_until_the_answer_says_what_was_used(l
     )
 
 
+def test_a_window_has_one_sum_for_each_second_however_many_calls_it_holds(ledger: Ledger) -> None:
+    many = msgspec.structs.replace(FLOW, most=10**6, per=3600)
+    for number in range(300):
+        ledger.count([many], f"c{number}", at(number % 3))
+        ledger.settle(f"c{number}", 0, at(number % 3), tokens=number % 2)
+    looked = ledger._database.execute("SELECT at, amount FROM slid WHERE key = ?", (many.key(NOW),)).fetchall()
+    assert looked == [(int(NOW.timestamp()) + second, amount) for second, amount in ((0, 0), (1, 1), (2, 149))]
+    asked: list[str] = []
+    ledger._database.set_trace_callback(asked.append)
+    left = told(ledger, [msgspec.structs.replace(many, amount=10**6)], 3)["left"]
+    ledger._database.set_trace_callback(None)
+    assert left == 10**6 - 150
+    assert not [one for one in asked if "counted" in one], "no row of a single call is looked at"
+
+
+def test_a_ledger_of_before_is_added_up_once(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    before = Ledger(path)
+    for number in range(2):
+        before.count([FLOW], f"c{number}", NOW)
+    before._database.execute("DROP TABLE slid")
+    before.close()
+    for _ in range(2):
+        ledger = Ledger(path)
+        assert told(ledger, [FLOW], 1)["left"] == 200
+        ledger.close()
+
+
+def test_sums_are_forgotten_once_no_window_reaches_them(ledger: Ledger) -> None:
+    ledger.count([FLOW], "a", NOW)
+    ledger.expire(at(LOOKED_BACK_S))
+    assert len(ledger._database.execute("SELECT at FROM slid").fetchall()) == 1
+    ledger.expire(at(LOOKED_BACK_S + 1))
+    assert ledger._database.execute("SELECT at FROM slid").fetchall() == []
+    assert ledger.settle("a", 0, at(LOOKED_BACK_S + 2), tokens=5), "what was counted may still be corrected"
+
+
 def test_what_can_never_fit_names_no_time(ledger: Ledger) -> None:
     huge = msgspec.structs.replace(FLOW, amount=1001)
     with pytest.raises(RateLimited, match="waiting does not help") as refused:
