@@ -54,7 +54,7 @@ class Server(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
 
 class Route(msgspec.Struct, frozen=True):
-    """A model service under a local name; ``models`` are globs."""
+    """A model service under a local name; ``models`` are the names of its aliases, and globs."""
 
     host: str
     port: int
@@ -70,7 +70,7 @@ class Files(msgspec.Struct, frozen=True):
 
 
 class PolicyView(msgspec.Struct, frozen=True, kw_only=True):
-    """The policy in force. ``truncated``: it is larger than what is told; budgets are told by their names."""
+    """The policy in force. ``truncated``: it is larger than what is told; budgets and limits are told by their names."""
 
     policy_digest: str
     revision: int
@@ -83,6 +83,7 @@ class PolicyView(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[Route, ...]
     files: Files
     budgets: tuple[str, ...]
+    limits: tuple[str, ...]
     truncated: bool
     ask: str
 
@@ -113,10 +114,12 @@ def view_policy(digest: str, revision: int, policy: Policy, governance: Governan
         otherwise=OTHERWISE,
         mcp={name: _server(server) for name, server in list(governance.mcp.servers.items())[:MOST]},
         models=tuple(
-            Route(one.alias, one.port, one.models[:MOST_INSIDE]) for one in governance.inference.routes[:MOST]
+            Route(one.alias, one.port, (*one.aliases, *one.models)[:MOST_INSIDE])
+            for one in governance.inference.routes[:MOST]
         ),
         files=Files(files.read_only[:MOST], files.read_write[:MOST], files.include_workdir),
         budgets=tuple(budget.id for budget in governance.budgets[:MOST]),
+        limits=tuple(limit.id for limit in governance.limits[:MOST]),
         truncated=any(
             len(part) > MOST
             for part in (
@@ -125,6 +128,7 @@ def view_policy(digest: str, revision: int, policy: Policy, governance: Governan
                 governance.mcp.servers,
                 governance.inference.routes,
                 governance.budgets,
+                governance.limits,
             )
         ),
         ask=ASK,
@@ -144,6 +148,7 @@ def _bounded(view: PolicyView) -> PolicyView:
             models=view.models[:size],
             files=view.files if size else Files((), (), view.files.include_workdir),
             budgets=view.budgets if size else (),
+            limits=view.limits if size else (),
             truncated=True,
         )
     return view
@@ -212,6 +217,8 @@ def _lines(view: PolicyView) -> Iterator[str]:
     yield f"files: read {' '.join(view.files.read_only) or 'nothing'}; write {' '.join(view.files.read_write) or 'nothing else'}"
     if view.budgets:
         yield f"budgets: {' '.join(view.budgets)}"
+    if view.limits:
+        yield f"limits: {' '.join(view.limits)}"
     if view.truncated:
         yield "the policy is longer than this"
     yield view.ask
