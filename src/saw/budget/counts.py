@@ -110,7 +110,9 @@ def finish(database: sqlite3.Connection, charge: str, tokens: int | None, *, was
                 "UPDATE account SET held = held - ?, spent = min(spent + ?, ?) WHERE key = ?", (held, spent, most, key)
             )
         else:
-            database.execute("UPDATE slid SET amount = amount + ? WHERE key = ? AND at = ?", (actual - counted, key, at))
+            database.execute(
+                "UPDATE slid SET amount = amount + ? WHERE key = ? AND at = ?", (actual - counted, key, at)
+            )
         database.execute("UPDATE counted SET amount = ? WHERE charge = ? AND key = ?", (actual, charge, key))
 
 
@@ -139,7 +141,8 @@ def _details(count: Count, left: int) -> dict[str, object]:
 def _limited(count: Count, rows: Iterable[tuple[int, int]], now: int, room: int) -> RateLimited:
     """Return the refusal by a window: with the seconds after which the call fits, or none where it never can.
 
-    ``rows`` are what each second of the window holds, oldest first; ``room`` is what they leave of it, below zero where they pass it.
+    ``rows`` are what each second of the window holds, oldest first; ``room`` is what they leave of it, below zero where they
+    pass it.
     """
     left = max(0, room)
     per = f"{count.most} {count.unit} in any {count.per} s"

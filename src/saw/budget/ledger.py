@@ -104,9 +104,7 @@ class Ledger:
     ``monotonic`` gives the seconds that truly pass.
     """
 
-    def __init__(
-        self, path: Path, *, life_s: int = LIFE_S, monotonic: Callable[[], float] = clocks.monotonic
-    ) -> None:
+    def __init__(self, path: Path, *, life_s: int = LIFE_S, monotonic: Callable[[], float] = clocks.monotonic) -> None:
         self._path = path
         self._life_s = life_s
         self._monotonic = monotonic

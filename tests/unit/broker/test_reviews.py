@@ -28,9 +28,8 @@ from saw.errors import ConfigError
 from saw.files import write_private
 from saw.policy.delegation import Resource
 from saw.policy.keys import public_pem
-from saw.review.messages import ClaimAnswer, ReviewedCall
 from saw.review.digest import request_digest
-from saw.review.messages import ReviewedCall, ReviewResult
+from saw.review.messages import ClaimAnswer, ReviewedCall, ReviewResult
 from saw.review.receipt import verify_receipt
 from saw.review.statement import encode_statement, sign_review
 

@@ -375,7 +375,9 @@ def test_beside_a_broker_of_before_which_knows_no_pages_and_no_states_only_what_
         calls.append((method, path.partition("?")[0]))
         return {"delegations": every} if method == "GET" else {"revoked": ["dlg-active"]}
 
-    module = SimpleNamespace(params={"workspace": "ws-a", "task": task, "state": "absent", "reason": "r"}, check_mode=False)
+    module = SimpleNamespace(
+        params={"workspace": "ws-a", "task": task, "state": "absent", "reason": "r"}, check_mode=False
+    )
     found = delegation.ensure(module, SimpleNamespace(request=request))
     assert (found["changed"], found["revoked"]) == (True, ["dlg-active"])
     assert calls == [("GET", "/v1/delegations"), ("POST", "/v1/delegations/dlg-active/revoke")]
