@@ -223,8 +223,13 @@ def listed_agents(client: OperatorClient, page: int = 10_000, **filters: Sequenc
 
 
 def listed_delegations(client: OperatorClient, page: int = 1000, **filters: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the delegations that meet ``filters``, as :func:`listed_workspaces` does, the newest first."""
-    return _listed(client, "delegations", page, filters)
+    """Return the delegations that meet ``filters``, as :func:`listed_workspaces` does, the newest first.
+
+    A broker of before knows neither pages nor the filter ``state``, so that one is applied here as well.
+    """
+    states = filters.get("state")
+    found = _listed(client, "delegations", page, filters)
+    return [one for one in found if not states or one["state"] in states]
 
 
 def _listed(client: OperatorClient, what: str, page: int, filters: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
@@ -234,7 +239,7 @@ def _listed(client: OperatorClient, what: str, page: int, filters: Mapping[str, 
     while after is not None:
         answer = client.request("GET", f"/v1/{what}?{urlencode([*query, ('after', after)])}")
         found += answer[what]
-        after = answer["next"]
+        after = answer.get("next")
     return found
 
 

@@ -16,7 +16,10 @@ from saw.broker.errors import ForbiddenError
 from saw.broker.registry import get_row
 from saw.broker.schema import delegations
 from saw.policy.delegation import Delegation, ToolScope
-from saw.policy.handed_tools import MAX_GRANTS, Grant, HandedTools
+from saw.policy.handed_tools import MAX_GRANTS, MAX_HANDED, Grant, HandedTools
+
+_AROUND = 64
+"""More bytes than stand around the grants."""
 
 
 class ToolDelegations:
@@ -37,11 +40,8 @@ class ToolDelegations:
             named = delegations.c.names_tools.is_(True) & (delegations.c.workspace_id == workspace.id)
             if connection.execute(select(delegations.c.id).where(named).limit(1)).first() is None:
                 return HandedTools(bound=False)
-            grants = [
-                Grant(delegation=one.id, not_before=one.not_before, expires=one.expires, tools=one.tools)
-                for one in self._counting(connection, workspace, now)
-            ]
-        return HandedTools(bound=True, grants=tuple(grants[:MAX_GRANTS]))
+            grants = _fitting(self._counting(connection, workspace, now))
+        return HandedTools(bound=True, grants=grants)
 
     def require(self, connection: Connection, workspace: Row[Any], server: str, tool: str) -> str:
         """Return the delegation under which the agent may have people asked about ``tool``; an empty text where none is needed.
@@ -77,6 +77,19 @@ class ToolDelegations:
             record = record_of(row)
             if record.agent == workspace.agent_id and record.live(now):
                 yield record
+
+
+def _fitting(records: Iterator[Delegation]) -> tuple[Grant, ...]:
+    """Return what of ``records`` is told: as many from the first on as a workspace reads. The agent has no more than these."""
+    grants: list[Grant] = []
+    room = MAX_HANDED - _AROUND
+    for one in records:
+        grant = Grant(delegation=one.id, not_before=one.not_before, expires=one.expires, tools=one.tools)
+        room -= len(msgspec.json.encode(grant)) + 1
+        if room < 0 or len(grants) == MAX_GRANTS:
+            break
+        grants.append(grant)
+    return tuple(grants)
 
 
 def names_tools(record: Delegation) -> bool:

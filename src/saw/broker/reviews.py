@@ -41,6 +41,7 @@ from saw.broker.schema import review_nonces, reviews
 from saw.broker.store import Transaction
 from saw.review.digest import request_digest
 from saw.review.messages import (
+    BEYOND_BUDGET,
     FINAL,
     ClaimAnswer,
     Claimed,
@@ -315,7 +316,7 @@ class Reviews:
             request_digest=row.request_digest,
             call=call,
             binary=row.binary,
-            rule=row.rule,
+            rule=row.rule if row.rule.startswith(BEYOND_BUDGET) else "",
         )
 
     def _void(self, tx: Transaction, caller: Caller, row: Row[Any]) -> Row[Any]:

@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from saw.broker.context import Caller
 from saw.broker.core import Broker
-from saw.broker.handed_tools import ToolDelegations
+from saw.broker.handed_tools import ToolDelegations, require_self
 from saw.broker.http import LONGEST_WAIT_S, whole_number, with_body, without_body
 from saw.broker.limits import RateLimit
 from saw.broker.review_states import review_key
@@ -33,12 +33,16 @@ def tool_review_routes(broker: Broker, route: MakeRoute) -> list[Route]:
     kept, waker = broker.tools, broker.waker
     # A share of its own: an agent that asks too often must not keep its workspace from attesting.
     asked = RateLimit(40, 4.0, time.monotonic)
+    # Nor from learning what was revoked. It is the workspace alone that takes of it.
+    told = RateLimit(40, 4.0, time.monotonic)
     one = "/v1/workspace/reviews/{id}"
     handed = ToolDelegations(broker.services)
 
     def tools(caller: Caller, request: Request) -> HandedTools:
-        asked.take(caller.principal)
-        return handed.told(caller, request.query_params.get("workspace_id", ""))
+        workspace = request.query_params.get("workspace_id", "")
+        require_self(caller, workspace)
+        told.take(caller.principal)
+        return handed.told(caller, workspace)
 
     async def view(request: Request, caller: Caller) -> ToolView:
         identifier = request.path_params["id"]

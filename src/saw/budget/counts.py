@@ -1,6 +1,7 @@
 """Counts of requests and tokens against limits, inside a transaction of the ledger's.
 
 A window that slides counts what was admitted in its last seconds, so no stretch of that length ever holds more than the limit.
+It is added up from one sum for each second, however many calls it holds.
 The ledger's time has whole seconds, so what was admitted leaves a window up to a second late and never early. A calendar period
 is counted in the ledger's accounts, as money is. A request counts once it is admitted, whatever becomes of it. Tokens count as
 many as the call may use at most, until its answer says how many it used.
@@ -26,11 +27,15 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS counted (charge TEXT NOT NULL, key TEXT NOT NULL, calendar INTEGER NOT NULL, unit TEXT NOT NULL,
   at INTEGER NOT NULL, reserved INTEGER NOT NULL, amount INTEGER NOT NULL CHECK (amount >= 0), alone INTEGER NOT NULL,
   PRIMARY KEY (charge, key)) STRICT, WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS counted_in ON counted (key, at, amount);
 CREATE INDEX IF NOT EXISTS counted_at ON counted (alone, at);
+CREATE TABLE IF NOT EXISTS slid (key TEXT NOT NULL, at INTEGER NOT NULL, amount INTEGER NOT NULL CHECK (amount >= 0),
+  PRIMARY KEY (key, at)) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS slid_at ON slid (at);
+INSERT OR IGNORE INTO slid SELECT key, at, sum(amount) FROM counted WHERE calendar = 0 GROUP BY key, at;
+DROP INDEX IF EXISTS counted_in;
 """
 LOOKED_BACK_S = 7200
-"""How long what was counted without a charge is kept (seconds): longer than any window."""
+"""How long sums, and what was counted without a charge, are kept (seconds): longer than any window."""
 
 
 class Count(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,11 +64,11 @@ def refusal(database: sqlite3.Connection, count: Count, time: datetime) -> SawEr
         seconds = int(time.timestamp())
         within = (key, seconds - count.per)
         total: int = database.execute(
-            "SELECT coalesce(sum(amount), 0) FROM counted WHERE key = ? AND at >= ?", within
+            "SELECT coalesce(sum(amount), 0) FROM slid WHERE key = ? AND at >= ?", within
         ).fetchone()[0]
         if total + count.amount <= count.most:
             return None
-        rows = database.execute("SELECT at, amount FROM counted WHERE key = ? AND at >= ? ORDER BY at", within)
+        rows = database.execute("SELECT at, amount FROM slid WHERE key = ? AND at >= ? ORDER BY at", within)
         return _limited(count, rows, seconds, count.most - total)
     row = database.execute("SELECT held + spent FROM account WHERE key = ?", (key,)).fetchone()
     left = max(0, count.most - (row[0] if row else 0))
@@ -82,6 +87,11 @@ def take(database: sqlite3.Connection, charge: str, count: Count, time: datetime
         held, spent = (count.amount, 0) if count.unit == "tokens" else (0, count.amount)
         database.execute("INSERT OR IGNORE INTO account VALUES (?, 0, 0)", (key,))
         database.execute("UPDATE account SET held = held + ?, spent = spent + ? WHERE key = ?", (held, spent, key))
+    else:
+        database.execute(
+            "INSERT INTO slid VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET amount = amount + excluded.amount",
+            (key, at, count.amount),
+        )
 
 
 def finish(database: sqlite3.Connection, charge: str, tokens: int | None, *, was_open: bool, most: int) -> None:
@@ -90,20 +100,25 @@ def finish(database: sqlite3.Connection, charge: str, tokens: int | None, *, was
     ``was_open``: it had not ended before, so that what is held of a calendar period is now spent. ``most`` bounds a sum.
     """
     rows = database.execute(
-        "SELECT key, calendar, reserved, amount FROM counted WHERE charge = ? AND unit = 'tokens'", (charge,)
+        "SELECT key, calendar, at, reserved, amount FROM counted WHERE charge = ? AND unit = 'tokens'", (charge,)
     ).fetchall()
-    for key, calendar, reserved, counted in rows:
+    for key, calendar, at, reserved, counted in rows:
         actual = counted if tokens is None else tokens
         if calendar:
             held, spent = (reserved, actual) if was_open else (0, actual - counted)
             database.execute(
                 "UPDATE account SET held = held - ?, spent = min(spent + ?, ?) WHERE key = ?", (held, spent, most, key)
             )
+        else:
+            database.execute(
+                "UPDATE slid SET amount = amount + ? WHERE key = ? AND at = ?", (actual - counted, key, at)
+            )
         database.execute("UPDATE counted SET amount = ? WHERE charge = ? AND key = ?", (actual, charge, key))
 
 
 def forget(database: sqlite3.Connection, now: int, keep_s: int) -> None:
     """Forget what no window holds any more: with its charge where it has one, which is kept ``keep_s`` after its end."""
+    database.execute("DELETE FROM slid WHERE at < ?", (now - LOOKED_BACK_S,))
     database.execute("DELETE FROM counted WHERE alone = 1 AND at < ?", (now - LOOKED_BACK_S,))
     database.execute(
         "DELETE FROM counted WHERE alone = 0 AND at < ? AND NOT EXISTS (SELECT 1 FROM charge WHERE id = counted.charge)",
@@ -126,7 +141,8 @@ def _details(count: Count, left: int) -> dict[str, object]:
 def _limited(count: Count, rows: Iterable[tuple[int, int]], now: int, room: int) -> RateLimited:
     """Return the refusal by a window: with the seconds after which the call fits, or none where it never can.
 
-    ``rows`` are what the window holds, oldest first; ``room`` is what they leave of it, below zero where they pass it.
+    ``rows`` are what each second of the window holds, oldest first; ``room`` is what they leave of it, below zero where they
+    pass it.
     """
     left = max(0, room)
     per = f"{count.most} {count.unit} in any {count.per} s"

@@ -3,13 +3,15 @@
 One SQLite file (WAL, synchronous FULL); every change is one immediate transaction, so any number of threads and processes may
 share it. An amount is a whole number of millionths of a currency. A reservation counts in full until it is settled or
 released. One that nobody settles expires after its time and then counts as spent in full; should its true cost be told later,
-that takes the place. Time never goes back: the ledger remembers the latest that it saw and counts in the period of that.
+that takes the place. Time never goes back: the ledger remembers the latest that it saw and counts in the period of that. While
+the clock is behind it, that time goes on by what truly passes.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import threading
+import time as clocks
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -97,11 +99,16 @@ class Balance(msgspec.Struct, frozen=True):
 
 
 class Ledger:
-    """The ledger in the file ``path``; ``life_s`` is how long a reservation stays open without news."""
+    """The ledger in the file ``path``; ``life_s`` is how long a reservation stays open without news.
 
-    def __init__(self, path: Path, *, life_s: int = LIFE_S) -> None:
+    ``monotonic`` gives the seconds that truly pass.
+    """
+
+    def __init__(self, path: Path, *, life_s: int = LIFE_S, monotonic: Callable[[], float] = clocks.monotonic) -> None:
         self._path = path
         self._life_s = life_s
+        self._monotonic = monotonic
+        self._behind: tuple[int, float] | None = None
         self._lock = threading.Lock()
         try:
             self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=60.0)
@@ -132,13 +139,29 @@ class Ledger:
                 ) from error
 
     def _time(self, now: datetime) -> datetime:
-        """Return ``now``, or the latest time seen when that is later; inside a transaction."""
+        """Return ``now``, or the latest time seen when that is later; inside a transaction.
+
+        A clock that was far ahead once must not stop time: as long as it is behind, the latest time moves on with the monotonic
+        clock. It moves a second only after this ledger saw it stand for one, so it is never faster than true time, and a
+        restart, or another process that moved it, only makes it wait anew.
+        """
         latest = int(self._database.execute("SELECT latest FROM clock").fetchone()[0])
         seconds = int(now.timestamp())
-        if seconds <= latest:
-            return datetime.fromtimestamp(latest, UTC)
-        self._database.execute("UPDATE clock SET latest = ?", (seconds,))
-        return now
+        if seconds >= latest:
+            self._behind = None
+            if seconds == latest:
+                return datetime.fromtimestamp(latest, UTC)
+            self._database.execute("UPDATE clock SET latest = ?", (seconds,))
+            return now
+        running = self._monotonic()
+        stood, since = self._behind or (latest, running)
+        if stood != latest:
+            since = running
+        passed = int(running - since)
+        self._behind = (latest + passed, since + passed)
+        if passed:
+            self._database.execute("UPDATE clock SET latest = ?", (latest + passed,))
+        return datetime.fromtimestamp(latest + passed, UTC)
 
     def reserve(
         self,

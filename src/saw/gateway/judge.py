@@ -515,6 +515,9 @@ def _request(case: _Case) -> Request:
         raise Refused("not_canonical", f"scheme {call.scheme[:16]!r} is neither https nor http")
     if case.destination is None:
         raise Refused("not_canonical", "the authority is not a plain host with one port")
+    if call.method != call.method.upper():
+        detail = f"the method {call.method[:16]!r} is not in capitals, so services may read it in two ways"
+        raise Refused("not_canonical", detail, f"send it as {call.method[:16].upper()}")
     try:
         canonical = canonicalise_path(call.target, allow_encoded_slash=True)
     except NotCanonical as error:

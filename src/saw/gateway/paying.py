@@ -17,9 +17,7 @@ from saw.gateway.view import View, root_of
 from saw.policy.governance import Budget, InferenceRoute
 from saw.policy.inference import edit_of
 from saw.policy.model import Decision, Request
-
-STANDS_FOR = "budgets "
-"""How the rule of a review begins that lets one call pass a budget; its id follows, and after a colon what is missing."""
+from saw.review.messages import BEYOND_BUDGET
 
 
 class Unpaid(Exception):
@@ -62,7 +60,7 @@ async def pay(
     if budget is None and not limits:
         return None
     asks = budget is not None and budget.on_exhaust == "review"
-    approved = budget is not None and asks and agreed.partition(":")[0] == STANDS_FOR + budget.id
+    approved = budget is not None and asks and agreed.partition(":")[0] == BEYOND_BUDGET + budget.id
     try:
         if meter is None:
             what = f"the budget {budget.id}" if budget is not None else f"the limit {limits[0].id}"
@@ -109,5 +107,5 @@ def _held(release: Release, budget: Budget, error: Exhausted) -> Held:
         group=release.governance.blueprint.owner,
         quorum=1,
         expires_in_s=DEFAULT_OPEN_S,
-        rule=f"{STANDS_FOR}{budget.id}: the call may cost {asked}, and {left} is left",
+        rule=f"{BEYOND_BUDGET}{budget.id}: the call may cost {asked}, and {left} is left",
     )

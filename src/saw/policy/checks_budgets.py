@@ -16,7 +16,7 @@ T = TypeVar("T")
 LONGEST_WINDOW_S = 3600
 """The longest stretch that slides (seconds); what is longer is a quota by the calendar."""
 MOST_IN_WINDOW = 100_000
-"""Most requests that a limit with such a stretch can have: each is looked at."""
+"""Most requests that a limit with such a stretch can have: each is kept by itself."""
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,255}\Z")
 
 

@@ -15,7 +15,7 @@ from saw.policy.delegation import MAX_TOOLS, Tools, ToolScope
 from saw.policy.model import Part
 
 MAX_GRANTS = 256
-"""Most delegations that are told, those that end last."""
+"""Most delegations that are told, those that end last; fewer where :data:`MAX_HANDED` would be passed."""
 MAX_HANDED = 8 * 1024 * 1024
 """Longest form that is read (bytes)."""
 

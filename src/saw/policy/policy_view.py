@@ -54,7 +54,7 @@ class Server(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
 
 class Route(msgspec.Struct, frozen=True):
-    """A model service under a local name; ``models`` are globs."""
+    """A model service under a local name; ``models`` are the names of its aliases, and globs."""
 
     host: str
     port: int
@@ -70,7 +70,7 @@ class Files(msgspec.Struct, frozen=True):
 
 
 class PolicyView(msgspec.Struct, frozen=True, kw_only=True):
-    """The policy in force. ``truncated``: it is larger than what is told; budgets are told by their names."""
+    """The policy in force. ``truncated``: it is larger than what is told; budgets and limits are told by their names."""
 
     policy_digest: str
     revision: int
@@ -83,6 +83,7 @@ class PolicyView(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[Route, ...]
     files: Files
     budgets: tuple[str, ...]
+    limits: tuple[str, ...]
     truncated: bool
     ask: str
 
@@ -113,10 +114,12 @@ def view_policy(digest: str, revision: int, policy: Policy, governance: Governan
         otherwise=OTHERWISE,
         mcp={name: _server(server) for name, server in list(governance.mcp.servers.items())[:MOST]},
         models=tuple(
-            Route(one.alias, one.port, one.models[:MOST_INSIDE]) for one in governance.inference.routes[:MOST]
+            Route(one.alias, one.port, (*one.aliases, *one.models)[:MOST_INSIDE])
+            for one in governance.inference.routes[:MOST]
         ),
         files=Files(files.read_only[:MOST], files.read_write[:MOST], files.include_workdir),
         budgets=tuple(budget.id for budget in governance.budgets[:MOST]),
+        limits=tuple(limit.id for limit in governance.limits[:MOST]),
         truncated=_is_cut(policy, governance),
         ask=ASK,
     )
@@ -128,7 +131,10 @@ def _is_cut(policy: Policy, governance: Governance) -> bool:
     endpoints = [endpoint for rule in policy.network_policies.values() for endpoint in rule.endpoints]
     servers, routes = governance.mcp.servers.values(), governance.inference.routes
     files = policy.filesystem_policy
-    whole = (endpoints, governance.actions, servers, routes, governance.budgets, files.read_only, files.read_write)
+    whole = (
+        endpoints, governance.actions, servers, routes, governance.budgets, governance.limits,
+        files.read_only, files.read_write,
+    )  # fmt: skip
     inside = (
         *(rule.binaries for rule in policy.network_policies.values() if rule.endpoints),
         *(endpoint.rules or () for endpoint in endpoints),
@@ -151,6 +157,7 @@ def _bounded(view: PolicyView) -> PolicyView:
             models=view.models[:size],
             files=view.files if size else Files((), (), view.files.include_workdir),
             budgets=view.budgets if size else (),
+            limits=view.limits if size else (),
             truncated=True,
         )
     return view
@@ -219,6 +226,8 @@ def _lines(view: PolicyView) -> Iterator[str]:
     yield f"files: read {' '.join(view.files.read_only) or 'nothing'}; write {' '.join(view.files.read_write) or 'nothing else'}"
     if view.budgets:
         yield f"budgets: {' '.join(view.budgets)}"
+    if view.limits:
+        yield f"limits: {' '.join(view.limits)}"
     if view.truncated:
         yield "the policy is longer than this"
     yield view.ask

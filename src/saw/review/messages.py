@@ -26,6 +26,9 @@ SPONSORS = "sponsors"
 """The group of those who hand out tasks: it decides where a delegation asks for a person, and in it alone the sponsor of a
 workspace may approve what its own agent asks for."""
 
+BEYOND_BUDGET = "budgets "
+"""How the rule of a review begins that lets one call pass a budget; its id follows, and after a colon what is missing."""
+
 Name = Annotated[str, msgspec.Meta(max_length=255)]
 Header = tuple[Name, Annotated[str, msgspec.Meta(max_length=8192)]]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -109,10 +112,14 @@ class ClaimReview(Message, frozen=True):
     wait: Annotated[int, msgspec.Meta(ge=0, le=30)] = 0
 
 
-class Claimed(Message, frozen=True):
+class Claimed(Message, frozen=True, omit_defaults=True):
     """An approved call with the right to send it once. ``claim`` proves the right when the result is told; whoever is not
     done by ``claim_ends_at`` has lost it, and the review is ``unknown``. ``binary`` and ``rule`` are those of
-    :class:`OpenReview`: policy judges the call again before it is sent, and only what asked for a person is settled."""
+    :class:`OpenReview`: policy judges the call again before it is sent, and only what asked for a person is settled.
+
+    ``rule`` is told only where it lets the call pass a budget (:data:`BEYOND_BUDGET`): a perimeter that does not know the field
+    refuses it, and opens no such reviews.
+    """
 
     id: ReviewId
     claim: Secret

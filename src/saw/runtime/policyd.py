@@ -210,8 +210,9 @@ class Policyd:
 
     def _wait(self) -> None:
         started = time.monotonic()
-        # Until it has attested a workspace is told of no tools, and its agent has none until it is told.
-        poll_s = self._config.poll_s if self._tools.told else min(self._config.poll_s, 2.0)
+        # Until it has attested a workspace is told of no tools, and its agent has none until it is told. What was not told
+        # may be a revocation.
+        poll_s = self._config.poll_s if self._tools.known else min(self._config.poll_s, 2.0)
         try:
             sequence = self._broker.watch(self._sequence, poll_s)
         except SawError:

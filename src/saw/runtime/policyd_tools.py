@@ -43,6 +43,11 @@ class ToolFile:
         """Whether anything was ever told."""
         return self._run.exists()
 
+    @property
+    def known(self) -> bool:
+        """Whether the last answer is laid down; if not, the broker is to be asked again soon."""
+        return self.told and not self._failed
+
     def restore(self) -> None:
         """Lay down again what was told before the reboot."""
         try:

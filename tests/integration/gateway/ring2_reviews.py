@@ -16,6 +16,7 @@ import msgspec
 
 from saw.review.digest import request_digest
 from saw.review.messages import (
+    BEYOND_BUDGET,
     FINAL,
     ClaimAnswer,
     Claimed,
@@ -182,7 +183,7 @@ class Reviews:
                 claim_ends_at=(datetime.now(UTC) + timedelta(seconds=self.claim_s)).isoformat(),
                 policy_digest=review.opened.policy_digest, request_digest=review.view.request_digest,
                 call=review.opened.call, binary=review.opened.binary,
-                rule=review.opened.rule,
+                rule=review.opened.rule if review.opened.rule.startswith(BEYOND_BUDGET) else "",
             )  # fmt: skip
             return 200, ClaimAnswer(claimed=self.spoil(claimed))
 

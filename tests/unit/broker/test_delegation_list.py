@@ -14,7 +14,7 @@ from sqlalchemy import create_engine
 from starlette.datastructures import QueryParams
 from tool_world import ME, NEIGHBOUR, ToolWorld
 
-from saw.broker import delegation_list
+from saw.broker import delegation_list, handed_tools
 from saw.broker.clock import iso
 from saw.broker.context import Caller
 from saw.broker.delegation_list import Wanted
@@ -24,8 +24,9 @@ from saw.broker.errors import ForbiddenError, MalformedError
 from saw.broker.handed_tools import ToolDelegations
 from saw.broker.store import Store
 from saw.broker.wake import Waker
+from saw.policy import handed_tools as policy_handed_tools
 from saw.policy.delegation import Resource, Tools
-from saw.policy.handed_tools import HandedTools
+from saw.policy.handed_tools import HandedTools, read_handed
 from saw.review.tool import params_of
 
 pytestmark = pytest.mark.control("DEL-01")
@@ -207,6 +208,21 @@ def test_a_workspace_stays_bound_when_what_named_tools_has_ended(desk: Desk) -> 
     assert len(desk.told().grants) == 1
     desk.now += timedelta(seconds=60)
     assert desk.told() == HandedTools(bound=True)
+
+
+def test_a_workspace_is_told_no_more_than_it_reads_and_what_ends_last_first(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = (Tools(server="files", tools=tuple(f"{'t' * 90}-{number}" for number in range(64))),)
+    made = [desk.hand(tools=named, duration_s=3600 + number)["id"] for number in range(4)]
+    whole = desk.told()
+    assert [one.delegation for one in whole.grants] == made[::-1]
+    size = len(msgspec.json.encode(whole))
+    for bound, told in ((size + 64, 4), (size - 1, 3), (size // 2, 1), (100, 0)):
+        monkeypatch.setattr(handed_tools, "MAX_HANDED", bound)
+        monkeypatch.setattr(policy_handed_tools, "MAX_HANDED", bound)
+        found = read_handed(msgspec.json.encode(desk.told()))
+        assert (found.bound, found.grants) == (True, whole.grants[:told])
 
 
 def test_people_are_asked_about_a_tool_that_was_handed_out_and_about_no_other(desk: Desk) -> None:

@@ -29,7 +29,7 @@ from saw.files import write_private
 from saw.policy.delegation import Resource
 from saw.policy.keys import public_pem
 from saw.review.digest import request_digest
-from saw.review.messages import ReviewedCall, ReviewResult
+from saw.review.messages import ClaimAnswer, ReviewedCall, ReviewResult
 from saw.review.receipt import verify_receipt
 from saw.review.statement import encode_statement, sign_review
 
@@ -74,6 +74,46 @@ def test_a_call_waits_is_approved_claimed_once_and_its_answer_is_kept(world: Wor
     assert (done.state, done.answer) == ("done", ANSWER)
     assert world.tell(claimed) == done  # told again after a lost answer
     assert world.claim() is None
+
+
+class OlderClaim(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A claim as perimeters of before knew it."""
+
+    id: str
+    claim: str
+    claim_ends_at: str
+    workspace_id: str
+    policy_digest: str
+    request_digest: str
+    call: ReviewedCall
+    binary: str = ""
+
+
+class OlderAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The answer that such a claim comes in."""
+
+    claimed: OlderClaim | None = None
+    read_back: None = None
+    read_context: None = None
+    read_state: None = None
+
+
+@pytest.mark.control("REV-03")
+def test_a_claim_names_the_rule_only_where_it_passes_a_budget_so_that_an_older_perimeter_reads_the_others(
+    world: World,
+) -> None:
+    def claimed(rule: str, body: bytes) -> bytes:
+        world.decide(world.open(body, rule=rule, binary="/usr/bin/curl").id, "ben")
+        return msgspec.json.encode(world.broker.reviews.claim(EDGE))
+
+    for number, rule in enumerate(("actions[0]", "", "delegation", "budgetsx")):
+        read = msgspec.json.decode(claimed(rule, b"%d" % number), type=OlderAnswer).claimed
+        assert read is not None
+        assert (read.call.body, read.binary) == (b"%d" % number, "/usr/bin/curl")
+    rule = "budgets spend: the call may cost 1.00 USD, and 0.10 USD is left"
+    told = msgspec.json.decode(claimed(rule, b"much"), type=ClaimAnswer).claimed
+    assert told is not None
+    assert told.rule == rule
 
 
 @pytest.mark.control("AUD-01")

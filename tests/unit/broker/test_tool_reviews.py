@@ -277,6 +277,34 @@ def test_a_workspace_asks_and_claims_so_often_and_attests_all_the_same(
     assert asyncio.run(ask()) == [409] * 39 + [429, 429, 400]
 
 
+@pytest.mark.control("DEL-01")
+def test_an_agent_that_asks_too_often_and_a_neighbour_keep_no_workspace_from_learning_what_was_revoked(
+    world: ToolWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool_review_routes, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    who = [ME]
+    monkeypatch.setattr(apps, "tls_caller", lambda *_: who[0])
+
+    async def learn() -> None:
+        transport = httpx.ASGITransport(apps.public_app(world.broker))
+        async with httpx.AsyncClient(transport=transport, base_url="https://broker") as client:
+
+            async def told() -> int:
+                return (await client.get("/v1/workspace/tools", params={"workspace_id": "ws-a"})).status_code
+
+            path = f"/v1/workspace/reviews/rv-{'0' * 32}/claim"
+            body = {"workspace_id": "ws-a", "policy_digest": world.digest, "server": "files", "claim": MINE}
+            body["params"] = b64encode(PARAMS).decode()
+            asked = [(await client.post(path, json=body)).status_code for _ in range(41)]
+            assert asked == [404] * 40 + [429]
+            who[0] = NEIGHBOUR
+            assert {await told() for _ in range(41)} == {403}
+            who[0] = ME
+            assert [await told() for _ in range(41)] == [200] * 40 + [429]
+
+    asyncio.run(learn())
+
+
 # --- what ends it ------------------------------------------------------------------------------------------------------------
 
 

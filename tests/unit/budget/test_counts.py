@@ -31,7 +31,7 @@ pytestmark = pytest.mark.control("BUD-01")
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    found = Ledger(tmp_path / "ledger.db", life_s=600)
+    found = Ledger(tmp_path / "ledger.db", life_s=600, monotonic=lambda: 0.0)
     yield found
     found.close()
 
@@ -73,6 +73,43 @@ def test_tokens_count_as_what_is_asked_for_until_the_answer_says_what_was_used(l
     assert (details["left"], details["retry_after_s"]) == (0, 58), (
         "when the call leaves that passed the limit by itself"
     )
+
+
+def test_a_window_has_one_sum_for_each_second_however_many_calls_it_holds(ledger: Ledger) -> None:
+    many = msgspec.structs.replace(FLOW, most=10**6, per=3600)
+    for number in range(300):
+        ledger.count([many], f"c{number}", at(number % 3))
+        ledger.settle(f"c{number}", 0, at(number % 3), tokens=number % 2)
+    looked = ledger._database.execute("SELECT at, amount FROM slid WHERE key = ?", (many.key(NOW),)).fetchall()
+    assert looked == [(int(NOW.timestamp()) + second, amount) for second, amount in ((0, 0), (1, 1), (2, 149))]
+    asked: list[str] = []
+    ledger._database.set_trace_callback(asked.append)
+    left = told(ledger, [msgspec.structs.replace(many, amount=10**6)], 3)["left"]
+    ledger._database.set_trace_callback(None)
+    assert left == 10**6 - 150
+    assert not [one for one in asked if "counted" in one], "no row of a single call is looked at"
+
+
+def test_a_ledger_of_before_is_added_up_once(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    before = Ledger(path)
+    for number in range(2):
+        before.count([FLOW], f"c{number}", NOW)
+    before._database.execute("DROP TABLE slid")
+    before.close()
+    for _ in range(2):
+        ledger = Ledger(path)
+        assert told(ledger, [FLOW], 1)["left"] == 200
+        ledger.close()
+
+
+def test_sums_are_forgotten_once_no_window_reaches_them(ledger: Ledger) -> None:
+    ledger.count([FLOW], "a", NOW)
+    ledger.expire(at(LOOKED_BACK_S))
+    assert len(ledger._database.execute("SELECT at FROM slid").fetchall()) == 1
+    ledger.expire(at(LOOKED_BACK_S + 1))
+    assert ledger._database.execute("SELECT at FROM slid").fetchall() == []
+    assert ledger.settle("a", 0, at(LOOKED_BACK_S + 2), tokens=5), "what was counted may still be corrected"
 
 
 def test_what_can_never_fit_names_no_time(ledger: Ledger) -> None:
@@ -141,6 +178,36 @@ def test_a_clock_set_back_gives_nothing_back(ledger: Ledger) -> None:
     assert told(ledger, [DAILY], -86400)["left"] == 0
 
 
+def test_a_clock_that_was_far_ahead_once_locks_nobody_out(tmp_path: Path) -> None:
+    path, running = tmp_path / "ledger.db", [500.0]
+    ledger, other = (Ledger(path, monotonic=lambda: running[0]) for _ in range(2))
+    for number in range(3):
+        ledger.count([BURST], f"ahead-{number}", at(30 * 86400))
+    assert told(ledger, [BURST], 0)["retry_after_s"] == 61
+    assert told(ledger, [BURST], 3600)["retry_after_s"] == 61, "the clock alone moves nothing as long as it is behind"
+    running[0] += 0.75
+    assert told(other, [BURST], 1)["retry_after_s"] == 61
+    running[0] += 0.5
+    assert told(ledger, [BURST], 1)["retry_after_s"] == 60
+    assert told(other, [BURST], 1)["retry_after_s"] == 60, "two that look do not make it faster"
+    running[0] += 0.5
+    assert told(other, [BURST], 1)["retry_after_s"] == 60, "nor do they once one of them moved it"
+    running[0] += 58.25
+    assert told(ledger, [BURST], 2)["retry_after_s"] == 1
+    running[0] += 1
+    ledger.count([BURST], "after", at(62))
+    start, end = ledger.period(MONEY, at(62))
+    assert (start.month, start.day) == (12, 29)
+    running[0] += 86400
+    ledger.expire(at(63))
+    assert ledger.period(MONEY, at(63))[0] == end, "the period that was opened too early ends as well"
+    ledger.close()
+    again = Ledger(path, monotonic=lambda: 0.0)
+    assert again.period(MONEY, at(64))[0] == end
+    for one in (other, again):
+        one.close()
+
+
 def test_what_no_window_holds_any_more_is_forgotten_with_its_charge(ledger: Ledger, tmp_path: Path) -> None:
     ledger.count([BURST], "a", NOW)
     ledger.count([FLOW], "open", NOW)
@@ -165,12 +232,11 @@ def test_no_stretch_as_long_as_the_window_holds_more_than_the_limit(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[float, int, int | None]], most: int, per: int
 ) -> None:
     """Whatever the clock does: of what was admitted and counts, any ``per`` seconds of true time hold ``most`` at most."""
-    ledger = Ledger(tmp_path_factory.mktemp("l") / "ledger.db")
-    clock = true = latest = 0.0
+    clock = true = 0.0
+    ledger = Ledger(tmp_path_factory.mktemp("l") / "ledger.db", monotonic=lambda: true)
     admitted: list[tuple[float, int]] = []
     for number, (step, amount, used) in enumerate(steps):
-        clock += step
-        true, latest = true + abs(step), max(latest, clock)
+        clock, true = clock + step, true + abs(step)
         count = msgspec.structs.replace(FLOW, per=per, most=most, amount=amount)
         try:
             ledger.count([count], f"c{number}", at(clock))
@@ -180,9 +246,8 @@ def test_no_stretch_as_long_as_the_window_holds_more_than_the_limit(
             continue
         if used is not None:
             ledger.settle(f"c{number}", 0, at(clock), tokens=min(used, amount))
-        # ``true`` passes at least as fast as the latest time that the ledger saw, so it is the stricter one to look at.
-        admitted.append((latest, amount if used is None else min(used, amount)))
-        assert sum(size for when, size in admitted if when >= latest - per) <= most
+        admitted.append((true, amount if used is None else min(used, amount)))
+        assert sum(size for when, size in admitted if when >= true - per) <= most
     ledger.close()
 
 
@@ -195,7 +260,7 @@ from saw.budget.errors import RateLimited
 from saw.budget.ledger import Ledger
 
 path, name = Path(sys.argv[1]), sys.argv[2]
-ledger = Ledger(path, life_s=600)
+ledger = Ledger(path, life_s=600, monotonic=lambda: 0.0)
 count = Count(limit="coding/burst", subject="workspace:ws-1", unit="requests", per=60, most=20, amount=1)
 print("ready", flush=True)
 sys.stdin.readline()

@@ -170,12 +170,47 @@ def test_doubt_about_state_or_clock_refuses(bench: Bench) -> None:
         ({"listener": ""}, "no_identity"),
         ({"listener": "1,1"}, "no_identity"),
         ({"method": "CONNECT"}, "method_or_path_not_allowed"),
+        ({"method": "get"}, "not_canonical"),
+        ({"method": "Get"}, "not_canonical"),
         ({"target": ""}, "not_canonical"),
         ({"headers": {"x-http-method-override": "DELETE"}}, "method_or_path_not_allowed"),
     ],
 )
 def test_forms_that_could_be_read_in_two_ways_are_refused(bench: Bench, changes: dict[str, Any], reason: str) -> None:
     assert bench.outcome(**changes) == reason
+
+
+MODELS = b"""
+inference:
+  routes:
+    - {alias: inference.local, models: ["demo-*"], upstream: "https://models.example.com/v1", aliases: {fast: demo-big}}
+actions:
+  - {match: {host: api.example.com, method: [POST], path: "/v1/**"}, class: review, reviewers: {group: team-x, quorum: 1}}
+"""
+
+
+@pytest.mark.control("INF-01")
+@pytest.mark.control("POL-04")
+def test_no_method_in_small_letters_goes_round_aliases_or_reviews(bench: Bench) -> None:
+    governance = load_governance(GOVERNANCE + MODELS)
+    matcher = Matcher.compile(load_policy(POLICY.replace(b"method: GET", b'method: "*"')), governance)
+    served = Release(DIGEST, 2, "coding", NOW + timedelta(days=1), governance, matcher)
+    bench.view = view(entry(), {DIGEST: served})
+    asks = {
+        "authority": "inference.local", "target": "/v1/chat/completions", "body": b'{"model": "fast", "messages": []}',
+        "headers": {"content-type": "application/json"},
+    }  # fmt: skip
+    verdict = asyncio.run(bench.judge.decide(msgspec.structs.replace(bench.call(), method="POST", **asks)))
+    assert verdict.dial is not None, verdict
+    assert verdict.dial.edit is not None, "the model that the name stands for is written into the call"
+    assert bench.outcome(method="POST") == "review_required"
+    for method in ("post", "Post", "pOST"):
+        assert bench.outcome(method=method, **asks) == "not_canonical"
+        assert bench.outcome(method=method) == "not_canonical"
+        call = msgspec.structs.replace(bench.call(), method=method)
+        verdict = asyncio.run(bench.judge.decide_approved(call, "ws-1", DIGEST, "rv-1"))
+        assert (verdict.allowed, verdict.reason) == (False, "not_canonical")
+    assert verdict.cure == "send it as POST"
 
 
 def test_authorities() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ansible_collections.secure_agent.workspace.plugins.modules import (
@@ -363,6 +364,23 @@ def test_tools_are_handed_out_compared_and_left_to_policy_where_none_are_named(b
     assert run_module(delegation, **wanted)["revoked"] == [none["delegation"]["id"]]
     refused = run_module(delegation, **{**wanted, "tools": [{"server": "a[b]"}]})
     assert refused["failure"]["code"] == "delegation_invalid"
+
+
+@pytest.mark.control("DEL-01")
+def test_beside_a_broker_of_before_which_knows_no_pages_and_no_states_only_what_counts_is_taken_back():
+    task, calls = TASK["task"], []
+    every = [{"id": f"dlg-{state}", "state": state, "task": task} for state in ("revoked", "ended", "active")]
+
+    def request(method, path, body=None):
+        calls.append((method, path.partition("?")[0]))
+        return {"delegations": every} if method == "GET" else {"revoked": ["dlg-active"]}
+
+    module = SimpleNamespace(
+        params={"workspace": "ws-a", "task": task, "state": "absent", "reason": "r"}, check_mode=False
+    )
+    found = delegation.ensure(module, SimpleNamespace(request=request))
+    assert (found["changed"], found["revoked"]) == (True, ["dlg-active"])
+    assert calls == [("GET", "/v1/delegations"), ("POST", "/v1/delegations/dlg-active/revoke")]
 
 
 @pytest.mark.control("DEL-01")

@@ -119,6 +119,26 @@ def test_whatever_is_left_out_of_a_list_makes_the_view_say_so(
     assert (told(most), told(most + 1)) == (False, True)
 
 
+def test_an_agent_learns_the_names_for_models_and_which_budgets_and_limits_count() -> None:
+    inference = b"""
+inference:
+  routes:
+    - {alias: inference.local, models: ["demo-*"], upstream: "https://models.example.com/v1", aliases: {fast: demo-big},
+       limits: [burst]}
+limits:
+  - {id: burst, scope: workspace, per: 1m, requests: 60}
+"""
+    bundle = load_members({"policy.yaml": b"version: 1\n", "governance.yaml": GOVERNANCE + inference})
+    view = view_policy("d" * 64, 1, bundle.policy, bundle.governance)
+    assert view.models[0].models == ("fast", "demo-*")
+    assert (view.budgets, view.limits) == ((), ("burst",))
+    text = as_text(view)
+    assert "models fast demo-*\n" in text
+    assert "\nlimits: burst\n" in text
+    assert "\nbudgets:" not in text
+    assert "demo-big" not in text
+
+
 def test_a_policy_that_allows_nothing_says_so() -> None:
     bundle = load_members({"policy.yaml": b"version: 1\n", "governance.yaml": GOVERNANCE})
     assert "you may call nothing" in as_text(view_policy("d" * 64, 1, bundle.policy, bundle.governance))

@@ -6,6 +6,7 @@ import json
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -21,6 +22,7 @@ from saw.runtime import policyd_broker
 from saw.runtime.mcp_handed import HandedSource
 from saw.runtime.mcp_mediator import GovernanceSource, Mediator
 from saw.runtime.mcp_protocol import Session
+from saw.runtime.policyd import Policyd
 from saw.runtime.policyd_broker import BrokerUnreachable, PolicyBroker
 from saw.runtime.policyd_config import PolicydConfig, Workspace
 from saw.runtime.policyd_tools import ToolFile
@@ -131,6 +133,27 @@ def test_the_broker_is_asked_when_something_changed_and_until_it_has_answered(pl
     assert place.outcome("read") == "allow", "what was told counts to its own end"
     place.hear(FREE, 2)
     assert (place.asked, place.outcome("write")) == (5, "allow")
+
+
+def test_after_a_failure_the_broker_is_asked_again_soon(place: Place) -> None:
+    waits: list[float] = []
+    nothing = SimpleNamespace(report_calls=None, report_decisions=None, report_usage=None)
+    nothing.watch = lambda after, wait: waits.append(wait) or after
+    config = msgspec.structs.replace(place.config, poll_s=25.0)
+    workspace = Workspace(
+        workspace_id="ws-a", number=1, trust_domain="saw.example", broker_url="https://b", broker_name="b", ring2="r",
+        ring2_name="r", ca_pem="", tuf_root={}, blueprint="coding", ring="stable",
+    )  # fmt: skip
+    agent = Policyd(
+        config, workspace, nothing, nothing, nothing,  # type: ignore[arg-type]
+        now=lambda: NOW, boottime=lambda: 0.0, log=place.lines.append,
+    )  # fmt: skip
+    agent._tools = place.file
+    agent.stop()
+    for says, seq in ((READ, 1), (None, 2), (None, 2), (FREE, 2), (None, 2)):
+        place.hear(says, seq)
+        agent._wait()
+    assert waits == [25.0, 2.0, 2.0, 25.0, 25.0]
 
 
 def test_what_was_told_is_there_after_a_reboot_and_is_private_where_it_is_kept(place: Place) -> None:

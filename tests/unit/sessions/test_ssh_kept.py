@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,6 +31,12 @@ def ended() -> int:
     return process.pid
 
 
+def mine_here(process: int) -> str:
+    """Return the name of what belongs to a process of ours."""
+    space = str(Path("/proc/self/ns/pid").readlink()).partition("[")[2].rstrip("]")
+    return f"{re.sub('[^A-Za-z0-9-]', '-', os.uname().nodename)}_{space}_{process}"
+
+
 def resolved(tmp_path: Path, include: str, host: str) -> dict[str, str]:
     """What ssh would use for ``host``."""
     config = tmp_path / "config"
@@ -42,10 +50,10 @@ def resolved(tmp_path: Path, include: str, host: str) -> dict[str, str]:
 def test_ssh_takes_the_files_of_its_own_process_and_goes_on_behind_them(kept: Path, tmp_path: Path) -> None:
     connection_directory(kept, os.getpid())
     offer(kept, "ws-a", os.getpid())
-    file = kept / f"{os.getpid()}.conf"
+    file = kept / f"{mine_here(os.getpid())}.conf"
     assert file.stat().st_mode & 0o777 == 0o600
     text = file.read_text()
-    mine = f"{kept}/{os.getpid()}/key"
+    mine = f"{kept}/{mine_here(os.getpid())}/key"
     assert f"test $PPID = {os.getpid()}" in text
     foreign = resolved(tmp_path, f"{kept}/*.conf", "ws-a")
     assert (foreign["user"], foreign["identityfile"] == mine) == ("after-it", False)
@@ -53,7 +61,7 @@ def test_ssh_takes_the_files_of_its_own_process_and_goes_on_behind_them(kept: Pa
     file.write_text(text.replace(f"= {os.getpid()}", "-gt 1"))
     own = resolved(tmp_path, f"{kept}/*.conf", "ws-a")
     assert (own["user"], own["identityfile"], own["certificatefile"]) == ("after-it", mine, f"{mine}-cert.pub")
-    assert own["userknownhostsfile"] == f"{kept}/{os.getpid()}/known_hosts"
+    assert own["userknownhostsfile"] == f"{kept}/{mine_here(os.getpid())}/known_hosts"
     assert resolved(tmp_path, f"{kept}/*.conf", "ws-b")["identityfile"] != mine
 
 
@@ -75,12 +83,36 @@ def test_what_ended_connections_left_goes_and_what_others_use_stays(
     (kept / "key").write_text("of a configuration from before")
     again = connection_directory(kept, os.getpid())
     assert list(again.iterdir()) == []
-    left = {str(os.getpid()), str(os.getppid()), f"{os.getppid()}.conf", "key"}
+    own, other = mine_here(os.getpid()), mine_here(os.getppid())
+    left = {own, other, f"{other}.conf", "key"}
     assert {one.name for one in kept.iterdir()} == left
     late = time.time() + ssh_kept.KEPT_S + 60
     monkeypatch.setattr(ssh_kept.time, "time", lambda: late)
     connection_directory(kept, os.getpid())
-    assert {one.name for one in kept.iterdir()} == {str(os.getpid()), "key"}
+    assert {one.name for one in kept.iterdir()} == {own, "key"}
+
+
+def test_what_lies_there_from_another_host_or_container_is_judged_by_its_age_alone(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, space, _ = mine_here(1).split("_")
+    gone = ended()
+    theirs = {f"{host}-other_{space}_{gone}", f"{host}_{int(space) + 1}_{gone}", str(gone)}
+    theirs |= {f"{host}-other_{space}_{os.getpid()}", f"{host}_{int(space) + 1}_{os.getpid()}"}
+    for name in {*theirs, f"{host}_{space}_{gone}"}:
+        (kept / name).mkdir()
+        (kept / f"{name}.conf").write_text("")
+    own = connection_directory(kept, os.getpid())
+    assert {one.name.removesuffix(".conf") for one in kept.iterdir()} == {*theirs, own.name}
+    assert len(list(kept.iterdir())) == 2 * len(theirs) + 1
+    late = time.time() + ssh_kept.KEPT_S + 60
+    monkeypatch.setattr(ssh_kept.time, "time", lambda: late)
+    assert [connection_directory(kept, os.getpid())] == list(kept.iterdir())
+
+
+def test_a_host_name_adds_nothing_to_a_configuration(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh_kept.os, "uname", lambda: SimpleNamespace(nodename="a b.\"$'%_../x"))
+    assert re.fullmatch("a-b-+x_[0-9]+_7", connection_directory(kept, 7).name)
 
 
 def test_paths_that_take_quotes_and_names_that_are_none_are_refused(tmp_path: Path) -> None:
