@@ -96,9 +96,11 @@ class TelemetryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     def ways(self) -> tuple[Way, ...]:
         """Return the ways on which events have to arrive here. A host becomes a workspace once it is told so."""
-        found: list[Way] = []
-        if self.broker and Path(self.workspace).exists():
-            found.append("broker")
+        return tuple(way for way in self.configured() if way != "broker" or Path(self.workspace).exists())
+
+    def configured(self) -> tuple[Way, ...]:
+        """Return the ways that are not configured off, whether they are there now or not."""
+        found: list[Way] = ["broker"] if self.broker else []
         if self.receiver is not None:
             found.append("collector")
         return tuple(found)

@@ -148,7 +148,7 @@ class Service:
         ways = self._config.ways()
         if ways == tuple(self._couriers):
             return
-        self._spool.use(ways)
+        self._spool.use(ways, self._config.configured())
         for way in self._couriers.keys() - set(ways):
             self._couriers[way].end(5)
         for way in ways:
@@ -164,7 +164,7 @@ class Service:
 
     def _beat(self) -> None:
         self._beaten = time.monotonic()
-        errors = {way: courier.error for way, courier in self._couriers.items() if courier.error}
+        errors = {way: courier.trouble for way, courier in self._couriers.items() if courier.trouble}
         beat = Beat(time.time(), self._problem, {str(way): text for way, text in errors.items()})
         write_atomic(self._config.beat, msgspec.json.encode(beat))
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,10 +16,12 @@ import msgspec
 import pytest
 
 from saw.audit import EventFactory, validate, verify_chain
+from saw.audit.receiver import Receiver
 from saw.errors import ConfigError
 from saw.telemetry import services
-from saw.telemetry.config import Log, Select, read_config
-from saw.telemetry.forward import AT_ONCE, parts
+from saw.telemetry.config import Log, Select, TelemetryConfig, TelemetryError, read_config
+from saw.telemetry.forward import AT_ONCE, Courier, parts
+from saw.telemetry.health import health_of
 from saw.telemetry.journal import Entry, gap_between, same, words
 from saw.telemetry.spool import KEPT, Spool
 from saw.telemetry.told import Host
@@ -346,6 +352,78 @@ def test_the_spool_is_bounded_and_lets_go_only_of_what_arrived_everywhere(tmp_pa
     assert (again.source, again.head.seq, again.cursor) == (spool.source, taken + 5, f"c{taken + 4}")
     assert (tmp_path / "spool.db").stat().st_mode & 0o777 == 0o600
     again.close()
+
+
+def test_a_way_that_is_away_for_a_moment_keeps_its_place_and_one_that_is_off_does_not(tmp_path: Path) -> None:
+    config = TelemetryConfig(
+        state_dir=str(tmp_path / "state"),
+        run_dir=str(tmp_path / "run"),
+        workspace=str(tmp_path / "workspace.json"),
+        receiver=Receiver("siem.example.com", 20514, "/ca.pem"),
+    )
+    (tmp_path / "workspace.json").write_text("{}")
+    assert config.ways() == config.configured() == ("broker", "collector")
+    spool = Spool(tmp_path / "state", 2**20, "host-1")
+    spool.use(config.ways(), config.configured())
+    spool.append([(f"c{number}", made(number)) for number in range(KEPT + 50)], "now")
+    spool.acknowledged("broker", 10)
+    (tmp_path / "workspace.json").unlink()
+    assert config.ways() == ("collector",)
+    spool.use(config.ways(), config.configured())
+    spool.acknowledged("collector", KEPT + 50)
+    assert (spool.waiting(), len(spool.pending("broker", 1000))) == ({"broker": KEPT + 40, "collector": 0}, KEPT + 40)
+    problems = health_of(config, "host-1", NOW).problems
+    assert any(f"{KEPT + 40} events wait for the broker, which is not there" in one for one in problems)
+    off = msgspec.structs.replace(config, broker=False)
+    spool.use(off.ways(), off.configured())
+    assert spool.waiting() == {"collector": 0}
+    spool.use(config.ways(), config.configured())
+    assert spool.waiting() == {"collector": 0}, "a host that never was a workspace does not wait for a broker"
+    spool.close()
+
+
+def test_a_spool_that_cannot_be_read_is_an_error_that_is_told_and_ends_no_thread(tmp_path: Path) -> None:
+    config = TelemetryConfig(receiver=Receiver("siem.example.com", 20514, "/ca.pem"))
+    spool = Spool(tmp_path, 2**20, "host-1")
+    spool.use(("collector",))
+    spool.append([("c", made(1))], "now")
+    courier = Courier(config, spool, "collector", "host-1")
+    with sqlite3.connect(spool.path) as other:
+        other.execute("UPDATE event SET chained = ?", (b"{",))
+    other.close()
+    with pytest.raises(TelemetryError, match="cannot be read"):
+        spool.pending("collector", 1)
+    with sqlite3.connect(spool.path) as other:
+        other.execute("ALTER TABLE event RENAME TO gone")
+    other.close()
+    for read in (lambda: spool.pending("collector", 1), lambda: spool.newest(1), spool.waiting, spool.bytes_waiting):
+        with pytest.raises(TelemetryError, match="cannot be read"):
+            read()
+    courier.start()
+    try:
+        until(lambda: "cannot be read" in courier.trouble, "the problem")
+    finally:
+        courier.end(60)
+    spool.close()
+
+
+def test_a_thread_that_ended_by_itself_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = Spool(tmp_path, 2**20, "host-1")
+    courier = Courier(TelemetryConfig(), spool, "collector", "host-1")
+    monkeypatch.setattr(courier, "_run", lambda: None)
+    courier._thread = threading.Thread(target=courier._run)
+    courier.start()
+    until(lambda: "has ended" in courier.trouble, "the problem")
+    courier.end(60)
+    assert courier.trouble == "", "told to end, it is no trouble"
+    spool.close()
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
 
 
 def test_a_gap_is_written_with_the_entry_behind_it_or_not_at_all(tmp_path: Path) -> None:
