@@ -70,7 +70,7 @@ def continues(seen: Seen | None, new: Checkpoint, files: Files) -> None:
     elif new.size == seen.size and new.root.hex() != seen.root:
         raise refusal("split_view", f"there are two trees of {new.size} leaves")
     elif new.size > seen.size:
-        # Tiles are not signed. Only what they prove against the signed root shows a fork; all else is damage, on the way or there.
+        # Tiles are not signed. Only what they prove against the signed root shows a fork; all else is damage.
         before = merkle.root_of(seen.size, tiles.node)
         proof = merkle.consistency_proof(seen.size, new.size, tiles.node)
         if not merkle.verify_consistency(seen.size, new.size, proof, before, new.root):

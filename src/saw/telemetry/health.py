@@ -51,9 +51,9 @@ def health_of(config: TelemetryConfig, host: str, now: datetime) -> Health:
             spool.close()
     for way in config.ways():
         parts[way] = f"{waiting.get(way, 0)} of {head} events wait"
-    for way, count in waiting.items():
-        if way not in config.ways() and way in config.configured() and count:
-            problems.append(f"{count} events wait for the {way}, which is not there: {config.workspace} is missing")
+    for away in set(config.configured()) - set(config.ways()):
+        if count := waiting.get(away, 0):
+            problems.append(f"{count} events wait for the {away}, which is not there: {config.workspace} is missing")
     if not config.ways():
         parts["ways"] = "none"
         problems.append("events go nowhere: this host is no workspace and has no receiver (docs/telemetry.md)")

@@ -125,7 +125,8 @@ def take(raw: bytes, now: datetime, *, pin: bool = False, dry: bool = False) -> 
 
     A first root is taken with ``pin`` alone. A later one counts when the officers of the one before signed it; the same version
     with another content is refused (``another_root``) with all of the hand-over, and an older one changes nothing. Revocations
-    are kept even where a record beside them is refused. Records that count are kept; where none does, the first refusal is raised.
+    are kept even where a record beside them is refused. Records that count are kept; where none does, the first
+    refusal is raised.
     """
     try:
         if len(raw) > MAX_HANDED:

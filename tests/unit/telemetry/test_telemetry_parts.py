@@ -22,7 +22,7 @@ from saw.telemetry import services
 from saw.telemetry.config import Log, Select, TelemetryConfig, TelemetryError, read_config
 from saw.telemetry.forward import AT_ONCE, Courier, parts
 from saw.telemetry.health import health_of
-from saw.telemetry.journal import Entry, gap_between, same, words
+from saw.telemetry.journal import Entry, Reading, gap_between, same, words
 from saw.telemetry.spool import KEPT, Spool
 from saw.telemetry.told import Host
 from saw.telemetry.translate import event_of, gap_event
@@ -479,3 +479,28 @@ def test_a_configuration_that_is_wrong_is_refused_by_its_field(tmp_path: Path, t
     file.write_text(text)
     with pytest.raises(ConfigError, match=words_of_it):
         read_config(file)
+
+
+def test_a_line_that_is_too_long_leaves_its_cursor_wherever_it_stands_and_takes_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill = "9," * (4 * 2**20)
+    forged = json.dumps(json.dumps({"__CURSOR": "s=0;i=0"}))
+    good = json.dumps({"__CURSOR": "s=1;i=9", "__REALTIME_TIMESTAMP": "1"})
+    (tmp_path / "lines").write_text(
+        f'{{"__CURSOR":"s=1;i=1","MESSAGE":[{fill}9]}}\n{{"MESSAGE":[{fill}{forged}],"__CURSOR":"s=1;i=2"}}\n'
+        f'{{"MESSAGE":[{fill}{forged}],"__CURSOR":"s=1;i=3","X":[{fill}9]}}\n{good}\n'
+    )
+    (tmp_path / "journalctl").write_text(f"#!/bin/sh\ncat {tmp_path}/lines\nexec sleep 600\n")
+    (tmp_path / "journalctl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    reading, found, most = Reading(TelemetryConfig(), ""), list[str](), 0
+    end = time.monotonic() + 60
+    while len(found) < 4 and time.monotonic() < end:
+        entries, gap = reading.read(0.5)
+        assert gap is None
+        most = max(most, len(reading._rest))
+        found += [f"{type(one).__name__} {one.cursor}" for one in entries]
+    reading.close()
+    assert found == ["Untold s=1;i=1", "Untold s=1;i=2", "Untold s=1;i=3", "Entry s=1;i=9"]
+    assert most < 2 * 2**20
