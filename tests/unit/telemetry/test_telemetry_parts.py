@@ -481,6 +481,53 @@ def test_a_configuration_that_is_wrong_is_refused_by_its_field(tmp_path: Path, t
         read_config(file)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ann : (command continued) ; USER=root ; COMMAND=/usr/bin/id",
+        "ann : (command continued) user NOT in sudoers ; TTY=pts/0 ; PWD=/ ; USER=root ; COMMAND=/usr/bin/id",
+        "     ann : (command continued) --set COMMAND=/bin/x",
+    ],
+)
+def test_a_line_of_sudo_that_goes_on_is_doubt_and_neither_a_sign_in_nor_a_refusal(text: str) -> None:
+    event = by("sudo", text)
+    assert event is not None
+    assert (event["class_uid"], event["unmapped"]["saw"]["ambiguous"], event["unmapped"]["saw"]["by"]) == (
+        0,
+        True,
+        "ann",
+    )
+    assert "root" not in json.dumps(event)
+    claim = by("sudo", text, _UID="1000")
+    assert claim is not None
+    assert claim["unmapped"]["saw"]["claims"] == "sudo"
+
+
+@pytest.mark.parametrize(
+    ("text", "outcome"),
+    [
+        ("ann : TTY=pts/0 ; PWD=/very/long", "Success"),
+        ("ann : TTY=pts/0 ; PWD=/ ; USER=root ;", "Success"),
+        ("ann : user NOT in sudoers ; TTY=pts/0 ; PWD=/very/long", "Failure"),
+    ],
+)
+def test_the_beginning_of_a_line_of_sudo_is_told_without_the_end(text: str, outcome: str) -> None:
+    event = by("sudo", text)
+    assert event is not None
+    assert (event["status"], event["user"], event["unmapped"]["saw"]["ambiguous"]) == (
+        outcome,
+        {"name": "unknown"},
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["ann : (command continued) and more words", "ann : problem with defaults entries ; TTY=pts/0 ; PWD=/ ;"]
+)
+def test_what_says_nothing_of_a_call_of_sudo_is_not_told(text: str) -> None:
+    assert by("sudo", text) is None
+
+
 def test_a_line_that_is_too_long_leaves_its_cursor_wherever_it_stands_and_takes_no_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
