@@ -22,7 +22,7 @@ from saw.telemetry.forward import Courier
 from saw.telemetry.health import Beat
 from saw.telemetry.journal import Entry, Gap, Open, Reading, Untold
 from saw.telemetry.spool import Spool
-from saw.telemetry.told import Host
+from saw.telemetry.told import Claims, Host
 from saw.telemetry.translate import began_event, event_of, gap_event, untold_event
 
 logger = logging.getLogger("saw.telemetry")
@@ -50,6 +50,7 @@ class Service:
         self._name = host_name(config)
         self._factory = EventFactory("saw-telemetry", host=self._name, new_uid=lambda: str(uuid.uuid4()))
         self._spool = Spool(Path(config.state_dir), config.spool_bytes, self._name)
+        self._claims = Claims()
         self._couriers: dict[Way, Courier] = {}
         self._reading: Reading | None = None
         self._skipped: tuple[str, float] = ("", 0.0)
@@ -138,7 +139,7 @@ class Service:
 
     def _host(self) -> Host:
         told = self._config.workspace_told()
-        return Host(self._factory, self._name, told.workspace_id if told else "")
+        return Host(self._factory, self._name, told.workspace_id if told else "", self._claims)
 
     def _use_ways(self) -> None:
         ways = self._config.ways()

@@ -24,7 +24,7 @@ from saw.telemetry.forward import AT_ONCE, Courier, parts
 from saw.telemetry.health import health_of
 from saw.telemetry.journal import Entry, Reading, gap_between, same, words
 from saw.telemetry.spool import KEPT, Spool
-from saw.telemetry.told import Host
+from saw.telemetry.told import Claims, Host
 from saw.telemetry.translate import event_of, gap_event
 
 pytestmark = pytest.mark.control("P0-05")
@@ -526,6 +526,46 @@ def test_the_beginning_of_a_line_of_sudo_is_told_without_the_end(text: str, outc
 )
 def test_what_says_nothing_of_a_call_of_sudo_is_not_told(text: str) -> None:
     assert by("sudo", text) is None
+
+
+AGENTS = ("saw-agent@claw.service", "saw-mcp-server-files@3.service", "saw-mcp-files.service", "saw-shell.service")
+
+
+@pytest.mark.parametrize("unit", [*AGENTS, "saw-shell@2.service", "saw-openshell-podman.service"])
+@pytest.mark.parametrize("pattern", ["saw-*.service", "*", "saw-[am]*", "saw-s*"])
+def test_what_an_agent_writes_is_not_told_by_a_rule_for_many_units(unit: str, pattern: str) -> None:
+    fields = {"_SYSTEMD_UNIT": unit, "PRIORITY": "3", "MESSAGE": "verysecret"}
+    assert told(Select(logs=(Log(pattern, 4, text=True),)), **fields) is None
+    ours = {**fields, "_SYSTEMD_UNIT": "saw-attestd.service"}
+    assert (told(Select(logs=(Log("saw-*.service", 4, text=True),)), **ours) or {})["message"].endswith("verysecret")
+
+
+@pytest.mark.parametrize("unit", AGENTS)
+def test_a_rule_that_names_units_of_agents_tells_their_entries_without_a_word(unit: str) -> None:
+    select = Select(logs=(Log(f"{unit[:11]}*", 4, text=True),))
+    event = told(select, _SYSTEMD_UNIT=unit, PRIORITY="3", MESSAGE="verysecret")
+    assert event is not None
+    assert event["message"] == f"{unit}: an entry of priority 3"
+    assert "verysecret" not in json.dumps(event)
+
+
+def test_entries_that_claim_to_be_somebody_elses_are_bounded_and_counted() -> None:
+    host = Host(HOST.factory, "host-1", claims=Claims(2))
+
+    def claim(second: int) -> dict[str, Any] | None:
+        fields = {
+            "SYSLOG_IDENTIFIER": "sshd",
+            "MESSAGE": "Disconnected from user ann 10.0.0.9 port 4022",
+            "_UID": "1000",
+        }
+        return event_of(host, entry(**fields, __REALTIME_TIMESTAMP=str(second * 1_000_000)), ALL)
+
+    found = [claim(second) for second in (60, 61, 62, 63, 119, 120, 121, 122)]
+    assert [None if one is None else one["unmapped"]["saw"].get("more", 0) for one in found] == [
+        0, 0, None, None, None, 3, 0, None,
+    ]  # fmt: skip
+    proven = {"SYSLOG_IDENTIFIER": "sshd", "MESSAGE": "Disconnected from user ann 10.0.0.9 port 4022"}
+    assert event_of(host, entry(**proven, __REALTIME_TIMESTAMP="123000000"), ALL) is not None
 
 
 def test_a_line_that_is_too_long_leaves_its_cursor_wherever_it_stands_and_takes_no_memory(
