@@ -400,7 +400,8 @@ def validate(event: Mapping[str, Any]) -> None:
         problems.append("type_uid is not class_uid × 100 + activity_id")
     if event.get("category_uid") != kind.category_uid:
         problems.append(f"category_uid of class {kind.uid} is {kind.category_uid}")
-    if "status_id" in event and event["status_id"] not in kind.statuses:
+    # what is no number is told as such above, and may have no hash to look it up by
+    if isinstance(event.get("status_id"), int) and event["status_id"] not in kind.statuses:
         problems.append(f"status_id {event['status_id']!r} is not one of class {kind.uid}")
     metadata = event.get("metadata")
     if isinstance(metadata, Mapping) and metadata.get("version") != VERSION:

@@ -18,7 +18,8 @@ from saw.files import load_json, write_private
 
 
 class WitnessRefusal(SawError):
-    """The witness does not sign. ``code``: ``tree_shrunk``, ``split_view`` (same size, other root) or ``tree_forked``."""
+    """The witness does not sign. ``code``: ``tree_shrunk``, ``split_view`` (same size, other root), ``tree_forked``, or
+    ``tiles_differ`` (the tiles are not those of the signed root, so they say nothing of the log)."""
 
     code = "witness_refused"
 
@@ -61,17 +62,25 @@ def remembered(state: Path) -> WitnessState:
 def continues(seen: Seen | None, new: Checkpoint, files: Files) -> None:
     """Raise :class:`WitnessRefusal` or ``TreeError`` unless ``new``, whose tiles are ``files``, continues what was ``seen``."""
     tiles = Tiles(files, new.size)
-    if seen is None:
+    if seen is None or seen.size == 0 < new.size:  # no proof leads on from an empty tree
         if tiles.root() != new.root:
-            raise refusal("tree_forked", "the tiles are not those of the checkpoint")
+            raise _damaged()
     elif new.size < seen.size:
         raise refusal("tree_shrunk", f"the tree had {seen.size} leaves, this one has {new.size}")
     elif new.size == seen.size and new.root.hex() != seen.root:
         raise refusal("split_view", f"there are two trees of {new.size} leaves")
-    else:
+    elif new.size > seen.size:
+        # Tiles are not signed. Only what they prove against the signed root shows a fork; all else is damage.
+        before = merkle.root_of(seen.size, tiles.node)
         proof = merkle.consistency_proof(seen.size, new.size, tiles.node)
-        if not merkle.verify_consistency(seen.size, new.size, proof, bytes.fromhex(seen.root), new.root):
+        if not merkle.verify_consistency(seen.size, new.size, proof, before, new.root):
+            raise _damaged()
+        if before.hex() != seen.root:
             raise refusal("tree_forked", f"this tree of {new.size} does not continue the one of {seen.size}")
+
+
+def _damaged() -> WitnessRefusal:
+    return refusal("tiles_differ", "the tiles are not those of the checkpoint", cure="restore the tiles, all of them")
 
 
 def refusal(

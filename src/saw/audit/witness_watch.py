@@ -36,6 +36,7 @@ AHEAD_S = 300
 _LEAST_AGE_S, _MOST_AGE_S = 60, 7 * 86_400
 #: Refusals that show two trees of one key, each with its log's signature.
 _STANDS = frozenset({"split_view", "tree_forked"})
+#: So many refusals that are no alarm are kept.
 _KEEP = 50
 _HOST = re.compile(r"[A-Za-z0-9.-]{1,253}")
 
@@ -228,7 +229,9 @@ class Watch:
         # the text alone: each time that the log signs it again is no other evidence
         text = raw.partition(b"\n\n")[0]
         stem = f"{error.code}-{size}-{hashlib.sha256(text).hexdigest()[:16]}"
-        if not (folder / f"{stem}.found").exists() and len(list(folder.iterdir())) < 2 * _KEEP:
+        # What an alarm names is always there, before the alarm; of all else somebody could write without end.
+        room = stands or len(list(folder.iterdir())) < 2 * _KEEP
+        if room and not (folder / f"{stem}.found").exists():
             last = self._place / "checkpoint"
             if last.exists():
                 write_atomic(folder / f"{stem}.signed", last.read_bytes())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
+import ipaddress
 import time
 from datetime import UTC
 from typing import Any
@@ -68,7 +70,7 @@ def operator_app(broker: Broker) -> Starlette:
 def public_app(broker: Broker) -> Starlette:
     """Return the TLS side: attestation, workspaces, perimeters, bastions, machines, the TUF repository, the trail's tree."""
     attestation, views = broker.attestation, broker.views
-    # Anyone who reaches the port may ask; each workspace id has its share, so none can fill the trail or starve another.
+    # Anyone who reaches the port may ask. A share is of who is proven, else of an address: none can use up another's.
     asked = RateLimit(40, 4.0, time.monotonic)
     heard = RateLimit(20, 1.0, time.monotonic)
 
@@ -97,7 +99,7 @@ def public_app(broker: Broker) -> Starlette:
 
     def limited(kind: type[Any], call: Any, *, limit: int = DEFAULT_LIMIT) -> Any:
         def run(caller: Caller, body: Any, _request: Request) -> Any:
-            asked.take(body.workspace_id)
+            asked.take(share_of(caller, body.workspace_id))
             return call(caller, body)
 
         return with_body(kind, run, limit=limit)
@@ -110,9 +112,10 @@ def public_app(broker: Broker) -> Starlette:
                 cure="report for yourself",
                 code="foreign_report",
             )
-        if body.kind == "telemetry":
-            # Up to 64 KiB each, and as many as a flooded journal has: the trail takes them in at a pace of its own.
-            heard.take(body.workspace_id)
+        if body.kind == "telemetry" and kind == "workspace":
+            # Up to 64 KiB each, and as many as a flooded journal has: the trail takes them in at a pace of its own. Without proof
+            # nothing is kept, so that needs no share of it.
+            heard.take(caller.principal)
         return views.report(caller, body, verified=kind == "workspace")
 
     async def watch(request: Request, _caller: Caller) -> Any:
@@ -124,9 +127,9 @@ def public_app(broker: Broker) -> Starlette:
 
         return await broker.waker.poll(workspace, read, lambda found: bool(found["seq"] != after), _wait(request))
 
-    def given_bundle(_caller: Caller, request: Request) -> Any:
+    def given_bundle(caller: Caller, request: Request) -> Any:
         workspace = request.query_params.get("workspace_id", "")
-        asked.take(workspace)
+        asked.take(share_of(caller, workspace))
         return broker.rollout_views.bundle(workspace)
 
     async def perimeter_state(request: Request, _caller: Caller) -> Any:
@@ -194,6 +197,22 @@ def tls_caller(broker: Broker, request: Request) -> Caller:
     except SawError as error:
         raise ForbiddenError(error.message, cure=error.cure, code="certificate_refused") from error
     return Caller(f"{holder.kind}:{holder.name}", peer.address, request.state.request_id)
+
+
+def share_of(caller: Caller, workspace_id: str) -> str:
+    """Return whose share a call about a workspace takes.
+
+    Who shows a certificate has one of its own. Of all others each address has one for each workspace (of IPv6 the network of 64
+    bits, RFC 6177: one host has all of its addresses), so a stranger elsewhere keeps no workspace from attesting.
+    """
+    kind, _, name = caller.principal.partition(":")
+    if kind != "anonymous":
+        return f"{kind}:{name}"
+    address = caller.address.partition("%")[0]
+    with contextlib.suppress(ValueError):
+        if (found := ipaddress.ip_address(address)).version == 6 and found.ipv4_mapped is None:
+            address = str(ipaddress.ip_network((address, 64), strict=False))
+    return f"{kind} {address} {workspace_id}"
 
 
 def operator_gid(group: str | None) -> int | None:

@@ -21,6 +21,15 @@ Pattern = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Priority = Annotated[int, msgspec.Meta(ge=0, le=7)]
 
 
+#: Units in which agents run, and what runs for them: what these write is an agent's own word, and may hold its secrets.
+_OF_AGENTS = ("saw-agent@", "saw-mcp-", "saw-shell", "saw-openshell-podman")
+
+
+def of_an_agent(unit: str) -> bool:
+    """Whether a unit, or a pattern of units, is of those whose words are an agent's."""
+    return unit.startswith(_OF_AGENTS)
+
+
 class TelemetryError(SawError):
     """A part of telemetry cannot do its work."""
 
@@ -28,7 +37,10 @@ class TelemetryError(SawError):
 
 
 class Log(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Entries of units by a shell pattern, as severe as ``priority`` or more; ``text`` says whether their words are carried."""
+    """Entries of units by a shell pattern, as severe as ``priority`` or more; ``text`` says whether their words are carried.
+
+    Units of agents are meant only by a pattern that begins with their name, and their words are never carried.
+    """
 
     unit: Pattern
     priority: Priority
@@ -62,7 +74,16 @@ class Select(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def log_of(self, unit: str, priority: int) -> Log | None:
         """Return the rule by which an entry is told, None when there is none."""
-        return next((one for one in self.logs if priority <= one.priority and fnmatchcase(unit, one.unit)), None)
+        return next(
+            (
+                one
+                for one in self.logs
+                if priority <= one.priority
+                and fnmatchcase(unit, one.unit)
+                and (of_an_agent(one.unit) or not of_an_agent(unit))
+            ),
+            None,
+        )
 
 
 class TelemetryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -96,9 +117,11 @@ class TelemetryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     def ways(self) -> tuple[Way, ...]:
         """Return the ways on which events have to arrive here. A host becomes a workspace once it is told so."""
-        found: list[Way] = []
-        if self.broker and Path(self.workspace).exists():
-            found.append("broker")
+        return tuple(way for way in self.configured() if way != "broker" or Path(self.workspace).exists())
+
+    def configured(self) -> tuple[Way, ...]:
+        """Return the ways that are not configured off, whether they are there now or not."""
+        found: list[Way] = ["broker"] if self.broker else []
         if self.receiver is not None:
             found.append("collector")
         return tuple(found)
@@ -121,4 +144,4 @@ def read_config(path: Path | str = DEFAULT_CONFIG) -> TelemetryConfig:
         ) from error
 
 
-__all__ = ["DEFAULT_CONFIG", "Log", "Select", "TelemetryConfig", "TelemetryError", "Way", "read_config"]
+__all__ = ["DEFAULT_CONFIG", "Log", "Select", "TelemetryConfig", "TelemetryError", "Way", "of_an_agent", "read_config"]

@@ -147,6 +147,13 @@ class Courier:
         """Begin."""
         self._thread.start()
 
+    @property
+    def trouble(self) -> str:
+        """Why events do not leave: ``error``, or that nothing delivers any more; empty while all is well."""
+        if self._thread.is_alive() or self._stop.is_set():
+            return self.error
+        return "the thread that delivers has ended: systemctl restart saw-telemetry"
+
     def end(self, timeout: float) -> None:
         """Tell it to end, and wait for that."""
         self._stop.set()

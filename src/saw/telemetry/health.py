@@ -51,6 +51,11 @@ def health_of(config: TelemetryConfig, host: str, now: datetime) -> Health:
             spool.close()
     for way in config.ways():
         parts[way] = f"{waiting.get(way, 0)} of {head} events wait"
+    problems += [
+        f"{waiting[away]} events wait for the {away}, which is not there: {config.workspace} is missing"
+        for away in config.configured()
+        if away not in config.ways() and waiting.get(away)
+    ]
     if not config.ways():
         parts["ways"] = "none"
         problems.append("events go nowhere: this host is no workspace and has no receiver (docs/telemetry.md)")

@@ -23,7 +23,13 @@ from saw.telemetry.config import TelemetryConfig, TelemetryError
 #: Most entries of one reading.
 BATCH = 500
 _CHUNK = 65_536
+#: Anybody may write an entry of any length. A line that is longer than this is not kept, and passed over in parts.
 _LONGEST_LINE = 1024 * 1024
+#: So many parts are passed over before the caller has its turn.
+_MOST_PARTS = 256
+#: No field's text can hold this: its quotes would be escaped (RFC 8259).
+_CURSOR = re.compile(rb'"__CURSOR":"([^"\\]{1,400})"')
+_CURSOR_ENDS = 512
 _FIELDS = (
     "MESSAGE",
     "MESSAGE_ID",
@@ -80,6 +86,12 @@ class Entry(msgspec.Struct, frozen=True, rename=str.upper):
     audit_id: Any = msgspec.field(name="_AUDIT_ID", default=None)
 
 
+class Untold(msgspec.Struct, frozen=True):
+    """An entry that was passed over, since it is too long or not as it has to be."""
+
+    cursor: str
+
+
 class Gap(msgspec.Struct, frozen=True):
     """Entries that were in the journal and were not read: behind ``after`` and before ``before`` (cursors).
 
@@ -134,6 +146,7 @@ class Reading:
         self._cursor = cursor
         self._checks = bool(cursor)
         self._rest = b""
+        self._long = False
         command = [
             "journalctl",
             "--follow",
@@ -152,21 +165,20 @@ class Reading:
         except OSError as error:
             raise JournalError(f"journalctl cannot be run: {error}", cure="install systemd") from error
 
-    def read(self, wait_s: float) -> tuple[list[Entry], Gap | None]:
+    def read(self, wait_s: float) -> tuple[list[Entry | Untold], Gap | None]:
         """Return up to :data:`BATCH` new entries, oldest first, after at most about ``wait_s`` seconds, and the gap before them.
 
         Raises :class:`JournalError` when ``journalctl`` has ended.
         """
-        found: list[Entry] = []
+        found: list[Entry | Untold] = []
         gap: Gap | None = None
         end = time.monotonic() + wait_s
         while len(found) < BATCH:
             line = self._line(0.0 if found else end - time.monotonic())
             if line is None:
                 break
-            try:
-                entry = msgspec.json.decode(line, type=Entry)
-            except msgspec.MsgspecError:
+            entry = _entry(line)
+            if entry is None:
                 continue
             if self._checks:
                 self._checks = False
@@ -185,22 +197,25 @@ class Reading:
                 stream.close()
 
     def _line(self, wait_s: float) -> bytes | None:
-        """Return the next line, None when there is none yet."""
+        """Return the next line, None when there is none yet; of one that is too long what is left of it: its cursor."""
         assert self._process.stdout is not None  # noqa: S101 - it was asked for
         stream = self._process.stdout.fileno()
-        while True:
+        for _ in range(_MOST_PARTS):
             line, newline, rest = self._rest.partition(b"\n")
             if newline:
+                cut, self._long = self._long, False
                 self._rest = rest
-                return line
+                return _shortened(line) if cut else line
             if not select.select([stream], [], [], max(0.0, wait_s))[0]:
                 return None
             chunk = os.read(stream, _CHUNK)
             if not chunk:
                 raise JournalError(f"journalctl ended: {self._complaint()}", cure="journalctl --verify")
             self._rest += chunk
-            if len(self._rest) > _LONGEST_LINE and b"\n" not in self._rest:
-                raise JournalError("an entry is too long to be read", cure="journalctl --verify")
+            self._long = self._long or (len(self._rest) > _LONGEST_LINE and b"\n" not in self._rest)
+            if self._long and b"\n" not in self._rest:
+                self._rest = _shortened(self._rest)
+        return None
 
     def _complaint(self) -> str:
         code = self._process.wait()
@@ -208,5 +223,32 @@ class Reading:
         return self._process.stderr.read(2000).decode(errors="replace").strip()[-300:] or f"code {code}"
 
 
+def _entry(line: bytes) -> Entry | Untold | None:
+    """Return the entry of a line; None for what is no entry at all."""
+    try:
+        return msgspec.json.decode(line, type=Entry)
+    except msgspec.MsgspecError:
+        found = _CURSOR.search(line)
+        return Untold(found[1].decode("ascii", "replace")) if found else None
+
+
+def _shortened(part: bytes) -> bytes:
+    """Return what names the entry of a line that is too long: its cursor, or the end, where that may begin."""
+    found = _CURSOR.search(part)
+    return found[0] if found else part[-_CURSOR_ENDS:]
+
+
 Open = Callable[[TelemetryConfig, str], Reading]
-__all__ = ["BATCH", "Entry", "Gap", "JournalError", "Open", "Reading", "gap_between", "parts_of", "same", "words"]
+__all__ = [
+    "BATCH",
+    "Entry",
+    "Gap",
+    "JournalError",
+    "Open",
+    "Reading",
+    "Untold",
+    "gap_between",
+    "parts_of",
+    "same",
+    "words",
+]

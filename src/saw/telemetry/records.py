@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from saw.audit.events import Severity
-from saw.telemetry.config import Select
+from saw.telemetry.config import Select, of_an_agent
 from saw.telemetry.journal import Entry, words
 from saw.telemetry.told import Host, origin, priority_of, short, time_of
 
@@ -63,19 +63,26 @@ def log_event(host: Host, entry: Entry, select: Select) -> dict[str, Any] | None
     # What the service says of its own troubles would be a new trouble each time.
     if rule is None or entry.systemd_unit == "saw-telemetry.service":
         return None
-    text = short(words(entry.message)) if rule.text else f"an entry of priority {priority_of(entry)}"
+    carried = rule.text and not of_an_agent(entry.systemd_unit)
+    text = short(words(entry.message)) if carried else f"an entry of priority {priority_of(entry)}"
     return _log(host, entry, f"{short(entry.systemd_unit, 256)}: {text}", {"journal": origin(entry)})
 
 
-def claim_event(host: Host, entry: Entry) -> dict[str, Any]:
-    """Return the event of an entry that speaks of a sign-in or an account and is nobody's word who could know."""
+def claim_event(host: Host, entry: Entry) -> dict[str, Any] | None:
+    """Return the event of an entry that speaks of a sign-in or an account and is nobody's word who could know.
+
+    None when too many were told in this minute; the next that is told says how many were not (``more``).
+    """
+    left_out = host.claims.take(entry)
+    if left_out is None:
+        return None
     name = short(words(entry.syslog_identifier), 64)
     event = host.factory.log(
         time_of(entry),
         host.subject(),
         message=f"an entry speaks as {name} and is not by it",
         severity="medium",
-        detail={"claims": name, "journal": origin(entry)},
+        detail={"claims": name, "journal": origin(entry)} | ({"more": left_out} if left_out else {}),
     )
     return host.finished(event, entry)
 

@@ -20,10 +20,10 @@ from saw.runtime.notify import notify
 from saw.telemetry.config import TelemetryConfig, Way
 from saw.telemetry.forward import Courier
 from saw.telemetry.health import Beat
-from saw.telemetry.journal import Entry, Gap, Open, Reading
+from saw.telemetry.journal import Entry, Gap, Open, Reading, Untold
 from saw.telemetry.spool import Spool
-from saw.telemetry.told import Host
-from saw.telemetry.translate import began_event, event_of, gap_event
+from saw.telemetry.told import Claims, Host
+from saw.telemetry.translate import began_event, event_of, gap_event, untold_event
 
 logger = logging.getLogger("saw.telemetry")
 _READ_S = 1.0
@@ -50,6 +50,7 @@ class Service:
         self._name = host_name(config)
         self._factory = EventFactory("saw-telemetry", host=self._name, new_uid=lambda: str(uuid.uuid4()))
         self._spool = Spool(Path(config.state_dir), config.spool_bytes, self._name)
+        self._claims = Claims()
         self._couriers: dict[Way, Courier] = {}
         self._reading: Reading | None = None
         self._skipped: tuple[str, float] = ("", 0.0)
@@ -101,7 +102,7 @@ class Service:
         else:
             self._write_skipped(_CURSOR_S)
 
-    def _write(self, entries: list[Entry], gap: Gap | None) -> None:
+    def _write(self, entries: list[Entry | Untold], gap: Gap | None) -> None:
         host = self._host()
         read = [(entry.cursor, self._event(host, entry)) for entry in entries]
         if gap is None and not any(event for _, event in read):
@@ -119,20 +120,16 @@ class Service:
             logger.warning("the spool is full: events wait in the journal")
             self._end_reading()
 
-    def _event(self, host: Host, entry: Entry) -> dict[str, Any] | None:
+    def _event(self, host: Host, entry: Entry | Untold) -> dict[str, Any] | None:
+        # One entry that cannot be told must not stop all that come after it; that there was one is told.
+        if isinstance(entry, Untold):
+            logger.warning("an entry is too long, or not as it has to be")
+            return untold_event(host, datetime.now(UTC), entry.cursor, "unreadable")
         try:
             return event_of(host, entry, self._config.select)
         except (SawError, ValueError, OverflowError) as error:
-            # One entry that cannot be told must not stop all that come after it; that there was one is told.
             logger.warning("an entry cannot be told: %s", error)
-            return host.factory.detection_finding(
-                datetime.now(UTC),
-                host.subject("saw-telemetry"),
-                kind="telemetry_gap",
-                title="an entry of the journal cannot be told",
-                severity="high",
-                detail={"cause": "not_told", "cursor": entry.cursor, "why": type(error).__name__, "entries": 1},
-            )
+            return untold_event(host, datetime.now(UTC), entry.cursor, type(error).__name__)
 
     def _write_skipped(self, age_s: float) -> None:
         cursor, since = self._skipped
@@ -142,13 +139,13 @@ class Service:
 
     def _host(self) -> Host:
         told = self._config.workspace_told()
-        return Host(self._factory, self._name, told.workspace_id if told else "")
+        return Host(self._factory, self._name, told.workspace_id if told else "", self._claims)
 
     def _use_ways(self) -> None:
         ways = self._config.ways()
         if ways == tuple(self._couriers):
             return
-        self._spool.use(ways)
+        self._spool.use(ways, self._config.configured())
         for way in self._couriers.keys() - set(ways):
             self._couriers[way].end(5)
         for way in ways:
@@ -164,7 +161,7 @@ class Service:
 
     def _beat(self) -> None:
         self._beaten = time.monotonic()
-        errors = {way: courier.error for way, courier in self._couriers.items() if courier.error}
+        errors = {way: courier.trouble for way, courier in self._couriers.items() if courier.trouble}
         beat = Beat(time.time(), self._problem, {str(way): text for way, text in errors.items()})
         write_atomic(self._config.beat, msgspec.json.encode(beat))
 

@@ -35,6 +35,8 @@ _SUDO_REASONS = {
     "a password is required": "a password is required",
     "user not allowed to": "not allowed",
 }
+#: sudo breaks a long line in two or more; each further one begins so (sudoers(5), syslog_maxlen).
+_SUDO_GOES_ON = "(command continued) "
 _SUDO_USER = re.compile(r"(?:^|; )USER=([^\s;]+)(?= ;|$)")
 _SUDO_PROGRAM = re.compile(r" ; COMMAND=([^\s]+)")
 _OPENED = re.compile(r"session opened for user (?P<user>[^\s(]+)(?:\(uid=\d+\))? by (?P<by>[^\s(]*)(?:\(uid=\d+\))?")
@@ -52,7 +54,7 @@ def looks_like_one(entry: Entry) -> bool:
     name, text = words(entry.syslog_identifier), words(entry.message)
     if name in SSHD:
         return any(form.fullmatch(text) for form in (_ACCEPTED, _FAILED, _LEFT_EARLY, _LEFT))
-    return (name == "sudo" and "COMMAND=" in text) or _pam(text) is not None
+    return (name == "sudo" and _of_sudo(text) is not None) or _pam(text) is not None
 
 
 def sign_in(host: Host, entry: Entry) -> dict[str, Any] | None:
@@ -60,8 +62,8 @@ def sign_in(host: Host, entry: Entry) -> dict[str, Any] | None:
     name, text = words(entry.syslog_identifier), words(entry.message)
     if name in SSHD:
         return _ssh(host, entry, text)
-    if name == "sudo" and "COMMAND=" in text:
-        return _sudo(host, entry, text)
+    if name == "sudo" and (sudo := _of_sudo(text)):
+        return _sudo(host, entry, sudo)
     pam = _pam(text)
     return None if pam is None else _by_pam(host, entry, pam)
 
@@ -79,16 +81,33 @@ def _ssh(host: Host, entry: Entry, text: str) -> dict[str, Any] | None:
     return None
 
 
-def _sudo(host: Host, entry: Entry, text: str) -> dict[str, Any] | None:
+def _of_sudo(text: str) -> re.Match[str] | None:
+    """Return the parts of what sudo says of a call, also where it is the beginning of a line that was broken in two."""
     found = _SUDO.fullmatch(text)
     if found is None:
         return None
     rest = found["rest"]
+    if rest.startswith(
+        _SUDO_GOES_ON
+    ):  # arguments alone are not told; a user or a program puts what was told before in doubt
+        return found if "USER=" in rest or "COMMAND=" in rest else None
+    return found if "COMMAND=" in rest or _SUDO_START.match(rest) or _reason(rest) else None
+
+
+def _reason(rest: str) -> str:
+    """Return why sudo refused, as the beginning of its line says; empty for a reason that is not known here."""
+    return next((said for form, said in _SUDO_REASONS.items() if form in rest.partition(" ; ")[0].lower()), "")
+
+
+def _sudo(host: Host, entry: Entry, found: re.Match[str]) -> dict[str, Any] | None:
+    rest = found["rest"]
+    if rest.startswith(_SUDO_GOES_ON):
+        return _sudo_goes_on(host, entry, found["by"])
     # Folder and arguments are chosen by who runs sudo, and may look like what sudo itself says: then neither is believed.
     users, programs = _SUDO_USER.findall(rest), _SUDO_PROGRAM.findall(rest)
     clear = len(users) == 1 and rest.count("USER=") == 1 and rest.count("COMMAND=") == 1
     refused = not _SUDO_START.match(rest)
-    reason = next((said for form, said in _SUDO_REASONS.items() if form in rest.partition(" ; ")[0].lower()), "refused")
+    reason = _reason(rest) or "refused"
     detail = {"by": short(found["by"])} | (
         {"runs": short(programs[0])} if clear and programs else {"ambiguous": not clear}
     )
@@ -102,6 +121,18 @@ def _sudo(host: Host, entry: Entry, text: str) -> dict[str, Any] | None:
         reason=reason if refused else "",
         detail=detail,
     )
+
+
+def _sudo_goes_on(host: Host, entry: Entry, by: str) -> dict[str, Any]:
+    """Return the event of a line that goes on. It says neither that somebody became another nor that somebody was refused."""
+    event = host.factory.log(
+        time_of(entry),
+        host.subject(),
+        message=f"sudo: a line about {short(by, 128)} was too long: user and program of the one before are in doubt",
+        severity="medium",
+        detail={"by": short(by), "ambiguous": True, "journal": origin(entry)},
+    )
+    return host.finished(event, entry)
 
 
 def _pam(text: str) -> re.Match[str] | None:

@@ -64,20 +64,20 @@ class Spool:
     @property
     def cursor(self) -> str:
         """The cursor of the entry of the journal that was read last, empty before the first."""
-        with self._lock:
+        with self._reading():
             return self._note("cursor")
 
     @property
     def head(self) -> Head:
         """The end of the chain."""
-        with self._lock:
+        with self._reading():
             text = self._note("head")
         return msgspec.json.decode(text, type=Head) if text else Head()
 
     @property
     def full_since(self) -> str:
         """Since when events have had no room, empty while there is some."""
-        with self._lock:
+        with self._reading():
             return self._note(_FULL)
 
     def append(
@@ -121,24 +121,28 @@ class Spool:
 
     def has_room(self, more: int = 0) -> bool:
         """Whether anything can be taken: what waits is below the limit by ``more`` bytes."""
-        with self._lock:
+        with self._reading():
             return self._bytes(self._arrived()) + more < self._limit
 
-    def use(self, ways: tuple[Way, ...]) -> None:
-        """Events go when these ways have acknowledged them; a way that is new begins with the oldest one there is."""
+    def use(self, ways: tuple[Way, ...], away: tuple[Way, ...] = ()) -> None:
+        """Events go when these ways have acknowledged them; a way that is new begins with the oldest one there is.
+
+        ``away`` are ways that are configured and not there now: one that was used before keeps its place, and its events wait.
+        """
+        kept = (*ways, *away)
         with self._lock, self._transaction():
-            marks = ",".join("?" * len(ways))
-            self._database.execute(f"DELETE FROM way WHERE name NOT IN ({marks})", ways)  # noqa: S608 - question marks
+            marks = ",".join("?" * len(kept))
+            self._database.execute(f"DELETE FROM way WHERE name NOT IN ({marks})", kept)  # noqa: S608 - question marks
             self._database.executemany("INSERT OR IGNORE INTO way VALUES (?, 0)", [(name,) for name in ways])
 
     def pending(self, way: Way, limit: int) -> list[ChainedEvent]:
         """Return the oldest events that have not arrived on ``way``."""
-        with self._lock:
+        with self._reading():
             rows = self._database.execute(
                 "SELECT chained FROM event WHERE seq > coalesce((SELECT seq FROM way WHERE name = ?), 0) ORDER BY seq LIMIT ?",
                 (way, limit),
             ).fetchall()
-        return [msgspec.json.decode(raw, type=ChainedEvent) for (raw,) in rows]
+            return [msgspec.json.decode(raw, type=ChainedEvent) for (raw,) in rows]
 
     def acknowledged(self, way: Way, seq: int) -> None:
         """Note that everything up to ``seq`` has arrived on ``way``, and let go of what has arrived everywhere."""
@@ -148,13 +152,13 @@ class Spool:
 
     def newest(self, limit: int) -> list[ChainedEvent]:
         """Return the newest events, oldest first, those that have arrived too."""
-        with self._lock:
+        with self._reading():
             rows = self._database.execute("SELECT chained FROM event ORDER BY seq DESC LIMIT ?", (limit,)).fetchall()
-        return [msgspec.json.decode(raw, type=ChainedEvent) for (raw,) in reversed(rows)]
+            return [msgspec.json.decode(raw, type=ChainedEvent) for (raw,) in reversed(rows)]
 
     def waiting(self) -> dict[str, int]:
         """Return how many events wait, by way."""
-        with self._lock:
+        with self._reading():
             rows = self._database.execute(
                 "SELECT name, (SELECT count(*) FROM event WHERE event.seq > way.seq) FROM way ORDER BY name"
             ).fetchall()
@@ -162,7 +166,7 @@ class Spool:
 
     def bytes_waiting(self) -> int:
         """Return how many bytes wait."""
-        with self._lock:
+        with self._reading():
             return self._bytes(self._arrived())
 
     def _trim(self, kept: int) -> None:
@@ -185,6 +189,16 @@ class Spool:
 
     def _write_note(self, name: str, value: str) -> None:
         self._database.execute("INSERT OR REPLACE INTO note VALUES (?, ?)", (name, value))
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        with self._lock:
+            try:
+                yield
+            except (sqlite3.Error, msgspec.MsgspecError) as error:
+                raise TelemetryError(
+                    f"{self.path} cannot be read: {error}", cure="look at the folder and its disk"
+                ) from error
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -30,10 +30,32 @@ _SETUID = frozenset(
 _TEXT = 300
 
 
+class Claims:
+    """Counts entries that speak as somebody else: anybody may write any number, which must not fill the spool."""
+
+    def __init__(self, most: int = 30) -> None:
+        """``most`` are told in a minute of the journal."""
+        self._most = most
+        self._minute = self._told = self._left_out = 0
+
+    def take(self, entry: Entry) -> int | None:
+        """Return how many were left out since the last one that was told; None when this one is left out too."""
+        minute = int(entry.time_us) // 60_000_000
+        if minute != self._minute:
+            self._minute, self._told = minute, 0
+        if self._told >= self._most:
+            self._left_out += 1
+            return None
+        self._told += 1
+        left_out, self._left_out = self._left_out, 0
+        return left_out
+
+
 class Host:
     """The host whose journal it is, and how its events are built."""
 
-    def __init__(self, factory: EventFactory, name: str, workspace: str = "") -> None:
+    def __init__(self, factory: EventFactory, name: str, workspace: str = "", claims: Claims | None = None) -> None:
+        self.claims = claims or Claims()
         self.factory = factory
         self.name = name
         self.workspace = workspace
@@ -78,4 +100,4 @@ def origin(entry: Entry) -> Mapping[str, object]:
     return {name: short(value) for name, value in facts.items() if value}
 
 
-__all__ = ["Host", "origin", "priority_of", "proven", "short", "time_of"]
+__all__ = ["Claims", "Host", "origin", "priority_of", "proven", "short", "time_of"]

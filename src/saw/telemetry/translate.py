@@ -60,6 +60,12 @@ def gap_event(host: Host, gap: Gap, now: datetime, full_since: str = "") -> dict
     return _gap_event(host, now, "entries left the journal before they were read", detail)
 
 
+def untold_event(host: Host, now: datetime, cursor: str, why: str) -> dict[str, Any]:
+    """Return the event of an entry that is in the journal and cannot be told."""
+    detail = {"cause": "not_told", "cursor": cursor, "why": why, "entries": 1}
+    return _gap_event(host, now, "an entry of the journal cannot be told", detail)
+
+
 def began_event(host: Host, now: datetime, source: str) -> dict[str, Any]:
     """Return the first event of a spool: there was none before, or somebody removed it."""
     event = host.factory.detection_finding(
@@ -86,4 +92,4 @@ def _iso(micros: int | None) -> str | None:
     )
 
 
-__all__ = ["began_event", "event_of", "gap_event"]
+__all__ = ["began_event", "event_of", "gap_event", "untold_event"]

@@ -57,12 +57,13 @@ class HandOver(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Taken(msgspec.Struct, frozen=True):
-    """What a hand-over led to."""
+    """What a hand-over led to. ``refused``: why other records of it do not count, in words."""
 
     changed: bool
     root_version: int
     records: tuple[str, ...]
     revoked: int
+    refused: tuple[str, ...] = ()
 
 
 def place() -> Path:
@@ -124,7 +125,8 @@ def take(raw: bytes, now: datetime, *, pin: bool = False, dry: bool = False) -> 
 
     A first root is taken with ``pin`` alone. A later one counts when the officers of the one before signed it; the same version
     with another content is refused (``another_root``) with all of the hand-over, and an older one changes nothing. Revocations
-    are kept even where a record beside them is refused.
+    are kept even where a record beside them is refused. Records that count are kept; where none does, the first
+    refusal is raised.
     """
     try:
         if len(raw) > MAX_HANDED:
@@ -153,14 +155,19 @@ def _took(given: HandOver, now: datetime, *, pin: bool, dry: bool) -> Taken:
         changed |= _kept("revoked.json", msgspec.json.format(msgspec.json.encode(sorted(gone))) + b"\n", dry=dry)
     if root != held:
         changed |= _kept("root.json", root, dry=dry)
-    good = []
+    good, bad = [], list[RecordRefusedError]()
     for envelope in given.records:
         sealed = msgspec.json.encode(envelope)
-        good.append((check_record(sealed, root, gone, now), sealed))
+        try:
+            good.append((check_record(sealed, root, gone, now), sealed))
+        except RecordRefusedError as error:
+            bad.append(error)
+    if bad and not good:
+        raise bad[0]
     for record, sealed in good:
         changed |= _kept(f"records/{record.image_sha256}.{record.name}.json", sealed, dry=dry)
     version = parse(Root, root, "root.json").signed.version
-    return Taken(changed, version, tuple(record.name for record, _ in good), len(gone))
+    return Taken(changed, version, tuple(record.name for record, _ in good), len(gone), tuple(str(one) for one in bad))
 
 
 def _kept(name: str, content: bytes, *, dry: bool) -> bool:

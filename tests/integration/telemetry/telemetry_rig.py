@@ -50,8 +50,8 @@ class Journal:
         for old in self.folder.iterdir():
             old.unlink()
 
-    def write(self, entries: Sequence[dict[str, str]]) -> None:
-        """Append the entries, each with the next time."""
+    def write(self, entries: Sequence[dict[str, str]], messages: Sequence[bytes] = ()) -> None:
+        """Append the entries, each with the next time; the last one has ``messages`` too, as bytes."""
         text = ""
         for entry in entries:
             self.count += 1
@@ -63,7 +63,9 @@ class Journal:
             text += "".join(f"{name}={value}\n" for name, value in fields.items()) + "\n"
         done = subprocess.run(
             [REMOTE, f"--output={self.folder}/part{self._file}.journal", "-"],
-            input=text.encode(),
+            input=text.encode()[: -1 if messages else None]
+            + b"".join(b"MESSAGE\n" + len(one).to_bytes(8, "little") + one + b"\n" for one in messages)
+            + (b"\n" if messages else b""),
             capture_output=True,
             timeout=BOUND_S,
             check=False,

@@ -106,6 +106,27 @@ def test_a_journal_that_cannot_be_read_is_red(host: Host) -> None:
     assert said[0].returncode == 1
 
 
+def test_an_entry_of_any_length_is_passed_over_and_told_and_what_comes_behind_it_is_read(host: Host) -> None:
+    """Many binary fields, each short enough to be written out: one entry that is a line of many MiB."""
+    before = host.journal.sign_ins(1)
+    for number in range(2):
+        host.journal.write(
+            [{"SYSLOG_IDENTIFIER": "sshd", "_UID": "1000"}], [b"\xff" * 4000 + b"%d" % one for one in range(400)]
+        )
+        host.journal.sign_ins(1, 1 + number)
+    with host.running():
+        until(lambda: len(users_of(host.chain())) == 3, "what lies between and behind them")
+    assert users_of(host.chain()) == [*before, "user1", "user2"]
+    gaps = [one["unmapped"]["saw"] for one in host.findings("telemetry_gap")]
+    assert [one["cause"] for one in gaps] == ["not_told"] * 2
+    assert len({one["cursor"] for one in gaps}) == 2
+    with host.running():
+        last = host.journal.sign_ins(1, 3)
+        until(lambda: users_of(host.chain())[-1:] == last, "what came after a restart")
+    assert len(host.findings("telemetry_gap")) == 2, "each is told once"
+    assert whole(host.chain())
+
+
 def test_the_commands_tell_what_there_is_and_refuse_what_is_wrong(host: Host) -> None:
     nothing = host.saw("status")
     assert (nothing.returncode, "there is no sign of life" in nothing.stdout) == (1, True)

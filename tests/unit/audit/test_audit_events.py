@@ -148,3 +148,10 @@ def test_no_mapping_of_chance_passes_or_breaks_the_check(event: dict[str, Any]) 
 def test_a_time_without_zone_is_refused() -> None:
     with pytest.raises(ValueError, match="zone"):
         MAKE.account_change(NOW.replace(tzinfo=None), WHO, "u", activity="create")
+
+
+@pytest.mark.parametrize("name", ["class_uid", "activity_id", "category_uid", "severity_id", "status_id", "action_id"])
+@pytest.mark.parametrize("value", [[], {}, [1], "1", None])
+def test_a_number_that_is_none_is_a_problem_and_no_crash(name: str, value: object) -> None:
+    with pytest.raises(EventInvalid, match=name):
+        validate({**MAKE.log(NOW, WHO, message="m"), name: value})

@@ -6,7 +6,7 @@ import base64
 import json
 
 import pytest
-from tree_rig import Log, leaf
+from tree_rig import Log, Memory, leaf, mth
 
 from saw.audit.note import Checkpoint, NoteError, PublicKey, Signer, open_checkpoint, sign_checkpoint
 from saw.audit.tiles import TreeError
@@ -170,3 +170,33 @@ def test_a_first_tree_is_taken_only_with_its_tiles_and_a_damaged_memory_is_no_fi
     witness.state.write_text(witness.state.read_text()[:-3])
     with pytest.raises(SawError, match="is not valid"):
         witness.sign(log, raw)
+
+
+def test_damaged_tiles_are_damage_and_a_fork_is_one_that_the_tiles_prove(tmp_path) -> None:
+    """Old sizes of every form: an empty tree, a power of two, and others; any one hash of any tile is damaged."""
+    for old in (0, 1, 4, 5, 300):
+        (tmp_path / str(old)).mkdir()
+        witness, log, fork = Witness(tmp_path / str(old)), Log(), Log()
+        witness.sign(log, log.grow([leaf(number) for number in range(old)]))
+        raw = log.grow([leaf(old + number) for number in range(7)])
+        codes = set()
+        for name in [name for name in log.files if name.startswith("tile/") and "/entries/" not in name]:
+            for place in range(0, len(log.files[name]), 32):
+                raw_tile = log.files[name]
+                damaged = {**log.files, name: raw_tile[:place] + b"x" * 32 + raw_tile[place + 32 :]}
+                try:
+                    witness.sign(log, raw, files=Memory(damaged))
+                except WitnessRefusal as error:
+                    codes.add(error.code)
+                    continue
+                witness.state.write_text(json.dumps({"logs": {log.signer.public.line: _seen(old, log)}}))
+        assert codes == {"tiles_differ"}, old
+        if old:
+            with pytest.raises(WitnessRefusal) as refused:
+                witness.sign(fork, fork.grow([leaf(number, "x") for number in range(old + 7)]))
+            assert refused.value.code == "tree_forked"
+        assert witness.sign(log, raw)
+
+
+def _seen(old: int, log: Log) -> dict[str, object]:
+    return {"size": old, "root": mth([leaf(number).raw for number in range(old)]).hex()}

@@ -141,6 +141,35 @@ def test_a_second_view_and_a_fork_are_an_alarm_that_stays_until_it_is_cleared(de
         clear_alarm(desk.settings, "again")
 
 
+def test_the_evidence_of_an_alarm_is_kept_however_much_else_is(desk: Desk) -> None:
+    early = Log()
+    early.grow([leaf(number) for number in range(4)])
+    desk.look(desk.grown(10))
+    folder = desk.place / "evidence"
+    folder.mkdir()
+    for number in range(100):
+        (folder / f"tree_shrunk-{number}.found").write_text("x")
+    assert desk.bad(desk.served(early)) == "tree_shrunk"
+    assert len(list(folder.iterdir())) == 100, "of what is no alarm so many are kept"
+    fork = desk.grown(12, salt="x", log=Log())
+    assert desk.bad(fork) == "tree_forked"
+    assert len(list(folder.iterdir())) == 102
+    assert next(folder.glob("tree_forked-*.found")).read_bytes() == fork["checkpoint"]
+
+
+def test_damaged_tiles_are_no_alarm_and_a_second_view_is_one_also_with_them(desk: Desk) -> None:
+    desk.look(desk.grown(10))
+    good = desk.grown(3)
+    [name] = [name for name in good if name.startswith("tile/0/") and name.endswith("/13")]
+    damaged = Served({**good, name: b"x" * len(good[name])})
+    assert desk.bad(damaged) == "tiles_differ"
+    assert (desk.status()["state"], desk.status()["alarm"]) == ("failing", None)
+    assert desk.look(good).size == 13
+    fork = desk.grown(13, salt="x", log=Log())
+    assert desk.bad(Served({**damaged, "checkpoint": fork["checkpoint"]})) == "split_view"
+    assert desk.status()["state"] == "alarm"
+
+
 def test_what_was_cleared_is_an_alarm_again_while_it_is_so(desk: Desk) -> None:
     desk.look(desk.grown(10))
     fork = desk.grown(10, salt="x", log=Log())

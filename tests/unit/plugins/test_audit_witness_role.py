@@ -168,8 +168,8 @@ def test_the_key_is_checked_before_it_is_taken(tmp_path: Path) -> None:
         assert subprocess.run([sys.executable, *words], capture_output=True, check=False).returncode == code
 
 
-def test_the_playbook_takes_key_and_authority_from_the_control_host_unless_they_are_given(tmp_path: Path) -> None:
-    """The plays' own way of handing over, with what was read and without the roles."""
+def handed(tmp_path: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """Run the plays without the roles; each host's pinned key is a file of the folder."""
     read, look = yaml.safe_load((ROOT / "playbooks/audit_witness.yml").read_text())
     assert read["hosts"] == "{{ audit_witness_control_hosts | default('control_plane') }}"
     sources = {"/var/lib/saw/audit-tree/log.key.pub": KEY + "\n", "/var/lib/saw/broker/keys/x509/ca.pem": "PEM\n"}
@@ -178,15 +178,43 @@ def test_the_playbook_takes_key_and_authority_from_the_control_host_unless_they_
         (tmp_path / str(number)).write_text(content)
         assert there in text
         text = text.replace(there, str(tmp_path / str(number)))
+    pinned = "/etc/saw/witness-log.key.pub"
+    assert look["vars"]["audit_witness_pinned_at"] == pinned
+    text = text.replace(pinned, str(tmp_path / "pinned-{{ inventory_hostname }}"))
     (tmp_path / "plays.yml").write_text(text)
     (tmp_path / "hosts.ini").write_text(
         "[control_plane]\na\n[audit_witnesses]\nb audit_witness_ca=\nc audit_witness_key=own audit_witness_ca=mine\n"
     )
     command = [Path(sys.executable).parent / "ansible-playbook", "-i", str(tmp_path / "hosts.ini"), "-c", "local"]
     told = json.dumps({"ansible_python_interpreter": sys.executable})
-    done = subprocess.run(
-        [*command, "-e", told, str(tmp_path / "plays.yml")], capture_output=True, text=True, check=False
+    return subprocess.run(
+        [*command, *more, "-e", told, str(tmp_path / "plays.yml")], capture_output=True, text=True, check=False
     )
+
+
+def test_a_key_that_is_pinned_is_replaced_only_by_one_that_is_given(tmp_path: Path) -> None:
+    """The twin is the same key again; the host ``c`` is given its key by hand."""
+    other = Signer("trail.example.com", 1, b"2" * 32).public.line
+    for name in "bc":
+        (tmp_path / f"pinned-{name}").write_text(KEY + "\n")
+    done = handed(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in "bc":
+        (tmp_path / f"pinned-{name}").write_text(other + "\n")
+    for more in ((), ("--check",)):
+        done = handed(tmp_path, *more)
+        said = " ".join(done.stdout.split())
+        assert done.returncode == 2, said
+        assert "the log of a has another key than the one that this witness follows" in said
+        assert "b trail" not in said, "nothing is taken"
+        assert "c own mine" in said, "what is given by hand counts"
+    done = handed(tmp_path, "-e", f"audit_witness_key={KEY}")
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_playbook_takes_key_and_authority_from_the_control_host_unless_they_are_given(tmp_path: Path) -> None:
+    """The plays' own way of handing over, with what was read and without the roles."""
+    done = handed(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"b {KEY} PEM" in done.stdout
     assert "c own mine" in done.stdout

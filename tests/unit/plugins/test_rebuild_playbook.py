@@ -214,6 +214,27 @@ def test_an_image_that_is_revoked_is_not_started_by_hand_either(hypervisor):
 
 
 @pytest.mark.control("P0-04")
+def test_a_hypervisor_that_refuses_is_named_with_its_reason_and_not_with_an_error_of_the_playbook(hypervisor):
+    name, root = f"{hypervisor.name}-one", hypervisor.base / "state/trust/root.json"
+    kept = root.read_bytes()
+    root.unlink()
+    said = " ".join(hypervisor.play("workspace_rebuild", {"workspace_active_retries": 1}).stdout.split())
+    assert "this hypervisor has no root of the officers" in said, said
+    assert "from_json" not in said
+    values = {"image_state_name": name, "image_state_to": "revoked"}
+    done = hypervisor.play("image_state", values)
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 2
+    assert "the revocation is in force at the broker" in said, said
+    assert "localhost did not take it: this hypervisor has no root of the officers" in said, said
+    shown = hypervisor.broker.operator.request("GET", "/v1/images")["images"]
+    assert [one["state"] for one in shown if one["name"] == name] == ["revoked"]
+    root.write_bytes(kept)
+    done = hypervisor.play("image_state", values)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.control("P0-04")
 def test_the_role_pins_the_root_that_the_broker_has_and_follows_no_other(hypervisor):
     play, pinned = hypervisor.base / "trust.yml", hypervisor.base / "state/trust/root.json"
     play.write_text(

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,13 +16,15 @@ import msgspec
 import pytest
 
 from saw.audit import EventFactory, validate, verify_chain
+from saw.audit.receiver import Receiver
 from saw.errors import ConfigError
 from saw.telemetry import services
-from saw.telemetry.config import Log, Select, read_config
-from saw.telemetry.forward import AT_ONCE, parts
-from saw.telemetry.journal import Entry, gap_between, same, words
+from saw.telemetry.config import Log, Select, TelemetryConfig, TelemetryError, read_config
+from saw.telemetry.forward import AT_ONCE, Courier, parts
+from saw.telemetry.health import health_of
+from saw.telemetry.journal import Entry, Reading, gap_between, same, words
 from saw.telemetry.spool import KEPT, Spool
-from saw.telemetry.told import Host
+from saw.telemetry.told import Claims, Host
 from saw.telemetry.translate import event_of, gap_event
 
 pytestmark = pytest.mark.control("P0-05")
@@ -348,6 +354,78 @@ def test_the_spool_is_bounded_and_lets_go_only_of_what_arrived_everywhere(tmp_pa
     again.close()
 
 
+def test_a_way_that_is_away_for_a_moment_keeps_its_place_and_one_that_is_off_does_not(tmp_path: Path) -> None:
+    config = TelemetryConfig(
+        state_dir=str(tmp_path / "state"),
+        run_dir=str(tmp_path / "run"),
+        workspace=str(tmp_path / "workspace.json"),
+        receiver=Receiver("siem.example.com", 20514, "/ca.pem"),
+    )
+    (tmp_path / "workspace.json").write_text("{}")
+    assert config.ways() == config.configured() == ("broker", "collector")
+    spool = Spool(tmp_path / "state", 2**20, "host-1")
+    spool.use(config.ways(), config.configured())
+    spool.append([(f"c{number}", made(number)) for number in range(KEPT + 50)], "now")
+    spool.acknowledged("broker", 10)
+    (tmp_path / "workspace.json").unlink()
+    assert config.ways() == ("collector",)
+    spool.use(config.ways(), config.configured())
+    spool.acknowledged("collector", KEPT + 50)
+    assert (spool.waiting(), len(spool.pending("broker", 1000))) == ({"broker": KEPT + 40, "collector": 0}, KEPT + 40)
+    problems = health_of(config, "host-1", NOW).problems
+    assert any(f"{KEPT + 40} events wait for the broker, which is not there" in one for one in problems)
+    off = msgspec.structs.replace(config, broker=False)
+    spool.use(off.ways(), off.configured())
+    assert spool.waiting() == {"collector": 0}
+    spool.use(config.ways(), config.configured())
+    assert spool.waiting() == {"collector": 0}, "a host that never was a workspace does not wait for a broker"
+    spool.close()
+
+
+def test_a_spool_that_cannot_be_read_is_an_error_that_is_told_and_ends_no_thread(tmp_path: Path) -> None:
+    config = TelemetryConfig(receiver=Receiver("siem.example.com", 20514, "/ca.pem"))
+    spool = Spool(tmp_path, 2**20, "host-1")
+    spool.use(("collector",))
+    spool.append([("c", made(1))], "now")
+    courier = Courier(config, spool, "collector", "host-1")
+    with sqlite3.connect(spool.path) as other:
+        other.execute("UPDATE event SET chained = ?", (b"{",))
+    other.close()
+    with pytest.raises(TelemetryError, match="cannot be read"):
+        spool.pending("collector", 1)
+    with sqlite3.connect(spool.path) as other:
+        other.execute("ALTER TABLE event RENAME TO gone")
+    other.close()
+    for read in (lambda: spool.pending("collector", 1), lambda: spool.newest(1), spool.waiting, spool.bytes_waiting):
+        with pytest.raises(TelemetryError, match="cannot be read"):
+            read()
+    courier.start()
+    try:
+        until(lambda: "cannot be read" in courier.trouble, "the problem")
+    finally:
+        courier.end(60)
+    spool.close()
+
+
+def test_a_thread_that_ended_by_itself_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = Spool(tmp_path, 2**20, "host-1")
+    courier = Courier(TelemetryConfig(), spool, "collector", "host-1")
+    monkeypatch.setattr(courier, "_run", lambda: None)
+    courier._thread = threading.Thread(target=courier._run)
+    courier.start()
+    until(lambda: "has ended" in courier.trouble, "the problem")
+    courier.end(60)
+    assert courier.trouble == "", "told to end, it is no trouble"
+    spool.close()
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
+
+
 def test_a_gap_is_written_with_the_entry_behind_it_or_not_at_all(tmp_path: Path) -> None:
     spool = Spool(tmp_path, 65536, "host-1")
     spool.use(("collector",))
@@ -401,3 +479,115 @@ def test_a_configuration_that_is_wrong_is_refused_by_its_field(tmp_path: Path, t
     file.write_text(text)
     with pytest.raises(ConfigError, match=words_of_it):
         read_config(file)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ann : (command continued) ; USER=root ; COMMAND=/usr/bin/id",
+        "ann : (command continued) user NOT in sudoers ; TTY=pts/0 ; PWD=/ ; USER=root ; COMMAND=/usr/bin/id",
+        "     ann : (command continued) --set COMMAND=/bin/x",
+    ],
+)
+def test_a_line_of_sudo_that_goes_on_is_doubt_and_neither_a_sign_in_nor_a_refusal(text: str) -> None:
+    event = by("sudo", text)
+    assert event is not None
+    assert (event["class_uid"], event["unmapped"]["saw"]["ambiguous"], event["unmapped"]["saw"]["by"]) == (
+        0,
+        True,
+        "ann",
+    )
+    assert "root" not in json.dumps(event)
+    claim = by("sudo", text, _UID="1000")
+    assert claim is not None
+    assert claim["unmapped"]["saw"]["claims"] == "sudo"
+
+
+@pytest.mark.parametrize(
+    ("text", "outcome"),
+    [
+        ("ann : TTY=pts/0 ; PWD=/very/long", "Success"),
+        ("ann : TTY=pts/0 ; PWD=/ ; USER=root ;", "Success"),
+        ("ann : user NOT in sudoers ; TTY=pts/0 ; PWD=/very/long", "Failure"),
+    ],
+)
+def test_the_beginning_of_a_line_of_sudo_is_told_without_the_end(text: str, outcome: str) -> None:
+    event = by("sudo", text)
+    assert event is not None
+    assert (event["status"], event["user"], event["unmapped"]["saw"]["ambiguous"]) == (
+        outcome,
+        {"name": "unknown"},
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["ann : (command continued) and more words", "ann : problem with defaults entries ; TTY=pts/0 ; PWD=/ ;"]
+)
+def test_what_says_nothing_of_a_call_of_sudo_is_not_told(text: str) -> None:
+    assert by("sudo", text) is None
+
+
+AGENTS = ("saw-agent@claw.service", "saw-mcp-server-files@3.service", "saw-mcp-files.service", "saw-shell.service")
+
+
+@pytest.mark.parametrize("unit", [*AGENTS, "saw-shell@2.service", "saw-openshell-podman.service"])
+@pytest.mark.parametrize("pattern", ["saw-*.service", "*", "saw-[am]*", "saw-s*"])
+def test_what_an_agent_writes_is_not_told_by_a_rule_for_many_units(unit: str, pattern: str) -> None:
+    fields = {"_SYSTEMD_UNIT": unit, "PRIORITY": "3", "MESSAGE": "verysecret"}
+    assert told(Select(logs=(Log(pattern, 4, text=True),)), **fields) is None
+    ours = {**fields, "_SYSTEMD_UNIT": "saw-attestd.service"}
+    assert (told(Select(logs=(Log("saw-*.service", 4, text=True),)), **ours) or {})["message"].endswith("verysecret")
+
+
+@pytest.mark.parametrize("unit", AGENTS)
+def test_a_rule_that_names_units_of_agents_tells_their_entries_without_a_word(unit: str) -> None:
+    select = Select(logs=(Log(f"{unit[:11]}*", 4, text=True),))
+    event = told(select, _SYSTEMD_UNIT=unit, PRIORITY="3", MESSAGE="verysecret")
+    assert event is not None
+    assert event["message"] == f"{unit}: an entry of priority 3"
+    assert "verysecret" not in json.dumps(event)
+
+
+def test_entries_that_claim_to_be_somebody_elses_are_bounded_and_counted() -> None:
+    host = Host(HOST.factory, "host-1", claims=Claims(2))
+
+    def claim(second: int) -> dict[str, Any] | None:
+        fields = {
+            "SYSLOG_IDENTIFIER": "sshd",
+            "MESSAGE": "Disconnected from user ann 10.0.0.9 port 4022",
+            "_UID": "1000",
+        }
+        return event_of(host, entry(**fields, __REALTIME_TIMESTAMP=str(second * 1_000_000)), ALL)
+
+    found = [claim(second) for second in (60, 61, 62, 63, 119, 120, 121, 122)]
+    assert [None if one is None else one["unmapped"]["saw"].get("more", 0) for one in found] == [
+        0, 0, None, None, None, 3, 0, None,
+    ]  # fmt: skip
+    proven = {"SYSLOG_IDENTIFIER": "sshd", "MESSAGE": "Disconnected from user ann 10.0.0.9 port 4022"}
+    assert event_of(host, entry(**proven, __REALTIME_TIMESTAMP="123000000"), ALL) is not None
+
+
+def test_a_line_that_is_too_long_leaves_its_cursor_wherever_it_stands_and_takes_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill = "9," * (4 * 2**20)
+    forged = json.dumps(json.dumps({"__CURSOR": "s=0;i=0"}))
+    good = json.dumps({"__CURSOR": "s=1;i=9", "__REALTIME_TIMESTAMP": "1"})
+    (tmp_path / "lines").write_text(
+        f'{{"__CURSOR":"s=1;i=1","MESSAGE":[{fill}9]}}\n{{"MESSAGE":[{fill}{forged}],"__CURSOR":"s=1;i=2"}}\n'
+        f'{{"MESSAGE":[{fill}{forged}],"__CURSOR":"s=1;i=3","X":[{fill}9]}}\n{good}\n'
+    )
+    (tmp_path / "journalctl").write_text(f"#!/bin/sh\ncat {tmp_path}/lines\nexec sleep 600\n")
+    (tmp_path / "journalctl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    reading, found, most = Reading(TelemetryConfig(), ""), list[str](), 0
+    end = time.monotonic() + 60
+    while len(found) < 4 and time.monotonic() < end:
+        entries, gap = reading.read(0.5)
+        assert gap is None
+        most = max(most, len(reading._rest))
+        found += [f"{type(one).__name__} {one.cursor}" for one in entries]
+    reading.close()
+    assert found == ["Untold s=1;i=1", "Untold s=1;i=2", "Untold s=1;i=3", "Entry s=1;i=9"]
+    assert most < 2 * 2**20

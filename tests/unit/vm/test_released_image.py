@@ -365,3 +365,19 @@ def test_a_hand_over_is_read_strictly(desk: Desk, raw: bytes) -> None:
     with pytest.raises((ConfigError, RecordRefusedError)):
         released.accept(raw)
     assert not trust.revoked()
+
+
+@pytest.mark.control("P0-04")
+def test_one_record_that_has_ended_does_not_keep_out_those_that_count(make_spec: Make, desk: Desk) -> None:
+    spec = make_spec(tpm=True)
+    ended = desk.signed("0" * 64, not_after="2026-11-30T00:00:00Z")
+    for given in ((ended, desk.signed(spec.image_sha256)), (desk.signed(spec.image_sha256), ended)):
+        taken = released.accept(desk.handed(records=given))
+        assert taken.records == ("workspace-1",)
+        assert [text for text in taken.refused if "counted until 2026-11-30" in text] == list(taken.refused)
+        assert len(taken.refused) == 1
+    assert [one.name for one in (trust.place() / "records").iterdir()] == [f"{spec.image_sha256}.workspace-1.json"]
+    assert qemu.create(spec)["changed"]
+    with pytest.raises(RecordRefusedError, match="counted until 2026-11-30") as found:
+        released.accept(desk.handed(records=(ended, ended)))
+    assert found.value.code == "record_expired"
