@@ -39,6 +39,7 @@ GOVERNANCE_HOLDERS: dict[str, Holder] = {
     "actions": "ring 2",
     "mcp": "ring 2",
     "budgets": "ring 2",
+    "limits": "ring 2",
     "data_classes": "bundle",
     "persistence": "nobody",
     "sandbox": "nobody",

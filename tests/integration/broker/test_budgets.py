@@ -68,7 +68,9 @@ class Perimeter:
             workspace=workspace, engagement=engagement, sponsor="mia@example.com", agent="agent-1", blueprint="coding",
             policy_digest="aa" * 32, request_id="r-1",
         )  # fmt: skip
-        held = await self.meter.reserve(request, request.path, route, self.governance.budget("spend"), payer)
+        held = await self.meter.reserve(
+            request, request.path, route, budget=self.governance.budget("spend"), limits=(), payer=payer
+        )
         event = self.factory.http_activity(
             self.now, Subject(workspace=workspace, request_id="r-1"), method="POST", scheme="https",
             host="inference.local", port=443, path=request.path, allowed=True, detail={"budget": held.detail},
@@ -223,7 +225,7 @@ def test_every_command_of_the_page_does_what_the_page_says(broker: Lab, perimete
 
 def test_the_policy_of_the_page_loads_and_its_prices_are_read_in_order() -> None:
     page = Path(__file__).parents[3] / "docs/budgets.md"
-    (text,) = re.findall(r"^```yaml\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    text, limited, aliases = re.findall(r"^```yaml\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     head = (
         "schema: 1\nblueprint: {name: x, version: 1.0.0, owner: team}\n"
         "credentials: [{id: model-key, ref: 'local:model-key', inject: {header: A, format: '{secret}'}}]\n"
@@ -235,6 +237,11 @@ def test_the_policy_of_the_page_loads_and_its_prices_are_read_in_order() -> None
         "0.15",
         None,
     ]
+    (route,) = load_members(members | {"governance.yaml": (head + limited).encode()}).governance.inference.routes
+    assert route.limits == ("burst", "monthly")
+    named = text.replace('      models: ["demo-*"]\n', aliases.partition("\n")[2], 1)
+    (route,) = load_members(members | {"governance.yaml": (head + named).encode()}).governance.inference.routes
+    assert route.aliases == {"fast": "demo-small-2", "large": "demo-large-7"}
 
 
 def test_a_day_that_is_none_is_refused(broker: Lab) -> None:

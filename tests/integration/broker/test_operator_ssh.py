@@ -15,10 +15,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from broker_rig import running_broker
 
 from saw.broker.client import BrokerContext, Context, OperatorClient, SshJump
+from saw.broker.config import SessionRules
 from saw.errors import UnavailableError
 from saw.identity.ssh import SshAuthority
+
+
+@pytest.fixture(scope="module")
+def broker():
+    """A broker whose workspaces are reached from loopback, as the SSH server of these tests is."""
+    with running_broker(operator_group="daemon", sessions=SessionRules(leg_source="127.0.0.0/8")) as lab:
+        yield lab
 
 
 @pytest.fixture

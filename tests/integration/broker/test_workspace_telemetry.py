@@ -127,8 +127,8 @@ def test_what_is_not_as_it_has_to_be_is_a_finding_in_its_place_and_stops_nothing
 
 def test_without_its_identity_a_workspace_tells_nothing(teller, broker: Lab) -> None:
     with pytest.raises(BrokerUnreachable, match="under the workspace's identity alone"):
-        teller("ws-nobody", factory().log(TIME, Subject(), message="hello"), identified=False)
-    assert told(broker, "ws-nobody") == []
+        teller("ws-unproven", factory().log(TIME, Subject(), message="hello"), identified=False)
+    assert told(broker, "ws-unproven") == []
 
 
 def test_reports_of_telemetry_have_a_rate_of_their_own(broker: Lab) -> None:

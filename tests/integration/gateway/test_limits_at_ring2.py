@@ -296,7 +296,7 @@ def test_a_call_beyond_the_budget_waits_for_a_person_and_is_sent_once_as_it_was(
 
     def poll() -> Any:
         return rig.call(
-            "GET", f"/.well-known/saw/reviews/{review}?wait=20", host="inference.local", number=5, context=context(rig)
+            "GET", f"/.well-known/saw/reviews/{review}?wait=5", host="inference.local", number=5, context=context(rig)
         )
 
     assert poll().status == 202
