@@ -6,6 +6,7 @@ The service manager at the far end is a small program. Nothing attests here, so 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -39,6 +40,9 @@ exec {saw} "$@"
 """
 
 
+_NUMBERS = itertools.count()
+
+
 class Hypervisor:
     """A VM called ``name`` on the image ``one``, registered with the broker; ``two`` is there as well.
 
@@ -60,9 +64,11 @@ class Hypervisor:
         link.parent.mkdir(parents=True)
         link.symlink_to(ROOT)
         self.digests = {}
-        for number, image in enumerate(("one", "two")):
+        for image in ("one", "two"):
             path = base / f"state/images/{image}.qcow2"
-            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), f"{64 + number}M"], check=True)
+            # No two are alike: what one test revokes is no other's image.
+            size = 64 * 2**20 + next(_NUMBERS) * 2**16
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), str(size)], check=True)
             self.digests[image] = hashlib.sha256(path.read_bytes()).hexdigest()
             broker.register_image(image_record(f"{name}-{image}", self.digests[image]))
         broker.workspace(name, to=None, image="workspace")
