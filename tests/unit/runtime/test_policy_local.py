@@ -20,7 +20,7 @@ from saw.cli import policyd
 from saw.policy.loader import load_members
 from saw.policy.matcher import Matcher
 from saw.policy.policy_request import MAX_BODY, Asked, AskedList, AskMore
-from saw.runtime import policyd_requests
+from saw.runtime import policyd_asking
 from saw.runtime.attribution import Caller
 from saw.runtime.decide import DecideService
 from saw.runtime.generation import Loaded
@@ -278,7 +278,7 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> tuple[list[httpx.Request], dict
     def client(workspace: Workspace, *_: object) -> httpx.Client:
         return httpx.Client(transport=httpx.MockTransport(answer), base_url=workspace.broker_url)
 
-    monkeypatch.setattr(policyd_requests, "open_client", client)
+    monkeypatch.setattr(policyd_asking, "open_client", client)
     return seen, answers
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from saw.cli import policyd
 from saw.review.tool import AskTool, ClaimTool, EndTool, ToolView
-from saw.runtime import policyd_reviews
+from saw.runtime import policyd_asking
 from saw.runtime.policyd_config import PolicydConfig, Workspace
 from saw.runtime.policyd_reviews import ReviewBroker
 from saw.runtime.review_desk import Ask, Claim, End, Question, ReviewRefused, Wait
@@ -43,7 +43,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> tuple[list[httpx.Request], dict[st
     def client(workspace: Workspace, *_: object) -> httpx.Client:
         return httpx.Client(transport=httpx.MockTransport(answer), base_url=workspace.broker_url)
 
-    monkeypatch.setattr(policyd_reviews, "open_client", client)
+    monkeypatch.setattr(policyd_asking, "open_client", client)
     return seen, answers
 
 
