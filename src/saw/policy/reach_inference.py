@@ -66,11 +66,13 @@ def _limits(old: Governance, new: Governance) -> Iterator[Item]:
                 yield _item("limit", what, f"was {before}", region=region, risk="medium", rule=f"{rule}.{unit}")
         if now.span != was.span:
             # A longer stretch holds each shorter one, but for the same count it is tighter only where both slide.
-            slide = isinstance(now.span, int) and isinstance(was.span, int)
-            if not (slide and now.span > was.span):  # type: ignore[operator]
+            slides = [span for span in (was.span, now.span) if isinstance(span, int)]
+            if len(slides) < 2 or slides[1] < slides[0]:
                 what = f"{now.id}: per {now.per}"
                 why = f"was per {was.per}"
-                yield _item("period", what, why, region=region, risk="medium", rule=f"{rule}.per", exact=slide)
+                yield _item(
+                    "period", what, why, region=region, risk="medium", rule=f"{rule}.per", exact=len(slides) == 2
+                )
         if now.scope not in {was.scope, "blueprint"}:
             what, why = f"{now.id}: for each {now.scope}", f"one count was shared by each {was.scope}"
             yield _item("scope", what, why, region=region, risk="high", rule=f"{rule}.scope", exact=False)
