@@ -8,6 +8,7 @@ import pwd
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import msgspec
 from saw.errors import ConfigError
 from saw.files import load_json, write_atomic
 from saw.runtime import generation, ring1
+from saw.runtime.desk import Desk
 from saw.runtime.leaf import LeafAuthority, publish_bundle
 from saw.runtime.notify import notify
 from saw.runtime.policyd import Policyd
@@ -101,39 +103,39 @@ def build(config: PolicydConfig, step: Step = lambda _: None) -> Policyd:
     )
 
 
-def review_desk(config: PolicydConfig) -> ReviewDesk | None:
+def review_desk(config: PolicydConfig) -> Desk | None:
     """Return the socket where mediators ask people, answering; None where there are no mediators, or it cannot be made."""
-    if config.review_user is None:
-        return None
-    try:
-        uid = pwd.getpwnam(config.review_user).pw_uid
-    except KeyError:
-        _log(f"there is no user {config.review_user}: tools over stdio have no reviews here")
-        return None
-    broker = ReviewBroker(load_workspace(config), config.run)
-    try:
-        desk = ReviewDesk(config.run / "review" / "tools.sock", uid, broker, _log)
-    except OSError as error:  # the policy goes on being enforced; calls that need people are refused
-        _log(f"tools over stdio have no reviews here: {error}")
-        return None
-    desk.start()
-    return desk
+    place = config.run / "review" / "tools.sock"
+
+    def make(uid: int) -> Desk:
+        return ReviewDesk(place, uid, ReviewBroker(load_workspace(config), config.run), _log)
+
+    return _desk(config.review_user, make, "tools over stdio have no reviews here")
 
 
-def request_desk(config: PolicydConfig) -> RequestDesk | None:
+def request_desk(config: PolicydConfig) -> Desk | None:
     """Return the socket where the decision service asks for more, answering; None where it has no user, or it cannot be made."""
-    if config.ask_user is None:
+    place = config.run / "ask" / "policy.sock"
+
+    def make(uid: int) -> Desk:
+        return RequestDesk(place, uid, RequestBroker(load_workspace(config), config.run), _log)
+
+    return _desk(config.ask_user, make, "agents cannot ask for more than their policy here")
+
+
+def _desk(user: str | None, make: Callable[[int], Desk], without: str) -> Desk | None:
+    """Start what ``make`` makes for ``user``; when it cannot be, ``without`` is logged and the policy goes on being enforced."""
+    if user is None:
         return None
     try:
-        uid = pwd.getpwnam(config.ask_user).pw_uid
+        uid = pwd.getpwnam(user).pw_uid
     except KeyError:
-        _log(f"there is no user {config.ask_user}: agents cannot ask for more than their policy here")
+        _log(f"there is no user {user}: {without}")
         return None
-    broker = RequestBroker(load_workspace(config), config.run)
     try:
-        desk = RequestDesk(config.run / "ask" / "policy.sock", uid, broker, _log)
-    except OSError as error:  # the policy goes on being enforced, and nothing can be asked for
-        _log(f"agents cannot ask for more than their policy here: {error}")
+        desk = make(uid)
+    except OSError as error:
+        _log(f"{without}: {error}")
         return None
     desk.start()
     return desk
