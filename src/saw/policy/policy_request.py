@@ -43,10 +43,9 @@ class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     program: Program = ""
 
 
-class AskMore(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a workspace asks of the broker; ``policy_digest`` is the policy in force there."""
+class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A call that is asked for; ``policy_digest`` is the policy in force where it is."""
 
-    workspace_id: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
     policy_digest: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
     host: Host
     port: Port
@@ -55,6 +54,12 @@ class AskMore(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     path: PathText
     program: Program
     reason: Reason
+
+
+class AskMore(Wanted, frozen=True, kw_only=True):
+    """What a workspace asks of the broker."""
+
+    workspace_id: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
     @property
     def digest(self) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Protocol
 
 import msgspec
 
 from saw.errors import SawError
-from saw.policy.policy_request import MAX_BODY, Asked, AskedList, Host, Method, PathText, Port, Program, Reason
-from saw.review.messages import Digest, Message
+from saw.policy.policy_request import MAX_BODY, Asked, AskedList, Wanted
+from saw.review.messages import Message
 from saw.runtime.desk import Desk, Rules
 
 SOCKET = "/run/saw/ask/policy.sock"
@@ -22,17 +22,8 @@ MAX_ASKING = 4
 """Most questions at a time."""
 
 
-class More(Message, frozen=True, kw_only=True, tag="more"):
+class More(Wanted, frozen=True, kw_only=True, tag="more"):
     """Ask people for a call that the policy in force refuses."""
-
-    policy_digest: Digest
-    host: Host
-    port: Port
-    scheme: Literal["https", "http"]
-    method: Method
-    path: PathText
-    program: Program
-    reason: Reason
 
 
 class Mine(Message, frozen=True, kw_only=True, tag="mine"):
