@@ -9,7 +9,6 @@ import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from itertools import count
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from ring2_inference import (
     governed,
     networks,
     release,
+    unused,
     usage,
 )  # fmt: skip
 from ring2_policy import GOVERNANCE
@@ -53,12 +53,9 @@ def governance(
     )
 
 
-_names = (f"spend-{number}" for number in count(1))
-
-
 def use(rig: Rig, **options: Any) -> None:
     """Release a governance to two workspaces of our own; its budget has a name of its own, so nothing is spent of it."""
-    name = next(_names)
+    name = unused("spend")
     release(rig, governance(**options).replace("spend", name))
     rig.budget = f"coding/{name}"  # type: ignore[attr-defined]
 

@@ -8,7 +8,6 @@ import signal
 import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from ring2_inference import (
     governed,
     networks,
     release,
+    unused,
     usage,
 )  # fmt: skip
 from ring2_policy import GOVERNANCE
@@ -31,7 +31,6 @@ from ring2_rig import Rig, wait_for
 
 pytestmark = pytest.mark.control("INF-01")
 
-_numbers = count(1)
 HOUR = {"scope": "workspace", "per": "1h"}
 PRICES = [
     {"models": ["demo-big"], "input": "0.01", "output": "20000"},
@@ -48,8 +47,8 @@ def use(
     **route: Any,
 ) -> None:
     """Release a route with these ``limits``, each under a name of its own, so that nothing was taken of them before."""
-    named = [{"id": f"limit-{next(_numbers)}", **limit} for limit in limits]
-    spend = f"spend-{next(_numbers)}"
+    named = [{"id": unused("limit"), **limit} for limit in limits]
+    spend = unused("spend")
     whole = {
         "alias": "inference.local", "models": ["demo-*"], "upstream": "https://models.example.com/api/v1",
         "credential": "model-key", "limits": [limit["id"] for limit in named], **route,
