@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -10,15 +9,13 @@ import msgspec
 from sqlalchemy import ColumnElement, Connection, case, func, select
 
 from saw.audit import ChainedEvent
-from saw.broker.clock import iso
+from saw.broker.clock import days, iso
 from saw.broker.context import Services
-from saw.broker.errors import MalformedError
 from saw.broker.schema import charges
 from saw.broker.store import Transaction
 
 MOST_OF_ONE = 10**15
 """What one charge adds at most, so that no gatekeeper makes sums of the database overflow."""
-_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\Z")
 Amount = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 Short = Annotated[str, msgspec.Meta(max_length=256)]
 Day = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}\Z")]
@@ -88,12 +85,7 @@ class Charges:
 
         Amounts are millionths of ``currency``. Budgets are told for all workspaces, unless ``workspace`` is given.
         """
-        today = iso(self._s.clock())[:10]
-        last = last or today
-        first = first or last
-        for day in (first, last):
-            if not _DAY.match(day):
-                raise MalformedError(f"{day[:20]!r} is not a day", cure="write it as 2026-11-29", code="day_malformed")
+        first, last = days(first, last, self._s.clock())
         mine = charges.c.workspace_id == workspace if workspace else charges.c.workspace_id != ""
         of_line = (
             charges.c.day, charges.c.workspace_id.label("workspace"), charges.c.engagement, charges.c.blueprint,

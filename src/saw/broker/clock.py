@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 
+from saw.broker.errors import MalformedError
+
 Clock = Callable[[], datetime]
+_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\Z")
 
 
 def utc_now() -> datetime:
@@ -21,3 +25,16 @@ def iso(time: datetime) -> str:
 def parse_iso(text: str) -> datetime:
     """Read what :func:`iso` wrote."""
     return datetime.fromisoformat(text)
+
+
+def days(first: str | None, last: str | None, now: datetime) -> tuple[str, str]:
+    """Return the days (UTC) that somebody asks for: ``last`` is today unless it is named, ``first`` is ``last``.
+
+    Raises :class:`saw.broker.errors.MalformedError` for a text that is no day.
+    """
+    last = last or iso(now)[:10]
+    first = first or last
+    for day in (first, last):
+        if not _DAY.match(day):
+            raise MalformedError(f"{day[:20]!r} is not a day", cure="write it as 2026-11-29", code="day_malformed")
+    return first, last

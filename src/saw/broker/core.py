@@ -39,6 +39,7 @@ from saw.broker.registry import Registry
 from saw.broker.releases import Releases
 from saw.broker.replicas import Upkeep, join
 from saw.broker.repository import OnlineKey, Repository
+from saw.broker.resource_use import ResourceUse
 from saw.broker.retention import Retention
 from saw.broker.review_decisions import Decisions
 from saw.broker.review_vault import Vault
@@ -93,6 +94,7 @@ class Broker:
     forwards: Forwards
     recordings: Recordings
     charges: Charges
+    resource_use: ResourceUse
     overview: Overview
     delegations: Delegations
     agents: Agents
@@ -140,7 +142,7 @@ class Broker:
         releases = Releases(services, repository)
         rollouts = Rollouts(services, repository, releases)
         sso = SingleSignOn.open(services)
-        charges = Charges(services)
+        charges, resource_use = Charges(services), ResourceUse(services)
         jobs = Jobs(services, registry)
         delegations, forwards = Delegations(services), Forwards(services)
         broker = cls(
@@ -167,7 +169,8 @@ class Broker:
             forwards=forwards,
             recordings=Recordings(services),
             charges=charges,
-            overview=Overview(services, charges),
+            resource_use=resource_use,
+            overview=Overview(services, charges, resource_use),
             delegations=delegations,
             agents=Agents(services, delegations),
             sponsors=Sponsors(services, registry),

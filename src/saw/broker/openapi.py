@@ -117,6 +117,7 @@ ABOUT: Mapping[str, Words] = {
     "GET /v1/delegations/{id}": Words("One delegation, with its signed statement", (), Signed),
     "POST /v1/delegations/{id}/revoke": Words("Revoke a delegation and all below it", (), Revoked),
     "GET /v1/budgets": Words("Budgets and what was charged", ("first", "last", "workspace_id")),
+    "GET /v1/usage": Words("What agents used of their workspaces", ("first", "last", "workspace_id")),
     "GET /v1/reviewers": Words("Reviewers with their keys"),
     "GET /v1/reviewers/{name}": Words("One reviewer"),
     "PUT /v1/reviewers/{name}": Words("Register a reviewer, or give one other groups"),

@@ -50,6 +50,7 @@ ALLOWED: dict[tuple[str, str], frozenset[Role]] = {
     ("GET", "/v1/delegations/{id}"): _LOOK,
     ("POST", "/v1/delegations/{id}/revoke"): _INTERVENE,
     ("GET", "/v1/budgets"): _LOOK,
+    ("GET", "/v1/usage"): _LOOK,
     ("GET", "/v1/sessions"): _LOOK,
     ("GET", "/v1/sessions/{id}"): _LOOK,
     ("POST", "/v1/sessions/{id}/end"): _INTERVENE,

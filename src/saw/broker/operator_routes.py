@@ -108,6 +108,15 @@ def operator_routes(broker: Broker, route: MakeRoute) -> list[Route]:
                 )
             ),
         ),
+        route(
+            "/v1/usage",
+            "GET",
+            without_body(
+                lambda _c, r: broker.resource_use.show(
+                    r.query_params.get("first"), r.query_params.get("last"), r.query_params.get("workspace_id")
+                )
+            ),
+        ),
         *operator_review_routes(broker, route),
         *operator_session_routes(broker, route),
         *forward_routes(broker, route),

@@ -11,6 +11,7 @@ from saw.broker.clock import iso
 from saw.broker.context import Services
 from saw.broker.lifecycle import State
 from saw.broker.registry import get_row
+from saw.broker.resource_use import ResourceUse
 from saw.broker.review_states import UNENDED
 from saw.broker.rollout import Assignments
 from saw.broker.schema import reviews, workspaces
@@ -26,9 +27,10 @@ _SHOWN = (
 class Overview:
     """Reads workspaces for the pages; changes nothing."""
 
-    def __init__(self, services: Services, charges: Charges) -> None:
+    def __init__(self, services: Services, charges: Charges, resource_use: ResourceUse) -> None:
         self._s = services
         self._charges = charges
+        self._resource_use = resource_use
 
     def sponsor(self, workspace_id: str) -> str:
         """Return who sponsors a workspace; raise :class:`saw.broker.errors.NotFoundError`."""
@@ -65,6 +67,7 @@ class Overview:
         assignments = Assignments(connection)
         waiting = _open_reviews(connection, [row.id for row in rows])
         costs = self._charges.of_workspaces(connection, {row.id: row.blueprint for row in rows})
+        used = self._resource_use.of_workspaces(connection, [row.id for row in rows])
         found = []
         for row in rows:
             release = assignments.of(row)
@@ -77,6 +80,7 @@ class Overview:
                     "lease_counts": row.lease_expires_at is not None and row.lease_expires_at > now,
                     "open_reviews": waiting.get(row.id, 0),
                     "costs": costs[row.id],
+                    "used": used[row.id],
                 }
             )
         return found

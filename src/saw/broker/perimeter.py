@@ -21,6 +21,7 @@ from saw.broker.errors import ConflictError, ForbiddenError, MalformedError
 from saw.broker.lifecycle import MAY_REPORT, State
 from saw.broker.registry import get_row, require_state
 from saw.broker.releases import Releases, bundles_of, live_bundles
+from saw.broker.resource_use import count_use
 from saw.broker.rollout import Assignments, assigned_release
 from saw.broker.rollout_calls import Tally, count_inside
 from saw.broker.rollout_control import Rollouts, Said
@@ -254,7 +255,9 @@ class Views:
             row = get_row(tx.connection, report.workspace_id)
             require_state(row, MAY_REPORT)
             subject = caller.subject(row.id, agent=row.agent_id, policy_digest=row.policy_digest or "")
-            tx.record(event_of(self._s.events, self._s.clock(), subject, report.usage))
+            now = self._s.clock()
+            count_use(tx, row, report.usage, iso(now))
+            tx.record(event_of(self._s.events, now, subject, report.usage))
         return {"recorded": True, "verified": verified}
 
     def accept_events(self, caller: Caller, shipment: Shipment) -> dict[str, Any]:

@@ -395,6 +395,34 @@ charges = Table(
     Column("day", String(10), nullable=False, index=True),
 )
 
+#: What agents used of their workspaces (:mod:`saw.broker.resource_use`), added up by day and engagement.
+resource_use = Table(
+    "resource_use",
+    metadata,
+    Column("workspace_id", String(64), primary_key=True),
+    Column("day", String(10), primary_key=True, index=True),
+    Column("engagement", String(64), primary_key=True),
+    Column("cpu_ms", _COUNTER, nullable=False),
+    Column("read_bytes", _COUNTER, nullable=False),
+    Column("written_bytes", _COUNTER, nullable=False),
+    Column("oom_kills", _COUNTER, nullable=False),
+    Column("refused_tasks", _COUNTER, nullable=False),
+    Column("memory_peak", _COUNTER, nullable=False),
+)
+
+#: What each workspace told last, counted since the boot that it named.
+resource_boots = Table(
+    "resource_boots",
+    metadata,
+    Column("workspace_id", String(64), primary_key=True),
+    Column("boot", String(32), nullable=False),
+    Column("cpu_ms", _COUNTER, nullable=False),
+    Column("read_bytes", _COUNTER, nullable=False),
+    Column("written_bytes", _COUNTER, nullable=False),
+    Column("oom_kills", _COUNTER, nullable=False),
+    Column("refused_tasks", _COUNTER, nullable=False),
+)
+
 #: Rollbacks in escrow: publications that officers signed beforehand, for the release ``revision``.
 rollbacks = Table(
     "rollbacks",

@@ -36,6 +36,7 @@ AREAS: dict[str, tuple[str, str]] = {
     "login": ("saw.cli.login", "sign in with single sign-on"),
     "logout": ("saw.cli.logout", "end that session"),
     "whoami": ("saw.cli.whoami", "tell who is signed in, and with which roles"),
+    "usage": ("saw.cli.usage", "what agents used of their workspaces: processors, memory, disk"),
     "budget": ("saw.cli.budget", "what inference costs, what is left, and an export for cost tools"),
     "audit": ("saw.cli.audit", "read and verify the audit trail"),
     "image": ("saw.cli.image", "golden image records"),

@@ -246,6 +246,9 @@ def test_what_the_agent_used_is_in_the_trail_under_the_workspaces_identity_alone
     (event,) = recorded()
     assert event["device"]["uid"] == "ws-demo"
     assert event["unmapped"]["saw"]["usage"] == msgspec.to_builtins(usage)
+    assert [
+        line["cpu_ms"] for line in workspace.broker.operator.request("GET", "/v1/usage?workspace_id=ws-demo")["usage"]
+    ] == [5000]
 
 
 @pytest.mark.control("POL-01")

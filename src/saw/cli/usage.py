@@ -1,0 +1,47 @@
+"""``saw usage``: what agents used of their workspaces, by day and engagement."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+from urllib.parse import urlencode
+
+from saw.broker.client import OperatorClient
+from saw.cli.operator_options import add_options, show, table
+
+_COLUMNS = (
+    "day", "workspace", "engagement", "cpu_s", "memory_peak_mib", "read_mib", "written_mib", "oom_kills", "refused_tasks",
+)  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """Run ``saw usage``."""
+    options = _parser().parse_args(argv)
+    query = {
+        "first": options.first,
+        "last": options.last or options.first,
+        "workspace_id": options.workspace,
+    }
+    stated = urlencode({name: value for name, value in query.items() if value})
+    answer = OperatorClient.from_context(options.context).request("GET", f"/v1/usage?{stated}")
+    show(answer, table([_row(row) for row in answer["usage"]], _COLUMNS), as_json=options.json)
+    return 0
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row as people read it: seconds, and MiB rounded up so that a little is not nothing."""
+    sizes = {"memory_peak_mib": "memory_peak", "read_mib": "read_bytes", "written_mib": "written_bytes"}
+    return {
+        **row,
+        "cpu_s": f"{row['cpu_ms'] / 1000:.1f}",
+        **{name: -(-row[source] // 1024**2) for name, source in sizes.items()},
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="saw usage", description="What agents used of their workspaces.")
+    parser.add_argument("--first", metavar="DAY", help="first day in UTC, as 2026-11-29 (default: the last one)")
+    parser.add_argument("--last", metavar="DAY", help="last day in UTC (default: the first one, or today)")
+    parser.add_argument("--workspace", metavar="ID", help="only this workspace")
+    add_options(parser)
+    return parser
