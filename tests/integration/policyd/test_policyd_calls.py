@@ -27,7 +27,7 @@ from saw.runtime.policyd_broker import BrokerUnreachable
 sys.path.append(str(Path(__file__).parents[1] / "broker"))
 
 from broker_rig import Lab as BrokerLab
-from broker_rig import encode
+from broker_rig import cli, encode
 
 GOVERNANCE = """schema: 1
 blueprint: {name: coding, version: 1.0.0, owner: team}
@@ -246,9 +246,14 @@ def test_what_the_agent_used_is_in_the_trail_under_the_workspaces_identity_alone
     (event,) = recorded()
     assert event["device"]["uid"] == "ws-demo"
     assert event["unmapped"]["saw"]["usage"] == msgspec.to_builtins(usage)
-    assert [
-        line["cpu_ms"] for line in workspace.broker.operator.request("GET", "/v1/usage?workspace_id=ws-demo")["usage"]
-    ] == [5000]
+    day = workspace.broker.operator.request("GET", "/v1/usage?workspace_id=ws-demo")["usage"]
+    assert [line["cpu_ms"] for line in day] == [5000]
+    said = cli(workspace.broker, "usage", "--workspace", "ws-demo").stdout.splitlines()
+    assert said[0].split() == [
+        "DAY", "WORKSPACE", "ENGAGEMENT", "CPU_S", "MEMORY_PEAK_MIB", "READ_MIB", "WRITTEN_MIB", "OOM_KILLS", "REFUSED_TASKS"
+    ]  # fmt: skip
+    assert said[1].split() == [day[0]["day"], "ws-demo", "-", "5.0", "0", "0", "0", "1", "0"]
+    assert "is not a day" in cli(workspace.broker, "usage", "--first", "yesterday").stderr
 
 
 @pytest.mark.control("POL-01")
