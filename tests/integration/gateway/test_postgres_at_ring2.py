@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -270,6 +271,15 @@ def test_a_session_ends_with_what_allowed_it(sessions: Sessions) -> None:
     door.close()
 
 
+def _send(door: Door, key: CancelKey) -> None:
+    """Ask for a statement to be cancelled, as libpq does: by a connection of its own, which says nothing back."""
+    far, _, _ = door.opened()
+    far.sendall(cancel_packet(key))
+    with contextlib.suppress(TimeoutError):
+        assert far.recv(1) == b""
+    far.close()
+
+
 @pytest.mark.control("POL-04")
 def test_a_statement_is_cancelled_by_its_own_workspace_alone(sessions: Sessions) -> None:
     door = sessions.door()
@@ -277,13 +287,21 @@ def test_a_statement_is_cancelled_by_its_own_workspace_alone(sessions: Sessions)
         real = session.execute("SELECT pg_backend_pid()").fetchone()
         shown = session.pgconn.backend_pid
         assert real is not None and real[0] != shown
-        threading.Timer(0.2, session.cancel).start()
+        key = CancelKey(*struct.unpack("!II", door.heard.partition(b"K\0\0\0\x0c")[2][:8]))
+        assert key.process == shown
+        asked = threading.Event()
+
+        def cancel() -> None:
+            with sessions.database.admin() as watching:
+                while not watching.execute("SELECT 1 FROM pg_stat_activity WHERE query LIKE '%pg_sleep(120)%' "
+                                           "AND usename = 'agent' AND state = 'active'").fetchone():  # fmt: skip
+                    asked.wait(0.05)
+            _send(door, key)
+
+        threading.Thread(target=cancel, daemon=True).start()
         with pytest.raises(psycopg.errors.QueryCanceled):
             session.execute("SELECT pg_sleep(120)")
-        far, _, _ = door.opened()
-        far.sendall(cancel_packet(CancelKey(shown, 1)))
-        assert far.recv(1) == b""
-        far.close()
+        _send(door, CancelKey(shown, key.secret ^ 1))
         assert session.execute("SELECT 1").fetchone() == (1,)
     wait_for(lambda: len(sessions.rows("cancel")) == 2, "both at the broker")
     assert [row["status"] for row in sessions.rows("cancel")] == ["Success", "Failure"]
