@@ -25,7 +25,8 @@ network_policies:
     endpoints:
       - {{host: api.example.com, port: 443, protocol: rest, rules: [
           {{allow: {{method: GET, path: "/v1/**"}}}}, {{allow: {{method: POST, path: /v1/notes}}}}]}}
-    binaries: [{{path: /usr/bin/curl}}, {{path: "{PYTHON}"}}, {{path: "{NODE}"}}, {{path: "/usr/lib/jvm/**"}}]
+    binaries: [{{path: /usr/bin/curl}}, {{path: "{PYTHON}"}}, {{path: "{NODE}"}}, {{path: "/usr/lib/jvm/**"}},
+      {{path: /usr/bin/rclone}}]
   pypi:
     endpoints:
       - {{host: pypi.example.com, port: 443, protocol: rest, rules: [
