@@ -283,7 +283,7 @@ def _send(door: Door, key: CancelKey) -> None:
 
 
 @pytest.mark.control("POL-04")
-def test_a_statement_is_cancelled_by_its_own_workspace_alone(sessions: Sessions) -> None:
+def test_a_statement_is_cancelled_with_the_key_of_its_session_alone(sessions: Sessions) -> None:
     door = sessions.door()
     with connected(door) as session:
         real = session.execute("SELECT pg_backend_pid()").fetchone()
