@@ -241,6 +241,7 @@ def _credentials() -> list[Case]:
         home("kube", "the key of a cluster", ".kube/config"),
         home("docker", "passwords of registries", ".docker/config.json"),
         home("npm", "the token of a package registry", ".npmrc"),
+        home("postgres", "passwords of databases", ".pgpass"),
         case("service-token", "a cluster's token", "read", {"path": "/var/run/secrets/kubernetes.io/serviceaccount/token"}),
         case("workspace-key", "the workspace's own key", "read", {"path": "/run/saw/svid/sds.json"}),
         case("ring1-ca", "the key of the proxy's authority", "read", {"path": "/run/saw/ring1-ca/ca.key"}),

@@ -140,6 +140,9 @@ def _methods() -> list[Case]:
         method("upgrade", "a WebSocket where the rule is for requests", f"GET {path} HTTP/1.1", "Connection: Upgrade",
                "Upgrade: websocket", "Sec-WebSocket-Key: c2F3LXByb2JlLWtleQ==", "Sec-WebSocket-Version: 13",
                expected=(*RULE, "closed", "status:403", "status:426", "upgrade_not_allowed")),
+        method("upgrade-postgres", "a session of a database where the rule is for requests", f"GET {path} HTTP/1.1",
+               "Connection: Upgrade", "Upgrade: postgres", control="CRED-01",
+               expected=(*RULE, "closed", "status:403", "status:426", "upgrade_not_allowed")),
     ]  # fmt: skip
 
 

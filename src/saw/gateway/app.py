@@ -117,8 +117,8 @@ class AuthorizationApp:
     """An ASGI application; every request to it is one check.
 
     ``waiting`` are the tickets for calls that the review service takes in, None where there is none; ``relayed`` those for calls
-    whose answers are looked at; ``sending`` those that such a call, or an approved one, brings back, which was judged and
-    recorded just before.
+    whose answers are looked at; ``sessions`` those for sessions of PostgreSQL; ``sending`` those that such a call, or
+    an approved one, brings back, which was judged and recorded just before.
     """
 
     def __init__(
@@ -130,6 +130,7 @@ class AuthorizationApp:
         waiting: Tickets[Verdict] | None = None,
         sending: Tickets[Verdict] | None = None,
         relayed: Tickets[Verdict] | None = None,
+        sessions: Tickets[Verdict] | None = None,
         meter: Meter | None = None,
     ) -> None:
         self._judge = judge
@@ -138,6 +139,7 @@ class AuthorizationApp:
         self._waiting = waiting
         self._sending = sending
         self._relayed = relayed
+        self._sessions = sessions
         self._meter = meter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -169,6 +171,8 @@ class AuthorizationApp:
                 raise
             if self._waiting is not None and (verdict.held or verdict.poll):
                 return _to_service(call, self._waiting.issue(bound, verdict), "review")
+            if verdict.dial is not None and verdict.dial.login is not None and self._sessions is not None:
+                return _to_service(call, self._sessions.issue(bound, verdict), "postgres")
             if verdict.server and self._relayed is not None:
                 return _to_service(call, self._relayed.issue(bound, verdict), "mcp")
         except asyncio.CancelledError:
@@ -182,7 +186,7 @@ class AuthorizationApp:
         if verdict.dial is None:
             return _refuse(refusal_body(verdict), (verdict.limit or {}).get("retry_after_s"))
         # An answer that nobody looks at is never let through.
-        return _unavailable(call) if verdict.server else _onward(verdict.dial)
+        return _unavailable(call) if verdict.server or verdict.dial.login is not None else _onward(verdict.dial)
 
     async def _settle(self, told: Told) -> Answer:
         """End the charge of a call. Only Envoy's filter says who it is in this way; a call's own header never arrives here."""

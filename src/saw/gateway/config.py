@@ -120,6 +120,11 @@ class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     nft: NftConfig = NftConfig()
 
     @property
+    def postgres_socket(self) -> Path:
+        """Return where sessions of PostgreSQL are brought: beside ``authz_socket``."""
+        return self.authz_socket.with_name("postgres.sock")
+
+    @property
     def mcp_socket(self) -> Path:
         """Return where calls of MCP servers are brought whose answers are looked at: beside ``authz_socket``."""
         return self.authz_socket.with_name("mcp.sock")

@@ -13,6 +13,7 @@ from saw.gateway.credential_sources import CredentialSource, FileSource
 from saw.gateway.envoy_parts import HOP_HEADERS
 from saw.gateway.errors import CredentialUnavailable
 from saw.gateway.oauth2 import Handed, TokenKeeper
+from saw.gateway.pg_login import Login
 from saw.gateway.redaction import longest_first, reflections
 from saw.gateway.sigv4 import HEADERS as SIGNATURE
 from saw.gateway.sigv4 import Outgoing, sign
@@ -101,6 +102,14 @@ class CredentialStore:
             secret = await self._token(credential, wanted, Handed(place, secret), caller)
         encoded = [fill(field[0], secret) for field in _FIELD.finditer(template) if field[0] != "{secret}"]
         return Injection(((name, fill(template, secret)),), reflections(secret, encoded))
+
+    async def login(self, credential: Credential, caller: Mapping[str, str]) -> Login:
+        """Return as whom a session of PostgreSQL is opened for ``caller``; raises :class:`CredentialUnavailable`."""
+        wanted = credential.postgres
+        if wanted is None:
+            raise CredentialUnavailable(f"credential {credential.id} opens no session", cure="say postgres in it")
+        _, secret = await self._secret(credential.id, credential.ref, caller)
+        return Login(credential.id, wanted.user, wanted.databases, secret)
 
     async def _token(self, credential: Credential, wanted: OAuth2, handed: Handed, caller: Mapping[str, str]) -> str:
         if self._tokens is None:

@@ -70,6 +70,7 @@ def clusters(
     *,
     authz_socket: Path,
     mcp_socket: Path,
+    postgres_socket: Path,
     review_socket: Path | None,
     broker: tuple[str, int],
     upstream_ca: Path,
@@ -132,6 +133,7 @@ def clusters(
     items: list[Json] = [
         _local_cluster("gatekeeper", authz_socket),
         _local_cluster("mcp", mcp_socket),
+        _local_cluster("postgres", postgres_socket),
         upstream(
             "upstream-tls",
             {"auto_config": {"http_protocol_options": {}, "http2_protocol_options": {}}, **named},

@@ -36,6 +36,7 @@ from saw.gateway.envoy_parts import (
 from saw.gateway.redaction import REDACTION_FILTER
 from saw.gateway.streams import Standing
 from saw.gateway.usage_filter import usage_filter
+from saw.policy.databases import UPGRADE
 from saw.policy.grpc_calls import unread_route
 from saw.policy.websocket import FRAME_FILTER, PROTOCOL
 
@@ -115,6 +116,7 @@ def _governed(
     seat: Seat, credential_headers: tuple[str, ...], xds_dir: Path, *, reviews: bool, standing: Standing | None
 ) -> Json:
     websockets = standing is not None and standing.websockets
+    sessions = standing is not None and standing.sessions
 
     def secret(name: str) -> Json:
         return {"name": name, "sds_config": file_source(xds_dir / f"sds-{name}.json")}
@@ -151,7 +153,7 @@ def _governed(
             },
             "http2_protocol_options": {
                 "max_concurrent_streams": 128,
-                **({"allow_connect": True} if websockets else {}),
+                **({"allow_connect": True} if websockets or sessions else {}),
             },
             "local_reply_config": _local_replies(),
             "http_filters": [
@@ -164,12 +166,12 @@ def _governed(
                 _router(),
             ],
             "route_config": {
-                **_routes(reviews=reviews, unread=standing is not None, streams=websockets),
+                **_routes(reviews=reviews, unread=standing is not None, streams=websockets, sessions=sessions),
                 "response_headers_to_remove": [LOCAL_MARK],
             },
             # Envoy asks before the gatekeeper is asked, so it cannot tell routes apart here: what may not be opened, the
             # gatekeeper refuses, and its answer for any other call leads to no route that this matters for.
-            **({"upgrade_configs": [{"upgrade_type": PROTOCOL}]} if websockets else {}),
+            **({"upgrade_configs": upgrades} if (upgrades := _upgrades(credential_headers, standing)) else {}),
         },
     }
     chain: Json = {"transport_socket": tls, "transport_socket_connect_timeout": "10s", "filters": [connection_manager]}
@@ -322,7 +324,20 @@ def _authorisation(credential_headers: tuple[str, ...], *, body: bool) -> Json:
     }
 
 
-def _routes(*, reviews: bool, unread: bool = False, streams: bool = False, answers: bool = True) -> Json:
+def _upgrades(credential_headers: tuple[str, ...], standing: Standing | None) -> list[Json]:
+    """Return what a client may switch to. A session has filters of its own: its bytes are not read, and not waited for."""
+    found: list[Json] = []
+    if standing is not None and standing.websockets:
+        found.append({"upgrade_type": PROTOCOL})
+    if standing is not None and standing.sessions:
+        filters = [_authorisation(credential_headers, body=False), _router()]
+        found.append({"upgrade_type": UPGRADE, "filters": filters})
+    return found
+
+
+def _routes(
+    *, reviews: bool, unread: bool = False, streams: bool = False, sessions: bool = False, answers: bool = True
+) -> Json:
     def onward(transport: str, cluster: str, **more: object) -> Json:
         return {
             "match": {"prefix": "/", "headers": [{"name": "x-saw-transport", "string_match": {"exact": transport}}]},
@@ -371,6 +386,7 @@ def _routes(*, reviews: bool, unread: bool = False, streams: bool = False, answe
                         if streams
                         else []
                     ),
+                    *([lasting("postgres", "postgres")] if sessions else []),
                     *(
                         [lasting("tls-unread", "upstream-tls"), lasting("plain-unread", "upstream-plain")]
                         if unread

@@ -46,7 +46,7 @@ def event_of(verdict: Verdict, factory: EventFactory) -> dict[str, Any]:
     if verdict.offline:
         detail["offline"] = True
     if dial is not None:
-        detail |= {"upstream": dial.address, "authority": dial.authority, "injected": dial.inject is not None}
+        detail |= {"upstream": dial.address, "authority": dial.authority, "injected": bool(dial.inject or dial.login)}
         if dial.edit is not None:
             detail["model_sent"] = dial.edit.text.strip('"')[:_TEXT]
     return factory.http_activity(
@@ -100,6 +100,29 @@ def answer_event(
         message="a server's answer was not passed on as it came",
         resource=("mcp_server", verdict.server),
         detail={**said, "host": verdict.host, "path": verdict.call.target[:_PATH]},
+    )
+
+
+def session_event(
+    verdict: Verdict,
+    factory: EventFactory,
+    time: datetime,
+    step: str,
+    *,
+    outcome: Outcome,
+    detail: Mapping[str, object],
+) -> dict[str, Any]:
+    """Return the event of a step of a session of PostgreSQL: ``connect``, ``cancel`` or ``end``; long texts are cut."""
+    said = {name: value[:_TEXT] if isinstance(value, str) else value for name, value in detail.items()}
+    credential = verdict.decision.credential if verdict.decision is not None else None
+    return factory.api_activity(
+        time,
+        _subject(verdict),
+        f"postgres.{step}",
+        outcome=outcome,
+        message=f"session of PostgreSQL: {step}",
+        resource=("postgres", f"{verdict.host}:{verdict.port}"),
+        detail={"layer": "ring2", "credential": credential or "", "delegation": verdict.delegation, **said},
     )
 
 

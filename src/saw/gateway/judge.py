@@ -25,6 +25,7 @@ from saw.gateway.mcp_exchange import KnownDefinitions, Rules
 from saw.gateway.metering import Meter
 from saw.gateway.paying import Unpaid, pay
 from saw.gateway.peer import PeerReader
+from saw.gateway.pg_login import Login
 from saw.gateway.placeholders import headers_with_placeholder, target_with_placeholder
 from saw.gateway.releases import Release
 from saw.gateway.resolve import Resolver, choose
@@ -32,6 +33,7 @@ from saw.gateway.sigv4 import Outgoing
 from saw.gateway.state import WorkspaceEntry
 from saw.gateway.view import View, offline_granted, release_for
 from saw.identity.x509 import Svid
+from saw.policy import databases
 from saw.policy.addresses import is_blocked_host
 from saw.policy.errors import NotCanonical
 from saw.policy.grpc_calls import goes_unread, is_grpc
@@ -77,6 +79,7 @@ class Dial(msgspec.Struct, frozen=True):
 
     ``frames`` is what the client may send on the WebSocket that the call opens, empty for every other call. ``charge`` is the
     reservation that pays for it, empty where nothing is paid. ``edit`` is what is written into its body, if anything is.
+    ``login`` is as whom ring 2 opens the session that the call asks for, None for every other call; never logged.
     """
 
     address: str
@@ -88,6 +91,7 @@ class Dial(msgspec.Struct, frozen=True):
     frames: str = ""
     charge: str = ""
     edit: Edit | None = None
+    login: Login | None = None
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -328,6 +332,7 @@ class Judge:
             edit = edit_of(route, call.body) if call.method == "POST" else None
             if edit is not None:
                 call = msgspec.structs.replace(call, body=edit.apply(call.body))
+        session = databases.is_session(call.upgrade)
         blocked = is_blocked_host(host)
         if blocked:
             raise Refused("destination_blocked", blocked)
@@ -336,7 +341,12 @@ class Judge:
         late = Refused("credential_unavailable", f"credential {credential_id} is not at hand: it takes too long")
         try:
             async with asyncio.timeout(DIAL_DEADLINE_S):
-                inject = await self._inject(release, credential_id, entry, _outgoing(call, scheme, authority, path))
+                inject, login = None, None
+                if session:
+                    login = await self._login(release, credential_id, entry)
+                else:
+                    outgoing = _outgoing(call, scheme, authority, path)
+                    inject = await self._inject(release, credential_id, entry, outgoing)
                 late = Refused(ResolutionFailed.code, f"there is no time left to look up {host}")
                 address = choose(host, await self._resolver.addresses(host), exact=exact, allowed=allowed)
         except TimeoutError:
@@ -346,13 +356,25 @@ class Judge:
         return Dial(
             address=f"[{address}]:{port}" if ":" in address else f"{address}:{port}",
             authority=authority,
-            transport=("tls" if scheme == "https" else "plain") + _lasting(case.call, decision),
+            transport="postgres"
+            if session
+            else ("tls" if scheme == "https" else "plain") + _lasting(case.call, decision),
             path=path,
             inject=inject,
             remove=_placeholders(case.call.headers, inject),
             frames=decision.frames,
             edit=edit,
+            login=login,
         )
+
+    async def _login(self, release: Release, identifier: str | None, entry: WorkspaceEntry) -> Login:
+        try:
+            credential = release.governance.credential(identifier or "")
+            return await self._credentials.login(credential, {"sponsor": entry.sponsor, "workspace": entry.id})
+        except CredentialUnavailable as error:
+            raise Refused("credential_unavailable", error.message) from error
+        except KeyError as error:
+            raise Refused("credential_unavailable", "no credential is defined for this session") from error
 
     async def _inject(
         self, release: Release, identifier: str | None, entry: WorkspaceEntry, outgoing: Outgoing
@@ -481,6 +503,9 @@ def _delegated(
     """
     held = case.view.engagements.get(entry.id, NONE)
     git = release.matcher.speaks_git(request.host)
+    session = databases.is_session(request.upgrade)
+    if session:
+        request = msgspec.structs.replace(request, method=databases.METHOD)
     try:
         if decision.frames not in {"", "none"}:
             _messages_delegated(held, request, decision, case.now)
@@ -490,6 +515,9 @@ def _delegated(
     except OutsideDelegation as error:
         if error.code == "review_required" and is_grpc(request.headers):
             detail = f"delegation {error.delegation} wants every write reviewed, and a gRPC client cannot wait for that"
+            raise Refused("outside_delegation", detail) from error
+        if error.code == "review_required" and session:
+            detail = f"delegation {error.delegation} wants every write reviewed, and nobody can review each statement"
             raise Refused("outside_delegation", detail) from error
         if error.code == "review_required":
             return error.delegation, error.message

@@ -31,6 +31,7 @@ from saw.gateway.metering import Meter
 from saw.gateway.notify import notify
 from saw.gateway.oauth2 import HttpsTokenEndpoint, TokenKeeper
 from saw.gateway.peer import PeerReader
+from saw.gateway.pg_sessions import PostgresSessions
 from saw.gateway.ports import conflicts
 from saw.gateway.readable import may_read
 from saw.gateway.releases import TrustRoot
@@ -151,17 +152,28 @@ class Gatekeeper:
         self._relay = McpRelay(
             judge.rules, relayed, sending, self._spool, factory, socket=config.ring2.send_socket, now=clock.now
         )
+        opening = Tickets[Verdict](time.monotonic)
+        self._sessions = PostgresSessions(
+            opening, self._spool, factory, ca_file=config.ring2.upstream_ca_file, now=clock.now
+        )
         self._reviews: ReviewApp | None = None
         self._sender: Sender | None = None
         self._review_link = ReviewLink(config)
         if config.review_socket is None:
             self._app = AuthorizationApp(
-                judge, self._spool, factory, sending=sending, relayed=relayed, meter=self._meter
+                judge, self._spool, factory, sending=sending, relayed=relayed, sessions=opening, meter=self._meter
             )
             return
         waiting = Tickets[Verdict](time.monotonic)
         self._app = AuthorizationApp(
-            judge, self._spool, factory, waiting=waiting, sending=sending, relayed=relayed, meter=self._meter
+            judge,
+            self._spool,
+            factory,
+            waiting=waiting,
+            sending=sending,
+            relayed=relayed,
+            sessions=opening,
+            meter=self._meter,
         )
         self._reviews = ReviewApp(
             waiting,
@@ -265,11 +277,25 @@ class Gatekeeper:
         """Serve the sockets of the other services for as long as the authorisation socket is served."""
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._beside(self._relay, self._config.mcp_socket, "authz_socket"))
+            await stack.enter_async_context(self._open_sessions())
             if self._config.review_socket is not None and self._reviews is not None:
                 await stack.enter_async_context(
                     self._beside(self._reviews, self._config.review_socket, "review_socket")
                 )
             yield
+
+    @contextlib.asynccontextmanager
+    async def _open_sessions(self) -> AsyncIterator[None]:
+        """Take sessions of PostgreSQL; at the end those that are open are ended, and that is recorded."""
+        path = self._config.postgres_socket
+        listener = listen(path, self._config.authz_group)
+        server = await asyncio.start_unix_server(self._sessions.serve, sock=listener)
+        try:
+            yield
+        finally:
+            server.close()
+            await self._sessions.close()
+            path.unlink(missing_ok=True)
 
     @contextlib.asynccontextmanager
     async def _beside(self, app: ReviewApp | McpRelay, path: Path, setting: str) -> AsyncIterator[None]:

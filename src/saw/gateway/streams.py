@@ -18,10 +18,11 @@ from saw.gateway.view import View, offline_granted, release_for
 
 
 class Standing(NamedTuple):
-    """What a workspace may have open: ``rests_on`` is the word, ``websockets`` says that it may be WebSockets too."""
+    """What a workspace may have open: ``rests_on`` is the word. ``websockets``, ``sessions``: it may be those too."""
 
     rests_on: str
     websockets: bool
+    sessions: bool = False
 
 
 def standing_streams(
@@ -49,10 +50,14 @@ def standing_streams(
         if entry.lease_expires_at is None or now >= entry.lease_expires_at + timedelta(seconds=longer):
             continue
         release = release_for(view, entry, digest, now, release_grace_s)
-        if isinstance(release, str) or not (release.matcher.opens_streams or release.matcher.sends_unread):
+        if isinstance(release, str):
+            continue
+        matcher = release.matcher
+        if not (matcher.opens_streams or matcher.opens_sessions or matcher.sends_unread):
             continue
         held = view.engagements.get(entry.id, NONE)
         counting = sorted(line.record.id for line in held.lines if line.not_before <= now < line.expires)
         rests_on = msgspec.json.encode([entry.id, digest, entry.agent, held.required, counting])
-        standing[entry.number] = Standing(hashlib.sha256(rests_on).hexdigest()[:16], release.matcher.opens_streams)
+        word = hashlib.sha256(rests_on).hexdigest()[:16]
+        standing[entry.number] = Standing(word, matcher.opens_streams, matcher.opens_sessions)
     return standing

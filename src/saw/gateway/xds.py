@@ -46,6 +46,7 @@ class XdsWriter:
                     version,
                     authz_socket=self._config.authz_socket,
                     mcp_socket=self._config.mcp_socket,
+                    postgres_socket=self._config.postgres_socket,
                     review_socket=self._config.review_socket,
                     broker=broker,
                     upstream_ca=ring2.upstream_ca_file,

@@ -15,7 +15,7 @@ from urllib.parse import unquote_to_bytes
 
 import msgspec
 
-from saw.policy import globs, websocket
+from saw.policy import databases, globs, websocket
 from saw.policy.calls import BodyRefused, CallRules, Reading, first_allowing, first_denied
 from saw.policy.globset import BORDER, BitTable, GlobSet, address_segments, bits_of, path_segments, places_of
 from saw.policy.loader import endpoint_specificity
@@ -54,8 +54,8 @@ def parse_query(query: str) -> dict[str, list[str]] | None:
 class Call(NamedTuple):
     """What the rules of an address are asked: canonical path (without the query) and query, upper-case method, callers.
 
-    ``method`` is one of :data:`saw.policy.websocket.STREAM_METHODS` where a WebSocket is meant. ``request`` is the whole of it,
-    for endpoints whose calls are named in the body.
+    ``method`` is one of :data:`saw.policy.databases.LASTING` where a WebSocket or a session is meant. ``request`` is
+    the whole of it, for endpoints whose calls are named in the body.
     """
 
     path: str
@@ -163,6 +163,8 @@ def _allow_rules(endpoint: Endpoint) -> Iterable[Rule]:
     stream = endpoint.protocol == websocket.PROTOCOL
     if endpoint.rules is not None:
         return (_rule(f"rules[{i}]", rule.allow, allow=True, stream=stream) for i, rule in enumerate(endpoint.rules))
+    if endpoint.protocol == databases.PROTOCOL:
+        return (Rule("a session", frozenset({databases.METHOD}), "/**", (), names_fetch=False),)
     if not endpoint.protocol:
         return (Rule("any call (no protocol)", None, "/**", (), names_fetch=False),)
     methods = websocket.ACCESS[endpoint.access] if stream else _ACCESS[endpoint.access]
@@ -198,9 +200,9 @@ class _Rules:
             for method in rule.methods or ():
                 methods.setdefault(method, []).append(place)
         self._methods = BitTable(methods, self._set.width, bits_of(any_method, self._set.width))
-        # A rule for any method is about HTTP calls; only rules of websocket endpoints name what a WebSocket is.
+        # A rule for any method is about HTTP calls; only rules of websocket and tcp endpoints name what stays open.
         streams: dict[Hashable, list[int]] = {
-            method: places for method, places in methods.items() if method in websocket.STREAM_METHODS
+            method: places for method, places in methods.items() if method in databases.LASTING
         }
         self._streams = BitTable(streams, self._set.width)
         self._of_owner = BitTable(owners, self._set.width)
@@ -210,7 +212,7 @@ class _Rules:
         self, usable: int, index: Mapping[int, int], call: Call, segments: Sequence[str], *, allow: bool
     ) -> tuple[int, Rule] | None:
         """Return the first rule that fits, and its endpoint; ``index`` names the endpoints that the bits ``usable`` mean."""
-        table = self._streams if call.method in websocket.STREAM_METHODS else self._methods
+        table = self._streams if call.method in databases.LASTING else self._methods
         found = table.get(call.method)
         if not found:
             return None
@@ -351,6 +353,8 @@ class AddressRules:
         ruled = self._allow.first(usable, self._index, call, segments, allow=True)
         if ruled is not None:
             return Judgement("allow", self.entries[ruled[0]], ruled[1])
+        if call.method == databases.METHOD:
+            return Judgement("no rule", self.entries[best])
         audited = usable & (self._audit_streams if call.method in websocket.STREAM_METHODS else self._audit)
         if audited:
             return Judgement("allow", self.entries[self._first(audited)], AUDITED)

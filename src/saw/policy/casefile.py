@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from saw.policy.databases import UPGRADE
 from saw.policy.decode import Checks, Decoder
 from saw.policy.errors import PolicyError, Problem
 from saw.policy.governance import Governance
@@ -25,6 +26,7 @@ from saw.policy.yamltree import parse
 _ZERO = "0" * 40
 _DEFAULT_PORTS = {"https": 443, "http": 80}
 _STREAMS = {"wss": "https", "ws": "http"}
+_SESSION_PORT = 5432
 """Schemes of WebSockets (RFC 6455), and those of the request that opens one."""
 
 
@@ -41,7 +43,7 @@ class Call(Part, frozen=True):
     url: Annotated[
         str,
         says(
-            "Absolute URL, spelled as the client sends it; wss: and ws: open a WebSocket.",
+            "Absolute URL, spelled as the client sends it; wss: and ws: open a WebSocket, postgres: a session.",
             "https://api.example.com/v1/items?page=2",
         ),
     ]
@@ -194,13 +196,22 @@ def split_url(url: str) -> tuple[str, str, int, str]:
     The scheme of a WebSocket is that of the request that opens it (see :func:`opens_websocket`).
     """
     parts = urlsplit(url)
-    scheme = _STREAMS.get(parts.scheme, parts.scheme)
+    session = parts.scheme == UPGRADE
+    scheme = "https" if session else _STREAMS.get(parts.scheme, parts.scheme)
     if scheme not in _DEFAULT_PORTS or not parts.hostname:
-        raise ValueError(f"{url!r} is not an http, https, ws or wss URL")
+        raise ValueError(f"{url!r} is not an http, https, ws, wss or postgres URL")
     target = url.split("://", 1)[1]
     cut = min((index for index in (target.find(mark) for mark in "/?#") if index >= 0), default=len(target))
     path = target[cut:]
-    return scheme, parts.hostname, parts.port or _DEFAULT_PORTS[scheme], path or "/"
+    usual = _SESSION_PORT if session else _DEFAULT_PORTS[scheme]
+    return scheme, parts.hostname, parts.port or usual, path or "/"
+
+
+def upgrade_of(url: str) -> str:
+    """Return what a request for ``url`` asks to switch to, empty for most."""
+    if urlsplit(url).scheme == UPGRADE:
+        return UPGRADE
+    return "websocket" if opens_websocket(url) else ""
 
 
 def opens_websocket(url: str) -> bool:
@@ -229,7 +240,7 @@ def as_request(call: Call) -> Request:
         headers=headers,
         body=body,
         body_complete=call.body_complete and not call.push,
-        upgrade="websocket" if opens_websocket(call.url) else "",
+        upgrade=upgrade_of(call.url),
         message=call.message,
     )
 

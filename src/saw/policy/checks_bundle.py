@@ -16,6 +16,7 @@ from saw.policy import globs
 from saw.policy.checks_governance import parse_address
 from saw.policy.checks_mcp import server_problems
 from saw.policy.data_classes import MAX_WORK, strays
+from saw.policy.databases import session_problems
 from saw.policy.decode import Steps, path_text
 from saw.policy.globset import is_mixed, mixed_key
 from saw.policy.governance import Governance
@@ -221,6 +222,9 @@ def agreement_problems(policy: Policy, governance: Governance, of_policy: Told, 
         endpoints = ((placed.steps, placed.endpoint) for placed in _placed(policy))
         complete = declared.complete and _knows_protocols(policy)
         server_problems(endpoints, governance, of_policy, of_governance, complete=complete, most=MAX_PROBLEMS)
+    with suppress(Unknown):
+        placed_endpoints = ((placed.steps, placed.endpoint) for placed in _placed(policy))
+        session_problems(placed_endpoints, governance, of_policy)
     with suppress(Unknown):
         _data_stays(policy, governance, of_policy, of_governance)
 

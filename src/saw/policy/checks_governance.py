@@ -36,6 +36,7 @@ from saw.policy.checks_policy import (
     not_empty,
     port_is_valid,
 )
+from saw.policy.databases import Postgres, check_name, check_postgres
 from saw.policy.decode import Checks, Report, StructureReport
 from saw.policy.governance import (
     LONGEST_TRUST_S,
@@ -391,6 +392,7 @@ GOVERNANCE_CHECKS = Checks(
         (Lease, "offline_ttl"): _duration,
         (Credential, "id"): _matches(_ID, "an id", "use lower-case letters, digits and dashes"),
         (Credential, "ref"): check_reference,
+        (Postgres, "user"): check_name,
         (SigV4, "service"): check_signed,
         (SigV4, "region"): check_signed,
         (OAuth2, "token_url"): check_token_url,
@@ -449,6 +451,7 @@ GOVERNANCE_CHECKS = Checks(
         (Credential, "hosts"): _address,
         (Credential, "paths"): check_path_glob,
         (Credential, "methods"): check_method,
+        (Postgres, "databases"): check_name,
         (OAuth2, "scopes"): check_scope,
         (InferenceRoute, "models"): check_flat_glob,
         (Price, "models"): check_flat_glob,
@@ -470,6 +473,7 @@ GOVERNANCE_CHECKS = Checks(
         CallLimit: (check_limit,),
         OAuth2: (check_oauth2,),
         Credential: (check_provider,),
+        Postgres: (check_postgres,),
         Reviewers: (_reviewers,),
         Mcp: (_servers,),
         McpServer: (_server, _tools_over_http),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from ipaddress import IPv4Network, ip_network
 from typing import Any
 
-from saw.policy import checks_calls, globs, websocket
+from saw.policy import checks_calls, databases, globs, websocket
 from saw.policy.addresses import blocked_networks, is_blocked_host
 from saw.policy.decode import Checks, Report, StructureCheck, StructureReport
 from saw.policy.errors import NotCanonical
@@ -173,7 +173,7 @@ def _allowed_ip(value: str, report: Report) -> None:
 
 
 def _protocol(value: str, report: Report) -> None:
-    if value not in {"", "rest", websocket.PROTOCOL, *CALL_PROTOCOLS}:
+    if value not in {"", "rest", websocket.PROTOCOL, databases.PROTOCOL, *CALL_PROTOCOLS}:
         report(f"protocol {value} is not enforced by this version", f"use rest, or remove the endpoint; {_CONVERT}")
 
 
@@ -244,6 +244,7 @@ _ENDPOINT: tuple[StructureCheck, ...] = (
     checks_calls.graphql,
     checks_calls.json_rpc,
     checks_calls.mcp,
+    databases.check_endpoint,
 )
 
 

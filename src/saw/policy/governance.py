@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from saw.policy.databases import Postgres
 from saw.policy.model import Part, says
 from saw.policy.persistence import Persistence
 from saw.policy.providers import OAuth2, SigV4
@@ -97,7 +98,7 @@ class Credential(Part, frozen=True):
     inject: Annotated[
         Inject | None,
         says(
-            "How it is put into a call; absent only with sigv4.",
+            "How it is put into a call; absent only with sigv4 and postgres.",
             {"header": "Authorization", "format": "Bearer {secret}"},
         ),
     ] = None
@@ -118,6 +119,13 @@ class Credential(Part, frozen=True):
     sigv4: Annotated[
         SigV4 | None,
         says("The secret is not sent: calls are signed with it.", {"service": "s3", "region": "eu-central-1"}),
+    ] = None
+    postgres: Annotated[
+        Postgres | None,
+        says(
+            "The secret is a password of PostgreSQL: ring 2 signs in with it where a session is opened.",
+            {"user": "agent", "databases": ["orders"]},
+        ),
     ] = None
 
 
@@ -244,7 +252,8 @@ class ActionMatch(Part, frozen=True):
     host: Annotated[str, says("Host name or glob.", "git.example.com")]
     port: Annotated[int | None, says("Port; absent: any.", 443)] = None
     method: Annotated[
-        tuple[str, ...], says("HTTP methods, or WEBSOCKET_TEXT for messages; empty: any.", ["POST", "PUT"])
+        tuple[str, ...],
+        says("HTTP methods, WEBSOCKET_TEXT for messages, POSTGRES for sessions; empty: any.", ["POST", "PUT"]),
     ] = ()
     path: Annotated[str, says("Glob over the canonical path.", "/team/**")] = "/**"
     git: Annotated[

@@ -13,7 +13,7 @@ from ipaddress import IPv4Network, IPv6Network
 
 import msgspec
 
-from saw.policy import globs, grpc_calls, websocket
+from saw.policy import databases, globs, grpc_calls, websocket
 from saw.policy.actions import ActionTable, Classified, ReviewAsked, passes_by_path
 from saw.policy.address_rules import AddressRules, Call, Entry, Judgement, parse_query
 from saw.policy.addresses import is_blocked_host
@@ -42,7 +42,7 @@ __all__ = ["Matcher", "NotCanonical", "canonicalise_path", "parse_query"]
 
 _HOST = re.compile(r"[a-z0-9_](?:[a-z0-9._-]{0,251}[a-z0-9_-])?\Z")
 _METHOD = re.compile(r"[A-Z][A-Z-]{0,31}\Z")
-_NEVER = frozenset({"TRACE", "TRACK", "CONNECT"})
+_NEVER = frozenset({"TRACE", "TRACK", "CONNECT", databases.METHOD})
 _OVERRIDES = frozenset(
     {
         "x-http-method-override",
@@ -89,8 +89,8 @@ class _Credentials:
 class Matcher:
     """A compiled policy. Immutable; safe to share between threads.
 
-    ``opens_streams``: it has endpoints for WebSockets. ``sends_unread``: a gRPC call may be allowed, which goes on while its
-    client still sends.
+    ``opens_streams``: it has endpoints for WebSockets, ``opens_sessions``: for sessions of PostgreSQL. ``sends_unread``: a gRPC
+    call may be allowed, which goes on while its client still sends.
     """
 
     __slots__ = (
@@ -104,6 +104,7 @@ class Matcher:
         "_servers",
         "_suffix",
         "_upstreams",
+        "opens_sessions",
         "opens_streams",
         "sends_unread",
     )
@@ -126,6 +127,7 @@ class Matcher:
         self._suffix = {address: AddressRules(found, with_host=True) for address, found in suffix.items()}
         self._names = frozenset(host for host, _ in exact)
         self.opens_streams = any(entry.streams for entries in (*exact.values(), *suffix.values()) for entry in entries)
+        self.opens_sessions = any(e.endpoint.protocol == databases.PROTOCOL for found in exact.values() for e in found)
         posting = {
             entry.endpoint.host.lower()
             for entries in (*exact.values(), *suffix.values())
@@ -254,6 +256,8 @@ class Matcher:
         route = self._routes.get((host, request.port))
         if not candidates and route is None:
             return self._unknown_host(request, host, target)
+        if databases.is_session(request.upgrade) and route is None and method == "GET":
+            return self._session(request, host, target, candidates)
         if (request.scheme == "https") == ((host, request.port) in self._plain):
             detail = f"{request.scheme} is not what {host}:{request.port} speaks"
             return self._deny(request, "host_not_allowed", detail, target)
@@ -274,6 +278,18 @@ class Matcher:
             return self._deny(request, "not_canonical", "the host is not a plain host name", target)
         detail = f"no rule names {host}:{request.port}"
         return self._deny(request, "host_not_allowed", detail, target, missing=True)
+
+    def _session(
+        self, request: Request, host: str, target: str, candidates: list[tuple[AddressRules, int]]
+    ) -> Decision:
+        """Decide on opening a session of PostgreSQL. Nothing looks into it, so no person can decide on what is asked there."""
+        opening = msgspec.structs.replace(request, method=databases.METHOD, message="")
+        decision = self._decide(opening, host, databases.METHOD, target, candidates, approved=False)
+        if decision.reason != "review_required":
+            return decision
+        detail = f"a session may write, and nobody can decide on each statement in it; {decision.rule}"
+        step = f"ask the policy's owner for an action rule of class auto for {databases.METHOD} here"
+        return msgspec.structs.replace(decision, reason="action_denied", detail=detail, next_steps=(step,))
 
     def _stream(self, request: Request, host: str, target: str, candidates: list[tuple[AddressRules, int]]) -> Decision:
         """Decide on opening a WebSocket, and on what the client may send there, once and for all of it."""
@@ -467,7 +483,9 @@ class Matcher:
                 "binary": request.binary or "",
             }
             if request.upgrade:
-                absent |= {"protocol": websocket.PROTOCOL}
+                absent |= {
+                    "protocol": databases.PROTOCOL if databases.is_session(request.upgrade) else websocket.PROTOCOL
+                }
             steps = (
                 "use a destination, method and path that the policy allows",
                 "ask the policy's owner for the rule named in rule_missing",

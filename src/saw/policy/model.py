@@ -176,7 +176,7 @@ class Endpoint(Part, frozen=True):
         Literal["", "rest", "websocket", "graphql", "mcp", "json-rpc", "tcp"],
         says(
             "rest: access or rules say which calls pass; websocket: also which messages; graphql, json-rpc, mcp: which calls in "
-            "the body. Absent: every call. Others are refused by name.",
+            "the body; tcp: sessions of PostgreSQL, with a credential that says postgres. Absent: every call.",
             "rest",
         ),
     ] = ""

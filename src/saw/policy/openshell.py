@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from saw.policy import globs
+from saw.policy import databases, globs
 from saw.policy.errors import PolicyError, Problem
 from saw.policy.governance import Governance, Lease
 from saw.policy.loader import POLICY_FILE, Bundle
@@ -132,6 +132,9 @@ def _endpoint(endpoint: Endpoint, where: str, findings: list[Finding], only_01: 
     value["enforcement"] = endpoint.enforcement
     if endpoint.protocol in CALL_PROTOCOLS:
         value |= spoken(endpoint, where, findings, only_01)
+    elif endpoint.protocol == databases.PROTOCOL:
+        reason = "there bytes are relayed to the server, and no runtime signs in for the client"
+        findings.append(Finding(f"{where}.protocol", "wider", reason, "keep ring 2 in front of it"))
     elif not endpoint.protocol:
         value["access"] = "full"
         reason = "without a protocol OpenShell relays uninspected; the file asks for inspection and every method"

@@ -209,6 +209,11 @@ class _Reader:
                 self.note(f"{where}.{flag}", "same", "false is what holds here anyway", "nothing to do")
         if isinstance(endpoint.get("protocol"), str):
             endpoint["protocol"] = endpoint["protocol"].lower()
+        if endpoint.get("protocol") == "tcp":
+            reason = "bytes are relayed there without a look inside; here a session is opened with a credential, or not at all"
+            cure = "add it by hand, with a credential that says postgres, if it is a server of PostgreSQL"
+            self._leave_out(endpoint, f"{where}.protocol", reason, cure)
+            return []
         if endpoint.get("tls") == "passthrough":
             del endpoint["tls"]
             self.note(f"{where}.tls", "same", "passthrough has no effect there since it is deprecated", "nothing to do")

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from saw.policy.databases import PROTOCOL, UPGRADE
 from saw.policy.governance import Action, Governance
 from saw.policy.model import Endpoint, Match, Policy
 from saw.policy.tool_rules import McpServer
@@ -165,11 +166,12 @@ def _bounded(view: PolicyView) -> PolicyView:
 
 def _where(endpoint: Endpoint, programs: tuple[str, ...], plain: frozenset[str]) -> Where:
     rules = endpoint.rules or ()
+    scheme = "http" if all(f"{endpoint.host}:{port}" in plain for port in endpoint.all_ports) else "https"
     return Where(
         host=endpoint.host,
         ports=endpoint.all_ports,
         programs=programs[:MOST_INSIDE],
-        scheme="http" if all(f"{endpoint.host}:{port}" in plain for port in endpoint.all_ports) else "https",
+        scheme=UPGRADE if endpoint.protocol == PROTOCOL else scheme,
         protocol=endpoint.protocol,
         path=endpoint.path,
         access=endpoint.access,

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from saw.policy import globs
 from saw.policy.addresses import is_blocked_host
+from saw.policy.databases import check_credential
 from saw.policy.decode import Report, StructureReport
 from saw.policy.model import Part, says
 from saw.policy.partial import Unknown
@@ -77,9 +78,12 @@ def check_signed(value: str, report: Report) -> None:
 
 def check_provider(value: Credential, report: StructureReport) -> None:
     """Check that exactly one thing is said of how a credential is put into calls."""
+    if value.postgres is not None:
+        check_credential(value, report)
+        return
     if value.sigv4 is None:
         if value.inject is None:
-            report("inject", "it is not said how the credential is put into a call", "add inject, or sigv4")
+            report("inject", "it is not said how the credential is put into a call", "add inject, sigv4 or postgres")
         return
     if value.inject is not None:
         report("inject", "a signature has headers of its own", "remove it")

@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from saw.policy import always_on, model, persistence, providers, sandbox_limits, tool_rules
+from saw.policy import always_on, databases, model, persistence, providers, sandbox_limits, tool_rules
 from saw.policy import governance as words
 from saw.policy.governance import Governance, duration
 from saw.policy.model import Policy
@@ -51,7 +51,8 @@ _KNOWN: dict[type, frozenset[str]] = {
         persistence.Persistence: "files writable git_hooks git_settings",
         words.Lease: "ttl offline_ttl",
         words.LandlockFloor: "minimum_abi allow_best_effort",
-        words.Credential: "id ref inject hosts paths methods oauth2 sigv4",
+        words.Credential: "id ref inject hosts paths methods oauth2 sigv4 postgres",
+        databases.Postgres: "user databases",
         providers.SigV4: "service region",
         providers.OAuth2: "token_url client_id grant client_secret scopes resource",
         words.Inject: "header format",

@@ -11,6 +11,7 @@ import msgspec
 from saw.policy import globs
 from saw.policy.actions import ActionTable
 from saw.policy.checks_governance import parse_address
+from saw.policy.databases import Postgres
 from saw.policy.governance import Action, Credential, Governance, InferenceRoute
 from saw.policy.inference import passing
 from saw.policy.loader import Bundle
@@ -47,10 +48,13 @@ class Secret(NamedTuple):
     format: str
     token: OAuth2 | None = None
     sigv4: SigV4 | None = None
+    postgres: Postgres | None = None
 
     @property
     def provider(self) -> str:
         """Return how the secret becomes what is sent, in words; empty where it is sent itself."""
+        if self.postgres is not None:
+            return f"as {self.postgres.user} of PostgreSQL to {', '.join(self.postgres.databases)}"
         if self.sigv4 is not None:
             return f"signature for {self.sigv4.service} in {self.sigv4.region}"
         return "" if self.token is None else f"token of {self.token.token_url}"
@@ -202,7 +206,7 @@ class Side:
             token = msgspec.structs.replace(token, client_secret=parse_reference(token.client_secret).text())
         put = credential.inject
         header, form = ("", "") if put is None else (put.header.lower(), put.format)
-        return Secret(ref, header, form, token, credential.sigv4)
+        return Secret(ref, header, form, token, credential.sigv4, credential.postgres)
 
     def addresses(self, host: str, port: int) -> Addresses:
         """Return which private addresses the gateway would dial for ``host``, or for the model service behind it."""

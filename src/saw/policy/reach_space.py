@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 from urllib.parse import quote
 
-from saw.policy import globs
+from saw.policy import databases, globs
 from saw.policy.actions import RECEIVE_PACK, git_service
 from saw.policy.casefile import Push, push_body
 from saw.policy.errors import NotCanonical
@@ -226,8 +226,10 @@ class Space:
         chains = sorted(local.chains().items())
         queries = local.queries()
         for method in (*local.methods(), *local.streams()):
-            name = local.unnamed() if method == OTHER else "GET" if method in STREAM_METHODS else method
+            name = local.unnamed() if method == OTHER else "GET" if method in databases.LASTING else method
             upgrade, message = ("websocket", _MESSAGE[method]) if method in STREAM_METHODS else ("", "")
+            if method == databases.METHOD:
+                upgrade = databases.UPGRADE
             bodies = local.bodies(method)
             for scheme, (bits, chain), (state, query) in itertools.product(schemes, chains, queries):
                 for shape in bodies:
@@ -265,6 +267,8 @@ class Space:
         method = request.method.upper()
         if request.upgrade:
             method = MESSAGES.get(request.message, OPEN)
+            if databases.is_session(request.upgrade):
+                method = databases.METHOD
         elif method not in local.methods():
             method = OTHER
         binaries = (request.binary, *request.ancestors) if request.binary else request.ancestors
@@ -310,13 +314,13 @@ class _Local:
         named = {match.method.upper() for match in self._matches()} - {"*"}
         named |= {method for view in self.views for _, action in view.actions for method in action.match.method}
         named |= {method for view in self.views for methods, _ in view.secrets for method in methods}
-        return (*STANDARD, *sorted(named - set(STANDARD) - STREAM_METHODS), OTHER)
+        return (*STANDARD, *sorted(named - set(STANDARD) - databases.LASTING), OTHER)
 
     def streams(self) -> tuple[str, ...]:
-        """Return what may be asked about WebSockets here: nothing where no endpoint is about them."""
-        placed = (placed for view in self.views for placed, _, _ in view.endpoints)
-        found = any(one.endpoint.protocol == PROTOCOL for one in placed)
-        return tuple(MESSAGES.values()) if found else ()
+        """Return what may be asked about WebSockets and sessions here: nothing where no endpoint is about them."""
+        spoken = {placed.endpoint.protocol for view in self.views for placed, _, _ in view.endpoints}
+        sessions = (databases.METHOD,) if databases.PROTOCOL in spoken else ()
+        return (*MESSAGES.values(), *sessions) if PROTOCOL in spoken else sessions
 
     def unnamed(self) -> str:
         """Return a method that no rule names."""

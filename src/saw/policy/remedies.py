@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from saw.policy import globs, websocket
+from saw.policy import databases, globs, websocket
 from saw.policy.address_rules import parse_query
 from saw.policy.casefile import Push, push_body
 from saw.policy.change import Change, NoRemedy, exact
@@ -138,6 +138,7 @@ def _action_changes(bundle: Bundle, request: Request, decision: Decision) -> tup
     match = {"host": request.host.lower(), "port": request.port, "path": exact("path", path)}
     if not path.endswith("/git-receive-pack"):
         method = websocket.TEXT if request.upgrade else request.method.upper()
+        method = databases.METHOD if databases.is_session(request.upgrade) else method
         action: dict[str, Any] = {"match": {**match, "method": [method]}, "class": "auto"}
         return (Change(GOVERNANCE_FILE, "first", ("actions",), action),)
     try:
@@ -159,6 +160,8 @@ def _action_changes(bundle: Bundle, request: Request, decision: Decision) -> tup
 
 
 def _missing_changes(bundle: Bundle, request: Request, decision: Decision) -> tuple[Change, ...]:
+    if databases.is_session(request.upgrade):
+        raise NoRemedy("a session needs a credential as well, which only the owner can name")
     host, port = request.host.lower(), request.port
     covering = [
         endpoint

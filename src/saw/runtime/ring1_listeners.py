@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from saw.policy.databases import UPGRADE
 from saw.policy.grpc_calls import unread_route
 from saw.policy.websocket import FRAME_FILTER
 from saw.runtime.ring1_local import FRAMES, SENDER, policy_host, probe_host
@@ -111,6 +112,11 @@ def _sandbox_listener(settings: Ring1, generation: str) -> Config:
     # On CONNECT the decision service is asked with an ordinary method: Envoy's client would otherwise open a tunnel to it.
     hcm["upgrade_configs"] = [
         {"upgrade_type": "websocket"},
+        # A session has filters of its own: nothing collects its bytes, and no frames are looked for in them.
+        {
+            "upgrade_type": UPGRADE,
+            "filters": [_authorize(settings, body=False), _script(SENDER, _SEND_AS_MATCHED), _router()],
+        },
         {
             "upgrade_type": "CONNECT",
             "filters": [

@@ -22,7 +22,7 @@ from saw.runtime.sandbox_home import PLACED, make_below_home, place_files, prote
 from saw.runtime.sandbox_units import MEDIATOR_USER, compile_launch_files, compile_units
 from saw.runtime.unitfile import MARK
 
-SHIMS = {"saw-run": "shell_client.py", "saw-mcp-connect": "mcp_connect.py"}
+SHIMS = {"saw-run": "shell_client.py", "saw-mcp-connect": "mcp_connect.py", "saw-postgres": "pg_connect.py"}
 
 
 def bound(spec: SandboxSpec, *, unit_directory: str) -> list[str]:
@@ -118,9 +118,9 @@ def _changed_agents(spec: SandboxSpec, unit_directory: Path, launch_directory: s
 
 
 def write_shims(directory: Path, paths: RuntimePaths) -> list[str]:
-    """Write ``saw-run``, ``saw-mcp-connect`` and ``saw-attach`` into ``directory``; return what changed.
+    """Write ``saw-run``, ``saw-mcp-connect``, ``saw-postgres`` and ``saw-attach`` into ``directory``; return what changed.
 
-    The two Python programs are compiled beforehand, which saves 2 ms at each start; run this again after an upgrade, with
+    The Python programs are compiled beforehand, which saves 2 ms at each start; run this again after an upgrade, with
     the interpreter of ``paths``.
     """
     directory.mkdir(parents=True, exist_ok=True)

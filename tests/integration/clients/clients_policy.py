@@ -25,7 +25,8 @@ network_policies:
     endpoints:
       - {{host: api.example.com, port: 443, protocol: rest, rules: [
           {{allow: {{method: GET, path: "/v1/**"}}}}, {{allow: {{method: POST, path: /v1/notes}}}}]}}
-    binaries: [{{path: /usr/bin/curl}}, {{path: "{PYTHON}"}}, {{path: "{NODE}"}}, {{path: "/usr/lib/jvm/**"}}]
+    binaries: [{{path: /usr/bin/curl}}, {{path: "{PYTHON}"}}, {{path: "{NODE}"}}, {{path: "/usr/lib/jvm/**"}},
+      {{path: /usr/bin/rclone}}]
   pypi:
     endpoints:
       - {{host: pypi.example.com, port: 443, protocol: rest, rules: [
@@ -56,13 +57,21 @@ network_policies:
           {{allow: {{method: GET, path: "/rooms/**"}}}}, {{allow: {{method: WEBSOCKET_TEXT, path: "/rooms/**"}}}}]}}
     binaries: [{{path: "{PYTHON}"}}, {{path: "{NODE}"}}]
 """
+POLICY += """
+  db:
+    endpoints: [{host: db.example.com, port: 5432, protocol: tcp}]
+    binaries: [{path: "/usr/lib/postgresql/**"}, {path: "/usr/bin/python3*"}]
+"""
 GOVERNANCE = """
 schema: 1
 blueprint: {name: coding, version: 1.0.0, owner: team-x}
 landlock: {minimum_abi: 6, allow_best_effort: false}
+credentials:
+  - {id: orders-db, ref: "file:orders-db", hosts: ["db.example.com:5432"], postgres: {user: agent, databases: [orders]}}
 inference:
   routes: [{alias: inference.local, models: ["demo-*"], upstream: "https://models.example.com/v1"}]
 actions:
+  - {match: {host: db.example.com, method: [POSTGRES]}, class: auto}
   - {match: {host: api.example.com, method: [POST], path: /v1/notes}, class: auto}
   - {match: {host: grpc.example.com, method: [POST], path: "/demo.Greeter/*"}, class: auto}
   - {match: {host: chat.example.com, method: [WEBSOCKET_TEXT]}, class: auto}

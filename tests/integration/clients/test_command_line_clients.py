@@ -1,4 +1,4 @@
-"""curl, git and psql inside the sandbox, and the last refusals for those that show no more than a status."""
+"""curl, git, rclone (a Go program) and psql inside the sandbox; the last refusals for those that show no more than a status."""
 
 from __future__ import annotations
 
@@ -45,6 +45,30 @@ def test_git_clones_what_the_policy_names_and_nothing_else(workspace: Workspace,
     refused = workspace.client("git", "clone", "-q", "https://git.example.com/others/demo.git", "/tmp/others")
     assert (refused.code, "403" in refused.err) == (128, True), refused.words
     assert workspace.told() == ("method_or_path_not_allowed", "git.example.com")
+
+
+@pytest.mark.control("RUN-01")
+def test_a_go_program_finds_proxy_and_authorities_by_itself(workspace: Workspace) -> None:
+    fetch = (
+        "rclone",
+        "--config",
+        "/tmp/rclone.conf",
+        "--retries",
+        "1",
+        "--low-level-retries",
+        "1",
+        "copyurl",
+        "--stdout",
+    )
+    done = workspace.client(*fetch, "https://api.example.com/v1/things")
+    assert (done.code, json.loads(done.out)["path"]) == (0, "/v1/things"), done.words
+    for url, host in (
+        ("https://api.example.com/v2/things", "api.example.com"),
+        ("https://hidden.example.com/", "hidden.example.com"),
+    ):
+        refused = workspace.client(*fetch, url)
+        assert (refused.code != 0, "Forbidden" in refused.err) == (True, True), refused.words
+        assert workspace.told()[1] == host
 
 
 @pytest.mark.control("RUN-01")

@@ -245,6 +245,28 @@ def test_a_grpc_call_that_a_person_would_have_to_decide_on_is_refused(broker: Br
 
 
 @pytest.mark.control("DEL-01")
+@pytest.mark.parametrize(
+    ("approval", "outcome"),
+    [("policy", "dlg-1"), ("review", "outside_delegation"), ("read-only", "outside_delegation")],
+)
+def test_a_session_of_a_database_is_a_write_that_nobody_can_review(broker: Broker, approval: Any, outcome: str) -> None:
+    held = broker.engagement(record(resources=(Resource(host="db.example.com", ports=(5432,)),), approval=approval))
+    case: Any = SimpleNamespace(view=SimpleNamespace(engagements={"ws-1": held}), now=NOW, approved=False, server="")
+    release: Any = SimpleNamespace(matcher=SimpleNamespace(speaks_git=lambda _: False))
+    entry: Any = SimpleNamespace(id="ws-1")
+    decision = Decision(verdict="allow", canonical_path="/")
+    request = Request(scheme="http", host="db.example.com", port=5432, method="GET", path="/", upgrade="postgres")
+    try:
+        found = _delegated(case, entry, request, release, decision)[0]
+    except Refused as refusal:
+        found = refusal.reason
+    assert found == outcome
+    elsewhere = msgspec.structs.replace(request, port=5433)
+    with pytest.raises(Refused, match="covers it"):
+        _delegated(case, entry, elsewhere, release, decision)
+
+
+@pytest.mark.control("DEL-01")
 def test_a_fetch_is_a_read_only_where_the_host_speaks_git(broker: Broker) -> None:
     hosts = tuple(Resource(host=f"{name}.example.com") for name in ("git", "api"))
     held = broker.engagement(record(approval="read-only", resources=hosts))

@@ -39,6 +39,7 @@ def test_what_goes_on_has_routes_of_its_own_which_end_it_and_only_while_the_work
     assert lasting(governed(Standing("a", websockets=False))) == calls
     both = {**calls, "tls-upgrade": "600s", "plain-upgrade": "600s"}
     assert lasting(governed(Standing("a", websockets=True))) == both
+    assert lasting(governed(Standing("a", websockets=False, sessions=True))) == {**calls, "postgres": "600s"}
 
 
 @pytest.mark.control("POL-05")
@@ -56,3 +57,24 @@ def test_the_listener_changes_with_what_open_calls_rest_on_and_takes_websockets_
             expected,
             expected,
         )
+
+
+@pytest.mark.control("POL-05")
+def test_sessions_are_taken_only_where_policy_has_them_and_pass_the_gatekeeper_unread() -> None:
+    for standing, expected in (
+        (Standing("a", websockets=False), []),
+        (Standing("a", websockets=True), ["websocket"]),
+        (Standing("a", websockets=False, sessions=True), ["postgres"]),
+        (Standing("a", websockets=True, sessions=True), ["websocket", "postgres"]),
+    ):
+        manager = governed(standing)
+        assert [one["upgrade_type"] for one in manager.get("upgrade_configs", [])] == expected
+        assert ("allow_connect" in manager["http2_protocol_options"]) == bool(expected)
+    [upgrade] = governed(Standing("a", websockets=False, sessions=True))["upgrade_configs"]
+    asked, routed = upgrade["filters"]
+    assert asked["name"] == "envoy.filters.http.ext_authz" and "with_request_body" not in asked["typed_config"]
+    assert asked["typed_config"]["failure_mode_allow"] is False
+    assert routed["name"] == "envoy.filters.http.router"
+    assert governed(Standing("a", websockets=False, sessions=True)) != governed(
+        Standing("b", websockets=False, sessions=True)
+    )

@@ -162,7 +162,7 @@ def test_device_nodes_of_a_gpu_are_granted_by_name_alone() -> None:
         ),
         ("protocol: rest", "protocol: mcp", "access cannot say which calls of mcp pass"),
         ("protocol: rest", "protocol: json-rpc", "access cannot say which calls of json-rpc pass"),
-        ("protocol: rest", "protocol: tcp", "protocol tcp is not enforced"),
+        ("protocol: rest", "protocol: tcp", "nothing looks into a session"),
         ("protocol: rest", "tls: skip", "uninspected TLS"),
         ("protocol: rest", "path: /v1", "access and rules need a protocol"),
         ("access: read-only", "rules: []", "list of rules is empty"),

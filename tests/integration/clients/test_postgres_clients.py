@@ -1,0 +1,79 @@
+"""psql and psycopg inside the sandbox, with the way that ``saw-postgres`` opens: through both rings, without a password."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from clients_rig import PYTHON, Done, Workspace
+from pg_ends import DATABASE, PASSWORD, ROLE, Database, database
+
+HOST, ADDRESS = "db.example.com", "10.99.0.8"
+
+
+@pytest.fixture(scope="module")
+def server(workspace: Workspace) -> Iterator[Database]:
+    ring2 = workspace.ring2
+    ring2.namespace.ip("addr", "add", f"{ADDRESS}/24", "dev", "far0")
+    certificate, key = ring2._pair(ring2.corporate, (HOST,), "clients-db")
+    secret = ring2.directory / "credentials" / "orders-db"
+    secret.touch(0o600)
+    secret.write_text(PASSWORD + "\n")
+    lines = ring2.hosts.read_text()
+    with database(ring2.namespace.run, ADDRESS, certificate, key) as found:
+        ring2.hosts.write_text(f"{lines}{ADDRESS} {HOST}\n")
+        yield found
+    ring2.hosts.write_text(lines)
+    ring2.namespace.ip("addr", "del", f"{ADDRESS}/24", "dev", "far0")
+
+
+def helper(workspace: Workspace, *words: str, **options: object) -> Done:
+    """Run ``saw-postgres`` as the image's shim does."""
+    return workspace.client(PYTHON, "-I", "-S", f"{workspace.spec.paths.package}/pg_connect.py", *words, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.control("CRED-01")
+@pytest.mark.control("RUN-01")
+def test_psql_asks_a_database_whose_password_it_never_had(workspace: Workspace, server: Database) -> None:
+    psql = ("psql", "-X", "-U", ROLE, "-d", DATABASE, "-At", "-c")
+    done = helper(workspace, HOST, *psql, "SELECT current_user, ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
+    assert (done.code, done.out) == (0, "agent|t\n"), done.words
+    assert PASSWORD not in done.words
+    for words, says in (
+        ((HOST, *psql[:3], "postgres", *psql[4:], "SELECT 1"), "policy lets this workspace in as agent only"),
+        (("other.example.com", *psql, "SELECT 1"), "refused by ring1: host_not_allowed"),
+        ((f"{HOST}:5433", *psql, "SELECT 1"), "refused by ring1: host_not_allowed"),
+    ):
+        refused = helper(workspace, *words)
+        assert (refused.code, says in refused.err) == (2, True), refused.words
+    assert server.running
+
+
+@pytest.mark.control("RUN-01")
+def test_a_program_that_the_rule_does_not_name_opens_no_session(workspace: Workspace, server: Database) -> None:
+    status = ("curl", "-sS", "-H", "connection: upgrade", "-H", "upgrade: postgres", f"http://{HOST}:5432/")
+    done = workspace.client(*status)
+    assert "binary_not_allowed" in done.out, done.words
+    assert server.running
+
+
+@pytest.mark.control("CRED-01")
+def test_psycopg_asks_it_as_well_and_other_commands_keep_their_exit_status(
+    workspace: Workspace, server: Database
+) -> None:
+    script = (
+        "import psycopg, sys\n"
+        "with psycopg.connect(user=sys.argv[1], dbname=sys.argv[2]) as c:\n"
+        "    print(c.execute('SELECT sum(n) FROM generate_series(1, 100) n').fetchone()[0], len(c.execute(\n"
+        "        \"SELECT repeat('x', 3000000)\").fetchone()[0]))\n"
+    )
+    done = helper(
+        workspace, f"{HOST}:5432", PYTHON, "-B", "-c", script, variables={"PYTHONPATH": "/run/clients/python"}
+    )
+    assert (done.code, done.out) == (0, "5050 3000000\n"), done.words
+    assert helper(workspace, HOST, "sh", "-c", "exit 7").code == 7
+    assert helper(workspace, HOST, "no-such-command").code == 127
+    assert helper(workspace, "not a host").code == 2
+    left = workspace.client("sh", "-c", "sleep 1; ls -d /tmp/saw-postgres-* 2>/dev/null | wc -l")
+    assert left.out == "0\n"
+    assert server.running
