@@ -30,7 +30,6 @@ from saw.image.disk import ImageError, digest_of
 from saw.image.osv import NAMES, Advisory, Component, Ecosystem, Match, ecosystem_of, latest, match, normalised
 from saw.image.vulnerabilities import URGENCIES, Finding, worst_first
 
-BILLS = ("sbom/python.cdx.json", "sbom/npm.cdx.json")
 ECOSYSTEMS: tuple[Ecosystem, ...] = ("npm", "pypi")
 OWN = "secure-agent-workspace"
 """The distribution of this project; no registry has it."""
@@ -269,4 +268,4 @@ def _advisory(raw: bytes, place: str) -> Advisory:
     return found
 
 
-__all__ = ["BILLS", "Advisories", "Found", "components_of", "search"]
+__all__ = ["Advisories", "Found", "components_of", "search"]
