@@ -435,9 +435,8 @@ def test_the_terminal_emulator_is_the_pinned_one_or_the_run_ends_with_the_cure(t
 
 def templated(name: str, **values: object) -> str:
     """What Ansible's templating makes of a template, within this process."""
-    told = {"ansible_managed": "by Ansible", "broker_trust_domain": "saw.example", **variables(), **values}
     text = trust_as_template((ROLE / "templates" / f"{name}.j2").read_text())
-    return str(Templar(loader=DataLoader(), variables=told).template(text))
+    return str(templar_of(ansible_managed="by Ansible", broker_trust_domain="saw.example", **values).template(text))
 
 
 PAGE_OF_JOBS = (ROLE.parents[1] / "docs/jobs.md").read_text(encoding="utf-8").split("```yaml\n")
@@ -670,7 +669,7 @@ def test_brokers_that_share_their_files_get_no_key_of_each_host_by_default(tmp_p
 
 
 @pytest.mark.control("IMG-01")
-def test_images_are_searched_before_they_are_registered_unless_a_variable_says_otherwise(tmp_path: Path) -> None:
+def test_images_are_searched_before_they_are_registered(tmp_path: Path) -> None:
     found = rendered(tmp_path).image
     assert found.require == ("sbom", "provenance", "scan", "advisories")
     assert found.scan_max_age_s == ImageSettings().scan_max_age_s == 7 * 86_400
