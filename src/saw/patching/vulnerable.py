@@ -118,9 +118,8 @@ def events_of(
 def _vulnerability(one: Finding) -> dict[str, Any]:
     manager = {"debian": "dpkg", "pypi": "pip", "npm": "npm"}[one.ecosystem]
     package = {"name": one.package, "version": one.version, "package_manager": manager}
-    known = {"cve": {"uid": one.cve}} if one.cve.startswith("CVE-") or one.ecosystem == "debian" else {"title": one.cve}
     return {
-        **known,
+        "cve": {"uid": one.cve},  # or another id, where nobody gave it a number yet
         "severity": one.urgency,
         "is_fix_available": bool(one.fixed_in),
         "affected_packages": [{**package, **({"fixed_in_version": one.fixed_in} if one.fixed_in else {})}],
