@@ -3,6 +3,7 @@
 # `make image` calls it with the build's answer (JSON). What is done for these bytes is not done again, and nothing is signed with a key
 # that nobody gave.
 #   DATABASE, WAIVERS     the tracker's database as mirrored, who answers for what: `saw image scan`
+#   ADVISORIES            OSV exports for PyPI and npm packages, several with blanks between
 #   MEASURED              a hypervisor's answer of `saw vm measure --json`, in place of a boot on this machine
 #   SIGN_KEY              keys of officers, with blanks between; SIGN_PASSPHRASE_FILE likewise; SIGN_FOR, such as 30d
 set -euo pipefail
@@ -27,6 +28,7 @@ echo "==> known vulnerabilities"
 if [ -n "${DATABASE:-}" ]; then
   options=(--database "$DATABASE")
   [ -z "${WAIVERS:-}" ] || options+=(--waivers "$WAIVERS")
+  for place in ${ADVISORIES:-}; do options+=(--advisories "$place"); done
   "$saw" image scan "$record" "${options[@]}"
 else
   say "not searched: give the mirrored database of the distribution's security tracker, DATABASE=FILE"

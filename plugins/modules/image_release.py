@@ -15,6 +15,8 @@ description:
   - A workspace attests only on an image whose release record enough officers signed, that has not ended and is not revoked. The
     record holds the boot measurements that its quote is compared with.
   - A registered image is a candidate. Rings other than those for candidates use it once it is promoted.
+  - A broker that asks for a search for known vulnerabilities (C(broker_image_require), by default) takes no record without one.
+    Where it does not ask, registering such a record is a warning.
 extends_documentation_fragment:
   - secure_agent.workspace.broker
   - secure_agent.workspace.broker.attributes
@@ -129,6 +131,10 @@ def ensure(module: AnsibleModule, client: Any) -> dict[str, Any]:
     changed, cut_off = differs, []
     if differs and not module.check_mode:
         state = client.request("PUT", "/v1/images", envelope)["state"]
+    if differs and not record.get("scan"):
+        module.warn(
+            f"the record of {name} states no passed search for known vulnerabilities: nobody looked at what is open in it"
+        )
     if wanted not in ("present", state):
         changed = True
         if not module.check_mode:

@@ -244,8 +244,9 @@ def play(name: str, *options: str, refused: bool = False) -> str:
 def test_at_last_what_is_switched_off_runs_no_more_and_a_look_at_a_half_made_host_tells_what_would_change(host):
     # neither the keys nor what the register holds is left behind by a setting that was forgotten
     files = ["--extra-vars", json.dumps({"broker_secrets": {"provider": "files", "sealed": {}}})]
+    plain = ["--extra-vars", json.dumps({"broker_secrets": {"provider": "files"}})]
     database = host.file("/etc/saw/broker.json").content_string
-    told = play("plain.yml", refused=True)
+    told = play("plain.yml", *plain, refused=True)
     assert "secrets of this installation are in sealed, which the configuration does not name" in told, told
     told = play("plain.yml", *files, refused=True)
     assert "the register of this installation is in PostgreSQL" in told, told
@@ -258,7 +259,7 @@ def test_at_last_what_is_switched_off_runs_no_more_and_a_look_at_a_half_made_hos
     assert host.check_output("cat /var/lib/saw/broker/keys/x509/ca.pem") == trusted
     assert host.check_output("cat /var/lib/saw/broker/secrets.json") == '{"provider":"files","leaving":null}'
     assert host.check_output("find /var/lib/saw/broker/sealed -type f") == ""
-    play("plain.yml")
+    assert "WARNING: the broker's own keys are in plain files" in play("plain.yml", *plain)
     assert host.check_output("systemctl is-active saw-broker") == "active"
     assert host.run("systemctl is-active saw-worker").stdout.strip() == "inactive"
     assert host.run("systemctl is-enabled saw-worker").stdout.strip() == "disabled"
@@ -269,6 +270,15 @@ def test_at_last_what_is_switched_off_runs_no_more_and_a_look_at_a_half_made_hos
     assert not host.file("/run/credentials/saw-broker.service").exists
     query = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'saw'"
     assert host.check_output("runuser -u postgres -- psql -At --command=%s saw", query) == "0"
+
+    # nothing said of it seals what is plain, with the key that is there; a look tells so before
+    assert "saw broker secrets move" in play("plain.yml", "--check", "--diff")
+    assert host.check_output("cat /var/lib/saw/broker/secrets.json") == '{"provider":"files","leaving":null}'
+    play("plain.yml")
+    assert host.check_output("cat /var/lib/saw/broker/secrets.json") == '{"provider":"sealed","leaving":null}'
+    assert host.check_output("find /var/lib/saw/broker/keys -name '*.key' -o -name '*-key.pem'") == ""
+    assert host.check_output("cat /var/lib/saw/broker/keys/x509/ca.pem") == trusted
+    play("plain.yml", *files)
 
     away = "/etc/saw/oidc.secret /etc/saw/fleet /opt/saw-worker /opt/saw/share/terminal"
     host.check_output(f"userdel saw-worker && mkdir /root/away && mv {away} /root/away/")

@@ -37,8 +37,19 @@ class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pcrs: Annotated[dict[str, Hex], msgspec.Meta(max_length=24)]
 
 
+class Advisories(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the PyPI and npm packages were held against: SHA-256 over the files, and how many records of each ecosystem."""
+
+    sha256: Hex
+    records: Annotated[dict[str, Annotated[int, msgspec.Meta(ge=1)]], msgspec.Meta(min_length=1, max_length=16)]
+
+
 class Scan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a passed search for known vulnerabilities rests on: the database, when, and what somebody answers for."""
+    """What a passed search for known vulnerabilities rests on: the database, when, and what somebody answers for.
+
+    ``image_sha256`` is the image that was searched; searches before that was stated have none, and do not count where a search
+    is asked for. ``advisories`` is absent where PyPI and npm packages were not looked at.
+    """
 
     database_sha256: Hex
     scanned_at: datetime
@@ -46,6 +57,8 @@ class Scan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     open: Annotated[int, msgspec.Meta(ge=0)]
     waived: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=512)], ...], msgspec.Meta(max_length=1000)] = ()
     waived_until: date | None = None
+    image_sha256: Hex | None = None
+    advisories: Advisories | None = None
 
 
 class SecureBoot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,7 +105,7 @@ def is_cve_report(name: str) -> bool:
     return re.fullmatch(r"vulnerabilities(-[0-9a-f]{12})?\.json", name) is not None
 
 
-Evidence = Literal["sbom", "provenance", "scan", "secure_boot"]
+Evidence = Literal["sbom", "provenance", "scan", "advisories", "secure_boot"]
 """What a record may carry about how the image was made and boots, beside what its boot measures."""
 _FILES: dict[str, tuple[str, ...]] = {
     "sbom": (
@@ -129,9 +142,18 @@ class ReleaseRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The endpoint detection in the image (docs/edr.md). Records of ``none`` do not state it."""
 
     def missing(self, required: Iterable[Evidence]) -> list[str]:
-        """Return what of ``required`` the record does not carry, by file name or as ``scan`` and ``secure_boot``."""
+        """Return what of ``required`` the record does not carry, by file name or as ``scan``, ``advisories``, ``secure_boot``.
+
+        A search counts with its report, and where it says that it was of this image.
+        """
         lacking = [name for kind in required for name in _FILES.get(kind, ()) if name not in self.evidence]
-        held: dict[Evidence, object] = {"scan": self.scan, "secure_boot": self.secure_boot}
+        counts = self.scan and self.scan.image_sha256 and any(map(is_cve_report, self.evidence))
+        scan = self.scan if counts else None
+        held: dict[Evidence, object] = {
+            "scan": scan,
+            "advisories": scan and scan.advisories,
+            "secure_boot": self.secure_boot,
+        }
         return [*lacking, *(name for name, value in held.items() if name in required and value is None)]
 
     def expected_pcrs(self) -> dict[int, str]:
@@ -158,6 +180,12 @@ def parse_record(payload: bytes) -> ReleaseRecord:
             "record_malformed",
             f"scan.scanned_at of {record.name} has no zone",
             cure="write it in UTC, as saw image scan does",
+        )
+    if record.scan is not None and record.scan.image_sha256 not in (None, record.image_sha256):
+        raise RecordInvalid(
+            "record_malformed",
+            f"the search that {record.name} states was of another image: SHA-256 {record.scan.image_sha256}",
+            cure="search this one: saw image scan",
         )
     if record.evidence.get(STORE) != (record.secure_boot and record.secure_boot.variables_sha256):
         raise RecordInvalid(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -65,10 +66,14 @@ class DelegationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
 
 class ImageSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``candidate_rings``: whose workspaces may be made on an image not promoted yet; ``require``: what a record carries."""
+    """``candidate_rings``: whose workspaces may be made on an image not promoted yet; ``require``: what a record carries.
+
+    ``scan_max_age_s``: how old a search for known vulnerabilities may be when its record is registered, where one is required.
+    """
 
     candidate_rings: tuple[str, ...] = ("canary",)
     require: tuple[Evidence, ...] = ()
+    scan_max_age_s: Annotated[int, msgspec.Meta(ge=3600, le=90 * 86_400)] = 7 * 86_400
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

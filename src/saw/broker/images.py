@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import hashlib
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any
 
 import msgspec
@@ -24,6 +24,10 @@ from saw.policy.keys import PublicKey
 
 Keys = tuple[dict[str, PublicKey], int]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+
+
+_AHEAD = timedelta(hours=1)
+"""How far the clock of who searched may be ahead."""
 
 
 class ImageState(enum.StrEnum):
@@ -89,6 +93,7 @@ class Images:
                 )
             changed = known is None or known.record != raw or not known.envelope
             if changed:
+                self._searched(record, now)
                 values = {"record": raw, "envelope": msgspec.json.encode(envelope).decode()}
                 if known is None:
                     values |= {"name": record.name, "image_sha256": record.image_sha256, "registered_at": iso(now)}
@@ -106,11 +111,26 @@ class Images:
                             "record_sha256": _sha256(raw),
                             "replaced_sha256": "" if known is None else _sha256(known.record),
                             "signers": list(signers),
+                            "scanned_at": iso(record.scan.scanned_at) if record.scan else "",
                         },
                     )
                 )
             state = ImageState.CANDIDATE if known is None else ImageState(known.state)
         return {"name": record.name, "image_sha256": record.image_sha256, "state": state, "changed": changed}
+
+    def _searched(self, record: ReleaseRecord, now: datetime) -> None:
+        """Refuse a record whose search for known vulnerabilities is too old, where one is required. What is registered stays."""
+        settings = self._s.config.image
+        if "scan" not in settings.require or record.scan is None:
+            return
+        age = now - record.scan.scanned_at
+        if not -_AHEAD <= age <= timedelta(seconds=settings.scan_max_age_s):
+            raise ForbiddenError(
+                f"{record.name} was searched for known vulnerabilities at {iso(record.scan.scanned_at)}, which is "
+                + ("to come" if age < -_AHEAD else f"more than {settings.scan_max_age_s} s ago"),
+                cure="search it again with newer advisories (saw image scan), then sign its record",
+                code="scan_not_current",
+            )
 
     def move(self, caller: Caller, name: str, body: Move) -> dict[str, Any]:
         """Promote, deprecate or revoke. Revoking takes the grants of every workspace on that image in the same moment."""

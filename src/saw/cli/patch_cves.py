@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from socket import gethostname
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from saw.cli.answers import Answer
+from saw.cli.image_scan import BILL, PACKAGE_BILLS, add_advisories
 from saw.cli.operator_options import table
 from saw.errors import ConfigError
 from saw.policy.governance import duration
@@ -61,6 +62,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     images.add_argument(
         "--context", help="context file (default: the file named by SAW_CONTEXT, else this machine's broker)"
     )
+    add_advisories(images)
     _add_gate(images)
 
 
@@ -93,10 +95,12 @@ def judge_images(options: argparse.Namespace) -> Answer:
     client = OperatorClient.from_context(options.context)
     with client.session():
         listed = in_force(client.request("GET", "/v1/images")["images"], listed_workspaces(client))
+    packages = _packages(options, gate)
     reports = [
         report_on(
-            record, ids, options.images, lambda bill: gate.judge(scan(bill, gate.database, gate.suite)),
-            longest=longest, now=gate.now,
+            record, ids, options.images,
+            lambda bill: gate.judge((*scan(bill, gate.database, gate.suite), *packages(bill))),
+            longest=longest, now=gate.now, bills=(BILL, *PACKAGE_BILLS) if options.advisories else (BILL,),
         )
         for record, ids in listed
     ]  # fmt: skip
@@ -113,6 +117,7 @@ def judge_images(options: argparse.Namespace) -> Answer:
         for one in reports
     ]  # fmt: skip
     lines = [table(rows, _COLUMNS)] if rows else ["no image is in force"]
+    lines += [] if options.advisories else ["NOT searched: PyPI and npm packages (--advisories)"]
     lines += [f"problem: {one.name}: {text}" for one in reports for text in one.problems]
     answer: dict[str, Any] = {
         "ok": not bad,
@@ -122,6 +127,21 @@ def judge_images(options: argparse.Namespace) -> Answer:
         "workspaces": workspaces_of(reports),
     }
     return answer, "\n".join(lines), INCOMPLETE if incomplete else int(bad)
+
+
+def _packages(options: argparse.Namespace, gate: _Gate) -> Callable[[Path], Iterable[Finding]]:
+    """Return what searches the PyPI and npm packages beside a Debian bill, or nothing where no advisories are given."""
+    if not options.advisories:
+        return lambda _: ()
+    from saw.image.advisories import search
+
+    longest = _span("--max-age", options.max_age)
+
+    def found(bill: Path) -> Iterable[Finding]:
+        bills = [bill.parents[1] / name for name in PACKAGE_BILLS]
+        return search(bills, options.advisories, longest=longest, now=gate.now).findings
+
+    return found
 
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ Kind = Literal[
     "setuid_file",
     "persistence",
     "tampering",
+    "engine_alert",
     "baseline_taken",
     "agent_unhealthy",
 ]
@@ -58,8 +59,16 @@ class Integrity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     aide: Place = "/usr/bin/aide"
 
 
+class Alerts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file into which another engine writes its alerts, and from which severity on they are findings of ours."""
+
+    format: Literal["falco", "wazuh"]
+    file: Place
+    minimum: Literal["informational", "low", "medium", "high", "critical"] = "low"
+
+
 class Vendor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A commercial agent: the systemd unit it runs as, and a command that ends with 0 while it is well."""
+    """An engine of others: the systemd unit it runs as, and a command that ends with 0 while it is well."""
 
     service: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9@._-]+\.service\Z")]
     health: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
@@ -69,11 +78,12 @@ class EdrConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """``/etc/saw/edr.json``.
 
     ``persistence`` and ``protected`` are patterns of files and folders; ``setuid_roots`` are folders that are walked down.
-    ``shells_s``, ``watch_s`` and ``setuid_s`` are the intervals of the watcher's three looks. ``scan_s`` is how often malware
+    ``shells_s``, ``watch_s`` and ``setuid_s`` are the intervals of the watcher's three looks; ``alerts`` are read as often
+    as the first. ``scan_s`` is how often malware
     and integrity are scanned. ``spool_limit`` is how many findings may wait for delivery.
     """
 
-    provider: Literal["embedded", "vendor_package"] = "embedded"
+    provider: Literal["embedded", "falco", "wazuh", "vendor_package"] = "embedded"
     state_dir: Place = "/var/lib/saw/edr"
     run_dir: Place = "/run/saw/edr"
     workspace: Place = "/run/saw/workspace.json"
@@ -92,11 +102,16 @@ class EdrConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     malware: Malware | None = None
     integrity: Integrity | None = None
     vendor: Vendor | None = None
+    alerts: Alerts | None = None
     ignore: tuple[Ignore, ...] = ()
 
     def __post_init__(self) -> None:
-        if (self.provider == "vendor_package") != (self.vendor is not None):
-            raise ValueError("vendor belongs to the provider vendor_package, and that one needs it")
+        if (self.provider != "embedded") != (self.vendor is not None):
+            raise ValueError("vendor belongs to providers other than embedded, and those need it")
+        if self.alerts is not None and self.alerts.format != self.provider:
+            raise ValueError(f"alerts are those of {self.alerts.format}, and the provider is {self.provider}")
+        if self.provider == "falco" and self.alerts is None:
+            raise ValueError("the provider falco needs alerts")
 
     @property
     def state(self) -> Path:
@@ -121,4 +136,4 @@ def read_config(path: Path | str = DEFAULT_CONFIG) -> EdrConfig:
         raise ConfigError(f"{path} is not valid: {error}", cure="correct the named field (docs/edr.md)") from error
 
 
-__all__ = ["DEFAULT_CONFIG", "SHELLS", "EdrConfig", "Ignore", "Integrity", "Malware", "Vendor", "read_config"]
+__all__ = ["DEFAULT_CONFIG", "SHELLS", "Alerts", "EdrConfig", "Ignore", "Integrity", "Malware", "Vendor", "read_config"]

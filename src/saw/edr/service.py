@@ -81,6 +81,8 @@ class Service:
         if config.provider == "embedded":
             self._turns.append(_Turn("processes", config.shells_s, watcher.look_at_processes))
             self._turns.append(_Turn("setuid", config.setuid_s, watcher.look_at_setuid))
+        if config.alerts is not None:
+            self._turns.append(_Turn("alerts", config.shells_s, watcher.look_at_alerts))
         self._problems: dict[str, str] = {}
 
     def run(self) -> None:

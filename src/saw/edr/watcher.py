@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from saw.audit.events import EventFactory
+from saw.edr.alerts import NOTE, Tail
 from saw.edr.config import EdrConfig
 from saw.edr.detection import Detection, Now
 from saw.edr.packages import packages_of
@@ -50,7 +51,26 @@ class Watcher:
         self._persistence_marks = Marks()
         self._protected_marks = Marks()
         self._shells = frozenset(config.shells)
+        self._alerts = Tail(config.alerts) if config.alerts else None
         self.problems: dict[str, str] = {}
+
+    def look_at_alerts(self) -> list[int]:
+        """Look for what another engine found; return the numbers of new findings."""
+        settings, tail = self._config.alerts, self._alerts
+        if settings is None or tail is None:
+            return []
+        place = self._store.note(NOTE)
+        read = tail.look(place)
+        if read is None:
+            self.problems["alerts"] = f"{settings.file} is not there: no alert of {settings.format} is read"
+            return []
+        if read.unreadable:
+            self.problems["alerts"] = f"lines of {settings.file} are no alerts of {settings.format}"
+        elif read.place != place:
+            self.problems.pop("alerts", None)
+        if read.place == place:
+            return []
+        return self._write(list(read.detections), notes={NOTE: read.place})
 
     def look_at_processes(self) -> list[int]:
         """Look for reverse shells; return the numbers of new findings."""

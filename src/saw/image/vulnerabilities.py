@@ -1,8 +1,8 @@
 """Known vulnerabilities of an image, and the gate that they have to pass.
 
 debsbom matches the Debian packages of a bill of materials with the database of Debian's security tracker (one JSON file that an
-organisation mirrors). What the gate asks is ours: no released fix is missing, nothing of an urgency or worse is open, unless
-somebody answers for it until a day.
+organisation mirrors); :mod:`saw.image.advisories` matches those of PyPI and npm. What the gate asks is ours: no released fix is
+missing, nothing of an urgency or worse is open, unless somebody answers for it until a day.
 """
 
 from __future__ import annotations
@@ -26,26 +26,32 @@ URGENCIES: tuple[Urgency, ...] = ("high", "medium", "low", "unimportant", "end-o
 KERNEL = "linux"
 """A source package that every image and every whole database has: a database without it is not one."""
 PAGE = "docs/images.md"
+Ecosystem = Literal["debian", "pypi", "npm"]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 
 
 class Waiver(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A vulnerability of a source package that ``owner`` answers for until a day (inclusive)."""
+    """A vulnerability of a package that ``owner`` answers for until a day (inclusive). ``cve`` may be any of its ids.
+
+    Of ``debian`` it is a source package; of ``pypi`` and ``npm`` the name in its usual form (PEP 503, scope included).
+    """
 
     cve: Text
     package: Text
     owner: Text
     reason: Text
     expires: date
+    ecosystem: Ecosystem = "debian"
 
     @property
     def about(self) -> str:
         """What it is about, in words."""
-        return f"{self.cve} in {self.package}"
+        return f"{self.cve} in {_named(self.ecosystem, self.package)}"
 
     def covers(self, finding: Finding) -> bool:
         """Whether it is about this finding."""
-        return (self.cve, self.package) == (finding.cve, finding.package)
+        same = (self.ecosystem, self.package) == (finding.ecosystem, finding.package)
+        return same and self.cve in (finding.cve, *finding.aliases)
 
 
 class Waivers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,13 +61,21 @@ class Waivers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One vulnerability that a source package of the image has. ``fixed_in`` is empty while no fix is released."""
+    """One vulnerability that a package of the image has, a source package of Debian's. ``fixed_in`` is empty while no fix is
+    released. ``cve`` is its number, or another id where it has none; ``aliases`` are its other ids."""
 
     cve: str
     package: str
     version: str
     urgency: Urgency
     fixed_in: str = ""
+    ecosystem: Ecosystem = "debian"
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """Package and version, in words."""
+        return f"{_named(self.ecosystem, self.package)} {self.version}"
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -123,7 +137,12 @@ def match(bill: Path, database: Path, suite: str) -> tuple[Finding, ...]:
         found = {_finding(json.loads(line)) for line in text.splitlines() if line.strip()}
     except (KeyError, TypeError, ValueError) as error:
         raise ImageError(f"what debsbom found cannot be read: {error}", cure="report this") from error
-    return tuple(sorted(found, key=lambda one: (URGENCIES.index(one.urgency), one.package, one.cve)))
+    return worst_first(found)
+
+
+def worst_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Return findings in the order of reports."""
+    return tuple(sorted(findings, key=lambda one: (URGENCIES.index(one.urgency), one.ecosystem, one.package, one.cve)))
 
 
 def judge(findings: Iterable[Finding], waivers: Iterable[Waiver], *, fail_on: Urgency, today: date) -> Verdict:
@@ -138,9 +157,9 @@ def judge(findings: Iterable[Finding], waivers: Iterable[Waiver], *, fail_on: Ur
     left = tuple(one for one in findings if one not in waived)
     problems = [*ran_out]
     problems += [
-        f"{one.cve} in {one.package} {one.version} is fixed in {one.fixed_in}"
+        f"{one.cve} in {one.where} is fixed in {one.fixed_in}"
         if one.fixed_in
-        else f"{one.cve} in {one.package} {one.version} is open and its urgency is {one.urgency}"
+        else f"{one.cve} in {one.where} is open and its urgency is {one.urgency}"
         for one in left
         if one.fixed_in or one.urgency in worst
     ]
@@ -152,6 +171,10 @@ def judge(findings: Iterable[Finding], waivers: Iterable[Waiver], *, fail_on: Ur
         unused=tuple(waiver.about for waiver in valid if waiver not in used),
         waived_until=min((waiver.expires for waiver in used), default=None),
     )
+
+
+def _named(ecosystem: Ecosystem, package: str) -> str:
+    return package if ecosystem == "debian" else f"{ecosystem} package {package}"
 
 
 def _finding(told: dict[str, Any]) -> Finding:

@@ -7,7 +7,7 @@ record names. Matching and judging are those of ``saw image scan``, with the adv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Runs(msgspec.Struct, frozen=True):
 
 
 class ImageReport(msgspec.Struct, frozen=True):
-    """What one image in force has: ``pending`` counts source packages that lack a released fix, ``age_days`` whole days.
+    """What one image in force has: ``pending`` counts packages that lack a released fix, ``age_days`` whole days.
 
     ``problems`` is empty while it passes the gate, is not overdue, and could be looked at. ``judged`` is false when it could not
     be: nothing is known of its packages then.
@@ -94,16 +94,17 @@ def in_force(
     return [(one, ids) for one, ids in found if ids or one.state in _OFFERED]
 
 
-def bill_of(record: Record, images: Path) -> tuple[Path | None, str]:
-    """Return the bill of an image below ``images``/NAME, or None and why it does not count."""
-    bill = images / record.name / BILL
-    wanted = record.evidence.get(BILL)
+def bill_of(record: Record, images: Path, name: str = BILL) -> tuple[Path | None, str]:
+    """Return a bill of an image below ``images``/NAME, or None and why it does not count."""
+    bill = images / record.name / name
+    wanted = record.evidence.get(name)
     if wanted is None:
-        return None, "its record names no bill of Debian packages (build, sign and register a newer image)"
+        what = "bill of Debian packages" if name == BILL else name
+        return None, f"its record names no {what} (build, sign and register a newer image)"
     if not bill.is_file():
         gone = "the image is gone from there" if not bill.parents[1].is_dir() else "the image is there without it"
         return None, (
-            f"its bill {bill} is not there, {gone} (copy {BILL} of it there from where it was built or kept; "
+            f"its bill {bill} is not there, {gone} (copy {name} of it there from where it was built or kept; "
             "or move its workspaces to a newer image, then deprecate it)"
         )
     if digest_of(bill) != wanted:
@@ -119,9 +120,11 @@ def report_on(
     *,
     longest: timedelta,
     now: datetime,
+    bills: Sequence[str] = (BILL,),
 ) -> ImageReport:
     """Report on one image: ``judged`` holds a bill against the advisories; an image older than ``longest`` is overdue.
 
+    ``bills``: those that have to be the record's own, the first of which ``judged`` gets.
     An image that cannot be judged is a report with that problem and no error, so that the others are judged all the same.
     """
     age = now - record.created
@@ -132,7 +135,8 @@ def report_on(
         )
     if now >= record.not_after:
         problems.append(f"its record counts no longer since {record.not_after:%Y-%m-%d}")
-    bill, why = bill_of(record, images)
+    found = [bill_of(record, images, name) for name in bills]
+    bill, why = next((one for one in found if one[0] is None), found[0])
     verdict = Verdict((), (), (), ())
     try:
         verdict = judged(bill) if bill else verdict
@@ -145,7 +149,7 @@ def report_on(
         state=record.state,
         age_days=age.days,
         overdue=age > longest,
-        pending=len({one.package for one in verdict.open if one.fixed_in}),
+        pending=len({(one.ecosystem, one.package) for one in verdict.open if one.fixed_in}),
         workspaces=workspaces,
         problems=tuple(problems),
         open=verdict.open,

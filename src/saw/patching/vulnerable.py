@@ -91,9 +91,9 @@ def events_of(
     about: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Return an OCSF 1.8 Vulnerability Finding (class 2002) for each source package of ``host``; ``about`` goes into each."""
-    by_package: dict[tuple[str, str], list[Finding]] = {}
+    by_package: dict[tuple[str, str, str], list[Finding]] = {}
     for one in findings:
-        by_package.setdefault((one.package, one.version), []).append(one)
+        by_package.setdefault((one.ecosystem, one.package, one.version), []).append(one)
     return [
         factory.vulnerability_finding(
             time,
@@ -105,19 +105,21 @@ def events_of(
             detail={
                 "host": host,
                 "package": package,
+                **({} if ecosystem == "debian" else {"ecosystem": ecosystem}),
                 "count": len(found),
                 "fixed": sum(bool(f.fixed_in) for f in found),
                 **(about or {}),
             },
         )
-        for (package, version), found in by_package.items()
+        for (ecosystem, package, version), found in by_package.items()
     ]
 
 
 def _vulnerability(one: Finding) -> dict[str, Any]:
-    package = {"name": one.package, "version": one.version, "package_manager": "dpkg"}
+    manager = {"debian": "dpkg", "pypi": "pip", "npm": "npm"}[one.ecosystem]
+    package = {"name": one.package, "version": one.version, "package_manager": manager}
     return {
-        "cve": {"uid": one.cve},
+        "cve": {"uid": one.cve},  # or another id, where nobody gave it a number yet
         "severity": one.urgency,
         "is_fix_available": bool(one.fixed_in),
         "affected_packages": [{**package, **({"fixed_in_version": one.fixed_in} if one.fixed_in else {})}],

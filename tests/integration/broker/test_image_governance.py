@@ -77,24 +77,66 @@ def test_a_record_without_what_the_broker_asks_for_is_refused(own_broker: Lab) -
         "sbom/npm.cdx.json",
         "sbom/npm.spdx.json",
     )
-    scan = {"database_sha256": "4" * 64, "scanned_at": "2026-11-29T00:00:00Z", "fail_on": "high", "open": 0}
+    now = datetime.now(UTC)
+    scan = {
+        "database_sha256": "4" * 64, "scanned_at": now.strftime("%Y-%m-%dT%H:%M:%SZ"), "fail_on": "high", "open": 0,
+        "image_sha256": "c" * 64, "advisories": {"sha256": "5" * 64, "records": {"npm": 1, "pypi": 1}},
+    }  # fmt: skip
     bare = image_record("gov-bare", "c" * 64)
     own_broker.register_image(image_record("gov-first", "d" * 64))  # brings the officers' keys
     assert put(own_broker, bare, own_broker.officers.keys[:2])["state"] == "candidate"
     own_broker.stop()
-    asked = msgspec.structs.replace(own_broker.config, image=ImageSettings(require=("sbom", "provenance", "scan")))
+    asked = msgspec.structs.replace(
+        own_broker.config, image=ImageSettings(require=("sbom", "provenance", "scan", "advisories"))
+    )
     own_broker.config_file.write_bytes(msgspec.json.encode(asked))
     own_broker.start()
-    whole = {**bare, "evidence": dict.fromkeys([*bills, "provenance.json"], "3" * 64), "scan": scan}
+    files = [*bills, "provenance.json", "vulnerabilities-333333333333.json"]
+    whole = {**bare, "evidence": dict.fromkeys(files, "3" * 64), "scan": scan}
+
+    def searched(**changed: Any) -> dict[str, Any]:
+        told = {name: value for name, value in {**scan, **changed}.items() if value is not None}
+        return {**whole, "scan": told}
+
     for lacking, words in (
         (bare, "lacks sbom/debian.cdx.json"),
         ({**whole, "evidence": {"provenance.json": "3" * 64}}, "lacks sbom/debian.cdx.json"),
         ({**whole, "evidence": dict.fromkeys(bills, "3" * 64)}, "lacks provenance.json"),
         ({name: value for name, value in whole.items() if name != "scan"}, "lacks scan"),
+        ({**whole, "evidence": dict.fromkeys(files[:-1], "3" * 64)}, "lacks scan"),
+        (searched(image_sha256=None), "lacks scan"),
+        (searched(advisories=None), "lacks advisories"),
     ):
         found = refusal(put, own_broker, lacking, own_broker.officers.keys[:2])
         assert (found.code, words in found.message) == ("record_incomplete", True), found.message
+    assert (
+        refusal(put, own_broker, searched(image_sha256="d" * 64), own_broker.officers.keys[:2]).code
+        == "record_malformed"
+    )
+    for moved in (-timedelta(days=7, hours=1), timedelta(hours=3)):
+        other = searched(scanned_at=(now + moved).strftime("%Y-%m-%dT%H:%M:%SZ"))
+        assert refusal(put, own_broker, other, own_broker.officers.keys[:2]).code == "scan_not_current"
+    young = searched(scanned_at=(now - timedelta(days=6)).strftime("%Y-%m-%dT%H:%M:%SZ"))
+    assert put(own_broker, young, own_broker.officers.keys[:2])["changed"]
     assert put(own_broker, whole, own_broker.officers.keys[:2])["changed"]
+
+
+@pytest.mark.control("IMG-01")
+def test_a_registered_record_stays_when_its_search_grows_old(own_broker: Lab) -> None:
+    scan = {
+        "database_sha256": "4" * 64, "scanned_at": "2026-01-02T00:00:00Z", "fail_on": "high", "open": 0,
+        "image_sha256": "c" * 64,
+    }  # fmt: skip
+    evidence = {"vulnerabilities-333333333333.json": "3" * 64}
+    old = {**image_record("gov-old-scan", "c" * 64), "scan": scan, "evidence": evidence}
+    own_broker.register_image(old)  # where no search is asked for
+    own_broker.stop()
+    asked = msgspec.structs.replace(own_broker.config, image=ImageSettings(require=("scan",)))
+    own_broker.config_file.write_bytes(msgspec.json.encode(asked))
+    own_broker.start()
+    assert not put(own_broker, old, own_broker.officers.keys[:2])["changed"]
+    other = {**old, "name": "gov-old-scan-2"}
+    assert refusal(put, own_broker, other, own_broker.officers.keys[:2]).code == "scan_not_current"
 
 
 @pytest.mark.control("P0-04")

@@ -18,7 +18,7 @@ from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
 
 from saw.audit.ship import load_settings
-from saw.broker.config import BrokerConfig, RolloutSettings, load_config
+from saw.broker.config import BrokerConfig, ImageSettings, RolloutSettings, load_config
 from saw.broker.forwarding_settings import ForwardingSettings
 from saw.broker.notification_settings import Email, Kind, Webhook
 from saw.broker.terminal.settings import TerminalBastion
@@ -39,6 +39,10 @@ def templar_of(**values: object) -> Templar:
     """Ansible's templating with the role's variables, of which some are templates themselves, and ``values``."""
     own = {name: trust_as_template(told) if isinstance(told, str) else told for name, told in variables().items()}
     return Templar(loader=DataLoader(), variables={**own, **values})
+
+
+#: A host that does not run systemd, such as a tree that an image is made of.
+UNBOOTED = {"broker_init": {"stat": {"exists": False}}}
 
 
 def template_of(name: str, place: Path, **values: object) -> None:
@@ -156,7 +160,9 @@ def test_the_unit_is_handed_the_secret_and_is_as_before_without(tmp_path: Path) 
         "SystemCallFilter=landlock_create_ruleset landlock_add_rule landlock_restrict_self",
     ]
     assert [line for line in plain if line not in given] == []
-    assert not any("LoadCredential" in line for line in plain)
+    assert [line for line in plain if "LoadCredential" in line] == [
+        "LoadCredentialEncrypted=saw-secrets:/etc/credstore.encrypted/saw-secrets"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -429,9 +435,8 @@ def test_the_terminal_emulator_is_the_pinned_one_or_the_run_ends_with_the_cure(t
 
 def templated(name: str, **values: object) -> str:
     """What Ansible's templating makes of a template, within this process."""
-    told = {"ansible_managed": "by Ansible", "broker_trust_domain": "saw.example", **variables(), **values}
     text = trust_as_template((ROLE / "templates" / f"{name}.j2").read_text())
-    return str(Templar(loader=DataLoader(), variables=told).template(text))
+    return str(templar_of(ansible_managed="by Ansible", broker_trust_domain="saw.example", **values).template(text))
 
 
 PAGE_OF_JOBS = (ROLE.parents[1] / "docs/jobs.md").read_text(encoding="utf-8").split("```yaml\n")
@@ -548,14 +553,19 @@ SECRETS = [
 ]
 
 
-def test_secrets_are_where_the_page_says_and_in_plain_files_until_then(tmp_path: Path) -> None:
+@pytest.mark.control("ID-01")
+def test_secrets_are_sealed_until_the_page_says_otherwise(tmp_path: Path) -> None:
     unit = "saw-broker.service.j2"
-    assert rendered(tmp_path).secrets == SecretsSettings()
-    assert "secrets" not in json.loads((tmp_path / "broker.json").read_text())
-    template_of(unit, tmp_path / "plain")
-    plain = (tmp_path / "plain").read_text().splitlines()
     move = "ExecStartPre=/opt/saw/bin/saw broker secrets move --config /etc/saw/broker.json"
     load = "LoadCredentialEncrypted=saw-secrets:/etc/credstore.encrypted/saw-secrets"
+    assert rendered(tmp_path).secrets == SecretsSettings("sealed")
+    template_of(unit, tmp_path / "default")
+    assert {move, load} <= set((tmp_path / "default").read_text().splitlines())
+    # what does not run has no key of its own yet
+    assert rendered(tmp_path, **UNBOOTED).secrets == SecretsSettings()
+    assert "secrets" not in json.loads((tmp_path / "broker.json").read_text())
+    template_of(unit, tmp_path / "plain", **UNBOOTED)
+    plain = (tmp_path / "plain").read_text().splitlines()
     assert move not in plain and not any("Credential" in line for line in plain)
     told = []
     for number, secrets in enumerate(SECRETS):
@@ -569,9 +579,16 @@ def test_secrets_are_where_the_page_says_and_in_plain_files_until_then(tmp_path:
         told.append((found.provider, load in lines, "RestartSec=8" in lines))
         assert set(lines) - set(plain) <= {move, load, "RestartSec=8"}, "nothing else of the unit changes"
     # a place that keys are moved from is named too, and then its key is still handed over
-    assert sorted(told) == [("files", True, False), ("sealed", True, False), ("vault", False, True)]
-    template_of(unit, tmp_path / "named", broker_secrets={"provider": "sealed", "sealed": {"credential": "other"}})
-    assert "LoadCredentialEncrypted=other:/etc/credstore.encrypted/other" in (tmp_path / "named").read_text()
+    assert sorted(told) == [
+        ("files", False, False),
+        ("files", True, False),
+        ("sealed", True, False),
+        ("vault", False, True),
+    ]
+    for named in ({"sealed": {"credential": "other"}}, {"provider": "sealed", "sealed": {"credential": "other"}}):
+        assert rendered(tmp_path, broker_secrets=named).secrets.provider == "sealed"
+        template_of(unit, tmp_path / "named", broker_secrets=named)
+        assert "LoadCredentialEncrypted=other:/etc/credstore.encrypted/other" in (tmp_path / "named").read_text()
     with pytest.raises(ConfigError, match=r"secrets\.vault is missing"):
         rendered(tmp_path, broker_secrets={"provider": "vault"})
 
@@ -579,7 +596,7 @@ def test_secrets_are_where_the_page_says_and_in_plain_files_until_then(tmp_path:
 def test_the_key_of_sealed_secrets_is_made_once_on_a_host_that_runs() -> None:
     [task] = yaml.safe_load((ROLE / "tasks/secrets.yml").read_text())
     command = task["ansible.builtin.command"]
-    templar = templar_of(broker_secrets={"provider": "sealed"})
+    templar = templar_of()
     argv = templar.template([trust_as_template(part) for part in command["argv"]])
     options = ["--name=saw-secrets", "--out=/etc/credstore.encrypted/saw-secrets", "--with-key=auto"]
     assert argv == ["/opt/saw/bin/saw", "broker", "secrets", "key", *options]
@@ -587,7 +604,80 @@ def test_the_key_of_sealed_secrets_is_made_once_on_a_host_that_runs() -> None:
     assert command["removes"] == "/run/systemd/system"
     main = yaml.safe_load((ROLE / "tasks/main.yml").read_text())
     names = [step.get("ansible.builtin.include_tasks") or step.get("ansible.builtin.import_tasks") for step in main]
-    assert names.index("secrets.yml") < names.index("service.yml")
+    assert names.index("secrets_place.yml") < names.index("secrets.yml") < names.index("service.yml")
     [step] = [one for one in main if one.get("ansible.builtin.include_tasks") == "secrets.yml"]
-    for secrets, wanted in (({}, False), ({"provider": "sealed"}, True), ({"provider": "files", "sealed": {}}, True)):
-        assert templar_of(broker_secrets=secrets).evaluate_conditional(trust_as_template(step["when"])) is wanted
+    for values, wanted in (
+        ({}, True),
+        (UNBOOTED, False),
+        ({"broker_secrets": {"provider": "files"}}, False),
+        ({"broker_secrets": {"provider": "sealed"}}, True),
+        ({"broker_secrets": {"provider": "files", "sealed": {}}}, True),
+        ({"broker_secrets": {"provider": "vault"}}, False),
+    ):
+        assert templar_of(**values).evaluate_conditional(trust_as_template(step["when"])) is wanted, values
+
+
+def placed(
+    tmp_path: Path, *, booted: bool, creds: bool = True, key: bool = False, check: bool = False, **values: object
+) -> str:
+    """What the role says of where keys are, on a host below ``tmp_path``: the real tasks, with the host's paths moved there."""
+    host = tmp_path / "host"
+    shutil.rmtree(host, ignore_errors=True)
+    (host / "bin").mkdir(parents=True)
+    if booted:
+        (host / "run").mkdir()
+    if key:
+        (host / "saw-secrets").write_text("sealed")
+    if creds:
+        (host / "bin/systemd-creds").write_text("#!/bin/sh\n")
+        (host / "bin/systemd-creds").chmod(0o755)
+    text = (ROLE / "tasks/secrets_place.yml").read_text()
+    text = text.replace("/run/systemd/system", str(host / "run")).replace("/etc/credstore.encrypted", str(host))
+    tasks = yaml.safe_load(text.replace("[systemd-creds,", f"[{host}/bin/systemd-creds,"))
+    told = {"ansible_python_interpreter": sys.executable, "broker_trust_domain": "saw.example", **variables(), **values}
+    play = [{"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": told, "tasks": tasks}]
+    (tmp_path / "play.yml").write_text(yaml.safe_dump(play))
+    command = [Path(sys.executable).parent / "ansible-playbook", "-i", "localhost,", str(tmp_path / "play.yml")]
+    environment = {**os.environ, "ANSIBLE_NOCOLOR": "1"}
+    done = subprocess.run(
+        [*command, *(["--check"] if check else [])], capture_output=True, text=True, check=False, env=environment
+    )
+    assert "changed=0" in done.stdout, done.stdout + done.stderr
+    return ("refused: " if done.returncode else "") + " ".join(done.stdout.split())
+
+
+def test_plain_files_are_loud_and_what_cannot_be_sealed_is_refused(tmp_path: Path) -> None:
+    loud = "WARNING: the broker's own keys are in plain files"
+    for check in (False, True):
+        sealed = placed(tmp_path, booted=True, check=check)
+        assert not sealed.startswith("refused") and loud not in sealed
+        plain = placed(tmp_path, booted=True, check=check, broker_secrets={"provider": "files"})
+        assert loud in plain and "Take {provider: files} out of broker_secrets" in plain
+    assert "the first run on the running host seals them" in placed(tmp_path, booted=False, creds=False)
+    refused = placed(tmp_path, booted=True, creds=False)
+    assert refused.startswith("refused") and "systemd-creds does not run here" in refused
+    assert loud in placed(tmp_path, booted=True, creds=False, broker_secrets={"provider": "files"})
+
+
+def test_brokers_that_share_their_files_get_no_key_of_each_host_by_default(tmp_path: Path) -> None:
+    shared = {"broker_database": "postgresql://saw@db.example.com/saw"}
+    refused = placed(tmp_path, booted=True, **shared)
+    assert refused.startswith("refused") and "brokers on one database need the same key" in refused
+    assert not placed(tmp_path, booted=True, key=True, **shared).startswith("refused")
+    assert not placed(tmp_path, booted=True, broker_secrets={"provider": "sealed"}, **shared).startswith("refused")
+    assert not placed(tmp_path, booted=False, **shared).startswith("refused")
+
+
+@pytest.mark.control("IMG-01")
+def test_images_are_searched_before_they_are_registered(tmp_path: Path) -> None:
+    found = rendered(tmp_path).image
+    assert found.require == ("sbom", "provenance", "scan", "advisories")
+    assert found.scan_max_age_s == ImageSettings().scan_max_age_s == 7 * 86_400
+    assert rendered(tmp_path, broker_image_scan_max_age="86400").image.scan_max_age_s == 86_400
+    with pytest.raises(ConfigError, match="scan_max_age_s"):
+        rendered(tmp_path, broker_image_scan_max_age=60)
+    main = yaml.safe_load((ROLE / "tasks/main.yml").read_text())
+    [loud] = [one for one in main if "WARNING" in str(one.get("ansible.builtin.debug", ""))]
+    for require, wanted in ((found.require, False), (["sbom", "provenance"], True)):
+        said = templar_of(broker_image_require=list(require)).evaluate_conditional(trust_as_template(loud["when"]))
+        assert said is wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -111,6 +112,8 @@ class Office:
         return " ".join((done.stdout + done.stderr).split())
 
     def release(self, *, check: bool = False, **values: Any) -> str:
+        """Release the image, which nobody searched for known vulnerabilities unless a test says so."""
+        values = {"image_release_unscanned": True, **values}
         return self.play("image_release", check=check, image_release_directory=str(self.image.folder), **values)
 
     def state(self) -> str:
@@ -167,3 +170,36 @@ def test_an_image_that_measured_something_else_is_not_released(office: Office) -
     said = office.release(image_release_keys=office.keys)
     assert f"PCR 11 is {'f' * 64}, computed from the image is {office.image.expected['11']}" in said, said
     assert not (office.image.folder / "release.json").exists()
+
+
+@pytest.mark.control("IMG-01")
+def test_an_image_is_not_released_without_a_search_and_that_it_was_let_through_is_loud(office: Office) -> None:
+    office.image.measured(REFERENCE)
+    refused = office.release(image_release_unscanned=False, image_release_keys=office.keys)
+    assert "no search for known vulnerabilities passed: saw image scan" in refused, refused
+    assert "-e image_release_unscanned=true releases it all the same" in refused
+    assert not (office.image.folder / "release.signed.json").exists()
+    loud = office.release(image_release_keys=office.keys)
+    assert "WARNING: image_release_unscanned is set" in loud, loud
+    assert "states no passed search for known vulnerabilities" in loud
+    assert office.state() == "candidate"
+
+    record = office.image.folder / "release.json"
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    scan = {
+        "database_sha256": "4" * 64, "scanned_at": now, "fail_on": "high", "open": 0,
+        "image_sha256": office.image.sha256, "advisories": {"sha256": "5" * 64, "records": {"npm": 1, "pypi": 1}},
+    }  # fmt: skip
+    report = json.dumps({"image_sha256": office.image.sha256, "problems": []})
+    digest = hashlib.sha256(report.encode()).hexdigest()
+    name = f"vulnerabilities-{digest[:12]}.json"
+    (office.image.folder / name).write_text(report)
+    whole = json.loads(record.read_text())
+    searched = {**whole, "scan": scan, "evidence": {**whole["evidence"], name: digest}}
+    record.write_text(json.dumps({**searched, "scan": {**scan, "scanned_at": "2026-01-01T00:00:00Z"}}))
+    old = office.release(image_release_unscanned=False, image_release_keys=office.keys)
+    assert "which is too old or to come" in old, old
+    record.write_text(json.dumps(searched))
+    done = office.release(image_release_unscanned=False, image_release_keys=office.keys)
+    assert "is registered and candidate" in done, done
+    assert "WARNING" not in done
