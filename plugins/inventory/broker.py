@@ -222,7 +222,9 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
             known = inventory.hosts[name].vars
             known.update(origin, saw_workspace=row, saw_agent=agent)
             if ingress is not None:
-                known["ansible_port"] = ingress.base_port + row["number"]
+                host, known["ansible_port"] = ingress.of(row["number"])
+                if host != ingress.host:
+                    known["ansible_host"] = host
                 known["ansible_ssh_extra_args"] = f"-o HostKeyAlias={name}"
             if compose or groups or keyed:
                 told = {"saw_workspace": row, "saw_agent": agent, "inventory_hostname": name}

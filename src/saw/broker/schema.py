@@ -77,6 +77,9 @@ workspaces = Table(
     ),
 )
 
+#: Numbers below the highest in use that no workspace has (:mod:`saw.broker.numbers`).
+freed_numbers = Table("freed_numbers", metadata, Column("number", Integer, primary_key=True, autoincrement=False))
+
 #: Requests about workspaces that carried a key (:mod:`saw.broker.idempotency`), for as long as the key is known.
 workspace_requests = Table(
     "workspace_requests",

@@ -6,7 +6,7 @@ Without the gatekeeper's answer no route leads anywhere: the only other route is
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from saw.gateway.edit_filter import EDIT_FILTER
@@ -63,15 +63,16 @@ def listeners(
     numbers: Iterable[int],
     credential_headers: Iterable[str],
     xds_dir: Path,
-    ingress_address: str,
+    ingress_of: Callable[[int], str | None],
     send_socket: Path,
     reviews: bool = False,
     streams: Mapping[int, Standing] | None = None,
 ) -> str:
-    """Return the LDS file: three listeners for each workspace number, and one that takes calls from the gatekeeper.
+    """Return the LDS file: two or three listeners for each workspace number, and one that takes calls from the gatekeeper.
 
     ``credential_headers`` are the names that the loaded releases' credentials use; no other header of the gatekeeper's
-    answer is ever copied into a request. ``send_socket``: where the gatekeeper brings calls. ``reviews``: calls
+    answer is ever copied into a request. ``ingress_of``: the address of a
+    workspace's ingress, None where it has none. ``send_socket``: where the gatekeeper brings calls. ``reviews``: calls
     that wait for a person have a service.
     ``streams``: the workspaces that may open WebSockets or gRPC calls now, and a word for what that rests on. When the word
     changes, Envoy replaces the listener, which ends what is open.
@@ -82,8 +83,9 @@ def listeners(
         items += [
             _governed(seat, names, xds_dir, reviews=reviews, standing=(streams or {}).get(seat.number)),
             _pass_through(f"broker-{seat.number}", seat.gateway, BROKER_PORT, "broker"),
-            _pass_through(f"ingress-{seat.number}", ingress_address, seat.ingress_port, f"ssh-{seat.number}"),
         ]
+        if (address := ingress_of(seat.number)) is not None:
+            items.append(_pass_through(f"ingress-{seat.number}", address, seat.ingress_port, f"ssh-{seat.number}"))
     items.append(_approved(send_socket, names))
     return resources(version, "envoy.config.listener.v3.Listener", items)
 

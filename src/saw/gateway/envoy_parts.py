@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from saw import addressing
 from saw.gateway.redaction import WORDS_HEADER
 from saw.policy.websocket import FRAMES_HEADER
 
@@ -20,7 +21,6 @@ TLS = TYPE + "envoy.extensions.transport_sockets.tls.v3."
 
 RING2_PORT = 8443
 BROKER_PORT = 8444
-INGRESS_BASE = 22000
 SSH_PORT = 22
 MAX_AUTHZ_BODY = 1024 * 1024
 """How much of a body the gatekeeper sees (bytes); longer bodies are streamed on after the decision."""
@@ -74,24 +74,24 @@ HOP_HEADERS = (
 
 
 class Seat(msgspec.Struct, frozen=True, order=True):
-    """One workspace as ring 2's Envoy needs it: its number (1-250) decides addresses and ports."""
+    """One workspace as ring 2's Envoy needs it: its number decides addresses and ports (:mod:`saw.addressing`)."""
 
     number: int
 
     @property
     def gateway(self) -> str:
         """Return the perimeter's address on this workspace's network."""
-        return f"10.210.{self.number}.1"
+        return addressing.gateway(self.number)
 
     @property
     def workspace(self) -> str:
         """Return the VM's address."""
-        return f"10.210.{self.number}.2"
+        return addressing.workspace(self.number)
 
     @property
     def ingress_port(self) -> int:
-        """Return the port of the perimeter host that passes SSH on to the VM."""
-        return INGRESS_BASE + self.number
+        """Return the port of the perimeter host that passes SSH on to the VM, on the address of its block."""
+        return addressing.ingress_port(self.number)
 
 
 def socket_address(address: str, port: int) -> Json:

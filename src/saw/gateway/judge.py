@@ -27,7 +27,7 @@ from saw.gateway.paying import Unpaid, pay
 from saw.gateway.peer import PeerReader
 from saw.gateway.placeholders import headers_with_placeholder, target_with_placeholder
 from saw.gateway.releases import Release
-from saw.gateway.resolve import Resolver, choose
+from saw.gateway.resolve import Resolver
 from saw.gateway.sigv4 import Outgoing
 from saw.gateway.state import WorkspaceEntry
 from saw.gateway.view import View, offline_granted, release_for
@@ -338,7 +338,7 @@ class Judge:
             async with asyncio.timeout(DIAL_DEADLINE_S):
                 inject = await self._inject(release, credential_id, entry, _outgoing(call, scheme, authority, path))
                 late = Refused(ResolutionFailed.code, f"there is no time left to look up {host}")
-                address = choose(host, await self._resolver.addresses(host), exact=exact, allowed=allowed)
+                address = await self._resolver.chosen(host, exact=exact, allowed=allowed)
         except TimeoutError:
             raise late from None
         except (DestinationBlocked, ResolutionFailed) as error:

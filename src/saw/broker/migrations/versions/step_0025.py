@@ -1,0 +1,26 @@
+"""Numbers of workspaces that were given back, so that the lowest is found without looking at every workspace."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0025"
+down_revision = "0024"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """Add the table, with what is free below the highest number in use. Every workspace keeps its number."""
+    freed = op.create_table("freed_numbers", sa.Column("number", sa.Integer(), primary_key=True, autoincrement=False))
+    rows = sa.table("workspaces", sa.column("number", sa.Integer()), sa.column("state", sa.String()))
+    used = set(op.get_bind().execute(sa.select(rows.c.number).where(rows.c.state != "decommissioned")).scalars())
+    free = [{"number": number} for number in range(1, max(used, default=0)) if number not in used]
+    if free:
+        op.bulk_insert(freed, free)
+
+
+def downgrade() -> None:
+    """Steps go forward only."""
+    raise NotImplementedError("restore a backup instead")
