@@ -114,5 +114,15 @@ def file_source(path: Path) -> Json:
 
 def resources(version: str, kind: str, items: Iterable[Json]) -> str:
     """Return the text of an xDS file that holds ``items`` of one kind."""
-    body = {"version_info": version, "resources": [{"@type": TYPE + kind, **item} for item in items]}
-    return json.dumps(body, indent=1)
+    return file_of(version, (resource(kind, item) for item in items))
+
+
+def resource(kind: str, item: Json) -> str:
+    """Return the text of one item of an xDS file."""
+    return json.dumps({"@type": TYPE + kind, **item}, separators=(",", ":"))
+
+
+def file_of(version: str, texts: Iterable[str]) -> str:
+    """Return the text of an xDS file out of those of its items, each on a line of its own."""
+    items = ",\n".join(texts)
+    return f'{{"version_info": {json.dumps(version)}, "resources": [\n{items}\n]}}\n'

@@ -56,7 +56,7 @@ def render_nft(
 ) -> str:
     """Return the ruleset for ``nft -f``: table ``inet saw``, replaced as a whole in one transaction.
 
-    ``operator_networks`` (CIDR) may reach SSH on ``ssh_port``, a bastion on ``bastion_port``, and the ingress ports of ``numbers``
+    ``operator_networks`` (CIDR) may reach SSH on ``ssh_port``, a bastion on ``bastion_port``, and ingress ports of ``numbers``
     on the address that ``ingress_of`` says, unless it is unspecified. Raises :class:`ConfigError` for text that is not a network.
     """
     four, six = _networks(operator_networks)

@@ -28,6 +28,7 @@ class XdsWriter:
     def __init__(self, config: GatekeeperConfig) -> None:
         self._config = config
         self._directory = config.ring2.xds_dir
+        self._known: dict[object, str] = {}
 
     def render(
         self, numbers: Iterable[int], credential_headers: Iterable[str], streams: Mapping[int, Standing] | None = None
@@ -64,6 +65,7 @@ class XdsWriter:
                     send_socket=ring2.send_socket,
                     reviews=self._config.review_socket is not None,
                     streams=streams,
+                    known=self._known,
                 )
             ),
         }
