@@ -582,6 +582,8 @@ sso_sessions = Table(
     Column("kind", String(16), nullable=False),
     Column("provider_sid", String(256), nullable=False, index=True),
     Column("auth_time", String(32), nullable=False),
+    # What the provider said about how strong the sign-in was; empty: nothing.
+    Column("acr", String(255), nullable=False, server_default=""),
     Column("created_at", String(32), nullable=False),
     Column("seen_at", String(32), nullable=False),
     Column("checked_at", String(32), nullable=False),
