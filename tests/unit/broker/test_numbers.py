@@ -180,7 +180,7 @@ def test_an_upgraded_register_keeps_its_numbers_and_knows_the_gaps(tmp_path: Pat
     with engine.begin() as connection:
         fill_before(connection)
         names = "sponsor, blueprint, ring, image, image_sha256, state, state_reason, state_since, created_at, watch_seq"
-        copied = f"INSERT INTO workspaces (id, number, agent_id, {names}) SELECT 'ws-z', 6, 'z', {names}"  # noqa: S608
+        copied = f"INSERT INTO workspaces (id, number, agent_id, {names}) SELECT 'ws-z', 6, 'z', {names}"
         connection.exec_driver_sql(f"{copied} FROM workspaces WHERE id = 'ws-a'")
     engine.dispose()
     store = Store.open_sqlite(path, Waker())

@@ -6,9 +6,11 @@ import asyncio
 import ipaddress
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from saw import addressing
 from saw.gateway.config import ResolverConfig
 from saw.gateway.errors import DestinationBlocked, ResolutionFailed
 from saw.gateway.resolve import Resolver, choose
