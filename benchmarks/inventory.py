@@ -150,12 +150,13 @@ def main() -> None:
             "workspaces": count,
             "goal_s": GOAL_S,
             "numbers given, cpu": filled,
-            f"register and end {REGISTERED}": timed(pid, lambda: register(client, count), count),
             "list": timed(pid, ask, count),
             "search by sponsor": timed(pid, lambda: ask(sponsor=["person-7@example.com"]), count // 200),
             "search by text": timed(pid, lambda: ask(text=["ws-0000"]), min(count, 100)),
             "inventory": timed(pid, lambda: inventory("plain"), count),
             "inventory, one keyed group": timed(pid, lambda: inventory("keyed"), count),
+            # Those that have ended stay in the register, so this is last.
+            f"register and end {REGISTERED}": timed(pid, lambda: register(client, count), count),
         }
     print(json.dumps(result))
 

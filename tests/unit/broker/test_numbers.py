@@ -124,6 +124,20 @@ def test_a_place_has_numbers_of_its_own_and_nobody_else_gets_them(world: World) 
     assert add(world, "e3", "east") == low + 2
 
 
+def test_a_perimeter_is_told_of_the_numbers_that_it_asks_for(world: World) -> None:
+    fill(world, range(250, 253))
+    end(world, "w251")
+
+    def told(*band: int) -> list[int]:
+        return [entry["number"] for entry in world.broker.views.perimeter_state(*band)["workspaces"]]
+
+    everyone = held(world)
+    assert told() == everyone
+    assert told(1, 250) == [number for number in everyone if number <= 250]
+    assert told(251, 64_000) == [252]
+    assert told(2000, 3000) == []
+
+
 def test_registrations_at_once_get_different_numbers(world: World) -> None:
     before = held(world)
     with ThreadPoolExecutor(8) as pool:
