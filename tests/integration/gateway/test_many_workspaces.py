@@ -56,7 +56,7 @@ def test_what_another_perimeter_serves_has_no_listener_here(crowd: Rig) -> None:
     assert not crowd.listens(FAR, addressing.ingress_port(COUNT + 1))
 
 
-@pytest.mark.control("OPS-01")
+@pytest.mark.control("LIF-02")
 def test_one_that_is_cut_off_is_cut_off_alone(crowd: Rig) -> None:
     crowd.broker.put("ws-501", state="quarantined")
     wait_for(lambda: not crowd.listens(addressing.gateway(501), 8443), "the end of the listener")
