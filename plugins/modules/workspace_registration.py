@@ -42,7 +42,7 @@ options:
     type: str
   place:
     description:
-      - Whose numbers, and so whose perimeter, it gets (C(broker_numbers) of the role C(broker)). It counts when the workspace is new.
+      - Whose numbers, and so whose perimeter, it gets (C(broker_numbers) of the role C(broker)). It counts for a new one.
     type: str
   ek_pub_pem:
     description: Public endorsement key of its TPM, PEM. Recorded once, never replaced.
