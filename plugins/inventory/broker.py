@@ -222,8 +222,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
             known = inventory.hosts[name].vars
             known.update(origin, saw_workspace=row, saw_agent=agent)
             if ingress is not None:
-                known["ansible_port"] = ingress.base_port + row["number"]
-                known["ansible_ssh_extra_args"] = f"-o HostKeyAlias={name}"
+                known.update(_way_by_port(ingress, name, row["number"]))
             if compose or groups or keyed:
                 told = {"saw_workspace": row, "saw_agent": agent, "inventory_hostname": name}
                 self._set_composite_vars(compose, told, name, strict)
@@ -255,6 +254,16 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
         for name, value in told.items():
             self.inventory.set_variable(GROUP, name, value)
         return None if context.bastion is not None else context.ingress
+
+
+def _way_by_port(ingress: Any, name: str, number: int) -> dict[str, Any]:
+    """Return how ssh reaches a workspace by its port. The host stays the id, for which ssh has the certificate made."""
+    try:
+        host, port = ingress.of(number)
+    except SawError as error:
+        raise AnsibleParserError(f"broker: {name}: {error.message}: {error.cure}") from error
+    elsewhere = f" -o HostName={shlex.quote(host)}" if host != ingress.host else ""
+    return {"ansible_port": port, "ansible_ssh_extra_args": f"-o HostKeyAlias={name}{elsewhere}"}
 
 
 def _of_workspaces(rows: list[dict[str, Any]]) -> dict[str, list[str]]:

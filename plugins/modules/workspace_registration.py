@@ -40,6 +40,10 @@ options:
       - Name of a registered agent without a workspace (M(secure_agent.workspace.agent)). It counts when the workspace is new.
       - Without it, an agent is registered along with the workspace.
     type: str
+  place:
+    description:
+      - Whose numbers, and so whose perimeter, it gets (C(broker_numbers) of the role C(broker)). It counts for a new one.
+    type: str
   ek_pub_pem:
     description: Public endorsement key of its TPM, PEM. Recorded once, never replaced.
     type: str
@@ -109,7 +113,8 @@ def create(module: AnsibleModule, client: Any) -> dict[str, Any]:
     agent = unbound_agent(module, client)
     if module.check_mode:
         return {**profile, "state": "requested", "ek_recorded": False}
-    made = client.request("POST", "/v1/workspaces", {**profile, **({"agent": agent} if agent else {})})
+    more = {name: value for name, value in (("agent", agent), ("place", module.params["place"])) if value}
+    made = client.request("POST", "/v1/workspaces", {**profile, **more})
     made.pop("changed", None)
     return made
 
@@ -186,6 +191,7 @@ def main() -> None:
             ring={"type": "str"},
             image={"type": "str"},
             agent={"type": "str"},
+            place={"type": "str"},
             ek_pub_pem={"type": "str"},
             state={
                 "type": "str",

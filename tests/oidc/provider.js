@@ -20,7 +20,7 @@ server.listen(settings.port ?? 0, settings.address ?? '127.0.0.1', () => {
     cookies: { keys: settings.cookie_keys },
     scopes: ['openid', 'offline_access', 'email', 'groups'],
     claims: { openid: ['sub'], email: ['email', 'email_verified'], groups: ['groups'], acr: null, auth_time: null, sid: null },
-    acrValues: ['loa1'],
+    acrValues: ['loa1', 'phr'],
     pkce: { required: () => true },
     features: {
       backchannelLogout: { enabled: true },
@@ -46,5 +46,10 @@ server.listen(settings.port ?? 0, settings.address ?? '127.0.0.1', () => {
       return person && { accountId: id, claims: async () => ({ sub: id, ...person }) };
     },
   });
+  // Its own pages know one way to sign in. How strong that was is what the file of people says under "reached".
+  const login = provider.Session.prototype.loginAccount;
+  provider.Session.prototype.loginAccount = function loginAccount(details) {
+    return login.call(this, { ...details, acr: people()[details.accountId]?.reached ?? details.acr });
+  };
   process.stdout.write(`READY ${issuer}\n`);
 });

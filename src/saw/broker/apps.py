@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from saw.addressing import COLUMNS, HIGHEST
 from saw.attest.messages import MAX_EVIDENCE, ActivateRequest, EnrolRequest, Evidence, NonceRequest
 from saw.broker.audit_routes import audit_routes
 from saw.broker.certificates import Renewal
@@ -134,12 +135,14 @@ def public_app(broker: Broker) -> Starlette:
 
     async def perimeter_state(request: Request, _caller: Caller) -> Any:
         after = whole_number(request, "after", 0, 2**53)
+        # Perimeters of before numbers went further ask for none, and would refuse a state that has higher ones.
+        first, last = (whole_number(request, name, at, HIGHEST) for name, at in (("first", 1), ("last", COLUMNS)))
 
         async def read() -> int:
             return await run_in_threadpool(views.registry_seq)
 
         await broker.waker.poll(PERIMETER, read, lambda seq: seq != after, _wait(request))
-        return await run_in_threadpool(views.perimeter_state)
+        return await run_in_threadpool(views.perimeter_state, first, last)
 
     def route(path: str, method: str, handler: Any, who: Any = identify) -> Route:
         return Route(path, guarded(who, handler), methods=[method])

@@ -22,6 +22,7 @@ from urllib.parse import urlencode
 import httpx
 import msgspec
 
+from saw.addressing import INGRESS_BASE, ingress
 from saw.broker.lifecycle import State, check_step
 from saw.broker.signed_in import signed_in_client
 from saw.errors import SawError, UnavailableError
@@ -54,11 +55,19 @@ class BrokerContext(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Ingress(msgspec.Struct, frozen=True):
-    """The perimeter host that passes SSH to workspaces: workspace number N is at ``base_port`` + N, user ``user``."""
+    """The perimeter host that passes SSH to workspaces: workspace number N is at ``base_port`` + N, user ``user``.
+
+    ``blocks``: hosts for numbers above 10,000, by the number of their block (:func:`saw.addressing.ingress`).
+    """
 
     host: str = "127.0.0.1"
-    base_port: int = 22000
+    base_port: int = INGRESS_BASE
     user: str = "agent"
+    blocks: dict[str, str] = {}
+
+    def of(self, number: int) -> tuple[str, int]:
+        """Return host and port for workspace ``number``; raise :class:`ConfigError` where none is known."""
+        return ingress(number, self.host, self.base_port, self.blocks)
 
 
 class Bastion(msgspec.Struct, frozen=True):

@@ -15,6 +15,7 @@ from saw.broker.forwarding_settings import ForwardingSettings, problems_of_forwa
 from saw.broker.gate_settings import GateSettings, MachineSettings, problems_of_gates
 from saw.broker.job_settings import JobSettings, problems_of_jobs
 from saw.broker.notification_settings import Channel, problems_of_notifications
+from saw.broker.number_settings import NumberSettings, problems_of_numbers
 from saw.broker.retention_settings import AuditSettings, problems_of_audit
 from saw.broker.session_settings import SessionRules, problems_of_sessions
 from saw.broker.sso_settings import SsoSettings, problems_of
@@ -89,6 +90,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``forwarding``: ports of workspaces may be granted to people; absent means that none is.
     ``audit``: how long the trail is kept; absent means for ever.
     ``audit_tree``: folder of the trail's tree (``saw audit checkpoint``), served to witnesses; absent means that none is.
+    ``numbers``: which numbers, and so which networks, workspaces get.
     ``notifications``: who is told that something waits for people; empty means nobody.
     ``postgresql`` (in the file: ``database``): the database of several brokers; absent means a SQLite file of this one.
     ``secrets``: where the broker's own keys are; absent means plain files.
@@ -120,6 +122,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     forwarding: ForwardingSettings | None = None
     postgresql: str | None = msgspec.field(name="database", default=None)
     secrets: SecretsSettings = SecretsSettings()
+    numbers: NumberSettings = NumberSettings()
 
     @property
     def state(self) -> Path:
@@ -191,6 +194,7 @@ def load_config(path: Path | str) -> BrokerConfig:
     if config.forwarding is not None:
         problems.extend(problems_of_forwarding(config.forwarding))
     problems.extend(problems_of_secrets(config.secrets))
+    problems.extend(problems_of_numbers(config.numbers))
     if config.audit is not None:
         problems.extend(
             problems_of_audit(config.audit, ships=config.audit_socket is not None and config.audit_tree is None)

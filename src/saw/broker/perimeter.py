@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from sqlalchemy import select
 
+from saw.addressing import HIGHEST
 from saw.audit import ChainedEvent, Head, event_hash, workspace_telemetry
 from saw.audit.chain import ChainError
 from saw.audit.workspace_decisions import Decisions, events_of
@@ -72,12 +73,13 @@ class Views:
         self._releases = releases
         self._rollouts = rollouts
 
-    def perimeter_state(self) -> dict[str, Any]:
-        """Return the whole state for gatekeepers (docs/architecture.md, "Perimeter ↔ broker")."""
+    def perimeter_state(self, first: int = 1, last: int = HIGHEST) -> dict[str, Any]:
+        """Return the whole state, of workspaces with these numbers, for gatekeepers (docs/architecture.md)."""
         with self._s.store.read() as connection:
             seq = connection.execute(select(registry.c.seq)).scalar_one()
             assignments = Assignments(connection)
-            rows = connection.execute(select(workspaces).order_by(workspaces.c.number)).all()
+            served = workspaces.c.number.between(first, last) & (workspaces.c.state != State.DECOMMISSIONED)
+            rows = connection.execute(select(workspaces).where(served).order_by(workspaces.c.number)).all()
             given = {row.id: assignments.of(row) for row in rows}
             statements, engaged = told(connection, self._s.clock())
             retired = retired_agents(connection)
@@ -87,8 +89,6 @@ class Views:
             )
         entries: list[dict[str, Any]] = []
         for row in rows:
-            if row.state == State.DECOMMISSIONED:
-                continue
             release = given[row.id]
             entries.append(
                 {

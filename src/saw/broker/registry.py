@@ -21,6 +21,7 @@ from saw.broker.job_states import JobMoves
 from saw.broker.lifecycle import State, check_step, parse_state
 from saw.broker.notification_settings import Kind
 from saw.broker.notifications import Notifications
+from saw.broker.numbers import free_number, give_back
 from saw.broker.review_states import Moves
 from saw.broker.schema import workspaces
 from saw.broker.session_ends import SessionEnds
@@ -28,8 +29,6 @@ from saw.broker.sponsor_states import require_enabled
 from saw.broker.store import Transaction
 from saw.errors import SawError
 from saw.jobs.messages import IdempotencyKey
-
-MAX_NUMBER = 250
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
@@ -47,7 +46,8 @@ NO_GRANTS: dict[str, None] = {"lease_expires_at": None, "svid_sha256": None}
 
 class CreateWorkspace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The profile of a workspace, fixed at creation. ``agent``: id of a registered agent that is bound to no workspace yet;
-    without one, an agent is registered along with the workspace. The same ``idempotency_key`` is the same workspace."""
+    without one, an agent is registered along with the workspace. The same ``idempotency_key`` is the same workspace.
+    ``place``: whose numbers it gets one of (:class:`saw.broker.number_settings.NumberSettings`)."""
 
     id: Text
     sponsor: SponsorName
@@ -56,6 +56,7 @@ class CreateWorkspace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     image: Text
     agent: Annotated[str, msgspec.Meta(max_length=64)] = ""
     idempotency_key: IdempotencyKey | None = None
+    place: Annotated[str, msgspec.Meta(max_length=64)] = ""
 
 
 class RecordEk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -117,7 +118,10 @@ class Registry:
             )
         now = self._s.clock()
         with self._s.store.write() as tx:
-            if take_request(tx, caller, now, wanted.idempotency_key, "create", wanted.id, wanted):
+            profile = msgspec.structs.asdict(wanted)
+            # What names no place is the same request as before there were places.
+            asked = profile if wanted.place else {name: value for name, value in profile.items() if name != "place"}
+            if take_request(tx, caller, now, wanted.idempotency_key, "create", wanted.id, asked):
                 return {**public_view(get_row(tx.connection, wanted.id)), "changed": False}
             if tx.connection.execute(select(workspaces.c.id).where(workspaces.c.id == wanted.id)).first():
                 raise ConflictError(
@@ -127,10 +131,11 @@ class Registry:
                 )
             image = find_image(tx.connection, wanted.image)
             admit(image, wanted.ring, self._candidate_rings, now)
-            number = self._free_number(tx.connection)
-            profile = msgspec.structs.asdict(wanted)
-            named = profile.pop("agent")
-            del profile["idempotency_key"]
+            number = free_number(tx.connection, self._s.config.numbers, wanted.place)
+            profile = {
+                name: value for name, value in profile.items() if name not in {"agent", "idempotency_key", "place"}
+            }
+            named = wanted.agent
             require_enabled(tx.connection, wanted.sponsor)
             agent = get_agent(tx.connection, named) if named else self._agents.add(tx, caller, wanted.sponsor)
             stamp = iso(now)
@@ -320,6 +325,8 @@ class Registry:
         self._reviews.cancel_all(tx, caller, row.id, reason)
         self._agents.follow(tx, caller, row.id, to, reason)
         self._sessions.end_workspace(tx, caller, row.id, str(to), reason)
+        if to is State.DECOMMISSIONED:
+            give_back(tx.connection, row.number)
         if to in {State.QUARANTINED, State.DECOMMISSIONED}:
             revoke_of_workspace(self._s, tx, caller, row.id, reason)
         if to is State.QUARANTINED:
@@ -332,20 +339,6 @@ class Registry:
         """Write ``values`` as the next version."""
         values["version"] = workspaces.c.version + 1
         connection.execute(workspaces.update().where(workspaces.c.id == workspace_id).values(**values))
-
-    @staticmethod
-    def _free_number(connection: Connection) -> int:
-        used = set(
-            connection.execute(select(workspaces.c.number).where(workspaces.c.state != State.DECOMMISSIONED)).scalars()
-        )
-        for number in range(1, MAX_NUMBER + 1):
-            if number not in used:
-                return number
-        raise ConflictError(
-            f"all {MAX_NUMBER} workspace numbers are in use",
-            cure="decommission a workspace first",
-            code="no_free_number",
-        )
 
 
 def get_row(connection: Connection, workspace_id: str) -> Row[Any]:

@@ -31,6 +31,7 @@ from saw.broker.review_states import COLUMNS, GATE, OPEN, TOOL, Moves, due_at, g
 from saw.broker.review_vault import BytesChanged, Vault
 from saw.broker.reviewers import get_reviewer, is_self_approval
 from saw.broker.schema import review_decisions, review_nonces, reviews
+from saw.broker.step_up import StepUpSettings
 from saw.broker.store import Transaction
 from saw.identity.statement import sign_statement
 from saw.review.gate import GateRequest, render_gate
@@ -72,6 +73,7 @@ class Decisions:
         self._moves = Moves(services)
         self._texts = Texts()
         self._glass = BreakGlass(services)
+        self._step_up = services.config.sso.step_up if services.config.sso else StepUpSettings()
 
     def listed(self, state: str | None, workspace_id: str | None, *, owed: bool = False) -> dict[str, Any]:
         """Return reviews, newest first, at most 1000; with ``owed`` only those that owe an after-review."""
@@ -250,6 +252,9 @@ class Decisions:
             group = self._glass.group_for(row, said)
             if not in_group(tx.connection, said.approver, group, now, passkey=by_passkey):
                 return _not_in_group(said.approver, group)
+            signed_in = body.signed_in if isinstance(body, DecideByPasskey) else None
+            if weak := self._step_up.refusal(said.decision, row.group_name, signed_in, now):
+                return weak
             proof = prove(tx.connection, said, body)
         except BrokerError as error:
             return error
@@ -336,6 +341,7 @@ class Decisions:
             "key_sha256": proof.key_sha256,
             "signed_with": proof.kind,
             "render_digest": said.render_digest,
+            **({"acr": proof.acr} if proof.acr else {}),
         }
         comment = said.comment or said.decision
         if said.decision == "deny":

@@ -33,15 +33,18 @@ class Decide(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DecideByPasskey(msgspec.Struct, frozen=True):
-    """A statement in canonical form and what the authenticator answered; ``person`` is whose session brought it."""
+    """A statement in canonical form and what the authenticator answered; ``person`` is whose session brought it.
+    ``signed_in``: what the provider said of that sign-in, its ``acr`` and when it was."""
 
     person: str
     statement: str
     assertion: Assertion
+    signed_in: tuple[str, datetime]
 
 
 class Proof(msgspec.Struct, frozen=True):
-    """A decision's signature as it is stored; ``passkey`` and ``sign_count`` are None for a registered key."""
+    """A decision's signature as it is stored; ``passkey`` and ``sign_count`` are None for a registered key; ``acr``: how
+    strong the sign-in was, empty where nobody said."""
 
     kind: str
     signature: str
@@ -49,6 +52,7 @@ class Proof(msgspec.Struct, frozen=True):
     key_sha256: str
     passkey: str | None = None
     sign_count: int | None = None
+    acr: str = ""
 
 
 def in_group(connection: Connection, name: str, group: str, now: datetime, *, passkey: bool) -> bool:
@@ -82,7 +86,7 @@ def prove(connection: Connection, said: ReviewStatement, body: Decide | DecideBy
     except StatementRefused as error:
         raise _refused(error.message, error.cure) from error
     raw = msgspec.json.encode(body.assertion).decode()
-    return Proof("passkey", raw, held.public_key, held.key_sha256, held.id, count)
+    return Proof("passkey", raw, held.public_key, held.key_sha256, held.id, count, body.signed_in[0])
 
 
 def use_passkey(connection: Connection, proof: Proof, now: datetime) -> None:

@@ -77,6 +77,9 @@ workspaces = Table(
     ),
 )
 
+#: Numbers below the highest in use that no workspace has (:mod:`saw.broker.numbers`).
+freed_numbers = Table("freed_numbers", metadata, Column("number", Integer, primary_key=True, autoincrement=False))
+
 #: Requests about workspaces that carried a key (:mod:`saw.broker.idempotency`), for as long as the key is known.
 workspace_requests = Table(
     "workspace_requests",
@@ -607,6 +610,8 @@ sso_sessions = Table(
     Column("kind", String(16), nullable=False),
     Column("provider_sid", String(256), nullable=False, index=True),
     Column("auth_time", String(32), nullable=False),
+    # What the provider said about how strong the sign-in was; empty: nothing.
+    Column("acr", String(255), nullable=False, server_default=""),
     Column("created_at", String(32), nullable=False),
     Column("seen_at", String(32), nullable=False),
     Column("checked_at", String(32), nullable=False),

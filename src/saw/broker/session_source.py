@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 
+from saw import addressing
 from saw.broker.context import Caller
 from saw.broker.errors import ForbiddenError, MalformedError
 from saw.broker.session_settings import SessionRules
@@ -60,7 +61,7 @@ def known_source(rules: SessionRules, caller: Caller) -> str | None:
 
 def workspace_source(rules: SessionRules, number: int) -> str:
     """Return from where workspace ``number`` sees what the perimeter passes on to its SSH server."""
-    return rules.leg_source or f"10.210.{number}.1"
+    return rules.leg_source or addressing.gateway(number)
 
 
 def _network(text: str) -> Network:

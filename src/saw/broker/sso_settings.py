@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from saw.broker.step_up import StepUpSettings, problems_of_step_up
 from saw.identity.oidc import ALGORITHMS, MAX_SKEW_S
 
 Role = Literal["user", "approver", "security", "operator", "auditor"]
@@ -58,8 +59,8 @@ class SessionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class SsoSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``origin`` is what people type, such as ``https://saw.example.com:8445``; ``rp_id`` the domain of passkeys (default: its
     host). ``roles`` gives roles to groups of the provider. ``operate``: the operators' calls are also served to those who
-    signed in, as far as their roles go. ``certificate_file``/``key_file``: for the pages, instead of the
-    broker's own certificate.
+    signed in, as far as their roles go. ``step_up``: which decisions want a stronger or newer sign-in.
+    ``certificate_file``/``key_file``: for the pages, instead of the broker's own certificate.
     """
 
     origin: str
@@ -69,6 +70,7 @@ class SsoSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     rp_id: str | None = None
     operate: bool = False
     session: SessionSettings = SessionSettings()
+    step_up: StepUpSettings = StepUpSettings()
     certificate_file: str | None = None
     key_file: str | None = None
 
@@ -109,6 +111,7 @@ def problems_of(settings: SsoSettings) -> Iterator[str]:
         yield "sso.provider.scopes must have openid"
     if not settings.provider.algorithms or not ALGORITHMS.issuperset(settings.provider.algorithms):
         yield f"sso.provider.algorithms must be some of {', '.join(sorted(ALGORITHMS))}"
+    yield from problems_of_step_up(settings.step_up)
     if not any(settings.roles.values()):
         yield "sso.roles must give a role to a group"
     if (settings.certificate_file is None) != (settings.key_file is None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import quote
 
+from saw import addressing
 from saw.broker.client import OperatorClient
 
 BROKER_PORT = 8444
@@ -17,7 +18,7 @@ def vm_credential(client: OperatorClient, workspace_id: str) -> dict[str, Any]:
         workspace = client.request("GET", f"/v1/workspaces/{quote(workspace_id, safe='')}")
         trust = client.request("GET", "/v1/trust")
     number = int(workspace["number"])
-    gateway = f"10.210.{number}.1"
+    gateway = addressing.gateway(number)
     return {
         "workspace_id": workspace["id"],
         "number": number,

@@ -41,8 +41,8 @@ def main(argv: list[str]) -> int:
         return 0
     if arguments.command == "nft":
         print(render_nft(
-            config.nft.operator_networks, ingress_address=config.ring2.ingress_address, ssh_port=config.nft.ssh_port,
-            bastion_port=config.nft.bastion_port,
+            config.nft.operator_networks, numbers=config.numbers, ingress_of=config.ring2.ingress_of,
+            ssh_port=config.nft.ssh_port, bastion_port=config.nft.bastion_port,
         ), end="")  # fmt: skip
         return 0
     if arguments.command == "init":

@@ -8,6 +8,7 @@ import os
 import pwd
 from pathlib import Path
 
+from saw.addressing import HIGHEST, is_number
 from saw.errors import SawError
 from saw.runtime import netns, netns_rules
 
@@ -78,9 +79,9 @@ def vm_rules(net: netns.SandboxNet) -> netns_rules.Ruleset | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise netns.NetnsError(f"{WORKSPACE} is not usable: {error}", cure="see saw-bootstrap.service") from error
-    if type(number) is not int or not 1 <= number <= 250:
+    if not is_number(number):
         raise netns.NetnsError(
-            f"{WORKSPACE}: number must be 1 to 250, not {number!r}", cure="see saw-bootstrap.service"
+            f"{WORKSPACE}: number must be 1 to {HIGHEST}, not {number!r}", cure="see saw-bootstrap.service"
         )
     uids = [0]
     try:

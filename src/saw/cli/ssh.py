@@ -134,7 +134,7 @@ def certify(
     if bastion is None:
         given = OperatorClient(context).request("POST", DIRECT, wanted)
         ingress = context.ingress
-        to = Granted((ingress.host, ingress.base_port + given["number"]), ingress.user, workspace, given["session_id"])
+        to = Granted(ingress.of(given["number"]), ingress.user, workspace, given["session_id"])
     else:
         wanted["source_address"] = bastion.source_address
         if forward_port is not None:

@@ -76,7 +76,7 @@ def _call(client: Any, path: str, options: argparse.Namespace) -> dict[str, Any]
         answer = client.request("GET", path)
     elif command == "create":
         profile = {name: getattr(options, name) for name in ("id", "sponsor", "blueprint", "ring", "image")}
-        profile |= {"agent": options.agent} if options.agent else {}
+        profile |= {name: value for name in ("agent", "place") if (value := getattr(options, name))}
         answer = client.request("POST", "/v1/workspaces", {**profile, **given})
     elif command == "record-ek":
         answer = client.request("PUT", f"{path}/ek", {"ek_pub_pem": Path(options.file).read_text("ascii")})
@@ -134,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     create.add_argument(
         "--agent", default="", metavar="ID", help="a registered agent without a workspace (default: a new one)"
     )
+    create.add_argument("--place", default="", metavar="NAME", help="whose numbers it gets one of (docs/scale.md)")
     record = add("record-ek", "record the endorsement key of its TPM, once")
     record.add_argument("file", help="PEM file of the public key")
     reprovision = add("reprovision", "bind a stopped workspace to another registered image", keyed=True, versioned=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
+from saw.addressing import Band, ingress_block, problems_of_blocks
 from saw.errors import ConfigError
 from saw.files import load_json
 from saw.secrets.settings import problems_of_vault
@@ -24,6 +26,8 @@ class Ring2Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     ``server.pem``, ``server.key`` and ``ca.pem`` (the authority that workspace SVIDs must chain to), replaced by
     renames when they are renewed. ``upstream_ca_file`` is what upstream servers must chain to. ``broker_address`` is
     the ``host:port`` (an IP address) of the TCP pass-through. ``envoy`` is the binary that ``--check`` runs.
+    ``ingress_address`` has the ingress ports of the first 10,000 numbers, ``ingress_blocks`` names an address for each further
+    block of 10,000, by its number from 1 on; a workspace of a block without one is reached through a bastion alone.
     ``send_socket`` is where Envoy takes an approved call from the gatekeeper; its folder belongs to Envoy's user.
     """
 
@@ -31,10 +35,16 @@ class Ring2Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     tls_dir: Path = Path("/etc/saw/ring2-tls")
     upstream_ca_file: Path = Path("/etc/ssl/certs/ca-certificates.crt")
     ingress_address: str = "0.0.0.0"  # noqa: S104 - nftables admits the operator networks alone
+    ingress_blocks: dict[str, str] = {}
     broker_address: str
     server_name: str = "ring2.saw.internal"
     envoy: Path = Path("/opt/saw/bin/envoy")
     send_socket: Path = Path("/run/saw/ring2/send.sock")
+
+    def ingress_of(self, number: int) -> str | None:
+        """Return the address of the ingress of workspace ``number``, None where it has none."""
+        block = ingress_block(number)
+        return self.ingress_blocks.get(str(block), self.ingress_address if block == 0 else None)
 
 
 class ResolverConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -86,6 +96,7 @@ class CredentialVault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything saw-gatekeeper is told.
 
+    ``numbers`` are the numbers of the workspaces that this perimeter serves; others have no listener here.
     ``stale_after_s`` is the longest time without an answer from the broker after which every call is refused, whatever
     the leases say. ``release_grace_s`` is how long a workspace may run the release before the current one.
     ``clock_bound_s`` is how far the clock may step back before calls are refused. ``spool_limit`` is how many events
@@ -108,6 +119,7 @@ class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     authz_group: str = ""
     review_socket: Path | None = None
     ring2: Ring2Config
+    numbers: Band = Band()
     credentials_dir: Path = Path("/etc/saw/credentials")
     vault: CredentialVault | None = None
     stale_after_s: float = 90.0
@@ -149,6 +161,26 @@ def _path(kind: object, value: object) -> Path:
     raise ValueError(f"{value!r} is not an absolute path")
 
 
+def _problems_of_numbers(config: GatekeeperConfig) -> Iterator[str]:
+    band, ring2 = config.numbers, config.ring2
+    if band.first > band.last:
+        yield "numbers.first is above numbers.last"
+    yield from problems_of_blocks(ring2.ingress_blocks, "ring2.ingress_blocks")
+    for address in ring2.ingress_blocks.values():
+        try:
+            specific = not ipaddress.ip_address(address).is_unspecified
+        except ValueError:
+            specific = False
+        if not specific:
+            yield f"ring2.ingress_blocks: {address!r} is not an address of this host"
+    first = ring2.ingress_of(1)
+    if set(ring2.ingress_blocks) - {"0"} and first is not None:
+        if ipaddress.ip_address(first).is_unspecified:
+            yield "ring2.ingress_address must be one address where ring2.ingress_blocks names others"
+        elif first in {address for block, address in ring2.ingress_blocks.items() if block != "0"}:
+            yield "ring2.ingress_blocks names ring2.ingress_address again"
+
+
 def load_config(path: Path | str) -> GatekeeperConfig:
     """Read and check the configuration; raise :class:`ConfigError` that names the field and the cure."""
     raw = load_json(path, dict[str, object])
@@ -161,6 +193,8 @@ def load_config(path: Path | str) -> GatekeeperConfig:
         ipaddress.ip_address(config.ring2.ingress_address)
     except ValueError as error:
         raise ConfigError(f"ring2.ingress_address: {error}", cure="write an address of this host") from error
+    for problem in _problems_of_numbers(config):
+        raise ConfigError(problem, cure="correct the named field; docs/scale.md has an example")
     for network in config.nft.operator_networks:
         try:
             ipaddress.ip_network(network)

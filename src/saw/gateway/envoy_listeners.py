@@ -6,7 +6,7 @@ Without the gatekeeper's answer no route leads anywhere: the only other route is
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from saw.gateway.edit_filter import EDIT_FILTER
@@ -28,9 +28,10 @@ from saw.gateway.envoy_parts import (
     TYPE,
     Json,
     Seat,
+    file_of,
     file_source,
     pipe,
-    resources,
+    resource,
     socket_address,
 )
 from saw.gateway.redaction import REDACTION_FILTER
@@ -40,6 +41,7 @@ from saw.policy.databases import UPGRADE
 from saw.policy.grpc_calls import unread_route
 from saw.policy.websocket import FRAME_FILTER, PROTOCOL
 
+_LISTENER = "envoy.config.listener.v3.Listener"
 REFUSAL = {"error": "policy_denied", "layer": "ring2"}
 ACCESS_FIELDS = {
     "time": "%START_TIME%",
@@ -64,29 +66,45 @@ def listeners(
     numbers: Iterable[int],
     credential_headers: Iterable[str],
     xds_dir: Path,
-    ingress_address: str,
+    ingress_of: Callable[[int], str | None],
     send_socket: Path,
     reviews: bool = False,
     streams: Mapping[int, Standing] | None = None,
+    known: dict[object, str] | None = None,
 ) -> str:
-    """Return the LDS file: three listeners for each workspace number, and one that takes calls from the gatekeeper.
+    """Return the LDS file: two or three listeners for each workspace number, and one that takes calls from the gatekeeper.
 
     ``credential_headers`` are the names that the loaded releases' credentials use; no other header of the gatekeeper's
-    answer is ever copied into a request. ``send_socket``: where the gatekeeper brings calls. ``reviews``: calls
+    answer is ever copied into a request. ``ingress_of``: the address of a
+    workspace's ingress, None where it has none. ``send_socket``: where the gatekeeper brings calls. ``reviews``: calls
     that wait for a person have a service.
     ``streams``: the workspaces that may open WebSockets or gRPC calls now, and a word for what that rests on. When the word
-    changes, Envoy replaces the listener, which ends what is open.
+    changes, Envoy replaces the listener, which ends what is open. ``known``: texts of the last time, kept from call to call, so
+    that of a thousand workspaces only those are written out anew that are not as they were.
     """
     names = tuple(sorted({"authorization", *(name.lower() for name in credential_headers)} - set(HOP_HEADERS)))
-    items: list[Json] = []
+    before: Mapping[object, str] = dict(known or {})
+    texts: dict[object, str] = {}
     for seat in map(Seat, sorted(set(numbers))):
-        items += [
-            _governed(seat, names, xds_dir, reviews=reviews, standing=(streams or {}).get(seat.number)),
-            _pass_through(f"broker-{seat.number}", seat.gateway, BROKER_PORT, "broker"),
-            _pass_through(f"ingress-{seat.number}", ingress_address, seat.ingress_port, f"ssh-{seat.number}"),
-        ]
-    items.append(_approved(send_socket, names))
-    return resources(version, "envoy.config.listener.v3.Listener", items)
+        standing, address = (streams or {}).get(seat.number), ingress_of(seat.number)
+        key = (seat, names, xds_dir, address, reviews, standing)
+        texts[key] = before.get(key) or ",\n".join(
+            resource(_LISTENER, item)
+            for item in _of_workspace(seat, names, xds_dir, address, reviews=reviews, standing=standing)
+        )
+    if known is not None:
+        known.clear()
+        known.update(texts)
+    return file_of(version, [*texts.values(), resource(_LISTENER, _approved(send_socket, names))])
+
+
+def _of_workspace(
+    seat: Seat, names: tuple[str, ...], xds_dir: Path, ingress: str | None, *, reviews: bool, standing: Standing | None
+) -> Iterator[Json]:
+    yield _governed(seat, names, xds_dir, reviews=reviews, standing=standing)
+    yield _pass_through(f"broker-{seat.number}", seat.gateway, BROKER_PORT, "broker")
+    if ingress is not None:
+        yield _pass_through(f"ingress-{seat.number}", ingress, seat.ingress_port, f"ssh-{seat.number}")
 
 
 def _pass_through(name: str, address: str, port: int, cluster: str) -> Json:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from saw import addressing
 from saw.gateway.redaction import WORDS_HEADER
 from saw.policy.websocket import FRAMES_HEADER
 
@@ -20,7 +21,6 @@ TLS = TYPE + "envoy.extensions.transport_sockets.tls.v3."
 
 RING2_PORT = 8443
 BROKER_PORT = 8444
-INGRESS_BASE = 22000
 SSH_PORT = 22
 MAX_AUTHZ_BODY = 1024 * 1024
 """How much of a body the gatekeeper sees (bytes); longer bodies are streamed on after the decision."""
@@ -74,24 +74,24 @@ HOP_HEADERS = (
 
 
 class Seat(msgspec.Struct, frozen=True, order=True):
-    """One workspace as ring 2's Envoy needs it: its number (1-250) decides addresses and ports."""
+    """One workspace as ring 2's Envoy needs it: its number decides addresses and ports (:mod:`saw.addressing`)."""
 
     number: int
 
     @property
     def gateway(self) -> str:
         """Return the perimeter's address on this workspace's network."""
-        return f"10.210.{self.number}.1"
+        return addressing.gateway(self.number)
 
     @property
     def workspace(self) -> str:
         """Return the VM's address."""
-        return f"10.210.{self.number}.2"
+        return addressing.workspace(self.number)
 
     @property
     def ingress_port(self) -> int:
-        """Return the port of the perimeter host that passes SSH on to the VM."""
-        return INGRESS_BASE + self.number
+        """Return the port of the perimeter host that passes SSH on to the VM, on the address of its block."""
+        return addressing.ingress_port(self.number)
 
 
 def socket_address(address: str, port: int) -> Json:
@@ -114,5 +114,15 @@ def file_source(path: Path) -> Json:
 
 def resources(version: str, kind: str, items: Iterable[Json]) -> str:
     """Return the text of an xDS file that holds ``items`` of one kind."""
-    body = {"version_info": version, "resources": [{"@type": TYPE + kind, **item} for item in items]}
-    return json.dumps(body, indent=1)
+    return file_of(version, (resource(kind, item) for item in items))
+
+
+def resource(kind: str, item: Json) -> str:
+    """Return the text of one item of an xDS file."""
+    return json.dumps({"@type": TYPE + kind, **item}, separators=(",", ":"))
+
+
+def file_of(version: str, texts: Iterable[str]) -> str:
+    """Return the text of an xDS file out of those of its items, each on a line of its own."""
+    items = ",\n".join(texts)
+    return f'{{"version_info": {json.dumps(version)}, "resources": [\n{items}\n]}}\n'

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
+from saw import addressing
 from saw.audit.events import EventFactory, Outcome, Subject
 from saw.gateway.judge import Verdict
 
 _PATH = 2048
 _TEXT = 256
+_NUMBER = len(str(addressing.HIGHEST))
 
 
 def event_of(verdict: Verdict, factory: EventFactory) -> dict[str, Any]:
@@ -134,5 +136,11 @@ def _subject(verdict: Verdict) -> Subject:
         workspace=verdict.workspace_id,
         policy_digest=verdict.policy_digest,
         request_id=call.request_id[:_TEXT],
-        address=f"10.210.{call.listener}.2" if call.listener.isdigit() else "",
+        address=_address(call.listener),
     )
+
+
+def _address(listener: str) -> str:
+    """Return the address of the VM that a listener is for; listeners are named by workspace numbers."""
+    number = int(listener) if listener.isdecimal() and len(listener) <= _NUMBER else 0
+    return addressing.workspace(number) if addressing.is_number(number) else ""

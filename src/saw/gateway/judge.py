@@ -28,7 +28,7 @@ from saw.gateway.peer import PeerReader
 from saw.gateway.pg_login import Login
 from saw.gateway.placeholders import headers_with_placeholder, target_with_placeholder
 from saw.gateway.releases import Release
-from saw.gateway.resolve import Resolver, choose
+from saw.gateway.resolve import Resolver
 from saw.gateway.sigv4 import Outgoing
 from saw.gateway.state import WorkspaceEntry
 from saw.gateway.view import View, offline_granted, release_for
@@ -348,7 +348,7 @@ class Judge:
                     outgoing = _outgoing(call, scheme, authority, path)
                     inject = await self._inject(release, credential_id, entry, outgoing)
                 late = Refused(ResolutionFailed.code, f"there is no time left to look up {host}")
-                address = choose(host, await self._resolver.addresses(host), exact=exact, allowed=allowed)
+                address = await self._resolver.chosen(host, exact=exact, allowed=allowed)
         except TimeoutError:
             raise late from None
         except (DestinationBlocked, ResolutionFailed) as error:

@@ -77,7 +77,12 @@ class BrokerLink:
         try:
             response = await client.get(
                 "/v1/perimeter/state",
-                params={"after": max(view.seq, 0), "wait": 0 if view is EMPTY else self._config.poll_wait_s},
+                params={
+                    "after": max(view.seq, 0),
+                    "wait": 0 if view is EMPTY else self._config.poll_wait_s,
+                    "first": self._config.numbers.first,
+                    "last": self._config.numbers.last,
+                },
                 headers={"host": self._config.broker_name},
                 extensions={"sni_hostname": self._config.broker_name},
             )

@@ -9,17 +9,17 @@ from saw.gateway.config import GatekeeperConfig
 from saw.gateway.envoy_parts import BROKER_PORT, RING2_PORT, Seat
 from saw.ports import TakenError, listening
 
-NUMBERS = range(1, 251)
 
-
-def conflicts(config: GatekeeperConfig, numbers: Iterable[int] = NUMBERS) -> dict[str, str]:
-    """Return ``{"address:port (what)": holder}`` for every listener of these workspace numbers that somebody else has.
+def conflicts(config: GatekeeperConfig, numbers: Iterable[int] | None = None) -> dict[str, str]:
+    """Return ``{"address:port (what)": holder}`` for every listener of these workspace numbers that somebody else has; None for
+    all that this perimeter serves.
 
     A listener of ring 2's own Envoy, which this user must be able to see for that (root can), is no conflict.
     """
     found: dict[str, str] = {}
     bootstrap = str(config.ring2.xds_dir / "bootstrap.json")
-    wanted = [listener for number in numbers for listener in _listeners(config, number)]
+    served = range(config.numbers.first, config.numbers.last + 1) if numbers is None else numbers
+    wanted = [listener for number in served for listener in _listeners(config, number)]
     ports = {port for _, port, _ in wanted}
     holders = [holder for holder in listening(ports.__contains__) if bootstrap not in holder.command]
     for holder in holders:
@@ -31,11 +31,12 @@ def conflicts(config: GatekeeperConfig, numbers: Iterable[int] = NUMBERS) -> dic
 
 
 def _listeners(config: GatekeeperConfig, number: int) -> tuple[tuple[str, int, str], ...]:
-    seat = Seat(number)
+    seat, address = Seat(number), config.ring2.ingress_of(number)
+    ingress = () if address is None else ((address, seat.ingress_port, f"ingress of workspace {number}"),)
     return (
         (seat.gateway, RING2_PORT, "ring 2"),
         (seat.gateway, BROKER_PORT, "passage to the broker"),
-        (config.ring2.ingress_address, seat.ingress_port, f"ingress of workspace {number}"),
+        *ingress,
     )
 
 
@@ -44,7 +45,7 @@ def _overlap(one: str, other: str) -> bool:
     return first == second or first.is_unspecified or second.is_unspecified
 
 
-def require_free(config: GatekeeperConfig, numbers: Iterable[int] = NUMBERS) -> None:
+def require_free(config: GatekeeperConfig, numbers: Iterable[int] | None = None) -> None:
     """Raise :class:`TakenError` that names every taken port and who has it."""
     found = conflicts(config, numbers)
     if found:

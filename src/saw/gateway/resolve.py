@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from saw import addressing
 from saw.gateway.config import ResolverConfig
 from saw.gateway.errors import DestinationBlocked, ResolutionFailed
 from saw.policy.addresses import classify
 
-WORKSPACE_NETWORKS = ipaddress.ip_network("10.210.0.0/16")
-"""Never a destination, whatever a policy names: workspaces do not reach each other through the perimeter."""
-
 Lookup = Callable[[str], list[str]]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+WORKSPACE_NETWORKS: tuple[Network, ...] = addressing.networks(())
+"""Never a destination, whatever a policy names: workspaces do not reach each other through the perimeter."""
+
 _REMEMBERED = 4096
 
 
@@ -36,11 +37,19 @@ def read_hosts(path: Path) -> dict[str, list[str]]:
     return table
 
 
-def choose(host: str, addresses: Iterable[str], *, exact: bool, allowed: Iterable[Network]) -> str:
+def choose(
+    host: str,
+    addresses: Iterable[str],
+    *,
+    exact: bool,
+    allowed: Iterable[Network],
+    own: Sequence[Network] = WORKSPACE_NETWORKS,
+) -> str:
     """Check every address and return the first, the one to dial.
 
     ``exact`` says whether policy names the host itself rather than by a pattern, ``allowed`` are the endpoint's
-    ``allowed_ips``; either admits private ranges, and ``allowed`` alone decides where it is given. Raises
+    ``allowed_ips``; either admits private ranges, and ``allowed`` alone decides where it is given. ``own`` are the networks of
+    this perimeter's workspaces. Raises
     :class:`DestinationBlocked` when any address is refused, so that an answer mixing good and bad is refused whole.
     """
     found = list(addresses)
@@ -50,7 +59,7 @@ def choose(host: str, addresses: Iterable[str], *, exact: bool, allowed: Iterabl
         if reach == "blocked":
             raise DestinationBlocked(f"{host} resolves to {address}, which may never be dialled")
         parsed = ipaddress.ip_address(address)
-        if parsed in WORKSPACE_NETWORKS:
+        if any(parsed in network for network in own):
             raise DestinationBlocked(f"{host} resolves to {address}, a workspace network")
         if reach == "private":
             inside = any(parsed in network for network in networks)
@@ -65,14 +74,27 @@ def choose(host: str, addresses: Iterable[str], *, exact: bool, allowed: Iterabl
 
 
 class Resolver:
-    """Looks names up with a bounded time and a short memory. ``monotonic`` returns seconds."""
+    """Looks names up with a bounded time and a short memory. ``monotonic`` returns seconds; ``own`` are the networks of this
+    perimeter's workspaces, which :meth:`chosen` never returns an address of."""
 
-    def __init__(self, config: ResolverConfig, monotonic: Callable[[], float], lookup: Lookup = system_lookup) -> None:
+    def __init__(
+        self,
+        config: ResolverConfig,
+        monotonic: Callable[[], float],
+        lookup: Lookup = system_lookup,
+        *,
+        own: Sequence[Network] = WORKSPACE_NETWORKS,
+    ) -> None:
+        self._own = tuple(own)
         self._config = config
         self._monotonic = monotonic
         self._lookup = lookup
         self._known: dict[str, tuple[float, tuple[str, ...]]] = {}
         self._hosts: tuple[float, dict[str, list[str]]] = (-1.0, {})
+
+    async def chosen(self, host: str, *, exact: bool, allowed: Iterable[Network]) -> str:
+        """Return the address of ``host`` to dial, as :func:`choose` does; raise :class:`ResolutionFailed` where there is none."""
+        return choose(host, await self.addresses(host), exact=exact, allowed=allowed, own=self._own)
 
     async def addresses(self, host: str) -> tuple[str, ...]:
         """Return all addresses of ``host``; raise :class:`ResolutionFailed` when it has none or time runs out."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import uvicorn
 
+from saw import addressing
 from saw.audit.events import EventFactory
 from saw.budget.ledger import Ledger
 from saw.errors import ConfigError
@@ -35,7 +36,7 @@ from saw.gateway.pg_sessions import PostgresSessions
 from saw.gateway.ports import conflicts
 from saw.gateway.readable import may_read
 from saw.gateway.releases import TrustRoot
-from saw.gateway.resolve import Resolver, choose
+from saw.gateway.resolve import Resolver
 from saw.gateway.review_link import ReviewLink
 from saw.gateway.review_send import Sender
 from saw.gateway.reviews import ReviewApp
@@ -126,12 +127,13 @@ class Gatekeeper:
         factory = EventFactory("saw-gatekeeper", host=config.name, new_uid=lambda: str(uuid.uuid4()))
         self._ledger = Ledger(config.state_dir / "budget.db", life_s=config.reservation_s)
         self._meter = Meter(self._ledger, self._spool, factory, now=clock.now, new_id=lambda: str(uuid.uuid4()))
-        resolver = Resolver(config.resolver, time.monotonic)
+        own = addressing.networks((config.numbers.first, config.numbers.last))
+        resolver = Resolver(config.resolver, time.monotonic, own=own)
         self._vault = VaultSource(config.vault, time.monotonic) if config.vault is not None else None
 
         async def address_of(host: str) -> str:
             """Return where a token endpoint that policy names is dialled."""
-            return choose(host, await resolver.addresses(host), exact=True, allowed=())
+            return await resolver.chosen(host, exact=True, allowed=())
 
         endpoint = HttpsTokenEndpoint(str(config.ring2.upstream_ca_file), TOKEN_STEP_S, address_of)
         judge = Judge(
@@ -200,7 +202,8 @@ class Gatekeeper:
 
     def _publish(self, view: View) -> None:
         streams = self._streams(view)
-        wanted = (view.open_numbers(), view.credential_headers(), tuple(sorted(streams.items())))
+        numbers = tuple(number for number in view.open_numbers() if number in self._config.numbers)
+        wanted = (numbers, view.credential_headers(), tuple(sorted(streams.items())))
         if wanted == self._published:
             return
         if self._published is not None:

@@ -11,10 +11,11 @@ import binascii
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 
+from saw.addressing import Number
 from saw.errors import ConfigError
 from saw.files import load_json, write_private
 from saw.gateway.errors import StateRefused
@@ -34,7 +35,7 @@ class WorkspaceEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """
 
     id: str
-    number: Annotated[int, msgspec.Meta(ge=1, le=250)]
+    number: Number
     state: State
     sponsor: str = ""
     blueprint: str = ""

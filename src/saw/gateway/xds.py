@@ -28,15 +28,18 @@ class XdsWriter:
     def __init__(self, config: GatekeeperConfig) -> None:
         self._config = config
         self._directory = config.ring2.xds_dir
+        self._known: dict[object, str] = {}
 
     def render(
         self, numbers: Iterable[int], credential_headers: Iterable[str], streams: Mapping[int, Standing] | None = None
     ) -> dict[str, str]:
-        """Return the content of the two ``sds-*.json``, of ``cds.json`` and ``lds.json`` for these workspace numbers.
+        """Return the content of the two ``sds-*.json``, of ``cds.json`` and ``lds.json`` for these workspace numbers, as far
+        as this perimeter serves them.
 
         ``streams``: which of them may open WebSockets or gRPC calls (:func:`saw.gateway.envoy_listeners.listeners`).
         """
-        ring2, seats, names = self._config.ring2, sorted(set(numbers)), sorted(set(credential_headers))
+        ring2, names = self._config.ring2, sorted(set(credential_headers))
+        seats = sorted({number for number in numbers if number in self._config.numbers})
         broker = split_address(ring2.broker_address, "ring2.broker_address")
         return {
             "sds-server.json": _versioned(lambda version: envoy_config.server_secret(version, ring2.tls_dir)),
@@ -59,10 +62,11 @@ class XdsWriter:
                     numbers=seats,
                     credential_headers=names,
                     xds_dir=ring2.xds_dir,
-                    ingress_address=ring2.ingress_address,
+                    ingress_of=ring2.ingress_of,
                     send_socket=ring2.send_socket,
                     reviews=self._config.review_socket is not None,
                     streams=streams,
+                    known=self._known,
                 )
             ),
         }

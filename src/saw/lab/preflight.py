@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from saw.addressing import networks
 from saw.errors import UnavailableError
 from saw.image import secure_boot
 from saw.image.base import NEED_BYTES as NEED_BASE
@@ -104,7 +105,8 @@ def taken_addresses(lab: Lab) -> list[str]:
     if shutil.which("ip") is None:
         return problems
     routes = run("ip", "-4", "route", "show").splitlines()
-    for prefix in (f"{lab.network.prefix}.", "10.210."):
+    workspaces = ".".join(str(networks(())[0].network_address).split(".")[:2])
+    for prefix in (f"{lab.network.prefix}.", f"{workspaces}."):
         problems += [
             f"network {prefix}0 is already in use here ({route.strip()}): remove that route or interface"
             for route in routes

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import msgspec
 from cryptography import x509
 
+from saw.addressing import Number
 from saw.errors import ConfigError
 from saw.files import write_atomic
 
@@ -25,10 +26,10 @@ _DNS_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,62})(\.[a-z0-9]([a-z0-9-]{0,62}))*
 
 
 class WorkspaceSeed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The credential, as docs/architecture.md describes it. ``number`` is 1 to 250 and fixes the VM's network."""
+    """The credential, as docs/architecture.md describes it. ``number`` fixes the VM's network."""
 
     workspace_id: Name
-    number: Annotated[int, msgspec.Meta(ge=1, le=250)]
+    number: Number
     trust_domain: str
     broker_url: str
     broker_name: str

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from saw import addressing
 from saw.errors import SawError
 
 Json = dict[str, object]
@@ -143,7 +144,7 @@ def vm_rules(
     ``daemon_uids``: the users whose processes may use the two perimeter ports. Any other user of the VM, the agent
     included, reaches loopback only. ``reporter_uids`` may use the broker's port alone, to report.
     """
-    perimeter = f"10.210.{number}.1"
+    perimeter = addressing.gateway(number)
     outgoing: list[tuple[Json, ...]] = [(meta("oifname", "lo"), ACCEPT), (state("established", "related"), ACCEPT)]
     for uid in sorted(set(daemon_uids)):
         outgoing += [

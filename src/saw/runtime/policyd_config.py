@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from saw.addressing import Number
 from saw.errors import ConfigError
 from saw.files import load_json
 from saw.runtime.ring1 import Ring1
@@ -74,7 +75,7 @@ class Workspace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """``/run/saw/workspace.json``: what the VM was told at creation. All of it is public."""
 
     workspace_id: Name
-    number: Annotated[int, msgspec.Meta(ge=1, le=250)]
+    number: Number
     trust_domain: str
     broker_url: Annotated[str, msgspec.Meta(pattern=r"^https://[^\s/]+\Z")]
     broker_name: str

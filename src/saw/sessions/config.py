@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from saw import addressing
 from saw.errors import ConfigError
 from saw.files import load_json
 
@@ -14,10 +15,14 @@ SSH_PORT = 22
 
 
 class Ingress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Another way to workspaces than their own addresses: workspace number N is at ``base_port`` + N of ``host``."""
+    """Another way to workspaces than their own addresses: workspace number N is at ``base_port`` + N of ``host``.
+
+    ``blocks``: addresses for numbers above 10,000, by the number of their block (:func:`saw.addressing.ingress`).
+    """
 
     host: str
     base_port: int
+    blocks: dict[str, str] = {}
 
 
 class BastionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -48,10 +53,10 @@ class BastionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         return Path(self.recordings_dir)
 
     def address(self, number: int) -> tuple[str, int]:
-        """Return host and port of the SSH server of workspace ``number``."""
+        """Return host and port of the SSH server of workspace ``number``; raise :class:`ConfigError` where there is none."""
         if self.ingress is None:
-            return f"10.210.{number}.2", SSH_PORT
-        return self.ingress.host, self.ingress.base_port + number
+            return addressing.workspace(number), SSH_PORT
+        return addressing.ingress(number, self.ingress.host, self.ingress.base_port, self.ingress.blocks)
 
 
 def load_config(path: Path | str) -> BastionConfig:
@@ -66,9 +71,12 @@ def load_config(path: Path | str) -> BastionConfig:
         raise ConfigError("max_bytes is less than 8 MiB", cure="write bytes")
     if config.ingress is not None:
         try:
-            ipaddress.ip_address(config.ingress.host)
+            for address in (config.ingress.host, *config.ingress.blocks.values()):
+                ipaddress.ip_address(address)
         except ValueError as error:
             raise ConfigError(f"ingress.host: {error}", cure="write an IP address") from error
+        for problem in addressing.problems_of_blocks(config.ingress.blocks, "ingress.blocks"):
+            raise ConfigError(problem, cure="name one address of the perimeter for each block of 10,000 numbers")
         if not 1024 <= config.ingress.base_port <= 65000:
             raise ConfigError("ingress.base_port is not 1024 to 65000", cure="write the port before workspace number 1")
     return config

@@ -24,6 +24,7 @@ import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from saw import addressing
 from saw.files import write_atomic
 from saw.vm import devices, golden, released, secure_boot, wiped
 from saw.vm.accel import probe
@@ -256,7 +257,7 @@ def command_line(spec: VmSpec, accel: str) -> list[str]:
     if spec.network:
         argv += [
             "-netdev", f"tap,id=net0,ifname={spec.tap},script=no,downscript=no",
-            "-device", f"virtio-net-pci,netdev=net0,romfile=,mac=52:54:00:5a:00:{spec.number:02x}",
+            "-device", f"virtio-net-pci,netdev=net0,romfile=,mac={addressing.mac(spec.number)}",
         ]  # fmt: skip
     for name, value in sorted({**spec.credentials, **network_credentials(spec)}.items()):
         path = run_dir / f"credential-{hashlib.sha256(name.encode()).hexdigest()[:12]}"

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from saw import addressing
 from saw.errors import ConfigError, SawError
 
 STATE = Path("/var/lib/saw/vms")
@@ -33,7 +34,7 @@ class VmError(SawError):
 class VmSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One virtual machine.
 
-    ``number`` (1–250) fixes its private network 10.210.<number>.0/30; ``image`` is a qcow2 golden image on the hypervisor;
+    ``number`` fixes its private network (:mod:`saw.addressing`); ``image`` is a qcow2 golden image on the hypervisor;
     ``credentials`` are systemd credentials handed over through SMBIOS type 11 — public data only, never a secret. ``devices``
     are PCI addresses on the hypervisor, bound to vfio-pci there, that the VM gets for itself, such as a GPU. ``wipe``: nothing of
     the VM is released before the record of a wipe lies beside it (:mod:`saw.vm.wiped`).
@@ -70,22 +71,22 @@ class VmSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def bridge(self) -> str:
         """Bridge whose address is the VM's only gateway."""
-        return f"sawbr{self.number}"
+        return addressing.bridge(self.number)
 
     @property
     def tap(self) -> str:
         """Tap device of the VM."""
-        return f"sawtap{self.number}"
+        return addressing.tap(self.number)
 
     @property
     def gateway(self) -> str:
         """The perimeter's address on the VM's network."""
-        return f"10.210.{self.number}.1"
+        return addressing.gateway(self.number)
 
     @property
     def address(self) -> str:
         """The VM's address."""
-        return f"10.210.{self.number}.2"
+        return addressing.workspace(self.number)
 
 
 def parse_spec(raw: bytes) -> VmSpec:
@@ -96,8 +97,7 @@ def parse_spec(raw: bytes) -> VmSpec:
         raise ConfigError(f"the VM specification is not valid: {error}", cure="correct the named field") from error
     if not NAME.fullmatch(spec.id):
         raise ConfigError(f"VM id {spec.id!r} is not valid", cure=NAME_CURE)
-    if not 1 <= spec.number <= 250:
-        raise ConfigError(f"VM number {spec.number} is not in 1–250", cure="take the number that the broker assigned")
+    addressing.network(spec.number)
     if not SHA256.fullmatch(spec.image_sha256):
         raise ConfigError(
             f"image_sha256 of VM {spec.id} is no SHA-256",

@@ -41,6 +41,7 @@ from webauthn.helpers import encode_cbor
 from saw.broker.config import BrokerConfig, SessionRules
 from saw.broker.setup import initialise
 from saw.broker.sso_settings import Listen, ProviderSettings, SessionSettings, SsoSettings
+from saw.broker.step_up import StepUpSettings
 from saw.review.messages import OpenReview, ReviewedCall
 from saw.review.passkey import cose_key
 
@@ -168,6 +169,7 @@ class SsoLab(Lab):
         session: SessionSettings = SessionSettings(),  # noqa: B008
         sessions: SessionRules | None = None,
         clients: Sequence[dict[str, Any]] = (),
+        step_up: StepUpSettings | None = None,
         **settings: Any,
     ) -> None:
         self.origin = f"https://localhost:{free_port()}"
@@ -183,6 +185,7 @@ class SsoLab(Lab):
                 ca_file=str(self.provider.ca_file), scopes=("openid", "email", "groups", "offline_access"),
             ),
             roles=ROLES, operate=True, listen=Listen("127.0.0.1", urlsplit(self.origin).port or 0), session=session,
+            step_up=step_up or StepUpSettings(),
         )  # fmt: skip
         super().__init__(directory, sso=sso, sessions=sessions, **settings)
 

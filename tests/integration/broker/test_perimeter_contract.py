@@ -72,6 +72,20 @@ def test_the_gatekeeper_reads_every_field_that_the_broker_states(stated) -> None
     assert set(plain["policy_keys"]) == set(StatedKeys.__struct_fields__)
 
 
+def test_a_perimeter_of_before_is_told_of_no_number_that_it_would_refuse(stated, own_broker) -> None:
+    edge = stated[3]
+    with closing(sqlite3.connect(own_broker.config.database, timeout=10)) as store, store:
+        store.execute("UPDATE workspaces SET number = 251 WHERE id = 'called'")
+
+    def told(query: str) -> set[str]:
+        return {entry["id"] for entry in edge.get(f"/v1/perimeter/state?after=0&wait=0{query}").json()["workspaces"]}
+
+    assert told("") == {"stopped", "killed", "new"}
+    assert told("&first=1&last=1000") == {"called", "stopped", "killed", "new"}
+    assert told("&first=251&last=251") == {"called"}
+    assert edge.get("/v1/perimeter/state?first=x").status_code == 400
+
+
 def test_a_field_that_the_gatekeeper_does_not_know_is_refused(stated) -> None:
     plain = msgspec.json.decode(stated[2])
     plain["workspaces"][0]["surprise"] = 1

@@ -22,6 +22,7 @@ from netns import Namespace
 from ring2_broker import Broker, FarEnd, Uvicorn, mutual_tls
 from ring2_policy import Signer
 
+from saw.addressing import gateway
 from saw.gateway.config import load_config
 from saw.gateway.xds import envoy_arguments
 from saw.identity.x509 import Authority, new_key_and_csr
@@ -300,7 +301,7 @@ class Rig:
         number: int = 1,
     ) -> Answer:
         """Call ring 2 as ring 1 would, or as root in the VM would with headers of its own."""
-        raw = self.connect(f"10.210.{number}.1", 8443)
+        raw = self.connect(gateway(number), 8443)
         sock = (context or self.svid()).wrap_socket(raw, server_hostname="ring2.saw.internal")
         connection = http.client.HTTPConnection("ring2", timeout=20)
         connection.sock = sock

@@ -122,7 +122,13 @@ def counted(perimeter: Perimeter, name: str, action: Callable[[], str]) -> tuple
 
 
 def test_the_rules_pass_the_checker_of_nft() -> None:
-    sh("nft", "-c", "-f", "-", stdin=render_nft(["192.0.2.0/24", "2001:db8::/32"], ingress_address="192.0.2.1"))
+    sh(
+        "nft",
+        "-c",
+        "-f",
+        "-",
+        stdin=render_nft(["192.0.2.0/24", "2001:db8::/32"], ingress_of=lambda _number: "192.0.2.1"),
+    )
     sh("nft", "-c", "-f", "-", stdin=render_nft([]))
 
 

@@ -51,6 +51,7 @@ def test_ring_2s_own_listeners_are_no_conflict(rig: Rig) -> None:
         ("10.210.9.1", 8444, "passage to the broker"),
         (FAR, 22007, "ingress of workspace 7"),
         ("0.0.0.0", 22250, "ingress of workspace 250"),
+        ("0.0.0.0", 23000, "ingress of workspace 1000"),
     ],
 )
 def test_a_taken_port_is_named_with_its_holder_and_cure(rig: Rig, address: str, port: int, what: str) -> None:
@@ -67,7 +68,7 @@ def test_a_taken_port_is_named_with_its_holder_and_cure(rig: Rig, address: str, 
     assert "stop these, or bind them to another address" in refused.stderr
 
 
-@pytest.mark.parametrize("port", [22251, 9000])
+@pytest.mark.parametrize("port", [23001, 9000])
 def test_a_port_that_no_workspace_needs_is_no_conflict(rig: Rig, port: int) -> None:
     with stranger(rig, FAR, port):
         done = gateway(rig, "ports")

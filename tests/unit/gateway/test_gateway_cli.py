@@ -12,9 +12,11 @@ import pytest
 
 from saw.cli.gateway import initialise, main
 from saw.errors import ConfigError
-from saw.gateway.config import load_config
+from saw.gateway.config import GatekeeperConfig, load_config
+from saw.gateway.nft import render_nft
 from saw.gateway.notify import notify
 from saw.gateway.service import listen
+from saw.gateway.streams import Standing
 from saw.gateway.xds import XdsWriter, envoy_arguments
 
 
@@ -131,3 +133,80 @@ def test_the_service_manager_is_told(tmp_path: Path) -> None:
         assert notify("READY=1", {"NOTIFY_SOCKET": str(tmp_path / "notify")})
         assert manager.recv(100) == b"READY=1"
     assert not notify("READY=1", {})
+
+
+# --- Numbers that a perimeter serves ------------------------------------------------------------------------------------
+
+
+def configured(path: Path, numbers: dict[str, int] | None = None, **ring2: Any) -> GatekeeperConfig:
+    raw = json.loads(path.read_text())
+    raw["ring2"] |= ring2
+    path.write_text(json.dumps({**raw, **({"numbers": numbers} if numbers else {})}))
+    return load_config(path)
+
+
+def listeners(config: GatekeeperConfig, *numbers: int) -> dict[str, tuple[str, int]]:
+    resources = json.loads(XdsWriter(config).render(numbers, ())["lds.json"])["resources"]
+    places = {item["name"]: item["address"].get("socket_address") for item in resources}
+    return {name: (place["address"], place["port_value"]) for name, place in places.items() if place}
+
+
+def test_only_the_numbers_that_a_perimeter_serves_have_listeners(path: Path) -> None:
+    config = configured(
+        path, {"first": 251, "last": 10_001}, ingress_address="192.0.2.7", ingress_blocks={"1": "192.0.2.8"}
+    )
+    assert listeners(config, 250, 251, 10_001, 10_002) == {
+        "ring2-251": ("10.210.1.5", 8443), "broker-251": ("10.210.1.5", 8444), "ingress-251": ("192.0.2.7", 22_251),
+        "ring2-10001": ("10.210.1.161", 8443), "broker-10001": ("10.210.1.161", 8444), "ingress-10001": ("192.0.2.8", 22_001),
+    }  # fmt: skip
+
+
+def test_a_block_without_an_address_has_no_ingress(path: Path) -> None:
+    found = listeners(configured(path, {"first": 1, "last": 20_000}), 10_001)
+    assert sorted(found) == ["broker-10001", "ring2-10001"]
+
+
+def test_what_was_written_out_before_is_as_it_would_be_anew(path: Path) -> None:
+    writer = XdsWriter(load_config(path))
+    for numbers, names, streams in (
+        ((1, 2, 3), (), None), ((1, 3), (), None), ((1, 3), ("x-api",), None), ((3,), ("x-api",), {3: Standing("a", True)}),
+        ((3,), ("x-api",), {3: Standing("b", True)}), ((3,), ("x-api",), {3: Standing("b", False)}), ((1, 2, 3), (), None),
+    ):  # fmt: skip
+        assert writer.render(numbers, names, streams) == XdsWriter(load_config(path)).render(numbers, names, streams)
+
+
+def test_the_filter_admits_operators_to_the_ingress_ports_of_these_numbers_and_no_others(path: Path) -> None:
+    def admitted(config: GatekeeperConfig) -> list[str]:
+        rules = render_nft(["192.0.2.0/24"], numbers=config.numbers, ingress_of=config.ring2.ingress_of)
+        return [line.split("} ", 1)[1] for line in rules.splitlines() if "saddr {" in line and "dport 22 " not in line]
+
+    assert admitted(load_config(path)) == ["tcp dport 22001-23000 counter accept"]
+    two = {"ingress_address": "192.0.2.7", "ingress_blocks": {"1": "192.0.2.8"}}
+    assert admitted(configured(path, {"first": 9000, "last": 10_500}, **two)) == [
+        "ip daddr 192.0.2.7 tcp dport 31000-32000 counter accept",
+        "ip daddr 192.0.2.8 tcp dport 22001-22500 counter accept",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "ring2", "words"),
+    [
+        ({"first": 2, "last": 1}, {}, "numbers.first is above"),
+        ({"first": 0, "last": 1}, {}, ">= 1"),
+        ({"first": 1, "last": 64_001}, {}, "<= 64000"),
+        (None, {"ingress_blocks": {"1": "192.0.2.8"}}, "ingress_address must be one address"),
+        (
+            None,
+            {"ingress_address": "192.0.2.8", "ingress_blocks": {"1": "192.0.2.8"}},
+            "names ring2.ingress_address again",
+        ),
+        (None, {"ingress_address": "192.0.2.8", "ingress_blocks": {"1": "0.0.0.0"}}, "is not an address of this host"),
+        (None, {"ingress_address": "192.0.2.8", "ingress_blocks": {"1": "edge"}}, "is not an address of this host"),
+        (None, {"ingress_address": "192.0.2.8", "ingress_blocks": {"7": "192.0.2.9"}}, "is no block"),
+    ],
+)
+def test_numbers_and_addresses_that_cannot_be_are_refused(
+    path: Path, numbers: dict[str, int] | None, ring2: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        configured(path, numbers, **ring2)

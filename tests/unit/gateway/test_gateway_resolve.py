@@ -6,9 +6,11 @@ import asyncio
 import ipaddress
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from saw import addressing
 from saw.gateway.config import ResolverConfig
 from saw.gateway.errors import DestinationBlocked, ResolutionFailed
 from saw.gateway.resolve import Resolver, choose
@@ -51,6 +53,30 @@ def test_one_forbidden_address_refuses_the_whole_answer(
 ) -> None:
     with pytest.raises(DestinationBlocked):
         choose("h", addresses, exact=exact, allowed=allowed)
+
+
+SECOND = addressing.networks([addressing.PER_NETWORK + 1])
+
+
+@pytest.mark.control("NET-03")
+@pytest.mark.parametrize(
+    ("own", "address", "refused"),
+    [
+        (SECOND, "10.210.3.2", True),
+        (SECOND, "10.211.3.2", True),
+        (SECOND, "10.208.3.2", False),
+        # Where no workspace of this perimeter is, somebody's servers may be.
+        (addressing.networks(()), "10.211.3.2", False),
+    ],
+)
+def test_networks_of_the_perimeters_own_workspaces_are_never_dialled(own: Any, address: str, refused: bool) -> None:
+    resolver = Resolver(ResolverConfig(), lambda: 0.0, lambda _host: [address], own=own)
+    dialled = resolver.chosen("h", exact=True, allowed=())
+    if refused:
+        with pytest.raises(DestinationBlocked):
+            asyncio.run(dialled)
+    else:
+        assert asyncio.run(dialled) == address
 
 
 def test_no_address_is_a_failure() -> None:

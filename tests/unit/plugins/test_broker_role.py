@@ -17,10 +17,13 @@ from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
 
+from saw.addressing import Band
 from saw.audit.ship import load_settings
 from saw.broker.config import BrokerConfig, ImageSettings, RolloutSettings, load_config
 from saw.broker.forwarding_settings import ForwardingSettings
 from saw.broker.notification_settings import Email, Kind, Webhook
+from saw.broker.number_settings import NumberSettings
+from saw.broker.step_up import StepUp, StepUpSettings
 from saw.broker.terminal.settings import TerminalBastion
 from saw.errors import ConfigError
 from saw.jobs.config import load_config as load_worker
@@ -144,6 +147,24 @@ def test_single_sign_on_is_off_until_it_is_configured(tmp_path: Path) -> None:
     )
     assert public.sso is not None
     assert public.sso.provider.client_secret_file is None
+
+
+def test_numbers_are_told_and_those_of_before_stay(tmp_path: Path) -> None:
+    assert rendered(tmp_path).numbers == NumberSettings(most=1000)
+    assert "numbers" not in json.loads((tmp_path / "broker.json").read_text())
+    told = {"most": 5000, "places": {"east": {"first": 5001, "last": 6000}}}
+    assert rendered(tmp_path, broker_numbers=told).numbers == NumberSettings(5000, {"east": Band(5001, 6000)})
+    with pytest.raises(ConfigError):
+        rendered(tmp_path, broker_numbers={"most": 64_001})
+
+
+def test_step_up_is_told_as_it_is(tmp_path: Path) -> None:
+    told = {"reviews": {"max_age_s": 600}, "groups": {"security": {"acr": ["phr"]}}}
+    found = rendered(tmp_path, broker_sso={**SSO, "step_up": told}).sso
+    assert found is not None
+    assert found.step_up == StepUpSettings(reviews=StepUp(max_age_s=600), groups={"security": StepUp(acr=("phr",))})
+    with pytest.raises(ConfigError):
+        rendered(tmp_path, broker_sso={**SSO, "step_up": {"reviews": {}}})
 
 
 def test_the_unit_is_handed_the_secret_and_is_as_before_without(tmp_path: Path) -> None:

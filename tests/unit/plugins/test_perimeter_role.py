@@ -12,6 +12,7 @@ import yaml
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
 
+from saw.addressing import Band
 from saw.errors import ConfigError
 from saw.gateway.config import CredentialVault, GatekeeperConfig, load_config
 from saw.gateway.credential_sources import file_name
@@ -118,3 +119,14 @@ def test_a_value_lies_where_the_gatekeeper_looks_for_it(name: str) -> None:
         "0600",
         "saw-gateway",
     )
+
+
+def test_numbers_and_ingress_addresses_are_told(tmp_path: Path) -> None:
+    plain = rendered(tmp_path)
+    assert (plain.numbers, plain.ring2.ingress_blocks) == (Band(1, 1000), {})
+    told = {"perimeter_numbers": {"first": "10001", "last": 16_000}, "perimeter_ingress_blocks": {"1": "192.0.2.8"}}
+    found = rendered(tmp_path, perimeter_ingress_address="192.0.2.7", **told)
+    assert found.numbers == Band(10_001, 16_000)
+    assert (found.ring2.ingress_of(1), found.ring2.ingress_of(10_001)) == ("192.0.2.7", "192.0.2.8")
+    with pytest.raises(ConfigError, match=r"numbers.first is above numbers.last"):
+        rendered(tmp_path, perimeter_numbers={"first": 2, "last": 1})

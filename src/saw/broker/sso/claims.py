@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -10,8 +11,10 @@ from saw.broker.sso_settings import SsoSettings
 from saw.identity.oidc import Expected, IdToken, TokenRefused, key_id_of, verify_id_token
 
 
-def expected(settings: SsoSettings, now: datetime, *, nonce: str | None, max_age_s: int | None) -> Expected:
-    """Return what a token of the configured provider must be."""
+def expected(
+    settings: SsoSettings, now: datetime, *, nonce: str | None, max_age_s: int | None, acr: Sequence[str] = ()
+) -> Expected:
+    """Return what a token of the configured provider must be; ``acr`` takes the place of what the configuration wants."""
     wanted = settings.provider
     return Expected(
         issuer=wanted.issuer,
@@ -22,7 +25,7 @@ def expected(settings: SsoSettings, now: datetime, *, nonce: str | None, max_age
         max_age_s=max_age_s,
         # With the command line a person has just agreed; there is no nonce, and not every provider tells when.
         auth_time_needed=nonce is not None,
-        acr=frozenset(wanted.acr) if max_age_s is not None else frozenset(),
+        acr=frozenset(acr or wanted.acr) if max_age_s is not None else frozenset(),
         skew_s=wanted.skew_s,
     )
 
@@ -35,6 +38,7 @@ def person_claims(
     *,
     nonce: str | None,
     max_age_s: int | None,
+    acr: Sequence[str] = (),
 ) -> tuple[IdToken, dict[str, Any]]:
     """Return the verified ID token and its claims, completed by userinfo where name or groups are missing.
 
@@ -43,7 +47,7 @@ def person_claims(
     if tokens.id_token is None:
         raise TokenRefused("no_id_token", "the provider gave no ID token", "have it issue one, at refreshes too")
     keys = provider.keys(key_id_of(tokens.id_token))
-    token = verify_id_token(tokens.id_token, keys, expected(settings, now, nonce=nonce, max_age_s=max_age_s))
+    token = verify_id_token(tokens.id_token, keys, expected(settings, now, nonce=nonce, max_age_s=max_age_s, acr=acr))
     claims = token.claims
     wanted = settings.provider
     if wanted.name_claim not in claims or wanted.groups_claim not in claims:

@@ -17,7 +17,7 @@ from saw.broker.bastion_sessions import SessionRequest
 from saw.broker.break_glass import OWED
 from saw.broker.context import Caller
 from saw.broker.core import Broker
-from saw.broker.errors import ConflictError, NotFoundError
+from saw.broker.errors import ConflictError, ForbiddenError, NotFoundError
 from saw.broker.people import Person
 from saw.broker.registry import unknown_workspace
 from saw.broker.review_states import OPEN, UNENDED, unknown_review
@@ -31,15 +31,17 @@ from saw.broker.sso.policy_request_pages import PolicyRequestPages
 from saw.broker.sso.port_pages import PortPages
 from saw.broker.sso.portal import Portal
 from saw.broker.sso.service import SingleSignOn
-from saw.broker.sso.sessions import Session
+from saw.broker.sso.sessions import NotSignedIn, Session
 from saw.broker.sso.signin import LOGIN_FOR
 from saw.broker.sso.terminal import Terminal
 from saw.broker.sso.trail_pages import TrailPages
 from saw.broker.sso.web import HEADERS, LOGIN_COOKIE, SESSION_COOKIE, Visit, Web, json, redirect, set_cookie
+from saw.broker.step_up import LETS_THROUGH, StepUp
 from saw.review.messages import SPONSORS, Digest
 from saw.review.render import push_parts
 from saw.review.statement import MAX_COMMENT, Decision
 
+_REVIEW = "/reviews/"
 REVIEW_PAGE = 50
 """Reviews in one page of the list."""
 _STATES: dict[str, tuple[str | None, ...]] = {
@@ -79,6 +81,7 @@ class Pages:
         self._decisions = broker.decisions
         self._break_glass = broker.services.config.break_glass
         self._overview = broker.overview
+        self._now = broker.services.clock
         self.web = Web(sso)
         self.terminal = Terminal(self.web, broker)
 
@@ -87,8 +90,11 @@ class Pages:
         return self.web.render("sign_in.html", None, to=visit.query.get("to", "/"), out="out" in visit.query)
 
     def login(self, visit: Visit) -> Response:
-        """Send the browser to the provider."""
-        begun = self._sso.signin.begin(visit.query.get("to", "/"), fresh=visit.query.get("fresh") == "1")
+        """Send the browser to the provider; with ``step_up`` for a sign-in that a decision about the review ``to`` wants."""
+        to, decision = visit.query.get("to", "/"), visit.query.get("step_up", "")
+        wanted = self._step_up_for(visit, to, decision) if decision else None
+        fresh = wanted is not None or visit.query.get("fresh") == "1"
+        begun = self._sso.signin.begin(to, fresh=fresh, acr=wanted.acr if wanted else ())
         response = redirect(begun.url)
         set_cookie(response, LOGIN_COOKIE, begun.browser, max_age=int(LOGIN_FOR.total_seconds()))
         return response
@@ -150,6 +156,7 @@ class Pages:
             sponsor=sponsor,
             may_break=self._may_break(session.person, found),
             may_look_after=_may_look_after(session.person, found),
+            weak={one for one in LETS_THROUGH if self._too_weak(session, found, one)},
             passkeys=len(self._sso.passkeys.mine(name)),
             max_comment=MAX_COMMENT,
         )
@@ -160,6 +167,8 @@ class Pages:
         visit.change(session)
         wanted = visit.data(Wanted)
         identifier = self._identifier(visit, session)
+        if weak := self._too_weak(session, self._decisions.brief(identifier), wanted.decision):
+            raise weak
         given = self._decisions.nonce_for(identifier, session.person.name, passkey=True)
         shown = self._decisions.show(identifier)
         if shown["render_digest"] != wanted.render_digest:
@@ -239,6 +248,22 @@ class Pages:
         if not _visible(session.person, found, holds=self._holds_keys(session.person)):
             raise unknown_review(identifier)
         return identifier
+
+    def _too_weak(self, session: Session, review: dict[str, Any], decision: str) -> ForbiddenError | None:
+        """Return why a decision takes another sign-in than that of ``session``, None where it does not."""
+        signed_in = session.acr, session.auth_time
+        return self._sso.settings.step_up.refusal(decision, str(review["group"]), signed_in, self._now())
+
+    def _step_up_for(self, visit: Visit, to: str, decision: str) -> StepUp | None:
+        """Return which sign-in ``decision`` wants about the review whose page is ``to``; None for what the person may not see."""
+        try:
+            session = visit.session(used=False)
+            found = self._decisions.brief(to.removeprefix(_REVIEW))
+        except (NotSignedIn, NotFoundError):
+            return None
+        if not to.startswith(_REVIEW) or not _visible(session.person, found, holds=self._holds_keys(session.person)):
+            return None
+        return self._sso.settings.step_up.wanted(decision, str(found["group"]))
 
     def _holds_keys(self, person: Person) -> bool:
         """Tell whether the person is one of those who can break the glass."""

@@ -197,7 +197,7 @@ class Passkeys:
             raise ForbiddenError(
                 f"the passkey's answer is not valid: {error}", cure="decide again", code="signature_refused"
             ) from error
-        return DecideByPasskey(session.person.name, body.statement, assertion)
+        return DecideByPasskey(session.person.name, body.statement, assertion, (session.acr, session.auth_time))
 
     def require_fresh(self, session: Session) -> None:
         """Raise ``sign_in_again`` unless the person has signed in at the provider within :data:`FRESH_FOR`."""

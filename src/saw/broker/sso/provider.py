@@ -9,7 +9,7 @@ import base64
 import hashlib
 import ssl
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from urllib.parse import quote_plus, urlencode, urlsplit
@@ -139,8 +139,10 @@ class Provider:
         self._keys = (found, self._now())
         return found
 
-    def authorization_url(self, redirect_uri: str, state: str, nonce: str, verifier: str, *, fresh: bool) -> str:
-        """Return where a browser is sent; ``fresh`` wants the person to sign in now."""
+    def authorization_url(
+        self, redirect_uri: str, state: str, nonce: str, verifier: str, *, fresh: bool, acr: Sequence[str] = ()
+    ) -> str:
+        """Return where a browser is sent; ``fresh`` wants the person to sign in now, ``acr`` in one of these ways."""
         settings = self.settings
         query = {
             "response_type": "code",
@@ -155,8 +157,8 @@ class Provider:
         }
         if fresh:
             query["prompt"] = "login"
-        if settings.acr:
-            query["acr_values"] = " ".join(settings.acr)
+        if wanted := acr or settings.acr:
+            query["acr_values"] = " ".join(wanted)
         target = self.metadata().authorization_endpoint
         return f"{target}{'&' if urlsplit(target).query else '?'}{urlencode(query)}"
 

@@ -60,6 +60,7 @@ class Session(msgspec.Struct, frozen=True):
     created_at: str
     checked_at: datetime
     expires_at: str
+    acr: str = ""
 
     @property
     def principal(self) -> str:
@@ -131,6 +132,7 @@ class Sessions:
                         kind=kind,
                         provider_sid=token.sid,
                         auth_time=iso(_signed_in(token)),
+                        acr=token.acr,
                         created_at=iso(now),
                         seen_at=iso(now),
                         checked_at=iso(now),
@@ -141,7 +143,7 @@ class Sessions:
             self.record_sign_in(tx, caller, name=name, session=identifier, refused=refused, kind=kind)
         if refused is not None:
             raise refused
-        return Session(identifier, secret, kind, person, _signed_in(token), iso(now), now, iso(expires))
+        return Session(identifier, secret, kind, person, _signed_in(token), iso(now), now, iso(expires), token.acr)
 
     def record_sign_in(
         self,
@@ -273,6 +275,7 @@ class Sessions:
             row.created_at,
             parse_iso(row.checked_at),
             row.expires_at,
+            row.acr,
         )
 
     def _row(self, connection: Connection, digest: str) -> Row[Any]:

@@ -40,6 +40,7 @@ class _Begun(msgspec.Struct, frozen=True):
     verifier: str = ""
     return_to: str = "/"
     fresh: bool = False
+    acr: tuple[str, ...] = ()
     device_code: str = ""
     interval: int = 5
 
@@ -63,8 +64,11 @@ class SignIn:
         self._seal = seal
         self._sessions = sessions
 
-    def begin(self, return_to: str, *, fresh: bool) -> Begun:
-        """Begin a sign-in with a browser; ``return_to`` is one of our own pages, anything else is the first page."""
+    def begin(self, return_to: str, *, fresh: bool, acr: tuple[str, ...] = ()) -> Begun:
+        """Begin a sign-in with a browser; ``return_to`` is one of our own pages, anything else is the first page.
+
+        With ``acr`` it succeeds only when the provider says that one of these was reached.
+        """
         try:
             page = msgspec.convert(return_to, Path)
         except msgspec.ValidationError:
@@ -72,9 +76,9 @@ class SignIn:
         if page.startswith("//"):
             page = "/"
         state, browser = new_secret(self._s), new_secret(self._s)
-        begun = _Begun(new_secret(self._s), new_secret(self._s), page, fresh)
+        begun = _Begun(new_secret(self._s), new_secret(self._s), page, fresh, acr)
         url = self._provider.authorization_url(
-            self._settings.redirect_uri, state, begun.nonce, begun.verifier, fresh=fresh
+            self._settings.redirect_uri, state, begun.nonce, begun.verifier, fresh=fresh, acr=acr
         )
         self._keep(state, browser, "browser", begun, timedelta())
         return Begun(url, browser)
@@ -163,7 +167,9 @@ class SignIn:
         now = self._s.clock()
         max_age = 60 if begun.fresh else self._settings.provider.max_age_s
         nonce = begun.nonce if kind == "browser" else None
-        token, claims = person_claims(self._settings, self._provider, tokens, now, nonce=nonce, max_age_s=max_age)
+        token, claims = person_claims(
+            self._settings, self._provider, tokens, now, nonce=nonce, max_age_s=max_age, acr=begun.acr
+        )
         return self._sessions.start(caller, kind, token, tokens, claims, old=old)
 
     def _check_issuer(self, given: str | None) -> None:

@@ -16,7 +16,8 @@ async function post(path, body) {
   const told = await answer.json();
   if (!answer.ok) {
     const error = new Error(told.cure ? `${told.message}. What helps: ${told.cure}.` : told.message);
-    error.again = answer.status === 401 || told.code === 'sign_in_again';
+    error.again = answer.status === 401 || told.code === 'sign_in_again' ? 'fresh=1' : '';
+    if (told.code === 'step_up_needed') error.again = `step_up=${encodeURIComponent(body.decision || 'approve')}`;
     throw error;
   }
   return told;
@@ -27,7 +28,7 @@ function tell(error) {
   said.textContent = error.name === 'NotAllowedError' ? 'No passkey was used: it was cancelled, or took too long.' : error.message;
   if (error.again) {
     const link = document.createElement('a');
-    link.href = `/login?fresh=1&to=${encodeURIComponent(location.pathname)}`;
+    link.href = `/login?${error.again}&to=${encodeURIComponent(location.pathname)}`;
     link.textContent = ' Sign in again';
     said.append(link);
   }
