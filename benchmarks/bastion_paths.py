@@ -54,20 +54,9 @@ def direct(bastion: Bastion, folder: Path, *more: str) -> list[str]:
         issued = authority.issue_user(public, "ws-a", "bench", datetime.now(UTC), 300)
         (folder / "key-cert.pub").write_text(issued + "\n")
         (folder / "known_hosts").write_text(f"@cert-authority * {authority.host_ca}\n")
-    options = [*bastion.options(folder), "-o", "HostKeyAlias=ws-a"]
-    options = [option for option in options if option != "HostKeyAlias=saw-bastion"]
-    options = _without_empty(options)
+    options = bastion.options(folder)
+    options[options.index("HostKeyAlias=saw-bastion")] = "HostKeyAlias=ws-a"
     return ["ssh", *options, "-p", str(bastion.base + NUMBER), *more, "root@127.0.0.1"]
-
-
-def _without_empty(options: list[str]) -> list[str]:
-    """Drop a ``-o`` whose word was taken out."""
-    kept: list[str] = []
-    for place, option in enumerate(options):
-        if option == "-o" and (place + 1 == len(options) or options[place + 1] == "-o"):
-            continue
-        kept.append(option)
-    return kept
 
 
 def live(line: list[str]) -> Terminal:
@@ -112,21 +101,20 @@ def measure(count: int) -> list[Result]:
     finally:
         lab.stop()
         shutil.rmtree(directory)
-    rows = []
-    for share in (0.5, 0.99):
-        name = f"p{share * 100:.0f}"
-        rows.append(
+    shares = ((0.5, None), (0.99, DROP))
+    return [
+        *(
             result(
-                f"first_byte_through_bastion_{name}", quantile(through, share), "s", baseline=quantile(bare, share),
-                note=f"{count} connections; baseline: the workspace's sshd itself",
+                f"first_byte_through_bastion_p{share * 100:.0f}", quantile(through, share), "s",
+                baseline=quantile(bare, share), note=f"{count} connections; baseline: the workspace's sshd itself",
             )
-        )  # fmt: skip
-    for share in (0.5, 0.99):
-        rows.append(
+            for share, _ in shares
+        ),
+        *(
             result(
-                f"session_drop_p{share * 100:.0f}", quantile(ended, share), "s", baseline=quantile(cut, share),
-                goal=DROP if share > 0.5 else None,
+                f"session_drop_p{share * 100:.0f}", quantile(ended, share), "s", baseline=quantile(cut, share), goal=goal,
                 note=f"{count} live sessions; baseline: a plain connection whose sshd is killed",
             )
-        )  # fmt: skip
-    return rows
+            for share, goal in shares
+        ),
+    ]  # fmt: skip

@@ -22,11 +22,11 @@ import msgspec
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests/soak")]
 
+from broker_rig import Lab  # noqa: E402
 from results import Result, quantile, result  # noqa: E402 - the modules beside this one
 from world import made  # noqa: E402 - a broker with reviewers and a perimeter lies with the tests
 from writers import Perimeter, wanted  # noqa: E402
 
-from broker_rig import Lab  # noqa: E402
 from saw.audit import Chain, EventFactory, Subject  # noqa: E402
 from saw.broker.config import SessionRules  # noqa: E402
 from saw.broker.context import BROKER  # noqa: E402
@@ -131,9 +131,7 @@ def appends(lab: Lab, directory: Path, write: Callable[[int], None], count: int)
     edge = Perimeter(lab)
     batches = len(shipped)
     sent = sum(
-        timed(
-            lambda: edge.ask("POST", "/v1/perimeter/events", {"source": "edge", "events": shipped.pop(0)}), batches
-        )
+        timed(lambda: edge.ask("POST", "/v1/perimeter/events", {"source": "edge", "events": shipped.pop(0)}), batches)
     )
     edge.http.close()
     bare_batches = sum(timed(lambda: write(BATCH), batches))

@@ -71,7 +71,7 @@ def brokers(lab: Lab, count: int) -> Iterator[list[Lab]]:
     """Start further brokers of the lab's database and files, so that there are ``count``."""
     found = [lab]
     with ExitStack() as stack:
-        for number in range(1, count):
+        for _ in range(1, count):
             other = copy.copy(lab)
             place = Path(tempfile.mkdtemp(prefix="saw-race-"))
             stack.callback(shutil.rmtree, place)

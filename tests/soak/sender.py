@@ -52,7 +52,8 @@ class Allows:
     async def decide_approved(
         self, call: Call, workspace_id: str, policy_digest: str, review: str, *, rule: str = ""
     ) -> Verdict:
-        """Return a verdict that lets an approved call go."""
+        """Return a verdict that lets an approved call go, whatever ``rule`` asked for the review."""
+        del rule
         host, _, port = call.authority.partition(":")
         return Verdict(
             call=call, time=datetime.now(UTC), allowed=True, host=host, port=int(port or 443), workspace_id=workspace_id,
