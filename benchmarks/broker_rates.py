@@ -20,7 +20,10 @@ from time import perf_counter
 import msgspec
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests/soak")]
+TESTS = ROOT / "tests"
+sys.path[:0] = [
+    str(Path(__file__).parent), *(str(TESTS / name) for name in ("soak", "integration/broker", "integration"))
+]  # fmt: skip
 
 from broker_rig import Lab  # noqa: E402
 from results import Result, quantile, result  # noqa: E402 - the modules beside this one

@@ -106,8 +106,29 @@ def opened(bastion: Bastion, count: int, at_once: int) -> list[Live]:
             given = [(number, *bastion.certify()) for number in range(first, min(count, first + at_once))]
             found += pool.map(lambda one: Live(bastion, *one), given)
             if len(found) % 20 < at_once:
-                print(f"{len(found)} live, {available() // 1024} MiB left", file=sys.stderr, flush=True)
+                say(f"{len(found)} live, {available() // 1024} MiB left")
     return found
+
+
+def closed(bastion: Bastion, live: list[Live]) -> Counter[str]:
+    """Wait until every end was reported and every recording handed in; return how many sessions ended for what reason."""
+    deadline = time.monotonic() + LIVE_S
+    found: Counter[str] = Counter()
+    for one in live:
+        while True:
+            row = bastion.show(one.id)
+            if row["state"] == "closed" and row["recording_stored_at"] is not None:
+                break
+            if time.monotonic() > deadline:
+                raise NotSo(f"the end of {one.id} was not reported, or its recording not handed in")
+            time.sleep(0.2)
+        found[str(row["reason"])] += 1
+    return found
+
+
+def say(text: str) -> None:
+    """Tell how far it is."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def sessions(bastion: Bastion, count: int, killed: int, at_once: int) -> dict[str, object]:
@@ -118,6 +139,7 @@ def sessions(bastion: Bastion, count: int, killed: int, at_once: int) -> dict[st
     if len(live) <= killed:
         raise NotSo(f"memory holds {len(live)} sessions alone")
     memory = shares(bastion.servers[1].pid)
+    say(f"{sum(memory.values()) / 1024 / len(live):.1f} MiB each: {memory}")
     echo = sorted(one.says(number) for number, one in enumerate(live))
     rows = lab.operator.request("GET", "/v1/sessions?live=1")["sessions"]
     if {row["id"] for row in rows if row["state"] == "open"} != {one.id for one in live}:
@@ -136,7 +158,10 @@ def sessions(bastion: Bastion, count: int, killed: int, at_once: int) -> dict[st
     for one in stay:
         if one.client.ends(LIVE_S) != 0:
             raise NotSo(f"{one.id} ended otherwise than by its own end")
-    reasons = Counter(str(bastion.closed(one.id)["reason"]) for one in live)
+    say(f"{killed} dropped within {drops[-1]:.2f} s, the others have ended; waiting for reports and recordings")
+    begun = time.perf_counter()
+    reasons = closed(bastion, live)
+    reported = time.perf_counter() - begun
     if reasons["workspace_quarantined"] != killed:
         raise NotSo(f"the sessions ended as {dict(reasons)}")
     context = bastion.directory / "replay.json"
@@ -160,6 +185,7 @@ def sessions(bastion: Bastion, count: int, killed: int, at_once: int) -> dict[st
         "kill_answered_s": round(answered, 3),
         "first_dropped_s": round(drops[0], 3),
         "last_dropped_s": round(drops[-1], 3),
+        "reported_after_s": round(reported, 1),
         "dropped_in_time": drops[-1] <= KILL_S,
         "ended_as": dict(reasons),
     }

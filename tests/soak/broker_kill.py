@@ -27,7 +27,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), *(str(HERE.parent / "integration" / name) for name in ("broker", "."))]
 
 from audit_marks import Forged, Lost, Reader  # noqa: E402
 from broker_rig import Lab, cli_here  # noqa: E402
@@ -88,10 +89,12 @@ class Soak:
                 for _ in range(WRITERS)
             ]
             enough = self._chance.randint(3, 30)
-            while self.ledger.count() < enough and not any(one.done() for one in writers):
-                wait(writers, timeout=0.005)
-            wait(writers, timeout=self._chance.random() * 0.03)
-            self.brokers.kill()
+            try:
+                while self.ledger.count() < enough and not any(one.done() for one in writers):
+                    wait(writers, timeout=0.005)
+                wait(writers, timeout=self._chance.random() * 0.03)
+            finally:  # writers end with the broker alone, whatever ends this
+                self.brokers.kill()
             for one in writers:
                 one.result(120)
         self.kills += 1

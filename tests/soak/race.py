@@ -24,7 +24,8 @@ from pathlib import Path
 
 import msgspec
 
-sys.path[:0] = [str(Path(__file__).resolve().parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), *(str(HERE.parent / "integration" / name) for name in ("broker", "."))]
 
 from broker_rig import Lab  # noqa: E402
 from sso_rig import free_port  # noqa: E402

@@ -48,7 +48,7 @@ def test_a_broker_killed_under_load_loses_forges_and_repeats_nothing(
     lab = made(directory, broker_kill.WORKSPACES, **settings(database, request))
     lab.stop()
     journal = directory / "journal"
-    first = broker_kill.soak(lab, journal, 3, cold=100, seed=1, say=False, every=2)
+    first = broker_kill.soak(lab, journal, 3, cold=100, seed=1, say=False, every=100)
     assert first["kills"] == 3
     # A later run goes on where it was: with the journal alone, and what it acknowledged still counts.
     found = broker_kill.soak(reopened(directory), journal, 6, cold=100, seed=2, say=False, every=100)
