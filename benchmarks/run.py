@@ -70,6 +70,27 @@ def kill(options: argparse.Namespace) -> list[results.Result]:
     return kill_refused.measure(5 if options.quick else 25)
 
 
+def broker(options: argparse.Namespace) -> list[results.Result]:
+    """Certificates, approvals and audit events of the broker."""
+    import broker_rates
+
+    return broker_rates.measure(20 if options.quick else 200)
+
+
+def portal(options: argparse.Namespace) -> list[results.Result]:
+    """Pages of the portal."""
+    import portal_pages
+
+    return portal_pages.measure(5 if options.quick else 100)
+
+
+def bastion(options: argparse.Namespace) -> list[results.Result]:
+    """First byte through the bastion, and the end of a live session."""
+    import bastion_paths
+
+    return bastion_paths.measure(2 if options.quick else 25)
+
+
 def lab(_: argparse.Namespace) -> list[results.Result]:
     """What the last runs of the lab recorded."""
     import lab_figures
@@ -119,18 +140,21 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[results.Result]]] = {
     "sandbox": sandbox,
     "publish": publish,
     "kill": kill,
+    "broker": broker,
+    "portal": portal,
+    "bastion": bastion,
     "lab": lab,
     "converge": converge,
     "workspace-publish": workspace_publish,
     "workspace-kill": workspace_kill,
 }
-NEEDS_ROOT = frozenset({"calls", "sandbox", "kill"})
+NEEDS_ROOT = frozenset({"calls", "sandbox", "kill", "bastion"})
 
 
 def measure(name: str, options: argparse.Namespace) -> tuple[list[results.Result], bool]:
     """Run one part; return its rows and whether it ran. Its failure is a row, so that the other parts still run."""
     if name in NEEDS_ROOT and os.geteuid() != 0:
-        return [results.result(name, None, "", note="not measured: needs root (network namespaces)")], True
+        return [results.result(name, None, "", note="not measured: needs root")], True
     command = f"python benchmarks/run.py --only {name}" + (" --quick" if options.quick else "")
     try:
         rows = PARTS[name](options)

@@ -68,7 +68,7 @@ def perimeter_review_routes(broker: Broker, route: MakeRoute) -> list[Route]:
             # A claim that nobody is there to take would be lost.
             if await request.is_disconnected():
                 return None
-            return await run_in_threadpool(kept.claim, caller)
+            return await run_in_threadpool(kept.claim, caller, wanted.claim)
 
         def over(found: ClaimAnswer | None) -> bool:
             return found is None or found != ClaimAnswer()

@@ -151,19 +151,24 @@ class Reviews:
         due = due_at(row)
         return view, (parse_iso(due) - now).total_seconds() if due else 0.0
 
-    def claim(self, caller: Caller) -> ClaimAnswer:
+    def claim(self, caller: Caller, secret: str | None = None) -> ClaimAnswer:
         """Give the caller the right to send one approved call of its own workspaces, once.
 
         Everything is looked at again first: expiry, workspace, policy, delegation, who approved, and the bytes. The review is
-        ``executing``, with its audit row, before this returns.
+        ``executing``, with its audit row, before this returns. A call that was claimed with ``secret``, and whose end was not
+        told, is given again: the caller says that no answer came.
         """
         mine = (reviews.c.perimeter == caller.principal) & (reviews.c.state == "approved")
+        token = secret or base64.urlsafe_b64encode(self._s.random(32)).rstrip(b"=").decode()
         with self._s.store.read() as connection:
             waiting = connection.execute(select(reviews.c.id).where(mine)).first() is not None
+            waiting |= bool(secret) and self._given(connection, caller, token) is not None
         if not waiting:
             return self._question(caller)
-        token = base64.urlsafe_b64encode(self._s.random(32)).rstrip(b"=").decode()
         with self._s.store.write() as tx:
+            given = self._given(tx.connection, caller, token) if secret else None
+            if given is not None and (again := self._again(tx, caller, given, token)) is not None:
+                return ClaimAnswer(claimed=again)
             query = select(reviews.c.id).where(mine).order_by(reviews.c.approved_at, reviews.c.id)
             for identifier in tx.connection.execute(query).scalars().all():
                 claimed = self._claim(tx, caller, get_review(tx.connection, identifier), token)
@@ -188,7 +193,7 @@ class Reviews:
         """
         if (told.outcome == "done") != (told.answer is not None):
             raise MalformedError("an answer belongs to done, and to nothing else", cure="tell what happened")
-        given = hashlib.sha256(told.claim.encode()).hexdigest()
+        given = _hash(told.claim)
         raw = b"" if told.answer is None else self._vault.seal(identifier, "answer", told.answer)
         refused: BrokerError | None = None
         with self._s.store.write() as tx:
@@ -285,12 +290,8 @@ class Reviews:
             left: dict[str, object] = {"approvers": [*counting(tx.connection, row, now)]}
             self._moves.move(tx, caller, row, "pending", "an approval no longer counts", said=left)
             return None
-        try:
-            call = self._vault.open(row.id, "call", stored(tx.connection, row.id, "call") or b"", ReviewedCall)
-            good = hmac.compare_digest(request_digest(row.workspace_id, call), row.request_digest)
-        except BytesChanged:
-            good = False
-        if not good:
+        call = self._call(tx, row)
+        if call is None:
             self._moves.move(tx, caller, row, "cancelled", "bytes_changed: the stored call is not what was reviewed")
             return None
         ends = iso(now + CLAIM_FOR)
@@ -302,22 +303,38 @@ class Reviews:
             "claimed",
             said={"approvers": approvals},
             claimed_at=iso(now),
-            claim_sha256=hashlib.sha256(token.encode()).hexdigest(),
+            claim_sha256=_hash(token),
             claim_ends_at=ends,
         )
-        if taken is None:
+        return None if taken is None else _claimed(taken, token, call)
+
+    def _given(self, connection: Connection, caller: Caller, token: str) -> str | None:
+        """Return the review that the caller claimed with ``token`` and has not told the end of."""
+        out = (reviews.c.perimeter == caller.principal) & (reviews.c.state == "executing")
+        found: str | None = (
+            connection.execute(select(reviews.c.id).where(out, reviews.c.claim_sha256 == _hash(token)))
+            .scalars()
+            .first()
+        )
+        return found
+
+    def _again(self, tx: Transaction, caller: Caller, identifier: str, token: str) -> Claimed | None:
+        """Give a claimed call again while its claim lasts; the perimeter asks policy about it once more before it sends."""
+        row = self._moves.settle(tx, get_review(tx.connection, identifier))
+        call = self._call(tx, row) if row.state == "executing" else None
+        if call is None:
             return None
-        return Claimed(
-            id=row.id,
-            claim=token,
-            claim_ends_at=ends,
-            workspace_id=row.workspace_id,
-            policy_digest=row.policy_digest,
-            request_digest=row.request_digest,
-            call=call,
-            binary=row.binary,
-            rule=row.rule if row.rule.startswith(BEYOND_BUDGET) else "",
-        )
+        self._moves.record(tx, caller, row, "the claim was answered again")
+        return _claimed(row, token, call)
+
+    def _call(self, tx: Transaction, row: Row[Any]) -> ReviewedCall | None:
+        """Return the stored call; None when it is not what was reviewed."""
+        try:
+            call = self._vault.open(row.id, "call", stored(tx.connection, row.id, "call") or b"", ReviewedCall)
+        except BytesChanged:
+            return None
+        same = hmac.compare_digest(request_digest(row.workspace_id, call), row.request_digest)
+        return call if same else None
 
     def _void(self, tx: Transaction, caller: Caller, row: Row[Any]) -> Row[Any]:
         """Cancel ``row`` when it may not be executed any more."""
@@ -369,6 +386,26 @@ def _of(connection: Connection, caller: Caller, identifier: str, workspace_id: s
     if row.workspace_id != workspace_id or row.perimeter != caller.principal:
         raise unknown_review(identifier)
     return row
+
+
+def _hash(token: str) -> str:
+    """Return what is kept of a claim's secret."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _claimed(row: Row[Any], token: str, call: ReviewedCall) -> Claimed:
+    """Return the right to send ``call``, of a row that is ``executing``."""
+    return Claimed(
+        id=row.id,
+        claim=token,
+        claim_ends_at=row.claim_ends_at,
+        workspace_id=row.workspace_id,
+        policy_digest=row.policy_digest,
+        request_digest=row.request_digest,
+        call=call,
+        binary=row.binary,
+        rule=row.rule if row.rule.startswith(BEYOND_BUDGET) else "",
+    )
 
 
 def _fingerprint(answer: ReviewedAnswer | None) -> str | None:

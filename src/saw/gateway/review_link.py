@@ -83,12 +83,14 @@ class ReviewLink:
             raise ReviewUnavailable(f"the broker answered with another review than {review}")
         return view
 
-    async def claim(self, wait: int) -> Claimed | ReadBack | ReadContext | ReadState | None:
+    async def claim(self, wait: int, secret: str) -> Claimed | ReadBack | ReadContext | ReadState | None:
         """Return an approved call with the right to send it once, or one to be read back, or a state to be read, or None.
 
-        Raises :class:`ReviewUnavailable`.
+        Raises :class:`ReviewUnavailable`; ask again with the same ``secret`` then, so that a call that was claimed meanwhile
+        comes all the same. Once there was a call, another secret is due.
         """
-        answer = await self._ask("POST", f"{REVIEWS}/claim", ClaimAnswer, ClaimReview(wait=wait), wait=wait)
+        asked = ClaimReview(wait=wait, claim=secret)
+        answer = await self._ask("POST", f"{REVIEWS}/claim", ClaimAnswer, asked, wait=wait)
         return answer.claimed or answer.read_back or answer.read_context or answer.read_state
 
     async def tell_read_back(self, review: str, result: ReadBackResult) -> None:

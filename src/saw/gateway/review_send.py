@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -39,6 +40,11 @@ MOST_AT_ONCE = 8
 MARGIN_S = 5.0
 """How long before the claim ends an answer is no longer waited for, so that the result can still be told (seconds)."""
 RETRY_FIRST_S, RETRY_MOST_S = 0.2, 2.0
+
+
+def _new_secret() -> str:
+    """Return what makes one claim ours: asked again with it after a lost answer, the broker gives the same call."""
+    return secrets.token_urlsafe(32)
 
 
 class Unsent(Exception):
@@ -75,12 +81,12 @@ class Sender:
 
     async def run_forever(self) -> None:
         """Claim and send until cancelled; a call that is on its way then is left to the broker, which calls it unknown."""
-        pause, told = RETRY_FIRST_S, ""
+        pause, told, secret = RETRY_FIRST_S, "", _new_secret()
         async with asyncio.TaskGroup() as group:
             while True:
                 await self._slots.acquire()
                 try:
-                    claimed = None if self._doubt() else await self._link.claim(self._wait_s)
+                    claimed = None if self._doubt() else await self._link.claim(self._wait_s, secret)
                 except SawError as error:
                     self._slots.release()
                     if error.message != told:
@@ -95,6 +101,8 @@ class Sender:
                 if told:
                     LOG.warning("approved calls can be claimed again")
                 pause, told = RETRY_FIRST_S, ""
+                if isinstance(claimed, Claimed):
+                    secret = _new_secret()
                 if claimed is None:
                     self._slots.release()
                     await asyncio.sleep(RETRY_FIRST_S)

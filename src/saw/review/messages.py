@@ -107,9 +107,13 @@ class ClaimReview(Message, frozen=True):
     """``POST /v1/perimeter/reviews/claim``: ask for one approved call of a workspace of this perimeter; ``wait`` as above.
 
     The broker answers :class:`ClaimAnswer`. A claim is given once: the review is ``executing`` before the answer is sent.
+    ``claim`` is a secret for the one attempt; asked with it again, because no answer came, the broker gives the same call again.
+    A perimeter that got one takes another secret. Without it the broker chooses one, and an answer that is lost leaves the review
+    ``unknown``.
     """
 
     wait: Annotated[int, msgspec.Meta(ge=0, le=30)] = 0
+    claim: Secret | None = None
 
 
 class Claimed(Message, frozen=True, omit_defaults=True):

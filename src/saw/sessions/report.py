@@ -1,9 +1,15 @@
 """Reports of ended sessions, and their recordings: left on the disk by the recorder, so that it can go at once, and sent by a
-process of their own. A recording that the broker has is not kept here."""
+process of their own. A recording that the broker has is not kept here.
+
+Sessions may end all at once. A few processes send, each report by one of them; one more waits to look at what came meanwhile,
+and whoever finds it waiting goes.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import subprocess
 import sys
 import time
@@ -23,6 +29,12 @@ _TRIES = 20
 _PAUSE_S = 3.0
 _FOR_NOW = frozenset({"no_room", "internal", "rate_limited"})
 """Refusals that pass."""
+
+
+_SENDING = 4
+"""How many processes send at a time: a long recording of one session does not hold up the ends of others."""
+_LOOK_S = 0.2
+"""How often the one that waits looks for a free place (seconds)."""
 
 
 def leave_report(config: BastionConfig, session: str, said: Closing) -> None:
@@ -46,16 +58,64 @@ def leave_report(config: BastionConfig, session: str, said: Closing) -> None:
 
 
 def send_reports(config: BastionConfig, pause: Callable[[float], None] = time.sleep) -> int:
-    """Send every report that waits and return how many could not be sent; the broker takes each once."""
-    for attempt in range(_TRIES):
-        left = 0
-        for path in sorted(config.recordings.glob(f"*{SUFFIX}")):
-            left += not _send(config, path)
-        if not left:
-            return 0
-        if attempt + 1 < _TRIES:
-            pause(_PAUSE_S)
-    return left
+    """Send every report that waits and nobody else sends, and return how many could not be sent; the broker takes each once."""
+    place = _place(config.recordings, pause)
+    if place is None:
+        return 0  # somebody looks after us, and finds what we would
+    try:
+        for attempt in range(_TRIES):
+            left = sum(not _send_alone(config, path) for path in sorted(config.recordings.glob(f"*{SUFFIX}")))
+            if not left:
+                return 0
+            if attempt + 1 < _TRIES:
+                pause(_PAUSE_S)
+        return left
+    finally:
+        os.close(place)
+
+
+def _lock(path: Path, flags: int = os.O_RDONLY) -> int | None:
+    """Lock a file, without waiting, until what is returned is closed or this process ends; None when another one has it."""
+    file = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        return None
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _place(recordings: Path, pause: Callable[[float], None]) -> int | None:
+    """Wait for one of the places of those who send; None at once when another one waits already, who looks after us."""
+    first = _lock(recordings / ".waiting", os.O_RDWR | os.O_CREAT)
+    if first is None:
+        return None
+    try:
+        while True:
+            for number in range(_SENDING):
+                place = _lock(recordings / f".sending-{number}", os.O_RDWR | os.O_CREAT)
+                if place is not None:
+                    return place
+            pause(_LOOK_S)
+    finally:
+        os.close(first)
+
+
+def _send_alone(config: BastionConfig, path: Path) -> bool:
+    """Send the report in ``path`` unless another process does; return whether there is nothing left for this one."""
+    try:
+        file = _lock(path)
+    except OSError:
+        return not path.exists()  # another one has sent it
+    if file is None:
+        return True
+    try:
+        return _send(config, path)
+    finally:
+        os.close(file)
 
 
 def _send(config: BastionConfig, path: Path) -> bool:

@@ -819,3 +819,27 @@ def test_bytes_are_removed_some_days_after_the_end_and_the_record_stays(world: W
         world.broker.decisions.call(identifier)
     assert world.broker.decisions.call(waits)["call"] == call(b"later")
     assert world.broker.decisions.receipt(identifier)["outcome"] == "done"
+
+
+@pytest.mark.control("REV-03")
+def test_a_claim_whose_answer_was_lost_is_given_again_to_its_secret_alone_and_while_it_lasts(world: World) -> None:
+    first = world.approved()
+    world.later(seconds=1)
+    second = world.approved(body=b"another")
+    mine, other = "A" * 43, "B" * 43
+    given = world.broker.reviews.claim(EDGE, mine).claimed
+    assert given is not None
+    assert (given.id, given.claim) == (first, mine)
+    world.crash()
+    assert world.broker.reviews.claim(EDGE, mine).claimed == given
+    assert world.broker.reviews.claim(OTHER_EDGE, mine).claimed is None, "another perimeter, even with the secret"
+    assert world.broker.reviews.claim(EDGE, other).claimed.id == second, "another secret gets another call"
+    assert world.broker.reviews.claim(EDGE).claimed is None, "nor does no secret get one that is given"
+    said = [event["comment"] for event in world.events(first) if event.get("comment")]
+    assert said.count("claimed") == 1
+    assert said.count("the claim was answered again") == 1
+    assert world.tell(given).state == "done"
+    assert world.broker.reviews.claim(EDGE, mine).claimed is None, "what has ended is not sent again"
+    world.later(seconds=121)
+    assert world.broker.reviews.claim(EDGE, other).claimed is None
+    assert world.view(second).state == "unknown"
