@@ -30,7 +30,7 @@ BELONGS = {
         "file:/etc/security/pwquality.conf.d/50-saw-baseline.conf", "part:ensured", "part:words_removed",
     },
     "sudo": {"file:/etc/sudoers.d/50-saw-baseline"},
-    "sshd": {"part:sshd"},
+    "sshd": {"ssh:/etc/ssh/sshd_config.d/50-saw-baseline.conf"},
     "umask": {"file:/etc/profile.d/50-saw-baseline.sh", "setting:UMASK"},
     "core_dumps": {
         "file:/etc/security/limits.d/50-saw-baseline.conf", "file:/etc/systemd/coredump.conf.d/50-saw-baseline.conf",
@@ -38,7 +38,7 @@ BELONGS = {
     },
     "journald": {"service:journald"},
     "time_sync": {"service:time_sync"},
-    "banner": {"file:/etc/issue", "file:/etc/issue.net"},
+    "banner": {"file:/etc/issue", "file:/etc/issue.net", "ssh:/etc/ssh/sshd_config.d/51-saw-baseline-banner.conf"},
     "accounts": {"setting:PASS_MAX_DAYS", "setting:PASS_MIN_DAYS", "setting:PASS_WARN_AGE", "setting:INACTIVE", "part:accounts"},
     "files": {"part:permissions"},
 }  # fmt: skip
@@ -113,7 +113,8 @@ def contents(plan: dict[str, Any]) -> set[str]:
     words = {f"file:{file['dest']}" for file in plan["files"]}
     words |= {f"service:{service['area']}" for service in plan["services"]}
     words |= {f"setting:{setting['key']}" for setting in plan["settings"]}
-    parts = ("sysctl", "mounts", "ensured", "words_removed", "permissions", "accounts", "sshd")
+    words |= {f"ssh:{file['dest']}" for file in plan["ssh"]}
+    parts = ("sysctl", "mounts", "ensured", "words_removed", "permissions", "accounts")
     return words | {f"part:{name}" for name in parts if plan[name]}
 
 
@@ -141,7 +142,8 @@ def test_an_area_that_is_switched_off_takes_its_own_with_it_and_nothing_else(pla
 
 
 def test_a_host_that_has_nothing_is_told_what_it_misses(plans: dict[str, Any]) -> None:
-    gone = {"file:/etc/sudoers.d/50-saw-baseline", "service:time_sync", "part:sshd", "part:ensured"}
+    gone = {"file:/etc/sudoers.d/50-saw-baseline", "service:time_sync", "part:ensured"}
+    gone |= {word for area in ("sshd", "banner") for word in BELONGS[area] if word.startswith("ssh:")}
     gone |= {word for word in BELONGS["pam"] if word.startswith("file:")}
     assert contents(plans["all"]["plan"]) - contents(plans["bare"]["plan"]) == gone
     assert [line.split(":")[0] for line in plans["bare"]["missing"]] == [
@@ -166,7 +168,11 @@ def test_the_red_hat_family_is_configured_by_its_own_tools(plans: dict[str, Any]
 def test_what_an_operator_chooses_is_what_is_rendered(plans: dict[str, Any]) -> None:
     plan, sshd = plans["chosen"]["plan"], plans["chosen"]["sshd"].splitlines()
     assert {"PasswordAuthentication yes", "AllowTcpForwarding yes", "PermitRootLogin no"} <= set(sshd)
-    assert not any(line.startswith("Banner") for line in sshd), "the area banner is switched off"
+    assert not any(line.startswith("Banner") for line in sshd), (
+        "the banner has a file of its own, which its area answers for"
+    )
+    banner = next(file for file in plans["all"]["plan"]["ssh"] if file["dest"].endswith("51-saw-baseline-banner.conf"))
+    assert banner["content"].splitlines()[1:] == ["Banner /etc/issue.net"]
     assert "AllowTcpForwarding no" in plans["all"]["sshd"].splitlines()
     assert "AllowTcpForwarding local" in plans["control"]["sshd"].splitlines(), "operators could not reach the broker"
     modules = content(plan, "/etc/modprobe.d/50-saw-baseline.conf")
