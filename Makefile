@@ -19,6 +19,10 @@ endif
 ifdef SOURCE
 export SAW_IMAGE_SOURCE := $(SOURCE)
 endif
+# Its base operating system: SYSTEM=debian-13, the default, or another of packer/pkrvars.
+ifdef SYSTEM
+export SAW_IMAGE_SYSTEM := $(SYSTEM)
+endif
 # Where the packages of the golden image come from (docs/images.md): FRESH=1 insists on asking, REUSE=1 does not ask, PACKAGES=FILE
 # takes an earlier set; OLDER=1 lets packages be older than before. Other values of these switches are refused.
 $(foreach name,FRESH REUSE OLDER,$(if $(filter-out 1,$($(name))),$(error $(name)=$($(name)) means nothing: give $(name)=1, or leave it out)))

@@ -185,6 +185,30 @@ variable "packages" {
   description = "List of the tree's packages, below this directory."
 }
 
+variable "family" {
+  type        = string
+  default     = "debian"
+  description = "Family of the distribution, debian or redhat: what its packages are."
+}
+
+variable "archive" {
+  type        = string
+  default     = "Debian"
+  description = "Label of its archive in apt's Release files."
+}
+
+variable "components" {
+  type        = string
+  default     = "main"
+  description = "Components of that archive, with blanks between."
+}
+
+variable "runtime_python" {
+  type        = string
+  default     = "3.13"
+  description = "Version of the Python that /opt/saw is built with."
+}
+
 variable "python_interpreter" {
   type        = string
   description = "Python that Ansible's modules run with in the tree."

@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -37,7 +36,7 @@ from saw.errors import SawError
 from saw.files import write_atomic
 from saw.image import inputs as image_inputs
 from saw.image import machine, package_state, usage
-from saw.image.base_os import base_os, variable_file
+from saw.image.base_os import DEFAULT, base_os, variable_file
 from saw.image.disk import ImageError, assemble, digest_of, free_space_needed, run
 from saw.image.edr import NONE, PROVIDERS, VARIABLE, ImageEdr, chosen, variables_file
 from saw.image.finished import Finished, GoldenImage, finished_in, made_of, packages_of, why
@@ -53,6 +52,8 @@ from saw.lab.exclusive import exclusive
 from saw.lab.nspawn import LabNetwork, LightHost, known_hosts, login_key_of
 
 Say = Callable[[str], None]
+SYSTEM = "SAW_IMAGE_SYSTEM"
+"""Environment variable for the base operating system."""
 MACHINE = "machine"
 """Folder of the virtual machine, in that of the unfinished image."""
 NEED_BYTES = 3 * 1024**3
@@ -65,8 +66,9 @@ class ImageBuild:
     chosen of EDR.
 
     ``source`` is where Packer provisions the tree, in a light host (``tree``) or in a virtual machine (``qemu``); it is no input,
-    since both make the same image. ``module_key`` is what the variant ``gpu`` signs its kernel modules with, ``owner`` what the boot image is signed with;
-    ``choice`` says where the packages come from.
+    since both make the same image. ``system`` is the base operating system (``packer/pkrvars``). ``module_key`` is what the
+    variant ``gpu`` signs its kernel modules with, ``owner`` what the boot image is signed with; ``choice`` says where the packages
+    come from.
     """
 
     repository: Path
@@ -79,11 +81,13 @@ class ImageBuild:
     choice: package_state.Choice = package_state.Choice()  # noqa: RUF009 - frozen value object
     owner: OwnerKey | None = None
     source: str = machine.SOURCES[0]
+    system: str = DEFAULT
 
     @property
     def options(self) -> dict[str, str]:
         """What was chosen, as the record of the build names it."""
-        return {**self.edr.options, **({"secure_boot": "signed"} if self.owner else {})}
+        signed = {"secure_boot": "signed"} if self.owner else {}
+        return {**self.edr.options, **signed, **({"system": self.system} if self.system != DEFAULT else {})}
 
     @property
     def images(self) -> Path:
@@ -93,7 +97,7 @@ class ImageBuild:
     @property
     def base(self) -> package_state.Base:
         """What the base tree of the image is made of."""
-        system, packer = base_os(self.repository), self.repository / "packer"
+        system, packer = base_os(self.repository, self.system), self.repository / "packer"
         more = packer / self.edr.packages if self.edr.packages else None
         return package_state.Base(packer / system.packages, self.build / "cache", system, self.variant, more)
 
@@ -156,7 +160,7 @@ class ImageBuild:
         self.say("  base tree from the distribution's packages")
         base = self.base.tar(packages)
         self.say("  offline wheelhouse for /opt/saw")
-        wheels = wheelhouse(self.repository, cache)
+        wheels = wheelhouse(self.repository, cache, python=self.base.system.runtime_python)
         self.say("  MCP servers")
         servers = self.mcp_servers(cache)
         served = self.source == machine.SOURCES[0]
@@ -267,7 +271,8 @@ class ImageBuild:
         if self.source == "qemu":
             virtual = machine.prepare(host, output.with_name(MACHINE), self.build / "cache/accel.json", self.say)
             values |= virtual.variables()
-        options = [f"-only=workspace.{'qemu.machine' if virtual else 'null.tree'}", f"-var-file={variable_file(self.repository)}"]
+        options = [f"-only=workspace.{'qemu.machine' if virtual else 'null.tree'}"]
+        options.append(f"-var-file={variable_file(self.repository, self.system)}")
         options += [option for key, value in values.items() for option in ("-var", f"{key}={value}")]
         log = self.build / "packer.log"
         environment = {
@@ -276,18 +281,7 @@ class ImageBuild:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }  # fmt: skip
         command = ["packer", "build", "-color=false", "-timestamp-ui", *options, str(self.repository / "packer")]
-        if virtual:
-            environment["PACKER_CACHE_DIR"] = str(virtual.folder / "cache")
-            status = machine.provision(command, log, self.say, virtual, environment=environment, folder=self.repository)
-        else:
-            with log.open("wb") as stream:
-                status = subprocess.run(
-                    command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment, check=False,
-                    cwd=self.repository,
-                ).returncode  # fmt: skip
-        if status:
-            tail = log.read_text(encoding="utf-8", errors="replace")[-3000:]
-            raise ImageError(f"packer failed ({status}):\n{tail}", cure=f"read {log}")
+        machine.provision(command, log, self.say, virtual, environment=environment, folder=self.repository)
 
 
 def variant_prefix(name: str) -> str:
@@ -320,6 +314,11 @@ def main(argv: list[str] | None = None) -> int:
                 "--source", default=os.environ.get(machine.VARIABLE, ""),
                 help=f"where the roles run: tree, a light host (the default), or qemu, a virtual machine ({machine.VARIABLE})",
             )  # fmt: skip
+            sub.add_argument(
+                "--system",
+                default=os.environ.get(SYSTEM) or DEFAULT,
+                help=f"base system, see packer/pkrvars (or {SYSTEM})",
+            )
             sub.add_argument("--variant", default="cpu", help="cpu (the default), or gpu with NVIDIA's driver")
             sub.add_argument("--module-key", type=Path, help="owner's key (PEM) for kernel modules; with gpu")
             sub.add_argument("--module-certificate", type=Path, help="its certificate (PEM or DER)")
@@ -349,7 +348,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.verb == "assemble":
             if options.machine_disk:
-                print(f"{options.root}: {machine.take_over(options.machine_disk, options.root)} paths out of the machine's disk")
+                print(
+                    f"{options.root}: {machine.take_over(options.machine_disk, options.root)} paths out of the machine's disk"
+                )
             made = assemble(options.root, options.output, seed=options.seed, sign=_signer(options))
             print(f"{made.path}: sha256 {made.sha256}")
             return 0
@@ -373,7 +374,7 @@ def main(argv: list[str] | None = None) -> int:
             with exclusive(build, quiet):
                 image, reason = ImageBuild(
                     repository, build, quiet, variant=variant, module_key=key, edr=edr, choice=choice, owner=owner,
-                    source=machine.source_of(options.source),
+                    source=machine.source_of(options.source), system=options.system,
                 ).ensure()  # fmt: skip
             answer = {
                 "ok": True,

@@ -83,7 +83,7 @@ class Ext4:
     """A file system in ``data``, any buffer (a mapped file) that starts with its first byte."""
 
     def __init__(self, data: memoryview, names: str = "backslashreplace") -> None:
-        """Read superblock and group descriptors; ``names`` says how names that are no UTF-8 are read (see :func:`codecs.register_error`).
+        """Read superblock and group descriptors; ``names`` says how names that are no UTF-8 are read (an error handler's name).
 
         Raises :class:`NotExt4Error`.
         """

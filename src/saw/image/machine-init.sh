@@ -41,7 +41,7 @@ mkdir -p /run/sshd /run/lock
 install -m 0700 -d /run/keys
 install -m 0600 "$here/host" "$here/login" /run/keys/
 environment=$(cat "$here/environment")
-umount "$here"
+umount -l "$here" # this script is read from there
 trap end TERM
 /usr/sbin/sshd -D -e -f /dev/null -h /run/keys/host -o AuthorizedKeysFile=/run/keys/login \
   -o PermitRootLogin=prohibit-password -o "SetEnv=$environment" -o Subsystem='sftp internal-sftp' &

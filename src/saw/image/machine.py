@@ -1,7 +1,7 @@
 """The source ``qemu`` of a golden image: a virtual machine in place of a light host, and the tree out of its disk afterwards.
 
 The machine boots the tree's own kernel with a disk that is made of the base tree, and runs an SSH server as its only process
-(``machine-init.sh``). So the same roles find the same as with the source ``null``, and nothing is left of the keys and of the boot.
+(``machine-init.sh``). So the same roles find the same as with the source ``null``, and nothing is left of keys and boot.
 What lies on its disk in the end becomes a tree again, from which the one way to make an image goes on (:mod:`saw.image.disk`).
 """
 
@@ -20,7 +20,7 @@ import msgspec
 
 from saw.files import write_atomic, write_private
 from saw.image.disk import MIB, ImageError, digest_of, lay_out, run
-from saw.image.settle import ENVIRONMENT, EXT4_ENVIRONMENT, space_of
+from saw.image.settle import EXT4_ENVIRONMENT, space_of
 from saw.image.unpack import unpack_disk
 from saw.lab.nspawn import LightHost, host_key_of, login_key_of
 from saw.vm.accel import probe
@@ -33,7 +33,7 @@ SPARE_BYTES = 2048 * MIB
 """Free space of the machine's root file system: what roles unpack and remove again."""
 CONTROL_BYTES = 4 * MIB
 BOUND = ("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-"""What Packer runs under, so that it and the machine end with the build, however that ends: a namespace of processes of its own."""
+"""What Packer runs under: processes with a namespace of their own, which end with the build, however that ends."""
 MEMORY_MIB = 2048
 _TASK = re.compile(rb"TASK \[([^\]]+)\]")
 
@@ -127,12 +127,42 @@ def _file_system(tree: Path, target: Path, size: int) -> None:
     )  # fmt: skip
 
 
-def provision(command: list[str], log: Path, say: Say, machine: Machine, *, environment: dict[str, str], folder: Path) -> int:
-    """Run Packer with ``command``, say each step of the playbook as it begins, and return the exit status.
+def provision(
+    command: list[str], log: Path, say: Say, machine: Machine | None, *, environment: dict[str, str], folder: Path
+) -> None:
+    """Run Packer with ``command`` in ``folder``; its output, with times, goes to ``log``. Raises :class:`ImageError`.
 
-    Packer, Ansible and the machine end with this process. Times are in the log. Raises :class:`ImageError` when the machine's
-    kernel gave up: Packer would wait for its SSH server until ``ssh_timeout``.
+    With a ``machine`` each step of the playbook is said as it begins, for one may take minutes; Packer, Ansible and the machine
+    end with this process; and so does the build when the machine's kernel gave up, for whose SSH server Packer would wait.
     """
+    if machine is None:
+        with log.open("wb") as stream:
+            status = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                env=environment,
+                check=False,
+                cwd=folder,
+            ).returncode
+    else:
+        status = _followed(
+            command,
+            log,
+            say,
+            machine,
+            environment={**environment, "PACKER_CACHE_DIR": str(machine.folder)},
+            folder=folder,
+        )
+    if status:
+        tail = log.read_text(encoding="utf-8", errors="replace")[-3000:]
+        raise ImageError(f"packer failed ({status}):\n{tail}", cure=f"read {log}")
+
+
+def _followed(
+    command: list[str], log: Path, say: Say, machine: Machine, *, environment: dict[str, str], folder: Path
+) -> int:
     with log.open("wb") as stream:
         child = subprocess.Popen(
             [*BOUND, *command], stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment, cwd=folder
@@ -172,6 +202,3 @@ def take_over(disk: Path, root: Path) -> int:
     if root.exists() and any(root.iterdir()):
         raise ImageError(f"{root} is not empty", cure="build it again")
     return unpack_disk(disk, root)
-
-
-__all__ = ["ENVIRONMENT", "SOURCES", "VARIABLE", "Machine", "prepare", "provision", "source_of", "take_over"]

@@ -30,14 +30,16 @@ def unpack_disk(disk: Path, root: Path) -> int:
     Returns how many paths were written. Raises :class:`ImageError`, and NotExt4Error for a damaged file system.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unpack-", dir=disk.parent) as scratch:
-        with opened(disk, Path(scratch, "raw")) as data:
-            parts = [part for part in partitions(data, disk)[1] if part.name == "root"]
-            if len(parts) != 1:
-                raise ImageError(f"{disk} has {len(parts)} partitions with the name root", cure="build it again")
-            system = Ext4(data[parts[0].start : parts[0].start + parts[0].size], names="surrogateescape")
-            _refuse_unclean(system, disk)
-            return _write(system, root)
+    with (
+        tempfile.TemporaryDirectory(prefix=".unpack-", dir=disk.parent) as scratch,
+        opened(disk, Path(scratch, "raw")) as data,
+    ):
+        parts = [part for part in partitions(data, disk)[1] if part.name == "root"]
+        if len(parts) != 1:
+            raise ImageError(f"{disk} has {len(parts)} partitions with the name root", cure="build it again")
+        system = Ext4(data[parts[0].start : parts[0].start + parts[0].size], names="surrogateescape")
+        _refuse_unclean(system, disk)
+        return _write(system, root)
 
 
 def _refuse_unclean(system: Ext4, disk: Path) -> None:
@@ -58,7 +60,9 @@ def _write(system: Ext4, root: Path) -> int:
         path = root / name[1:] if name != "/" else root
         count += 1
         if node.flags & _SPECIAL_FLAGS:
-            raise ImageError(f"{name} may not be changed or only grow (chattr)", cure="have the role leave that to units")
+            raise ImageError(
+                f"{name} may not be changed or only grow (chattr)", cure="have the role leave that to units"
+            )
         if node.kind == "folder":
             if path != root:
                 path.mkdir(mode=0o700)
@@ -85,7 +89,7 @@ def _make(system: Ext4, path: Path, name: str, node: Inode) -> None:
                     stream.write(piece)
             stream.truncate(node.size)
     elif node.kind == "link":
-        os.symlink(os.fsdecode(b"".join(system.content(node))), path)
+        path.symlink_to(os.fsdecode(b"".join(system.content(node))))
     elif node.kind in {"character device", "block device", "pipe", "socket"}:
         os.mknod(path, stat.S_IFMT(node.mode) | 0o600, _device(node.raw))
     else:
@@ -104,7 +108,9 @@ def _dress(path: Path, name: str, node: Inode) -> None:
             os.setxattr(path, attribute, value, follow_symlinks=False)
         except OSError as error:
             word = errno.errorcode.get(error.errno or 0, str(error.errno))
-            raise ImageError(f"{path} cannot have the attribute {attribute} here: {word}", cure="build as root on ext4") from error
+            raise ImageError(
+                f"{path} cannot have the attribute {attribute} here: {word}", cure="build as root"
+            ) from error
     os.utime(path, ns=(node.mtime, node.mtime), follow_symlinks=False)
 
 
