@@ -19,9 +19,9 @@ endif
 ifdef SOURCE
 export SAW_IMAGE_SOURCE := $(SOURCE)
 endif
-# Its base operating system: SYSTEM=debian-13, the default, or another of packer/pkrvars.
-ifdef SYSTEM
-export SAW_IMAGE_SYSTEM := $(SYSTEM)
+# Its base operating system: BASE_OS=debian-13, the default, or another of packer/pkrvars.
+ifdef BASE_OS
+export SAW_IMAGE_BASE_OS := $(BASE_OS)
 endif
 # Where the packages of the golden image come from (docs/images.md): FRESH=1 insists on asking, REUSE=1 does not ask, PACKAGES=FILE
 # takes an earlier set; OLDER=1 lets packages be older than before. Other values of these switches are refused.

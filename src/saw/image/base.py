@@ -50,9 +50,9 @@ def machine_mirrors(label: str = "Debian") -> Mirrors:
     text = run("apt-get", "indextargets", "--format", "$(CREATED_BY)|$(LABEL)|$(REPO_URI)")
     found: dict[str, str] = {}
     for line in text.splitlines():
-        kind, label, uri = line.split("|", 2)
+        kind, archive, uri = line.split("|", 2)
         if kind == "Packages":
-            found.setdefault(label, uri.rstrip("/"))
+            found.setdefault(archive, uri.rstrip("/"))
     if label not in found:
         raise ImageError(
             f"apt knows no {label} archive on this machine",

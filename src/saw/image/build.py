@@ -52,7 +52,7 @@ from saw.lab.exclusive import exclusive
 from saw.lab.nspawn import LabNetwork, LightHost, known_hosts, login_key_of
 
 Say = Callable[[str], None]
-SYSTEM = "SAW_IMAGE_SYSTEM"
+SYSTEM = "SAW_IMAGE_BASE_OS"
 """Environment variable for the base operating system."""
 MACHINE = "machine"
 """Folder of the virtual machine, in that of the unfinished image."""
@@ -67,7 +67,7 @@ class ImageBuild:
 
     ``source`` is where Packer provisions the tree, in a light host (``tree``) or in a virtual machine (``qemu``); it is no input,
     since both make the same image. ``system`` is the base operating system (``packer/pkrvars``). ``module_key`` is what the
-    variant ``gpu`` signs its kernel modules with, ``owner`` what the boot image is signed with; ``choice`` says where the packages
+    variant ``gpu`` signs its kernel modules with, ``owner`` what the boot image is signed with; ``choice`` says where packages
     come from.
     """
 
@@ -315,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
                 help=f"where the roles run: tree, a light host (the default), or qemu, a virtual machine ({machine.VARIABLE})",
             )  # fmt: skip
             sub.add_argument(
-                "--system",
+                "--base-os",
                 default=os.environ.get(SYSTEM) or DEFAULT,
                 help=f"base system, see packer/pkrvars (or {SYSTEM})",
             )
@@ -374,7 +374,7 @@ def main(argv: list[str] | None = None) -> int:
             with exclusive(build, quiet):
                 image, reason = ImageBuild(
                     repository, build, quiet, variant=variant, module_key=key, edr=edr, choice=choice, owner=owner,
-                    source=machine.source_of(options.source), system=options.system,
+                    source=machine.source_of(options.source), system=options.base_os,
                 ).ensure()  # fmt: skip
             answer = {
                 "ok": True,
