@@ -11,7 +11,7 @@ end() { # everything off, the root file system whole, power off
   trap '' TERM
   kill -TERM -1
   tries=0
-  until mount -o remount,ro /; do
+  until mount --options-source=disable -n -o remount,ro /; do # the tree's fstab is about another disk
     kill -KILL -1
     tries=$((tries + 1))
     [ "$tries" -lt 60 ] || break
