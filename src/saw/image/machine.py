@@ -98,9 +98,10 @@ def prepare(host: LightHost, folder: Path, accelerated: Path, say: Say) -> Machi
     host.remove_tree()
     lay_out(disk, control, root, str(uuid.uuid4()), identity)
     shutil.rmtree(folder / "control")
+    # -n: else the first mounts would note themselves below /run, on the disk
     command_line = (
         f"root=PARTUUID={identity} rw rootfstype=ext4 rootwait console=ttyS0 panic=-1 init=/bin/sh -- -c "
-        '"mount -t devtmpfs devtmpfs /dev; mount -t tmpfs -o mode=0755 tmpfs /run && mkdir -m 0700 /run/saw-machine && '
+        '"mount -n -t devtmpfs devtmpfs /dev; mount -n -t tmpfs -o mode=0755 tmpfs /run && mkdir -m 0700 /run/saw-machine && '
         'mount -r -t ext4 /dev/nvme0n1p1 /run/saw-machine && exec /bin/sh /run/saw-machine/init"'
     )
     return Machine(disk, digest_of(disk), kernel, command_line, "kvm" if found.name == "kvm" else "tcg", folder)

@@ -104,6 +104,23 @@ def test_a_disk_becomes_the_tree_that_it_was_made_of(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".unpack-*"))
 
 
+def test_a_tree_out_of_a_disk_makes_the_same_file_system_as_the_one_that_went_in(tmp_path: Path) -> None:
+    """Zeros are written, not left out: how much mkfs.ext4 wrote stands in the superblock."""
+    made = tree(tmp_path / "made")
+    take_over(disk_of(made, tmp_path), tmp_path / "root")
+    (tmp_path / "root/lost+found").rmdir()
+    fields = []
+    for number, root in enumerate((made, tmp_path / "root")):
+        image = tmp_path / f"{number}.img"
+        with image.open("wb") as stream:
+            stream.truncate(24 * MIB)
+        run_mkfs = ["mkfs.ext4", "-q", "-F", "-U", "00000000-0000-0000-0000-000000000001", "-d", str(root), str(image)]
+        subprocess.run(run_mkfs, check=True, env={**os.environ, **EXT4_ENVIRONMENT})
+        told = Ext4(memoryview(image.read_bytes())).fields()
+        fields.append({name: told[name] for name in ("free blocks", "free inodes", "kilobytes written")})
+    assert fields[0] == fields[1]
+
+
 def test_a_device_keeps_its_number(tmp_path: Path) -> None:
     made = tree(tmp_path / "made")
     try:
