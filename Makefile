@@ -15,6 +15,14 @@ endif
 ifdef EDR_SIGNATURES
 export SAW_IMAGE_EDR_SIGNATURES := $(abspath $(EDR_SIGNATURES))
 endif
+# Where the roles of the golden image run (docs/images.md): SOURCE=tree, a light host, or SOURCE=qemu, a virtual machine.
+ifdef SOURCE
+export SAW_IMAGE_SOURCE := $(SOURCE)
+endif
+# Its base operating system: BASE_OS=debian-13, the default, or another of packer/pkrvars.
+ifdef BASE_OS
+export SAW_IMAGE_BASE_OS := $(BASE_OS)
+endif
 # Where the packages of the golden image come from (docs/images.md): FRESH=1 insists on asking, REUSE=1 does not ask, PACKAGES=FILE
 # takes an earlier set; OLDER=1 lets packages be older than before. Other values of these switches are refused.
 $(foreach name,FRESH REUSE OLDER,$(if $(filter-out 1,$($(name))),$(error $(name)=$($(name)) means nothing: give $(name)=1, or leave it out)))

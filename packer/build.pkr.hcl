@@ -1,6 +1,6 @@
 build {
   name    = "workspace"
-  sources = ["source.null.tree"]
+  sources = ["source.null.tree", "source.qemu.machine"]
 
   provisioner "ansible" {
     playbook_file = var.playbook
@@ -14,7 +14,7 @@ build {
       "ANSIBLE_FORCE_COLOR=0",
     ]
     extra_arguments = [
-      "--ssh-extra-args", "-o UserKnownHostsFile=${var.known_hosts_file} -o StrictHostKeyChecking=yes",
+      "--ssh-extra-args", "-o UserKnownHostsFile=${var.known_hosts_file} -o StrictHostKeyChecking=yes -o HostKeyAlias=${var.host_key_name}",
       "--extra-vars", "ansible_python_interpreter=${var.python_interpreter}",
       "--extra-vars", "saw_runtime_wheelhouse=${var.wheelhouse}",
       "--extra-vars", "sandbox_mcp_servers=${var.mcp_servers}",
@@ -28,13 +28,27 @@ build {
     ]
   }
 
+  # Served by a light host, the tree is here already.
   provisioner "shell-local" {
+    only = ["null.tree"]
     environment_vars = [
       "SECURE_BOOT_KEY=${var.secure_boot_key}",
       "SECURE_BOOT_CERTIFICATE=${var.secure_boot_certificate}",
     ]
     inline = [
       "${var.python} -m saw.image.build assemble --root ${var.root_tree} --output ${var.output} --seed ${var.seed} --secure-boot-key \"$SECURE_BOOT_KEY\" --secure-boot-certificate \"$SECURE_BOOT_CERTIFICATE\"",
+    ]
+  }
+
+  # A machine's tree is taken from its disk once it is off; the image is made of it in the same way.
+  post-processor "shell-local" {
+    only = ["qemu.machine"]
+    environment_vars = [
+      "SECURE_BOOT_KEY=${var.secure_boot_key}",
+      "SECURE_BOOT_CERTIFICATE=${var.secure_boot_certificate}",
+    ]
+    inline = [
+      "${var.python} -m saw.image.build assemble --machine-disk ${var.machine_output}/machine.qcow2 --root ${var.root_tree} --output ${var.output} --seed ${var.seed} --secure-boot-key \"$SECURE_BOOT_KEY\" --secure-boot-certificate \"$SECURE_BOOT_CERTIFICATE\"",
     ]
   }
 }

@@ -106,6 +106,68 @@ variable "secure_boot_certificate" {
   description = "Its certificate on this machine."
 }
 
+variable "host_key_name" {
+  type        = string
+  default     = "image"
+  description = "Name under which the host key is in known_hosts: a machine's port is another one at each build."
+}
+
+# What the source qemu needs besides (saw.image.machine); the source null does without.
+
+variable "machine_disk" {
+  type        = string
+  default     = "none"
+  description = "The machine's disk with the base tree on it: a file or a URL."
+}
+
+variable "machine_disk_checksum" {
+  type        = string
+  default     = "none"
+  description = "Checksum of that disk, sha256:HEX."
+}
+
+variable "machine_kernel" {
+  type        = string
+  default     = ""
+  description = "Kernel of the tree, which the machine is started with."
+}
+
+variable "machine_command_line" {
+  type        = string
+  default     = ""
+  description = "Kernel command line of the machine; it names the first process."
+}
+
+variable "machine_accelerator" {
+  type        = string
+  default     = "tcg"
+  description = "kvm, or tcg where KVM does not work; a device node that opens proves nothing."
+}
+
+variable "machine_cpu" {
+  type        = string
+  default     = "max"
+  description = "Processor of the machine: host with KVM."
+}
+
+variable "machine_cpus" {
+  type        = number
+  default     = 2
+  description = "Number of its processors."
+}
+
+variable "machine_memory" {
+  type        = number
+  default     = 2048
+  description = "Its memory in MiB."
+}
+
+variable "machine_output" {
+  type        = string
+  default     = "machine-output"
+  description = "Folder that Packer makes for the machine's disk; it must not be there yet."
+}
+
 # What depends on the base operating system: pkrvars/, one file for each.
 
 variable "suite" {
@@ -121,6 +183,30 @@ variable "keyring" {
 variable "packages" {
   type        = string
   description = "List of the tree's packages, below this directory."
+}
+
+variable "family" {
+  type        = string
+  default     = "debian"
+  description = "Family of the distribution, debian or redhat: what its packages are."
+}
+
+variable "archive" {
+  type        = string
+  default     = "Debian"
+  description = "Label of its archive in apt's Release files."
+}
+
+variable "components" {
+  type        = string
+  default     = "main"
+  description = "Components of that archive, with blanks between."
+}
+
+variable "runtime_python" {
+  type        = string
+  default     = "3.13"
+  description = "Version of the Python that /opt/saw is built with."
 }
 
 variable "python_interpreter" {

@@ -6,5 +6,9 @@ packer {
       source  = "github.com/hashicorp/ansible"
       version = ">= 1.1.3"
     }
+    qemu = {
+      source  = "github.com/hashicorp/qemu"
+      version = ">= 1.1.0"
+    }
   }
 }

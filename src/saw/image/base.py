@@ -42,20 +42,23 @@ class Mirrors:
     security: str | None
 
 
-def machine_mirrors() -> Mirrors:
-    """Read the mirrors out of this machine's apt configuration; raise :class:`ImageError` when there is none."""
+def machine_mirrors(label: str = "Debian") -> Mirrors:
+    """Read the mirrors out of this machine's apt configuration; raise :class:`ImageError` when there is none.
+
+    ``label`` is that of the archive. Debian's security updates have an archive of their own; Ubuntu's lie in this one, too.
+    """
     text = run("apt-get", "indextargets", "--format", "$(CREATED_BY)|$(LABEL)|$(REPO_URI)")
     found: dict[str, str] = {}
     for line in text.splitlines():
-        kind, label, uri = line.split("|", 2)
+        kind, archive, uri = line.split("|", 2)
         if kind == "Packages":
-            found.setdefault(label, uri.rstrip("/"))
-    if "Debian" not in found:
+            found.setdefault(archive, uri.rstrip("/"))
+    if label not in found:
         raise ImageError(
-            "apt knows no Debian archive on this machine",
-            cure="run apt-get update with a Debian mirror in sources.list",
+            f"apt knows no {label} archive on this machine",
+            cure=f"run apt-get update with a {label} mirror in sources.list",
         )
-    return Mirrors(found["Debian"], found.get("Debian-Security"))
+    return Mirrors(found[label], found.get(f"{label}-Security") if label == "Debian" else found[label])
 
 
 def read_packages(listing: Path) -> list[str]:
@@ -109,8 +112,13 @@ def set_of(tar: Path) -> Path:
 
 def archive_of(base: BaseOs, variant: Variant = CPU) -> Archive:
     """Return the sources of a base tree: those of this machine's mirrors, of the suite of ``base``."""
-    mirrors, suite = machine_mirrors(), base.suite
-    signed, parts = f"[signed-by={base.keyring}]", " ".join(("main", *variant.components))
+    if base.family != "debian":
+        raise ImageError(
+            f"no base tree of the family {base.family} is made here: its packages are not Debian's",
+            cure="take another system (docs/images.md), or apply the roles to a host of it",
+        )
+    mirrors, suite = machine_mirrors(base.archive), base.suite
+    signed, parts = f"[signed-by={base.keyring}]", " ".join((base.components, *variant.components))
     sources = [f"deb {signed} {mirrors.archive} {name} {parts}" for name in (suite, f"{suite}-updates")]
     if mirrors.security:
         sources.append(f"deb {signed} {mirrors.security} {suite}-security {parts}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -18,12 +19,19 @@ _LINE = re.compile(r'([a-z_]+)\s*=\s*"([^"\\$%]+)"')
 
 
 class BaseOs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Values of one base system: apt suite, archive keyring on the controller, package list below ``packer``, interpreter."""
+    """Values of one base system: suite, archive keyring on the controller, package list below ``packer``, interpreter."""
 
     suite: str
     keyring: str
     packages: str
     python_interpreter: str
+    family: Literal["debian", "redhat"] = "debian"
+    archive: str = "Debian"
+    """Label of its archive in apt's Release files; security updates have it too, or a label of their own with ``-Security``."""
+    components: str = "main"
+    """Components of the archive, with blanks between."""
+    runtime_python: str = "3.13"
+    """Version of the Python that ``/opt/saw`` is built with there."""
 
 
 def variable_file(repository: Path, name: str = DEFAULT) -> Path:

@@ -3,6 +3,7 @@
     python -m saw.image.build image --repository . --build build      # what the image_build playbook calls
     python -m saw.image.build image --variant gpu --module-key FILE --module-certificate FILE
     python -m saw.image.build image --secure-boot-key FILE --secure-boot-certificate FILE --secure-boot-variables FILE
+    python -m saw.image.build image --source qemu    # in a virtual machine, under KVM or emulation (docs/images.md)
     python -m saw.image.build assemble --root TREE --output FILE --seed DIGEST   # what Packer calls at its end
     python -m saw.image.build wheelhouse --repository . --build build [--group controller]
     python -m saw.image.build host-tar --repository . --build build
@@ -20,7 +21,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,8 +35,8 @@ import msgspec
 from saw.errors import SawError
 from saw.files import write_atomic
 from saw.image import inputs as image_inputs
-from saw.image import package_state, usage
-from saw.image.base_os import base_os, variable_file
+from saw.image import machine, package_state, usage
+from saw.image.base_os import DEFAULT, base_os, variable_file
 from saw.image.disk import ImageError, assemble, digest_of, free_space_needed, run
 from saw.image.edr import NONE, PROVIDERS, VARIABLE, ImageEdr, chosen, variables_file
 from saw.image.finished import Finished, GoldenImage, finished_in, made_of, packages_of, why
@@ -52,6 +52,10 @@ from saw.lab.exclusive import exclusive
 from saw.lab.nspawn import LabNetwork, LightHost, known_hosts, login_key_of
 
 Say = Callable[[str], None]
+SYSTEM = "SAW_IMAGE_BASE_OS"
+"""Environment variable for the base operating system."""
+MACHINE = "machine"
+"""Folder of the virtual machine, in that of the unfinished image."""
 NEED_BYTES = 3 * 1024**3
 """Free space that one build takes at most: the tree, the root file system, the raw disk and the image at the same time."""
 
@@ -61,8 +65,10 @@ class ImageBuild:
     """One build: where the repository and the build directory are, how to report progress, what variant is built, and what is
     chosen of EDR.
 
-    ``module_key`` is what the variant ``gpu`` signs its kernel modules with, ``owner`` what the boot image is signed with;
-    ``choice`` says where the packages come from.
+    ``source`` is where Packer provisions the tree, in a light host (``tree``) or in a virtual machine (``qemu``); it is no input,
+    since both make the same image. ``system`` is the base operating system (``packer/pkrvars``). ``module_key`` is what the
+    variant ``gpu`` signs its kernel modules with, ``owner`` what the boot image is signed with; ``choice`` says where packages
+    come from.
     """
 
     repository: Path
@@ -74,11 +80,14 @@ class ImageBuild:
     edr: ImageEdr = NONE
     choice: package_state.Choice = package_state.Choice()  # noqa: RUF009 - frozen value object
     owner: OwnerKey | None = None
+    source: str = machine.SOURCES[0]
+    system: str = DEFAULT
 
     @property
     def options(self) -> dict[str, str]:
         """What was chosen, as the record of the build names it."""
-        return {**self.edr.options, **({"secure_boot": "signed"} if self.owner else {})}
+        signed = {"secure_boot": "signed"} if self.owner else {}
+        return {**self.edr.options, **signed, **({"system": self.system} if self.system != DEFAULT else {})}
 
     @property
     def images(self) -> Path:
@@ -88,7 +97,7 @@ class ImageBuild:
     @property
     def base(self) -> package_state.Base:
         """What the base tree of the image is made of."""
-        system, packer = base_os(self.repository), self.repository / "packer"
+        system, packer = base_os(self.repository, self.system), self.repository / "packer"
         more = packer / self.edr.packages if self.edr.packages else None
         return package_state.Base(packer / system.packages, self.build / "cache", system, self.variant, more)
 
@@ -145,26 +154,30 @@ class ImageBuild:
         name = f"{self.variant.prefix}{inputs.digest[:12]}"
         target = self.images / name
         self._make_way(target)
-        free_space_needed(self.build, NEED_BYTES * (1 if self.variant == CPU else 2))
+        free_space_needed(self.build, NEED_BYTES * ((1 if self.variant == CPU else 2) + (self.source == "qemu")))
         cache = self.build / "cache"
         cache.mkdir(parents=True, exist_ok=True)
         self.say("  base tree from the distribution's packages")
         base = self.base.tar(packages)
         self.say("  offline wheelhouse for /opt/saw")
-        wheels = wheelhouse(self.repository, cache)
+        wheels = wheelhouse(self.repository, cache, python=self.base.system.runtime_python)
         self.say("  MCP servers")
         servers = self.mcp_servers(cache)
-        self.say("  Packer: Ansible roles on the tree, then the disk")
+        served = self.source == machine.SOURCES[0]
+        self.say(f"  Packer: Ansible roles {'on the tree' if served else 'in a machine'}, then the disk")
         host = LightHost(
             "image", self.network.prefix + ".10", self.build / "image-tree", self.network, booted=False,
             environment=tuple(f"{name}={value}" for name, value in ENVIRONMENT.items()),
         )  # fmt: skip
         host.down(purge=True)
+        work = target.with_name(f".{name}.partial")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
         try:
-            host.up(base)
-            work = target.with_name(f".{name}.partial")
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
+            if served:
+                host.up(base)
+            else:
+                host.unpack(base)
             write_atomic(work / "edr.json", variables_file(self.edr))
             self.packer(host, wheels, servers, inputs.digest, work / "image.qcow2")
             (work / "edr.json").unlink()
@@ -184,6 +197,7 @@ class ImageBuild:
         finally:
             host.down(purge=True)
             self.network.down()
+            shutil.rmtree(work / MACHINE, ignore_errors=True)
         image = GoldenImage(
             name, str(target), str(target / "image.qcow2"), disk["sha256"], inputs.digest,
             _now(), round(time.monotonic() - begin, 1), disk["kernel"], self.variant.name, evidence, packages.note(),
@@ -253,7 +267,12 @@ class ImageBuild:
             }  # fmt: skip
         if self.owner:
             values |= {"secure_boot_key": self.owner.key, "secure_boot_certificate": self.owner.certificate}
-        options = [f"-var-file={variable_file(self.repository)}"]
+        virtual = None
+        if self.source == "qemu":
+            virtual = machine.prepare(host, output.with_name(MACHINE), self.build / "cache/accel.json", self.say)
+            values |= virtual.variables()
+        options = [f"-only=workspace.{'qemu.machine' if virtual else 'null.tree'}"]
+        options.append(f"-var-file={variable_file(self.repository, self.system)}")
         options += [option for key, value in values.items() for option in ("-var", f"{key}={value}")]
         log = self.build / "packer.log"
         environment = {
@@ -261,14 +280,8 @@ class ImageBuild:
             "ANSIBLE_CONFIG": str(self.repository / "ansible.cfg"),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }  # fmt: skip
-        with log.open("wb") as stream:
-            done = subprocess.run(
-                ["packer", "build", "-color=false", "-timestamp-ui", *options, str(self.repository / "packer")],
-                stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment, check=False, cwd=self.repository,
-            )  # fmt: skip
-        if done.returncode:
-            tail = log.read_text(encoding="utf-8", errors="replace")[-3000:]
-            raise ImageError(f"packer failed ({done.returncode}):\n{tail}", cure=f"read {log}")
+        command = ["packer", "build", "-color=false", "-timestamp-ui", *options, str(self.repository / "packer")]
+        machine.provision(command, log, self.say, virtual, environment=environment, folder=self.repository)
 
 
 def variant_prefix(name: str) -> str:
@@ -297,6 +310,15 @@ def main(argv: list[str] | None = None) -> int:
         sub.add_argument("--build", type=Path, default=Path("build"))
         sub.add_argument("--json", action="store_true")
         if verb == "image":
+            sub.add_argument(
+                "--source", default=os.environ.get(machine.VARIABLE, ""),
+                help=f"where the roles run: tree, a light host (the default), or qemu, a virtual machine ({machine.VARIABLE})",
+            )  # fmt: skip
+            sub.add_argument(
+                "--base-os",
+                default=os.environ.get(SYSTEM) or DEFAULT,
+                help=f"base system, see packer/pkrvars (or {SYSTEM})",
+            )
             sub.add_argument("--variant", default="cpu", help="cpu (the default), or gpu with NVIDIA's driver")
             sub.add_argument("--module-key", type=Path, help="owner's key (PEM) for kernel modules; with gpu")
             sub.add_argument("--module-certificate", type=Path, help="its certificate (PEM or DER)")
@@ -317,6 +339,7 @@ def main(argv: list[str] | None = None) -> int:
             sub.add_argument("--group", help="a dependency group that is wanted besides, such as controller")
     disk = verbs.add_parser("assemble")
     disk.add_argument("--root", type=Path, required=True)
+    disk.add_argument("--machine-disk", type=Path, help="make the tree out of this disk of a machine first")
     disk.add_argument("--output", type=Path, required=True)
     disk.add_argument("--seed", required=True)
     disk.add_argument("--secure-boot-key", default="", help="sign the boot image with it; empty: unsigned")
@@ -324,6 +347,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         if options.verb == "assemble":
+            if options.machine_disk:
+                print(
+                    f"{options.root}: {machine.take_over(options.machine_disk, options.root)} paths out of the machine's disk"
+                )
             made = assemble(options.root, options.output, seed=options.seed, sign=_signer(options))
             print(f"{made.path}: sha256 {made.sha256}")
             return 0
@@ -346,8 +373,9 @@ def main(argv: list[str] | None = None) -> int:
             owner = owner_key(options.secure_boot_key, options.secure_boot_certificate, options.secure_boot_variables)
             with exclusive(build, quiet):
                 image, reason = ImageBuild(
-                    repository, build, quiet, variant=variant, module_key=key, edr=edr, choice=choice, owner=owner
-                ).ensure()
+                    repository, build, quiet, variant=variant, module_key=key, edr=edr, choice=choice, owner=owner,
+                    source=machine.source_of(options.source), system=options.base_os,
+                ).ensure()  # fmt: skip
             answer = {
                 "ok": True,
                 "changed": not reason.startswith("reused"),

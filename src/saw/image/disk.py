@@ -68,12 +68,16 @@ def kernel_release(root: Path) -> str:
 
 
 def build_uki(root: Path, output: Path, root_partition: str) -> str:
-    """Build the UKI with the tree's own ukify, in a private mount namespace; return the kernel command line."""
+    """Build the UKI with the tree's own ukify, in a private mount namespace; return the kernel command line.
+
+    An initrd is part of it where the tree has one for its kernel; Debian's cloud kernel needs none.
+    """
     release = kernel_release(root)
     command_line = f"root=PARTUUID={root_partition} {COMMAND_LINE}"
     script = (
         'mount -t proc proc "$1/proc" && mount -t tmpfs tmpfs "$1/tmp" && '
-        'chroot "$1" ukify build --linux="/boot/vmlinuz-$2" --cmdline="$3" --os-release=@/etc/os-release '
+        'initrd=; if [ -e "$1/boot/initrd.img-$2" ]; then initrd="--initrd=/boot/initrd.img-$2"; fi && '
+        'chroot "$1" ukify build --linux="/boot/vmlinuz-$2" $initrd --cmdline="$3" --os-release=@/etc/os-release '
         '--uname="$2" --output=/tmp/uki.efi >/dev/null && cp "$1/tmp/uki.efi" "$4"'
     )
     run(

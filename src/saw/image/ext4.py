@@ -82,9 +82,13 @@ class Inode:
 class Ext4:
     """A file system in ``data``, any buffer (a mapped file) that starts with its first byte."""
 
-    def __init__(self, data: memoryview) -> None:
-        """Read superblock and group descriptors; raise :class:`NotExt4Error`."""
+    def __init__(self, data: memoryview, names: str = "backslashreplace") -> None:
+        """Read superblock and group descriptors; ``names`` says how names that are no UTF-8 are read (an error handler's name).
+
+        Raises :class:`NotExt4Error`.
+        """
         self.data = data
+        self.errors = names
         self.super = bytes(data[SUPER_OFFSET : SUPER_OFFSET + SUPER_SIZE])
         if len(self.super) < SUPER_SIZE or self._u16(56) != MAGIC:
             raise NotExt4Error("there is no ext4 file system")
@@ -181,7 +185,7 @@ class Ext4:
             number, length, size = struct.unpack_from("<IHB", raw, place)
             if length < 8 or size + 8 > length or place + length > len(raw):
                 raise NotExt4Error(f"inode {node.number} is a damaged folder")
-            name = raw[place + 8 : place + 8 + size].decode("utf-8", "backslashreplace")
+            name = raw[place + 8 : place + 8 + size].decode("utf-8", self.errors)
             place += length
             if not number or name in {".", ".."}:
                 continue

@@ -28,8 +28,8 @@ def uv() -> str:
     return found
 
 
-def third_party(repository: Path, cache: Path, group: str | None = None) -> Path:
-    """Download the locked runtime dependencies for Python 3.13 once per lock content; return their directory.
+def third_party(repository: Path, cache: Path, group: str | None = None, python: str = PYTHON) -> Path:
+    """Download the locked runtime dependencies for ``python`` once per lock content; return their directory.
 
     ``group`` is a dependency group that is wanted besides, such as ``controller`` with what runs playbooks.
     """
@@ -38,8 +38,9 @@ def third_party(repository: Path, cache: Path, group: str | None = None) -> Path
         uv(), "export", "--quiet", "--frozen", "--no-dev", "--no-emit-project", "--no-header", "--no-annotate",
         "--directory", str(repository), *more,
     )  # fmt: skip
-    requirements = for_python(requirements)
-    digest = hashlib.sha256(requirements.encode()).hexdigest()
+    requirements = for_python(requirements, python)
+    told = requirements if python == PYTHON else f"{python}\n{requirements}"
+    digest = hashlib.sha256(told.encode()).hexdigest()
     target = cache / f"wheels-{digest[:16]}"
     if target.exists():
         return target
@@ -51,7 +52,7 @@ def third_party(repository: Path, cache: Path, group: str | None = None) -> Path
         platforms = [option for name in PLATFORMS for option in ("--platform", f"manylinux_{name}_x86_64")]
         run(
             sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-            "--require-hashes", "--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp",
+            "--require-hashes", "--only-binary=:all:", "--python-version", python, "--implementation", "cp",
             *platforms, "-d", str(work), "-r", str(listing),
         )  # fmt: skip
         os.replace(work, target)
@@ -74,10 +75,13 @@ def for_python(requirements: str, python: str = PYTHON) -> str:
     return "".join(kept)
 
 
-def wheelhouse(repository: Path, cache: Path, group: str | None = None) -> Path:
-    """Return a directory with all wheels and a ``requirements.txt`` that names each by hash; named after its content."""
+def wheelhouse(repository: Path, cache: Path, group: str | None = None, python: str = PYTHON) -> Path:
+    """Return a directory with all wheels and a ``requirements.txt`` that names each by hash; named after its content.
+
+    The hosts' interpreter is ``python``.
+    """
     cache.mkdir(parents=True, exist_ok=True)
-    source = third_party(repository, cache, group)
+    source = third_party(repository, cache, group, python)
     with tempfile.TemporaryDirectory(prefix=".own-", dir=cache) as scratch:
         run(uv(), "build", "--quiet", "--wheel", "--out-dir", scratch, str(repository), env=ENVIRONMENT)
         wheel = next(Path(scratch).glob("*.whl"))
@@ -85,7 +89,8 @@ def wheelhouse(repository: Path, cache: Path, group: str | None = None) -> Path:
         listing = (source / "requirements.txt").read_text(encoding="utf-8")
         name, version = wheel.name.split("-")[:2]
         listing += f"{name.replace('_', '-')}=={version} --hash=sha256:{own}\n"
-        target = cache / f"wheelhouse-{hashlib.sha256(listing.encode()).hexdigest()[:16]}"
+        told = listing if python == PYTHON else f"{python}\n{listing}"
+        target = cache / f"wheelhouse-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
         if target.exists():
             return target
         work = Path(scratch, "wheelhouse")

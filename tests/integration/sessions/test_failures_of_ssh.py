@@ -23,7 +23,7 @@ def settings(folder: Path, server: str, before: str = "", behind: str = "") -> d
     role = "bastion" if server == "bastion" else "ssh_access"
     text = jinja2.Template((ROOT / f"roles/{role}/templates/sshd.conf.j2").read_text()).render(
         ansible_managed="test", bastion_port=2222, bastion_listen_address="127.0.0.1", bastion_host_directory=folder,
-        bastion_user="saw-bastion", bastion_command="/bin/false", ssh_access_user="coder",
+        bastion_user="saw-bastion", bastion_command="/bin/false", ssh_access_user="coder", ssh_access_system={"penalties": True},
     )  # fmt: skip
     folder.mkdir(exist_ok=True)
     if not (folder / "ssh_host_ed25519_key").exists():

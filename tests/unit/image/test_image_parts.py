@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from saw.errors import SawError
 from saw.image import build as image_build
 from saw.image import disk
 from saw.image import inputs as image_inputs
-from saw.image.base import base_tar, machine_mirrors, read_packages, set_of
+from saw.image.base import archive_of, base_tar, machine_mirrors, read_packages, set_of
 from saw.image.base_os import base_os, variable_file
 from saw.image.build import ImageBuild
 from saw.image.disk import MIB, ImageError, assemble, free_space_needed, lay_out
@@ -231,7 +232,79 @@ def test_a_base_system_is_read_from_its_packer_variables(tmp_path: Path) -> None
     )  # fmt: skip
     debian = base_os(ROOT)
     assert debian.suite == "trixie"
-    assert (ROOT / "packer" / debian.packages).is_file()
+
+
+SYSTEMS = sorted(path.name.removesuffix(".pkrvars.hcl") for path in (ROOT / "packer/pkrvars").iterdir())
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_each_base_system_has_packages_and_its_own_variables(name: str) -> None:
+    found = base_os(ROOT, name)
+    packages = read_packages(ROOT / "packer" / found.packages)
+    assert {"systemd", "openssh-server", "tpm2-tools"} <= set(packages)
+    assert any(one.startswith(("linux-image-", "kernel")) for one in packages)
+    assert Path(found.keyring).is_absolute()
+    suites = {"debian-13": "trixie", "ubuntu-24.04": "noble", "rhel-9": "9"}
+    assert {one: base_os(ROOT, one).suite for one in SYSTEMS} == suites
+
+
+def test_ubuntu_has_its_security_updates_in_the_one_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "apt-get"
+    fake.write_text("#!/bin/sh\necho 'Packages|Ubuntu|http://archive.example/ubuntu/'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    signed = "deb [signed-by=/usr/share/keyrings/ubuntu-archive-keyring.gpg] http://archive.example/ubuntu"
+    assert archive_of(base_os(ROOT, "ubuntu-24.04")).sources == tuple(
+        f"{signed} {suite} main universe" for suite in ("noble", "noble-updates", "noble-security")
+    )
+    with pytest.raises(ImageError, match="knows no Debian archive"):
+        archive_of(base_os(ROOT))
+
+
+def test_an_image_of_the_rhel_family_is_refused_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["image", "--repository", str(ROOT), "--build", str(tmp_path / "build"), "--base-os", "rhel-9"]
+    assert image_build.main(options) == 1
+    assert "no base tree of the family redhat is made here" in capsys.readouterr().err
+    assert not (tmp_path / "build/images").exists()
+
+
+def test_another_base_system_is_another_kind_of_image(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = ImageBuild(repository, tmp_path / "build", lambda _: None)
+    archive = install(Archive(), monkeypatch)
+    text = variable_file(repository).read_text()
+    variable_file(repository, "mine").write_text(text.replace("trixie", "mine"))
+    ours = build.ensure()[0]
+    other = replace(build, system="mine")
+    assert other.options == {"system": "mine"}
+    assert other.latest() is None
+    assert other.base.system.suite == "mine"
+    made = other.ensure()[0]
+    assert (made.name != ours.name, len(archive.made)) == (True, 2)
+    latest = build.latest()
+    assert latest is not None
+    assert latest[0].name == ours.name
+
+
+def test_the_source_is_no_input_of_an_image(repository: Path, tmp_path: Path) -> None:
+    build = ImageBuild(repository, tmp_path / "build")
+    assert replace(build, source="qemu").sources() == build.sources()
+
+
+def test_wheels_for_another_python_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def run(*argv: str, env: dict[str, str] | None = None) -> str:
+        if "export" not in argv:
+            asked.append(argv[argv.index("--python-version") + 1])
+        return "a==1 --hash=sha256:" + "0" * 64
+
+    monkeypatch.setattr("saw.image.wheelhouse.run", run)
+    assert third_party(tmp_path, tmp_path) != third_party(tmp_path, tmp_path, python="3.12")
+    assert asked == ["3.13", "3.12"]
 
 
 @pytest.mark.parametrize(
@@ -258,8 +331,10 @@ def test_an_unknown_base_system_is_refused_with_the_known_ones(tmp_path: Path) -
     assert refused.value.cure == "take one of: mine"
 
 
-@pytest.mark.parametrize("with_file", [True, False], ids=["with its file", "without"])
-def test_packer_takes_what_depends_on_the_base_system_from_its_file(tmp_path: Path, with_file: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "source"), [*((name, "null.tree") for name in SYSTEMS), ("debian-13", "qemu.machine"), ("", "null.tree")]
+)
+def test_packer_takes_what_depends_on_the_base_system_from_its_file(tmp_path: Path, name: str, source: str) -> None:
     key = tmp_path / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
     names = (
@@ -270,14 +345,14 @@ def test_packer_takes_what_depends_on_the_base_system_from_its_file(tmp_path: Pa
         "ssh_key_file": key,
         "ansible_playbook": Path(sys.executable).with_name("ansible-playbook"),
     }
-    options = [f"-var-file={variable_file(ROOT)}"] if with_file else []
+    options = [f"-only=workspace.{source}", *([f"-var-file={variable_file(ROOT, name)}"] if name else [])]
     options += [option for name, value in values.items() for option in ("-var", f"{name}={value}")]
     done = subprocess.run(
         ["packer", "validate", *options, "packer"],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=60, env={**os.environ, "CHECKPOINT_DISABLE": "1"},
     )  # fmt: skip
-    assert (done.returncode == 0) is with_file, done.stdout + done.stderr
-    assert with_file or "Unset variable" in done.stdout + done.stderr
+    assert (done.returncode == 0) is bool(name), done.stdout + done.stderr
+    assert name or "Unset variable" in done.stdout + done.stderr
 
 
 # --- reuse -------------------------------------------------------------------------------------------------------------

@@ -93,7 +93,9 @@ def test_the_units_are_the_programs_and_only_their_account_reaches_the_socket() 
 @pytest.mark.skipif(SSHD is None or os.geteuid() != 0, reason="sshd says its configuration to root alone")
 def test_each_account_of_a_workspace_has_its_own_certificates_and_its_own_command(tmp_path: Path) -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "key")], check=True)
-    text = jinja2.Template((ROLES / "ssh_access/templates/sshd.conf.j2").read_text()).render(ssh_access_user="agent")
+    text = jinja2.Template((ROLES / "ssh_access/templates/sshd.conf.j2").read_text()).render(
+        ssh_access_user="agent", ssh_access_system={"penalties": True}
+    )
     # Host keys are the image's, and older servers know no penalties.
     lines = [line for line in text.splitlines() if not line.startswith(("Host", "PerSource"))]
     (tmp_path / "sshd.conf").write_text("\n".join(lines) + "\n")
