@@ -11,8 +11,9 @@ import hmac
 import os
 import stat
 import struct
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 
@@ -63,15 +64,19 @@ def erase(path: Path) -> Erased | None:
         header = next((found for at in _COPIES if (found := _copy_at(stream, at)) is not None), None)
         if header is None:
             return None
+        disk = stream.fileno()
         for fill in (os.urandom, bytes):
-            stream.seek(0)
-            for size in _pieces(header.data_offset):
-                stream.write(fill(size))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.posix_fadvise(stream.fileno(), 0, header.data_offset, os.POSIX_FADV_DONTNEED)
-        stream.seek(0)
-        read = sum(size for size in _pieces(header.data_offset) if stream.read(size) == bytes(size))
+            at = 0
+            while at < header.data_offset:
+                at += os.pwrite(disk, fill(min(_CHUNK, header.data_offset - at)), at)
+            os.fsync(disk)
+        os.posix_fadvise(disk, 0, header.data_offset, os.POSIX_FADV_DONTNEED)
+        read = 0
+        while read < header.data_offset:
+            piece = os.pread(disk, min(_CHUNK, header.data_offset - read), read)
+            if not piece or any(piece):
+                break
+            read += len(piece)
     if read != header.data_offset:
         raise DataDiskError(
             f"{path} was overwritten and does not read back as zeros", cure="look at the disk; wipe or destroy it"
@@ -79,7 +84,7 @@ def erase(path: Path) -> Erased | None:
     return Erased(str(path), "luks2-header", header.uuid, header.keyslots, header.data_offset, read)
 
 
-def _opened(path: Path, flags: int) -> BinaryIO:
+def _opened(path: Path, flags: int) -> FileIO:
     """Open a regular file or block device; a link is followed for reading alone (stable names of devices are links)."""
     try:
         follow = 0 if flags == os.O_RDONLY else os.O_NOFOLLOW
@@ -90,10 +95,10 @@ def _opened(path: Path, flags: int) -> BinaryIO:
     if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
         os.close(descriptor)
         raise DataDiskError(f"{path} is no file and no block device", cure="name the data disk")
-    return os.fdopen(descriptor, "rb" if flags == os.O_RDONLY else "r+b", buffering=0 if flags == os.O_RDONLY else -1)
+    return FileIO(descriptor, "r" if flags == os.O_RDONLY else "r+")
 
 
-def _copy_at(stream: BinaryIO, at: int) -> Header | None:
+def _copy_at(stream: FileIO, at: int) -> Header | None:
     stream.seek(at)
     binary = stream.read(_BINARY)
     if len(binary) != _BINARY or binary[:6] != _MAGIC[bool(at)] or struct.unpack_from(">H", binary, 6)[0] != 2:
@@ -125,7 +130,3 @@ class _Metadata(msgspec.Struct, frozen=True):
 
 def _text(raw: bytes, at: int, size: int) -> str:
     return raw[at : at + size].partition(b"\0")[0].decode("utf-8", "replace")
-
-
-def _pieces(size: int) -> list[int]:
-    return [min(_CHUNK, size - begin) for begin in range(0, size, _CHUNK)]

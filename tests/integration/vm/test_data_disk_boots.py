@@ -1,7 +1,7 @@
-"""A golden image encrypts its blank data disk, and opens it with the key that its TPM holds: real firmware, kernel, TPM, emulated.
+"""A golden image encrypts its blank data disk and opens it with its TPM's key: real firmware, kernel and TPM, emulated.
 
-The image that was built here is signed for an owner of this test, once as it is and once as "another image" of the same owner (its
-command line says something else, so PCR 4 and 11 differ), and once for another owner. Each boot ends as soon as /home is there.
+The image that was built here is signed for an owner of this test, once as it is and once as "another image" of the same owner
+(its command line says something else, so PCR 4 and 11 differ), and once for another owner. A boot ends as soon as /home is there.
 """
 
 from __future__ import annotations
@@ -63,8 +63,7 @@ say key 'grep -rlE "[0-9a-f]{64}" /run/saw-data-disk'
 say logged 'journalctl -b -u saw-data-disk -o cat'
 say again '/opt/saw/bin/saw data-disk open --json'
 say pcrs 'tpm2_pcrread -T device:/dev/tpmrm0 sha256:4,7,11'
-say luks 'cryptsetup luksDump /dev/disk/by-id/nvme-QEMU_NVMe_Ctrl_data | grep -E "systemd-tpm2|saw-recovery|PBKDF|Iterations|flags|Flags"'
-say pcr-bound 'cryptsetup luksDump /dev/disk/by-id/nvme-QEMU_NVMe_Ctrl_data | grep tpm2-hash-pcrs'
+say luks 'cryptsetup luksDump /dev/disk/by-id/nvme-QEMU_NVMe_Ctrl_data | grep -E "systemd-tpm2|saw-recovery|tpm2-hash-pcrs"'
 say trim 'fstrim -v /home'
 echo "$NOTE" >/home/note; sync
 say last 'echo done'
@@ -97,7 +96,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
         folder.mkdir()
         if not keys.exists():
             uefi_keys.make_keys(keys, owner)
-        uki.write_bytes(unsigned.replace(b" quiet ", b" audit=1 "[:7]) if name == "next" else unsigned)
+        uki.write_bytes(unsigned.replace(b" quiet ", b" audit ") if name == "next" else unsigned)
         image_secure_boot.sign(uki, keys / "db.key", keys / "db.crt")
         boot_images.run("mcopy", "-o", "-i", f"{raw}@@{esp}", str(uki), "::/EFI/BOOT/BOOTX64.EFI")
         boot_images.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(folder / "image.qcow2"))
@@ -204,7 +203,7 @@ def test_the_first_start_makes_an_encrypted_home_of_a_blank_disk(machine: Machin
     assert first["cipher"] == "crypt"
     assert "systemd-tpm2" in first["luks"]
     assert "saw-recovery" in first["luks"]
-    assert re.search(r"tpm2-hash-pcrs: +7\b", first["pcr-bound"])
+    assert re.search(r"tpm2-hash-pcrs: +7\b", first["luks"])
     assert json.loads(first["again"]) == {
         "ok": True, "changed": False, "device": "/dev/disk/by-id/nvme-QEMU_NVMe_Ctrl_data", "made": False, "opened_by": "nothing",
     }  # fmt: skip
@@ -226,13 +225,8 @@ def test_no_key_of_it_lies_or_was_said_anywhere(machine: Machine, first: dict[st
 def test_a_rebuild_onto_another_image_of_the_owner_keeps_the_home(machine: Machine, first: dict[str, str]) -> None:
     found = report(machine.boot("next"))
     assert found["before"] == "ours"
-    four, seven, eleven = (
-        {number: value for number, value in re.findall(r"(\d+) *: 0x([0-9A-F]{64})", one["pcrs"])}
-        for one in (found, first, found)
-    )
-    assert four["7"] == seven["7"]
-    assert four["4"] != seven["4"]
-    assert eleven["11"] != seven["11"]
+    now, then = (dict(re.findall(r"(\d+) *: 0x([0-9A-F]{64})", one["pcrs"])) for one in (found, first))
+    assert [number for number in ("4", "7", "11") if now[number] == then[number]] == ["7"]
 
 
 def test_an_image_of_another_owner_is_not_given_the_key_and_says_so(machine: Machine, first: dict[str, str]) -> None:
@@ -285,7 +279,6 @@ def test_erasing_takes_every_key_away(machine: Machine, first: dict[str, str]) -
     assert found is not None
     assert found.erased.overwritten == found.erased.read_back >= 16 * 1024 * 1024
     assert luks2.read_header(machine.disk) is None
-    machine.boot("ours", until=r"is not blank|holds .* and is not formatted over|nothing that can be read")
 
 
 def header_bytes(disk: Path) -> bytes:
