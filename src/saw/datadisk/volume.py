@@ -142,12 +142,12 @@ def make(config: DataDiskConfig, mapper: Path) -> None:
 
 
 def enrol(config: DataDiskConfig, key: str) -> None:
-    """Seal a fresh key to the TPM and to its present registers, with ``key`` as the authority; earlier TPM keys go."""
+    """Seal a fresh key to the TPM and to its present registers, with ``key`` as the authority."""
     registers = "+".join(str(one) for one in sorted(config.pcrs))
     with _key_file(key) as file:
         run(
-            "systemd-cryptenroll", f"--unlock-key-file={file}", "--wipe-slot=tpm2", "--tpm2-device=auto",
-            f"--tpm2-pcrs={registers}", config.device,
+            "systemd-cryptenroll", f"--unlock-key-file={file}", "--tpm2-device=auto", f"--tpm2-pcrs={registers}",
+            config.device,
         )  # fmt: skip
 
 
@@ -193,6 +193,8 @@ def _open(config: DataDiskConfig, once: str) -> Literal["tpm", "recovery"]:
                 "the recovery key does not open this data disk", cure="read the escrow again"
             ) from failed
         try:
+            # For the same registers systemd-cryptenroll keeps what another TPM holds, and would do nothing.
+            run("systemd-cryptenroll", "--wipe-slot=tpm2", config.device)
             enrol(config, once)
         except DataDiskError:
             close()
@@ -223,7 +225,7 @@ def run(*argv: str, stdin: str = "") -> str:
     """Run a program; raise :class:`DataDiskError` with the end of its error output."""
     done = _call(*argv, stdin=stdin)
     if done.returncode:
-        said = (done.stderr or done.stdout).strip()[-400:]
+        said = "; ".join((done.stderr or done.stdout).strip().splitlines())[-400:]
         raise DataDiskError(f"`{argv[0]} {argv[1]}` failed ({done.returncode}): {said}")
     return done.stdout
 

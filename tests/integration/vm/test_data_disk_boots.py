@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
     not IMAGES or any(not path.exists() for path in (secure_boot.FIRMWARE, uefi_keys.FACTORY)),
     reason="no golden image was built here (make image), or the package ovmf (with secboot) is missing",
 )
-PATIENCE = 900.0
+PATIENCE = 3000.0
 """Seconds that a boot may take: software emulation beside other tests."""
 WORDS = b" quiet systemd.show_status=no systemd.firstboot=off panic=10"
 PATIENT = b" systemd.firstboot=off systemd.default_timeout_start_sec=900"

@@ -198,10 +198,11 @@ def test_the_recovery_key_of_one_start_opens_it_and_seals_it_anew(rig: Rig) -> N
     key = "ab" * 32
     rig.says(("blkid", 0, OURS), ("systemd-cryptsetup attach", 1, "no"))
     assert rig.open(key).opened_by == "recovery"
-    opened, enrolled = (one for one in rig.calls() if one["argv"][0] == "systemd-cryptenroll" or "open" in one["argv"])
+    opened, wiped, enrolled = rig.calls()[3:6]
+    assert opened["argv"][:2] == ["cryptsetup", "open"]
     assert opened["stdin"] == key
+    assert wiped["argv"] == ["systemd-cryptenroll", "--wipe-slot=tpm2", str(rig.disk)]
     assert enrolled["file"][0] == key
-    assert "--wipe-slot=tpm2" in enrolled["argv"]
     assert all(key not in " ".join(one["argv"]) for one in rig.calls())
 
 
