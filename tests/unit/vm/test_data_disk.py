@@ -152,10 +152,13 @@ def test_the_recovery_key_is_gone_from_the_hypervisor_once_the_guest_runs(
     data_disk.unlock(encrypted, KEY)
     machine = hypervisor / "tools/qemu-system-x86_64"
     console, kept = encrypted.directory / "console.log", qemu.credential_file(encrypted, ONCE)
-    subprocess.run(
-        ["install", "-m", "755", "/dev/stdin", machine], check=True, text=True,
-        input=f"#!/bin/sh\n[ -e {kept} ] || exit 9\necho boot >{console}\nwhile [ -e {kept} ]; do sleep 0.1; done\n",
-    )  # fmt: skip
+    script = f"""#!/bin/sh
+[ -e {kept} ] || exit 9
+echo boot >{console}
+for i in $(seq 600); do [ -e {kept} ] || exit 0; sleep 0.1; done
+exit 8
+"""
+    subprocess.run(["install", "-m", "755", "/dev/stdin", machine], check=True, text=True, input=script)
     offline = msgspec.structs.replace(encrypted, network=False, accel="tcg")
     assert qemu.execute(offline) == 0
     encoded = base64.b64encode(KEY.encode())
