@@ -51,8 +51,8 @@ options:
     default: 2048
   data_disk_recovery_key:
     description:
-      - Public key (PEM) of the operator. Where there is one, the data disk is handed over blank, and the guest encrypts it and seals its
-        key to the virtual TPM; the recovery key is sealed for this public key. Needs the role C(data_disk) in the image.
+      - Public key (PEM) of the operator. Where there is one, the data disk is handed over blank, and the guest encrypts it and
+        seals its key to the virtual TPM; the recovery key is sealed for this public key. Needs the role C(data_disk) in the image.
       - A disk with data does not change from plain to encrypted, or back.
     type: str
     default: ""
@@ -216,7 +216,8 @@ def stored_specification(vm_id):
 
 def differs(stored, wanted):
     """Tell whether the stored specification is not the wanted one."""
-    unsaid = {"devices": [], "wipe": False, "data_disk_recovery_key": "", "data_disk_secure_boot": True}  # specifications of older versions
+    # Specifications of older versions say nothing of these.
+    unsaid = {"devices": [], "wipe": False, "data_disk_recovery_key": "", "data_disk_secure_boot": True}
     return stored is None or any(stored.get(key, unsaid.get(key)) != value for key, value in wanted.items())
 
 
