@@ -52,7 +52,7 @@ options:
   data_disk_recovery_key:
     description:
       - Public key (PEM) of the operator. Where there is one, the data disk is handed over blank, and the guest encrypts it and
-        seals its key to the virtual TPM; the recovery key is sealed for this public key. Needs the role C(data_disk) in the image.
+        seals its key to the virtual TPM; the recovery key is sealed for this public key. The image needs the role C(data_disk).
       - A disk with data does not change from plain to encrypted, or back.
     type: str
     default: ""
