@@ -36,6 +36,11 @@ ifdef OLDER
 export SAW_IMAGE_OLDER := $(OLDER)
 endif
 
+# Whether the workspace's data disk is encrypted (docs/data-disk.md): DATA_DISK=encrypted|plain.
+ifdef DATA_DISK
+export SAW_DATA_DISK := $(DATA_DISK)
+endif
+
 # The owner's key that the boot image is signed with, its certificate and the variable store that lets it in (docs/images.md).
 ifdef SECURE_BOOT_KEY
 export SAW_IMAGE_SECURE_BOOT_KEY := $(abspath $(SECURE_BOOT_KEY))

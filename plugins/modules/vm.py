@@ -49,6 +49,17 @@ options:
     description: Size of the data disk in MiB.
     type: int
     default: 2048
+  data_disk_recovery_key:
+    description:
+      - Public key (PEM) of the operator. Where there is one, the data disk is handed over blank, and the guest encrypts it and
+        seals its key to the virtual TPM; the recovery key is sealed for this public key. The image needs the role C(data_disk).
+      - A disk with data does not change from plain to encrypted, or back.
+    type: str
+    default: ""
+  data_disk_secure_boot:
+    description: The encrypted data disk is made and opened under secure boot alone, so the image needs its owner's keys.
+    type: bool
+    default: true
   credentials:
     description: systemd credentials for the guest; public data only. A mapping is handed over as JSON.
     type: dict
@@ -128,6 +139,13 @@ active:
   returned: success
   type: bool
   sample: true
+erased:
+  description:
+    - Evidence that the key slots of the encrypted data disk were overwritten before it was removed; kept on the hypervisor below
+      C(/var/lib/saw/erased).
+  returned: when O(state=absent) removed an encrypted data disk
+  type: dict
+  sample: {format: saw-erasure/1, workspace: ws-demo, host: edge, at: "2026-01-01T00:00:00Z", erased: {kind: luks2-header}}
 failure:
   description: Machine-readable error of the driver.
   returned: failure
@@ -182,6 +200,8 @@ def specification(params):
         "accel": params["accel"],
         "devices": params["devices"],
         "wipe": params["wipe"],
+        "data_disk_recovery_key": params["data_disk_recovery_key"],
+        "data_disk_secure_boot": params["data_disk_secure_boot"],
     }
 
 
@@ -196,7 +216,8 @@ def stored_specification(vm_id):
 
 def differs(stored, wanted):
     """Tell whether the stored specification is not the wanted one."""
-    unsaid = {"devices": [], "wipe": False}  # specifications of older versions
+    # Specifications of older versions say nothing of these.
+    unsaid = {"devices": [], "wipe": False, "data_disk_recovery_key": "", "data_disk_secure_boot": True}
     return stored is None or any(stored.get(key, unsaid.get(key)) != value for key, value in wanted.items())
 
 
@@ -220,6 +241,8 @@ def main():
             "accel": {"type": "str", "choices": ["auto", "kvm", "tcg"], "default": "auto"},
             "devices": {"type": "list", "elements": "str", "default": []},
             "wipe": {"type": "bool", "default": False},
+            "data_disk_recovery_key": {"type": "str", "default": "", "no_log": False},
+            "data_disk_secure_boot": {"type": "bool", "default": True},
             "handed": {"type": "dict", "default": {}},
         },
         required_if=[("state", "created", ("number", "image", "image_sha256"))],
@@ -262,7 +285,9 @@ def main():
         result["ek_pub_pem"] = answer["ek_pub_pem"]
         result["changed"] = result["changed"] or answer["changed"]
     if verb:
-        call(module, verb, vm_id)
+        answer = call(module, verb, vm_id)
+        if answer.get("erased"):
+            result["erased"] = answer["erased"]
     result["active"] = (
         state != "absent" and stored_specification(vm_id) is not None and call(module, "status", vm_id)["active"]
     )

@@ -20,7 +20,7 @@ from saw.image.compare_disk import partitions
 from saw.image.disk import digest_of
 from saw.image.ext4 import Ext4
 from saw.image.identity import TRACES
-from saw.vm import qemu
+from saw.vm import data_disk, qemu
 from saw.vm.spec import VmSpec
 
 PATIENCE = 1800.0
@@ -101,7 +101,7 @@ def boot(place: Path) -> dict[str, str]:
         place=str(place),
     )  # fmt: skip
     qemu.make_root_disk(spec)
-    qemu.make_data_disk(spec)
+    data_disk.make(spec)
     qemu.copy(qemu.FIRMWARE_VARS, place / "vars.fd")
     (place / "tpm").mkdir()
     for _ in range(ATTEMPTS):

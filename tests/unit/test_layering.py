@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "review": BASE | {"policy", "identity"},
     "sessions": BASE | {"identity"},
     "jobs": BASE,
+    "datadisk": BASE,
     "broker": BASE | {"policy", "identity", "attest", "audit", "budget", "review", "sessions", "jobs", "secrets"},
     "runtime": BASE | {"policy", "identity", "attest", "audit", "budget", "review"},
     "gateway": BASE | {"policy", "identity", "attest", "audit", "budget", "review", "secrets"},
@@ -41,9 +42,9 @@ MAY_IMPORT = {
     "drift": BASE | {"audit", "edr", "broker"},
     "conformance": BASE | {"policy", "runtime"},
     "image": BASE | {"attest", "vm"},
-    "vm": BASE | {"image", "attest", "policy"},
+    "vm": BASE | {"image", "attest", "policy", "datadisk"},
     "lab": BASE
-    | {"policy", "identity", "attest", "audit", "budget", "review", "broker", "gateway", "runtime", "image", "vm"},
+    | {"policy", "identity", "attest", "audit", "budget", "review", "broker", "gateway", "runtime", "image", "vm", "datadisk"},
 }
 #: Single modules with a reason of their own.
 EXCEPTIONS = {

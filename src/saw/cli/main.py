@@ -51,6 +51,7 @@ AREAS: dict[str, tuple[str, str]] = {
         "security updates of this host: pending, held, overdue; a run now, a restart in its window",
     ),
     "gpu": ("saw.cli.gpu", "GPUs: the driver in an image, a look at the devices, the wipe when a user goes"),
+    "data-disk": ("saw.cli.data_disk", "the encrypted data disk: open it (in the VM), the operator's recovery key"),
     "drift": ("saw.cli.drift", "hosts that are not as the plays want them, and hosts that could not be asked"),
     "lab": ("saw.cli.lab", "the embedded default: from an empty machine to a governed workspace"),
     "vm": ("saw.cli.vm", "the qemu driver (on a hypervisor)"),

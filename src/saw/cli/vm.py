@@ -13,7 +13,7 @@ import msgspec
 from saw.attest.image_record import PAYLOAD_TYPE
 from saw.errors import ConfigError
 from saw.policy.envelope import read_envelope
-from saw.vm import golden, measure, qemu, released, trust
+from saw.vm import data_disk, golden, measure, qemu, released, trust
 from saw.vm.spec import STATE, load_spec, parse_spec
 
 
@@ -29,6 +29,8 @@ def parser() -> argparse.ArgumentParser:
         "poweroff": "end the VM at once",
         "destroy": "end the VM and remove disks, vTPM and network",
         "status": "show one VM",
+        "escrow": "print the sealed recovery key of the VM's encrypted data disk, for its operator",
+        "unlock": "take a recovery key from standard input for the next start alone, which seals the disk to the vTPM anew",
         "exec": "run the VM in the foreground (what its unit does)",
     }.items():
         verbs.add_parser(verb, help=text).add_argument("id")
@@ -104,9 +106,18 @@ def main(argv: list[str]) -> int:
         spec = load_spec(options.id)
         if options.verb == "exec":
             return qemu.execute(spec)
+        if options.verb == "escrow":
+            print(msgspec.json.encode(data_disk.escrow(spec)).decode())
+            return 0
+        if options.verb == "unlock":
+            data_disk.unlock(spec, read_input("-").decode("ascii", "replace").strip())
+            print(json.dumps({"ok": True, "changed": True}) if options.json else "kept for the next start")
+            return 0
         actions = {"start": qemu.start, "stop": qemu.stop, "poweroff": qemu.power_off, "destroy": qemu.destroy}
         status = options.verb == "status"
         answer = qemu.status(spec) if status else {"changed": actions[options.verb](spec)}
+        if options.verb == "destroy":
+            answer |= data_disk.evidence(spec)
     answer.setdefault("changed", False)
     print(json.dumps({"ok": True, **answer}) if options.json else "\n".join(f"{k}: {v}" for k, v in answer.items()))
     return 0

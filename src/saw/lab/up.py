@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from saw.broker.client import OperatorClient
+from saw.datadisk.recovery import make_keys
 from saw.errors import SawError, UnavailableError
 from saw.image import package_state, secure_boot
 from saw.image.base_os import base_os
@@ -234,6 +235,7 @@ class Bringup:
                 "workspace_blueprint": "coding",
                 "workspace_ring": "stable",
                 "workspace_delegations": [DELEGATION],
+                **data_disk_variables(self.lab, image),
             },
         )
         return name
@@ -250,6 +252,27 @@ class Bringup:
         from saw.lab.demo import check_attach
 
         return check_attach(self, workspace)
+
+
+def data_disk_variables(lab: Lab, image: GoldenImage) -> dict[str, Any]:
+    """Return what has the workspace encrypt its data disk, where ``SAW_DATA_DISK`` is ``encrypted``; the key is made once.
+
+    Without the variable it is as it was the last time. The disk opens under secure boot alone where the image was signed, and on
+    its TPM with any image otherwise.
+    """
+    folder = lab.directory / "data-disk"
+    public = folder / "recovery.pub"
+    wanted = os.environ.get("SAW_DATA_DISK") or ("encrypted" if public.exists() else "plain")
+    if wanted not in {"plain", "encrypted"}:
+        raise UnavailableError(f"SAW_DATA_DISK is {wanted!r}", cure="say plain or encrypted")
+    if wanted == "plain":
+        return {}
+    if not public.exists():
+        make_keys(folder, "recovery")
+    return {
+        "workspace_vm_data_disk_recovery_key": public.read_text(encoding="ascii"),
+        "workspace_vm_data_disk_secure_boot": image.secure_boot is not None,
+    }
 
 
 def boot_seconds(job: Bringup, shown: dict[str, Any], begin: datetime) -> float | None:

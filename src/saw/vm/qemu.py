@@ -25,8 +25,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from saw import addressing
-from saw.files import write_atomic
-from saw.vm import devices, golden, released, secure_boot, wiped
+from saw.datadisk.config import ONCE
+from saw.files import write_atomic, write_private
+from saw.vm import data_disk, devices, golden, released, secure_boot, wiped
 from saw.vm.accel import probe
 from saw.vm.programs import run
 from saw.vm.spec import RUNTIME, STATE, VmError, VmSpec, parse_spec
@@ -56,12 +57,13 @@ def create(spec: VmSpec, *, renew: bool = False) -> dict[str, Any]:
             wiped.refuse_released(old, spec)
         changed = True
     wiped.refuse_wiped(spec)
+    data_disk.refuse(parse_spec(stored) if stored else None, spec)
     devices.refuse_taken(spec)
     released.require(spec)
     golden.verify(spec, again=renew)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     changed |= make_root_disk(spec, renew=renew)
-    changed |= make_data_disk(spec)
+    changed |= data_disk.make(spec)
     changed |= make_tpm(spec)
     changed |= secure_boot.make_variables(spec, FIRMWARE_VARS)
     if stored != encoded:
@@ -123,33 +125,6 @@ def startable(spec: VmSpec) -> None:
     released.require(spec)
     golden.verify(spec)
     secure_boot.startable(spec)
-
-
-def make_data_disk(spec: VmSpec) -> bool:
-    """Make the data disk (ext4, label saw-home) once; it is never touched again until ``destroy``."""
-    disk = spec.directory / "data.img"
-    if disk.exists():
-        return False
-    free = shutil.disk_usage(spec.directory).free
-    if free < 64 * 1024 * 1024:
-        raise VmError(f"{spec.directory} has {free // 1048576} MiB free", cure="free disk space on the hypervisor")
-    temporary = spec.directory / "data.img.new"
-    with temporary.open("wb") as stream:
-        stream.truncate(spec.data_disk_mib * 1024 * 1024)
-    run(
-        "mkfs.ext4",
-        "-q",
-        "-F",
-        "-L",
-        "saw-home",
-        "-m",
-        "0",
-        "-E",
-        "lazy_itable_init=1,lazy_journal_init=1",
-        str(temporary),
-    )
-    os.replace(temporary, disk)
-    return True
 
 
 def make_tpm(spec: VmSpec) -> bool:
@@ -259,13 +234,17 @@ def command_line(spec: VmSpec, accel: str) -> list[str]:
             "-netdev", f"tap,id=net0,ifname={spec.tap},script=no,downscript=no",
             "-device", f"virtio-net-pci,netdev=net0,romfile=,mac={addressing.mac(spec.number)}",
         ]  # fmt: skip
-    for name, value in sorted({**spec.credentials, **network_credentials(spec)}.items()):
-        path = run_dir / f"credential-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-        path.write_text(
-            f"io.systemd.credential.binary:{name}={base64.b64encode(value.encode()).decode()}", encoding="ascii"
-        )
+    told = {**spec.credentials, **network_credentials(spec), **data_disk.credentials(spec)}
+    for name, value in sorted(told.items()):
+        path = credential_file(spec, name)
+        write_private(path, f"io.systemd.credential.binary:{name}={base64.b64encode(value.encode()).decode()}")
         argv += ["-smbios", f"type=11,path={path}"]
     return argv
+
+
+def credential_file(spec: VmSpec, name: str) -> Path:
+    """Return the file out of which qemu reads the credential ``name`` when it starts."""
+    return spec.runtime / f"credential-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def network_credentials(spec: VmSpec) -> dict[str, str]:
@@ -303,6 +282,7 @@ def execute(spec: VmSpec) -> int:
         while (status := child.poll()) is None:
             if deadline and console.exists() and console.stat().st_size:
                 deadline = 0.0
+                credential_file(spec, ONCE).unlink(missing_ok=True)  # qemu has read it, and no later start gets it
             if deadline and time.monotonic() > deadline:
                 print(f"no console output within {SILENCE:.0f} s: this start is stuck, ending it", flush=True)
                 child.kill()
@@ -392,6 +372,7 @@ def destroy(spec: VmSpec) -> bool:
     """
     power_off(spec)
     wiped.refuse_unwiped(spec)
+    data_disk.erase(spec)
     run("systemctl", "stop", f"saw-swtpm@{spec.id}.service", check=False)
     network_down(spec)
     for part in spec.directory.iterdir():

@@ -13,6 +13,9 @@ from typing import Literal
 import msgspec
 
 from saw import addressing
+from saw.datadisk.config import CREDENTIAL as DATA_DISK
+from saw.datadisk.config import ONCE as DATA_DISK_ONCE
+from saw.datadisk.recovery import load_public
 from saw.errors import ConfigError, SawError
 
 STATE = Path("/var/lib/saw/vms")
@@ -37,7 +40,9 @@ class VmSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``number`` fixes its private network (:mod:`saw.addressing`); ``image`` is a qcow2 golden image on the hypervisor;
     ``credentials`` are systemd credentials handed over through SMBIOS type 11 — public data only, never a secret. ``devices``
     are PCI addresses on the hypervisor, bound to vfio-pci there, that the VM gets for itself, such as a GPU. ``wipe``: nothing of
-    the VM is released before the record of a wipe lies beside it (:mod:`saw.vm.wiped`).
+    the VM is released before the record of a wipe lies beside it (:mod:`saw.vm.wiped`). ``data_disk_recovery_key`` is the
+    operator's public key (PEM): where there is one, the guest encrypts its data disk (:mod:`saw.datadisk`), and opens it under
+    secure boot alone unless ``data_disk_secure_boot`` says otherwise.
     """
 
     id: str
@@ -52,6 +57,8 @@ class VmSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     network: bool = True
     devices: tuple[str, ...] = ()
     wipe: bool = False
+    data_disk_recovery_key: str = ""
+    data_disk_secure_boot: bool = True
 
     @property
     def needs_record(self) -> bool:
@@ -113,6 +120,12 @@ def parse_spec(raw: bytes) -> VmSpec:
                 f"credential name {name!r} of VM {spec.id} is not valid",
                 cure="use letters, digits, dots, dashes and underscores, at most 64",
             )
+        if name in {DATA_DISK, DATA_DISK_ONCE}:
+            raise ConfigError(
+                f"credential {name} of VM {spec.id} is the driver's own", cure="set data_disk_recovery_key instead"
+            )
+    if spec.data_disk_recovery_key:
+        load_public(spec.data_disk_recovery_key)
     for device in spec.devices:
         if not PCI_ADDRESS.fullmatch(device):
             raise ConfigError(

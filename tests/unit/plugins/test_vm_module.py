@@ -51,6 +51,8 @@ elif verb in ("stop", "poweroff", "destroy"):
     active.unlink(missing_ok=True)
     if verb == "destroy":
         (home / "vms" / rest[0] / "spec.json").unlink()
+        if (home / "erased").exists():
+            answer["erased"] = {{"format": "saw-erasure/1"}}
 print(json.dumps(answer))
 """
 WANTED: dict[str, Any] = {"id": "ws-t", "number": 3, "image": "/i/image.qcow2", "image_sha256": "a" * 64}
@@ -117,6 +119,25 @@ def test_credentials_are_handed_over_as_text_and_defaults_are_the_drivers(driver
     spec = driver.spec()
     assert spec["credentials"] == {"saw.workspace": '{"a": "x", "b": 1}', "plain": "text"}
     assert (spec["memory_mib"], spec["cpus"], spec["data_disk_mib"], spec["accel"]) == (1536, 2, 2048, "auto")
+
+
+def test_a_recovery_key_is_handed_over_and_an_older_specification_without_one_is_the_same(
+    driver: Driver, run_module: Run
+) -> None:
+    run_module(vm, **WANTED)
+    old = driver.spec()
+    assert (old.pop("data_disk_recovery_key"), old.pop("data_disk_secure_boot")) == ("", True)
+    (driver.home / "vms/ws-t/spec.json").write_text(json.dumps(old))
+    assert not run_module(vm, check=True, **WANTED)["changed"]
+    told = {"data_disk_recovery_key": "-----BEGIN PUBLIC KEY-----", "data_disk_secure_boot": False}
+    assert run_module(vm, **WANTED, **told)["changed"]
+    assert driver.spec() == {**old, **told}
+
+
+def test_the_evidence_of_an_erased_data_disk_is_returned(driver: Driver, run_module: Run) -> None:
+    run_module(vm, **WANTED)
+    (driver.home / "erased").touch()
+    assert run_module(vm, id="ws-t", state="absent")["erased"] == {"format": "saw-erasure/1"}
 
 
 def test_another_image_stops_the_vm_before_the_root_disk_is_made_again(driver: Driver, run_module: Run) -> None:
@@ -240,7 +261,7 @@ def test_what_is_handed_over_comes_before_the_vm_and_is_forecast(driver: Driver,
 def test_what_is_documented_is_what_is_returned(driver: Driver, run_module: Run) -> None:
     documented = yaml.safe_load(vm.RETURN)
     result = run_module(vm, **WANTED)
-    assert set(documented) - {"failure"} <= set(result)
+    assert set(documented) - {"failure", "erased"} <= set(result)
     kinds = {"str": str, "bool": bool, "dict": dict}
-    for name in set(documented) - {"failure"}:
+    for name in set(documented) - {"failure", "erased"}:
         assert isinstance(result[name], kinds[documented[name]["type"]]), name

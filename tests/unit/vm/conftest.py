@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from saw.cli import vm as vm_cli
-from saw.vm import golden, measure, qemu, released, spec
+from saw.vm import data_disk, golden, measure, qemu, released, spec
 
 SYSTEMCTL = """#!/bin/sh
 echo "$@" >> "{log}"
@@ -33,7 +33,7 @@ def hypervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     settings.write_text('{"image_records": "unchecked"}')
     monkeypatch.setattr(released, "SETTINGS", settings)
     state, runtime = tmp_path / "lib/vms", tmp_path / "run"
-    for module in (spec, qemu, vm_cli, measure, golden):
+    for module in (spec, qemu, vm_cli, measure, golden, data_disk):
         for name, value in (("STATE", state), ("RUNTIME", runtime)):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)

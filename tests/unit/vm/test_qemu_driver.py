@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from saw.cli import main as saw_main
 from saw.errors import ConfigError
-from saw.vm import accel, qemu
+from saw.vm import accel, data_disk, qemu
 from saw.vm.measure import parse_report
 from saw.vm.spec import VmError, VmSpec, load_spec
 
@@ -150,12 +150,12 @@ def test_an_interrupted_creation_is_continued(make_spec: Make, monkeypatch: pyte
             raise KeyboardInterrupt
         return real(*argv, **options)
 
-    monkeypatch.setattr(qemu, "run", interrupted)
+    monkeypatch.setattr(data_disk, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         qemu.create(spec)
     assert not (spec.directory / "data.img").exists()
     assert not (spec.directory / "spec.json").exists()
-    monkeypatch.setattr(qemu, "run", real)
+    monkeypatch.setattr(data_disk, "run", real)
     assert qemu.create(spec)["changed"]
     assert not qemu.create(spec)["changed"]
 
