@@ -1,4 +1,4 @@
-"""Puts this folder on the path, and lets go of the databases that tests made (:mod:`databases`)."""
+"""Puts this folder on the path, names the thorough run of properties, and lets go of the databases that tests made."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parent / "integration")]
 
 import databases  # noqa: E402
+import examples  # noqa: E402
+
+examples.register()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from sqlalchemy import select
 
 from databases import installed, nobody_writes
+from examples import examples
 from saw.attest.verifier import RELEASED_PCRS
 from saw.audit import Chain, EventFactory, Head, Subject
 from saw.broker.config import BrokerConfig, RolloutSettings
@@ -659,7 +660,7 @@ def test_the_history_keeps_every_word_and_the_trail_too(ring):
     st.builds(Calls, st.integers(0, 50), st.integers(0, 50)),
     st.integers(0, 5),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_a_limit_is_crossed_exactly_when_it_is_exceeded(counts, calls, before, allowed) -> None:
     limits = RolloutSettings(max_refused=allowed, min_calls=10, max_deny_rate_increase=0.1)
     found = {reason.partition(":")[0] for reason in crossed(limits, counts, calls, before)}
