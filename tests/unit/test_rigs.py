@@ -73,8 +73,14 @@ def test_another_database_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         databases.on_postgresql()
 
 
-def test_a_property_draws_a_hundred_and_all_where_all_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "get_current_profile_name", lambda: "ci")
-    assert (examples(400), examples(25)) == (ORDINARY, 25) == (100, 25)
-    monkeypatch.setattr(settings, "get_current_profile_name", lambda: "thorough")
-    assert (examples(400), examples(25)) == (400, 25)
+@pytest.mark.parametrize(
+    ("profile", "many", "few"), [("ci", ORDINARY, 25), ("thorough", 400, 25), ("default", 400, 25)]
+)
+def test_a_property_draws_a_hundred_and_all_where_all_are_asked_for(profile: str, many: int, few: int) -> None:
+    before = settings.get_current_profile_name()
+    settings.load_profile(profile)
+    try:
+        assert (examples(400), examples(25)) == (many, few)
+    finally:
+        settings.load_profile(before)
+    assert ORDINARY == 100
