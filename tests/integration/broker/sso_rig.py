@@ -39,6 +39,7 @@ from webauthn.helpers import encode_cbor
 
 from databases import beside
 from saw.broker.config import BrokerConfig, SessionRules
+from saw.broker.register_place import register_file
 from saw.broker.setup import initialise
 from saw.broker.sso_settings import Listen, ProviderSettings, SessionSettings, SsoSettings
 from saw.review.messages import OpenReview, ReviewedCall
@@ -266,7 +267,11 @@ class SsoLab(Lab):
 def _made(directory: Path) -> bool:
     """Make the broker's keys before its provider starts: a first broker without sign-in has the same authority."""
     config = BrokerConfig("saw.example", str(directory / "state"), str(directory / "o.sock"), ("broker.saw.internal",))
-    return bool(initialise(config, datetime.now(UTC)))
+    made = bool(initialise(config, datetime.now(UTC)))
+    # Only the keys are of use: the register is made where the broker that serves will have it.
+    for file in (config.database, register_file(config)):
+        file.unlink()
+    return made
 
 
 @dataclass
