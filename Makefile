@@ -53,7 +53,7 @@ export SAW_IMAGE_SECURE_BOOT_VARIABLES := $(abspath $(SECURE_BOOT_VARIABLES))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help workspace test test-unit test-roles test-e2e lint bench image image-edr-check image-reproducible clean start stop rebuild kill destroy tools tools-python
+.PHONY: help workspace test test-unit test-roles test-e2e test-postgresql test-properties lint bench image image-edr-check image-reproducible clean start stop rebuild kill destroy tools tools-python
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -100,6 +100,14 @@ test-roles: tools ## molecule: every role on booted systemd hosts
 
 test-e2e: tools ## `make workspace` from a clean clone, then every failure case
 	@scripts/test.sh e2e
+
+# What is about files of SQLite is skipped there and says so. TESTS=… names other folders or files.
+test-postgresql: TESTS ?= tests/unit/broker tests/integration/broker tests/integration/postgres
+test-postgresql: tools ## the tests of the broker on a PostgreSQL that they start themselves, no part of `make test`
+	@SAW_TEST_DATABASE=postgresql $(PYTEST) $(TESTS) -q -n 2 --dist loadfile -p no:cacheprovider
+
+test-properties: tools-python ## all property tests with all their examples, no part of `make test`
+	@$(PYTEST) tests/unit tests/integration -q -m hypothesis --hypothesis-profile=thorough -n 2 --dist loadfile -p no:cacheprovider
 
 lint: tools-python ## ruff, mypy, yamllint, shellcheck, ansible-lint, packer validate, ansible-test sanity
 	@scripts/lint.sh

@@ -19,9 +19,9 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
-from conftest import run
 from vm_access import Workspace, facts, wait_until
 
+from conftest import run
 from saw.lab.up import DELEGATION
 
 PACKER_LOG = "build/packer.log"

@@ -19,8 +19,9 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import run
 from vm_access import Workspace, facts, wait_until
+
+from conftest import run
 
 KILL_GOAL_S, KILL_BOUND_S = 2.0, 30.0
 STALE_AFTER_S, LONGEST_POLL_S = 90.0, 10.0

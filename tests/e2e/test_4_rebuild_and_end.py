@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run
 from vm_access import PLACES, Workspace, wait_until
+
+from conftest import run
 
 
 @pytest.mark.control("P0-06")

@@ -29,7 +29,7 @@ SETTINGS = {
     "max_wal_size": "96MB",
     "autovacuum": "off",
 }
-#: Databases of tests that have ended are dropped once so many newer ones were made.
+#: Databases of tests that have ended are dropped once so many newer ones were made, where nobody else drops them.
 KEPT = 4
 
 
@@ -47,6 +47,7 @@ class Server:
         self.directory = directory
         self.data = directory / "data"
         self.port = 5432
+        self.kept: int | None = KEPT
         self._made = 0
         account = pwd.getpwnam(ACCOUNT)
         self._as: dict[str, Any] = {}
@@ -95,8 +96,8 @@ class Server:
                 _migrated(self.url("template_saw"))
             self._made += 1
             name = f"saw_{self._made}"
-            if self._made > KEPT:
-                session.execute(f"DROP DATABASE IF EXISTS saw_{self._made - KEPT} WITH (FORCE)".encode())
+            if self.kept is not None and self._made > self.kept:
+                session.execute(f"DROP DATABASE IF EXISTS saw_{self._made - self.kept} WITH (FORCE)".encode())
             source = "template0" if empty else "template_saw"
             session.execute(f"CREATE DATABASE {name} TEMPLATE {source} STRATEGY file_copy".encode())
         return self.url(name)

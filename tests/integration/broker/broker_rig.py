@@ -25,11 +25,11 @@ import rfc8785
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from databases import installed
 from saw.attest.image_record import PAYLOAD_TYPE
 from saw.attest.verifier import RELEASED_PCRS
 from saw.broker.client import BrokerContext, Context, OperatorClient
 from saw.broker.config import BrokerConfig, Listen, RolloutSettings, SessionRules, TufSettings
-from saw.broker.setup import initialise
 from saw.broker.sso_settings import SsoSettings
 from saw.cli.main import main as saw_command
 from saw.identity.x509 import new_key_and_csr
@@ -149,9 +149,9 @@ class Lab:
             sessions=sessions or SessionRules(),
             **settings,
         )
+        self.config = installed(self.config, datetime.now(UTC))
         self.config_file = directory / "broker.json"
         self.config_file.write_bytes(msgspec.json.encode(self.config))
-        initialise(self.config, datetime.now(UTC))
         self.officers = Officers(directory, (self.config.keys / "tuf-online.pub").read_bytes())
         self.ca_file = self.config.keys / "x509" / "ca.pem"
         self.port = 0

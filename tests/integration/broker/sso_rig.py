@@ -15,12 +15,11 @@ import secrets
 import select
 import shutil
 import socket
-import sqlite3
 import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -38,7 +37,9 @@ from cryptography.x509.oid import NameOID
 from joserfc.jwk import RSAKey
 from webauthn.helpers import encode_cbor
 
+from databases import beside
 from saw.broker.config import BrokerConfig, SessionRules
+from saw.broker.register_place import register_file
 from saw.broker.setup import initialise
 from saw.broker.sso_settings import Listen, ProviderSettings, SessionSettings, SsoSettings
 from saw.broker.step_up import StepUpSettings
@@ -194,7 +195,7 @@ class SsoLab(Lab):
         for name in names:
             self.workspace(name, to="attesting")
         lease = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
-        with closing(sqlite3.connect(self.config.database, timeout=10)) as store, store:
+        with beside(self.config) as store:
             store.execute(
                 "UPDATE workspaces SET state = 'active', lease_expires_at = ?, policy_digest = ?", (lease, POLICY)
             )
@@ -269,7 +270,11 @@ class SsoLab(Lab):
 def _made(directory: Path) -> bool:
     """Make the broker's keys before its provider starts: a first broker without sign-in has the same authority."""
     config = BrokerConfig("saw.example", str(directory / "state"), str(directory / "o.sock"), ("broker.saw.internal",))
-    return bool(initialise(config, datetime.now(UTC)))
+    made = bool(initialise(config, datetime.now(UTC)))
+    # Only the keys are of use: the register is made where the broker that serves will have it.
+    for file in (config.database, register_file(config)):
+        file.unlink()
+    return made
 
 
 @dataclass

@@ -75,7 +75,7 @@ class _Services:
     """The database of a running broker, read beside it."""
 
     def __init__(self, broker) -> None:
-        self.store = Store.open_sqlite(broker.config.database, Waker())
+        self.store = Store.open(broker.config, Waker())
 
 
 def test_a_follower_sees_each_event_once_across_a_restart_of_the_broker(own_broker, capsys) -> None:

@@ -6,12 +6,10 @@ import contextlib
 import json
 import random
 import shutil
-import sqlite3
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from datetime import UTC, datetime
 
 import httpx
@@ -21,6 +19,7 @@ from broker_rig import cli_here, running_broker
 from siem_rig import SERVER, Certificates, Forwarder, Siem
 from test_audit_trail import call_event, chained, ship
 
+from databases import back_up, beside, put_back
 from saw.audit import Chain
 from saw.audit.receiver import WINDOW
 from saw.audit.ship import Cursor, ShipSettings, ShipState
@@ -242,7 +241,7 @@ def test_what_cannot_be_trusted_is_shipped_and_marked(lab, siem, forwarder) -> N
     feed(
         lab, "edge-long", [{"source": long.source, "seq": 1, "prev": long.prev, "event": long.event, "hash": long.hash}]
     )
-    with closing(sqlite3.connect(lab.config.database, timeout=10)) as store, store:
+    with beside(lab.config) as store:
         change = "UPDATE audit_events SET event = replace(event, '/9', '/0') WHERE source = 'edge-marks' AND seq = 10"
         assert store.execute(change).rowcount == 1
     forwarder.start()
@@ -277,13 +276,13 @@ def test_a_broker_that_restarts_is_followed_and_a_trail_that_went_back_is_shippe
             assert (code, status["lag"], status["broker"]["code"]) == (1, None, "unavailable")
             assert "the broker does not answer" in status["error"]["message"]
             backup = tmp_path / "backup.db"
-            shutil.copy(lab.config.database, backup)
+            back_up(lab.config, backup)
             lab.start()
             feed(lab, "edge-two", chained("edge-two", 5))
             wanted = arrived(forwarder, lab, 0)
             assert received(siem) == wanted, "a restart alone sends nothing again"
             lab.stop()
-            shutil.copy(backup, lab.config.database)
+            put_back(lab.config, backup)
             lab.start()
             feed(lab, "edge-three", chained("edge-three", 20))
             forwarder.until(lambda: forwarder.cursor().get("restarts") == 1, "the other trail is not noticed")

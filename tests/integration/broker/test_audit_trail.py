@@ -6,10 +6,8 @@ import concurrent.futures
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
-from contextlib import closing
 from datetime import UTC, datetime
 
 import httpx
@@ -17,6 +15,7 @@ import msgspec
 import pytest
 from broker_rig import cli, ready_socket
 
+from databases import beside
 from saw.audit import Chain, EventFactory, Head, Subject
 from saw.broker.client import OperatorClient
 from saw.cli import audit
@@ -97,7 +96,7 @@ def test_an_export_without_a_source_holds_every_chain(broker, tmp_path) -> None:
 def test_an_export_reads_pages_alone_and_holds_a_chain_whose_head_was_removed(own_broker, monkeypatch, capsys) -> None:
     with own_broker.tls("perimeter", "edge-headless") as edge:
         ship(edge, "edge-headless", chained("edge-headless", 3))
-    with closing(sqlite3.connect(own_broker.config.database, timeout=10)) as store, store:
+    with beside(own_broker.config) as store:
         assert store.execute("DELETE FROM audit_heads WHERE source = 'edge-headless'").rowcount == 1
     asked = []
 
@@ -151,10 +150,9 @@ def test_every_step_is_an_event_and_an_edited_database_is_found(own_broker) -> N
         assert event["unmapped"]["saw"]["agent"] == "agent-1"
         assert event["metadata"]["correlation_uid"]
     assert lab.operator.request("GET", "/v1/audit/verify")["complete"]
-    with sqlite3.connect(lab.config.database) as database:
+    with beside(lab.config) as database:
         database.execute("UPDATE audit_events SET event = replace(event, 'drill', 'other') WHERE event LIKE '%drill%'")
         database.execute("DELETE FROM audit_events WHERE seq = 3")
-    database.close()
     report = lab.operator.request("GET", "/v1/audit/verify")
     assert not report["complete"]
     assert {item["code"] for item in report["findings"]} >= {"changed", "removed"}

@@ -6,16 +6,15 @@ import json
 import os
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
-from contextlib import closing
 
 import msgspec
 import pytest
 from broker_rig import cli, cli_here, running_broker
 from test_audit_trail import chained, ship
 
+from databases import back_up, beside, put_back
 from saw.audit import Head, link
 
 pytestmark = pytest.mark.control("AUD-02")
@@ -181,8 +180,7 @@ def test_a_witness_and_an_older_checkpoint_find_a_rolled_back_and_a_split_tree(o
     desk.feed("edge-tree", chained("edge-tree", 20))
     desk.checkpoint()
     backup = desk.folder / "backup.db"
-    with closing(sqlite3.connect(desk.lab.config.database)) as store, closing(sqlite3.connect(backup)) as copy:
-        store.backup(copy)
+    back_up(desk.lab.config, backup)
     old = desk.carry("old")
 
     def witness(tiles, out="signed"):
@@ -205,7 +203,7 @@ def test_a_witness_and_an_older_checkpoint_find_a_rolled_back_and_a_split_tree(o
     assert "tree_shrunk" in desk.bad(*desk.verify(old, "--since-checkpoint", new / "checkpoint"))
     # The broker is put back, and something else happens: the tree is not continued, and one made anew is another view.
     desk.lab.stop()
-    shutil.copy(backup, desk.lab.config.database)
+    put_back(desk.lab.config, backup)
     desk.lab.start()
     desk.feed("edge-else", chained("edge-else", 10))
     assert desk.bad("checkpoint", "--tiles", desk.tiles, "--key", desk.folder / "log.key") == {"tree_invalid"}
@@ -242,10 +240,11 @@ def test_a_checkpoint_that_is_killed_leaves_a_whole_tree_and_a_removed_row_ends_
     proved = desk.good(*desk.verify(desk.tiles, "--file", desk.export()))
     assert proved["size"] == second["size"]
     desk.feed("edge-last", chained("edge-last", 5))
-    with closing(sqlite3.connect(desk.lab.config.database, timeout=10, isolation_level=None)) as store:
+    with beside(desk.lab.config) as store:
         row = store.execute("SELECT * FROM audit_events WHERE source = 'edge-last' AND seq = 2").fetchone()
         store.execute("DELETE FROM audit_events WHERE source = 'edge-last' AND seq = 2")
-        assert desk.bad("checkpoint", "--tiles", desk.tiles, "--key", desk.folder / "log.key") == {"tree_invalid"}
-        assert desk.good(*desk.verify(desk.tiles))["size"] == second["size"]
+    assert desk.bad("checkpoint", "--tiles", desk.tiles, "--key", desk.folder / "log.key") == {"tree_invalid"}
+    assert desk.good(*desk.verify(desk.tiles))["size"] == second["size"]
+    with beside(desk.lab.config) as store:
         store.execute("INSERT INTO audit_events VALUES (?, ?, ?, ?, ?, ?, ?)", row)
     assert desk.checkpoint()["size"] > second["size"]

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sqlite3
 import tempfile
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from broker_rig import NAME, Lab, cli_here
 from test_audit_trail import chained, ship
 
+from databases import back_up, put_back
 from saw.audit.note import PublicKey, open_checkpoint
 from saw.broker.tree_files import read_served
 
@@ -74,8 +73,7 @@ def test_a_witness_follows_the_tree_and_fails_for_a_fork_and_a_broker_that_is_aw
     code, found = far.run()
     assert (code, found["state"], found["size"]) == (0, "witnessing", first["size"])
     backup = far.folder / "backup.db"
-    with closing(sqlite3.connect(far.lab.config.database)) as store, closing(sqlite3.connect(backup)) as copy:
-        store.backup(copy)
+    back_up(far.lab.config, backup)
     far.feed("edge-b", 40)
     second = far.checkpoint()
     assert far.run()[1]["size"] == second["size"] > first["size"]
@@ -94,7 +92,7 @@ def test_a_witness_follows_the_tree_and_fails_for_a_fork_and_a_broker_that_is_aw
     assert far.run()[1]["state"] == "witnessing"
     # the broker is put back, and its tree made anew of other events, under the same key
     far.lab.stop()
-    shutil.copy(backup, far.lab.config.database)
+    put_back(far.lab.config, backup)
     far.lab.start()
     far.configure()
     far.feed("edge-c", 100)

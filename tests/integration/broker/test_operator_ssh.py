@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import socket
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 from broker_rig import running_broker
 
+from databases import beside
 from saw.broker.client import BrokerContext, Context, OperatorClient, SshJump
 from saw.broker.config import SessionRules
 from saw.errors import UnavailableError
@@ -79,9 +79,8 @@ def test_saw_ssh_attaches_with_a_certificate_for_one_workspace_and_leaves_no_key
     directory, port = sshd
     made = broker.workspace("ws-ssh")
     broker.workspace("ws-other")
-    with sqlite3.connect(broker.config.database) as database:
+    with beside(broker.config) as database:
         database.execute("UPDATE workspaces SET state = 'active' WHERE id IN ('ws-ssh', 'ws-other')")
-    database.close()
 
     def attach(workspace: str, number: int, *command: str) -> subprocess.CompletedProcess[str]:
         context = directory / "context.json"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
-import sqlite3
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 from broker_rig import cli
 from sso_rig import Authenticator, Browser, SsoLab, sso_lab
 
+from databases import beside
 from saw.broker.clock import iso
 from saw.review.messages import ReviewedCall
 
@@ -47,7 +47,7 @@ def people(lab: SsoLab) -> Iterator[dict[str, tuple[Browser, Authenticator]]]:
 
 
 def sql(lab: SsoLab, text: str, *values: Any) -> None:
-    with closing(sqlite3.connect(lab.config.database, timeout=10)) as store, store:
+    with beside(lab.config) as store:
         store.execute(text, values)
 
 

@@ -5,15 +5,14 @@ The gateway's own tests run against a broker of theirs; it is held against the r
 
 from __future__ import annotations
 
-import sqlite3
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import msgspec
 import pytest
 from broker_rig import encode
 
+from databases import beside
 from saw.audit import ZERO
 from saw.gateway.errors import StateRefused
 from saw.gateway.link import Accepted
@@ -35,7 +34,7 @@ def stated(own_broker):
     for name in ("called", "stopped", "killed", "gone"):
         lab.workspace(name, to="attesting")
     lab.workspace("new")
-    with closing(sqlite3.connect(lab.config.database, timeout=10)) as store, store:
+    with beside(lab.config) as store:
         values = "state = 'active', lease_expires_at = ?, policy_digest = ?, svid_sha256 = ?"
         store.execute(f"UPDATE workspaces SET {values} WHERE id = 'called'", (LEASE, digest, SEEN))  # noqa: S608
     lab.step("stopped", "stopped")

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import pytest
 from broker_rig import POLICY, encode
 
+from databases import beside
 from saw.broker.client import BrokerRefusal
 from saw.policy.bundle import read_content
 from saw.policy.tuf_client import fetch_target, refresh
@@ -104,16 +105,13 @@ def test_a_widening_that_the_signers_did_not_sign_is_refused_and_audited_and_a_s
 
 
 def test_a_publication_survives_a_restart_and_a_lost_registry_row_is_restored(own_broker) -> None:
-    import sqlite3
-
     lab = own_broker
     digest, publication = lab.officers.publication(1)
     lab.operator.request("POST", "/v1/policy/publish", encode(publication))
     lab.stop()
     # What a crash between repository and registry leaves behind.
-    with sqlite3.connect(lab.config.database) as database:
+    with beside(lab.config) as database:
         database.execute("DELETE FROM releases")
-    database.close()
     lab.start()
     assert lab.operator.request("GET", "/v1/policy/state")["releases"][0]["policy_digest"] == digest
     assert lab.operator.request("GET", "/v1/audit/verify")["complete"]

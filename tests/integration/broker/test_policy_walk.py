@@ -10,12 +10,10 @@ import base64
 import json
 import os
 import shutil
-import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from broker_rig import Lab, encode
 from cryptography.hazmat.primitives import serialization
 from guide_walk import LOADED, WIDER, commands, exit_codes, last
 
+from databases import beside
 from saw.audit import Chain, EventFactory, Head, Subject
 from saw.broker.client import OperatorClient
 from saw.identity.x509 import Authority, new_key_and_csr
@@ -60,7 +59,7 @@ class Agent(threading.Thread):
         with self.lab.tls(pair=pair) as client:
             for state in ("offered", "verified", "loaded"):
                 if state == "loaded":
-                    with closing(sqlite3.connect(self.lab.config.database, timeout=10)) as database, database:
+                    with beside(self.lab.config) as database:
                         database.execute("UPDATE workspaces SET state='active', policy_digest=?", (digest,))
                 body = {"workspace_id": "ws-demo", "kind": "policy_state", "state": state, "reason": ""}
                 answer = client.post(

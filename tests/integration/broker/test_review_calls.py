@@ -9,13 +9,11 @@ import json
 import os
 import pty
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ import msgspec
 import pytest
 from broker_rig import Lab, cli
 
+from databases import beside
 from saw.policy.keys import create_key
 from saw.review.messages import MAX_REVIEWED_BODY, ClaimAnswer, ReviewView
 
@@ -35,7 +34,7 @@ LEASE = "2099-01-01T00:00:00.000Z"
 
 def activate(lab: Lab, name: str) -> None:
     """What an attestation leaves behind in the register."""
-    with closing(sqlite3.connect(lab.config.database, timeout=10)) as store, store:
+    with beside(lab.config) as store:
         values = "state = 'active', lease_expires_at = ?, policy_digest = ?"
         store.execute(f"UPDATE workspaces SET {values} WHERE id = ?", (LEASE, POLICY, name))  # noqa: S608
 

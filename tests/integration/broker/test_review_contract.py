@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import msgspec
 import pytest
 from broker_rig import NAME, Lab, cli
 
+from databases import beside
 from saw.gateway.config import GatekeeperConfig, Ring2Config
 from saw.gateway.errors import ReviewRefused, ReviewUnavailable, UnknownReview
 from saw.gateway.review_link import ReviewLink
@@ -50,7 +49,7 @@ def link(own_broker: Lab, tmp_path: Path) -> Iterator[ReviewLink]:
     for name in ("ws-a", "ws-b"):
         lab.workspace(name, to="attesting")
     lease = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
-    with closing(sqlite3.connect(lab.config.database, timeout=10)) as store, store:
+    with beside(lab.config) as store:
         store.execute(
             "UPDATE workspaces SET state = 'active', lease_expires_at = ?, policy_digest = ?", (lease, POLICY)
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -11,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from broker_rig import Lab, cli, encode
 
+from databases import beside
 from saw.cli.policy_signing import save_publication
 from saw.identity.x509 import Authority, new_key_and_csr
 from saw.policy.tuf_changes import roll_back
@@ -34,9 +34,8 @@ class Ring:
         return self.digests[revision]
 
     def attest(self, name: str, digest: str) -> None:
-        with sqlite3.connect(self.lab.config.database, timeout=10) as database:
+        with beside(self.lab.config) as database:
             database.execute("UPDATE workspaces SET state='active', policy_digest=? WHERE id=?", (digest, name))
-        database.close()
 
     def say(self, name: str, state: str, revision: int, reason: str = "") -> None:
         digest = self.digests[revision]

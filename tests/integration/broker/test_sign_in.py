@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import pytest
 from joserfc import jwt
 from sso_rig import SsoLab, sso_lab, until
 
+from databases import beside
 from saw.broker.clock import iso
 from saw.broker.errors import BrokerError
 from saw.broker.sso.provider import Provider
@@ -37,7 +36,7 @@ def lab() -> Iterator[SsoLab]:
 
 
 def sql(lab: SsoLab, text: str, *values: Any) -> list[Any]:
-    with closing(sqlite3.connect(lab.config.database, timeout=10)) as store, store:
+    with beside(lab.config) as store:
         return store.execute(text, values).fetchall()
 
 

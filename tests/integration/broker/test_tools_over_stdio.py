@@ -10,13 +10,11 @@ import os
 import signal
 import socket
 import socketserver
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from typing import Any
 import pytest
 from broker_rig import NAME, Lab, cli, encode, running_broker
 
+from databases import beside
 from saw.broker.secret_place import load_authority, open_secrets
 from saw.identity.x509 import new_key_and_csr
 from saw.policy.keys import create_key
@@ -159,7 +158,7 @@ class Place:
         self.mediators: list[subprocess.Popen[bytes]] = []
 
     def write(self, text: str, *values: object) -> None:
-        with closing(sqlite3.connect(self.lab.config.database, timeout=60)) as store, store:
+        with beside(self.lab.config) as store:
             store.execute(text, values)
 
     def identify(self) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shutil
-import sqlite3
 import ssl
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from page import ROOT
 from session_rig import RULES, Bastion, activate
 from sso_rig import Browser, SsoLab, localhost_certificate
 
+from databases import beside
 from saw.broker.forwarding_settings import ForwardingSettings
 from saw.broker.sso_settings import SsoSettings
 
@@ -166,5 +166,5 @@ def people(workspace: str) -> Iterator[People]:
 
 def _lease(lab: SsoLab) -> None:
     until = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
-    with closing(sqlite3.connect(lab.config.database, timeout=30)) as store, store:
+    with beside(lab.config) as store:
         store.execute("UPDATE workspaces SET lease_expires_at = ?, policy_digest = ?", (until, "a" * 64))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import sqlite3
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import yaml
 from broker_rig import Lab, cli, running_broker
 from page import ROOT, run_page
 
+from databases import beside
 from saw.broker.break_glass import OWED
 from saw.broker.break_glass_settings import BreakGlassSettings
 from saw.policy.keys import create_key
@@ -40,7 +39,7 @@ def test_the_page_breaks_the_glass_and_looks_at_it_afterwards(tmp_path: Path) ->
     with running_broker(break_glass=BreakGlassSettings(**SETTING)) as lab:
         for name in ("ws-demo", "ws-other"):
             lab.workspace(name, to="attesting")
-        with closing(sqlite3.connect(lab.config.database, timeout=30)) as store, store:
+        with beside(lab.config) as store:
             lease = "2099-01-01T00:00:00.000Z"
             store.execute(
                 "UPDATE workspaces SET state = 'active', lease_expires_at = ?, policy_digest = ?", (lease, POLICY)

@@ -6,11 +6,9 @@ import base64
 import json
 import re
 import shutil
-import sqlite3
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from broker_rig import Lab, image_record
 from cryptography.hazmat.primitives import serialization
 from page import ROOT, run_page
 
+from databases import beside
 from saw.broker.client import BrokerRefusal
 from saw.files import write_private
 from saw.image.disk import digest_of
@@ -36,7 +35,7 @@ def desk() -> Iterator[tuple[Lab, Path]]:
     try:
         lab.start()
         lab.workspace("ws-demo", to="attesting")
-        with closing(sqlite3.connect(lab.config.database, timeout=30)) as store, store:
+        with beside(lab.config) as store:
             store.execute(
                 "UPDATE workspaces SET state = 'active', lease_expires_at = '2099-01-01T00:00:00.000Z', policy_digest = ?"
                 " WHERE id = 'ws-demo'",
@@ -115,7 +114,7 @@ def test_the_page_on_reviews(desk: tuple[Lab, Path]) -> None:
     with lab.tls("perimeter", "edge") as edge:
         approved, denied = asked(edge, "/v1/pay"), asked(edge, "/v1/pay/again")
         push = asked(edge, "/team/app.git/git-receive-pack")
-        with closing(sqlite3.connect(lab.config.database, timeout=10)) as store, store:
+        with beside(lab.config) as store:
             store.execute("UPDATE reviews SET state = 'unknown' WHERE id = ?", (push,))
         printed = walk("docs/review.md", desk, lambda _: {}, REVIEW=approved, OTHER=denied, PUSH=push)
         claimed = edge.post("/v1/perimeter/reviews/claim", json={"wait": 0}).json()["claimed"]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import sqlite3
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from broker_rig import Lab, encode
 from cryptography.hazmat.primitives import serialization
 from page import run_page
 
+from databases import beside
 from saw.broker.config import RolloutSettings
 from saw.cli.policy_signing import save_publication
 from saw.files import write_private
@@ -50,7 +49,7 @@ class Obedient:
         self._thread.join(60)
 
     def _attest(self, digest: str) -> tuple[bytes, bytes]:
-        with closing(sqlite3.connect(self._lab.config.database, timeout=30)) as store, store:
+        with beside(self._lab.config) as store:
             store.execute(
                 "UPDATE workspaces SET state = 'active', policy_digest = ? WHERE id = ?", (digest, self._name)
             )

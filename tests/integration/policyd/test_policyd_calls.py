@@ -6,11 +6,9 @@ import json
 import os
 import pwd
 import shutil
-import sqlite3
 import subprocess
 import sys
 import tempfile
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import msgspec
 import pytest
 from policyd_lab import POLICY, Lab
 
+from databases import beside
 from saw.audit.workspace_usage import Usage, Used
 from saw.cli.policyd import request_desk
 from saw.identity.x509 import Authority, new_key_and_csr
@@ -68,7 +67,7 @@ class Workspace:
         (self.lab.run / "ca.pem").write_text(ca)
 
     def store(self, statement: str, *values: object) -> None:
-        with closing(sqlite3.connect(self.broker.config.database, timeout=10)) as database, database:
+        with beside(self.broker.config) as database:
             database.execute(statement, values)
 
     def release(self, revision: int, policy: str) -> None:

@@ -9,19 +9,19 @@ import base64
 import json
 import random
 import shutil
-import sqlite3
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from test_policyd_thousand import GOVERNANCE, POLICY, TARGET, Enforcement
+
+from databases import beside
 
 sys.path.append(str(Path(__file__).parents[1] / "broker"))
 
@@ -95,7 +95,7 @@ class Attested(Enforcement):
         key, csr = new_key_and_csr("ws")
         (self._svid / "svid.pem").write_bytes(self._identity.issue_svid(csr, "ws", digest, datetime.now(UTC)))
         (self._svid / "key.pem").write_bytes(key)
-        with closing(sqlite3.connect(self._lab.config.database, timeout=30)) as store, store:
+        with beside(self._lab.config) as store:
             if attested:
                 store.execute("UPDATE workspaces SET state = 'active', policy_digest = ? WHERE id = 'ws'", (digest,))
 

@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import PROBE, PYTHON, ROOT, SOURCE, wait_until
 
+from conftest import PROBE, PYTHON, ROOT, SOURCE, wait_until
 from saw.lab.nspawn import LabNetwork, LightHost
 from saw.lab.process import recall
 from saw.runtime import sandbox_prepare, sandbox_units

@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-from conftest import PYTHON
 
+from conftest import PYTHON
 from saw import mux
 from saw.mux import Frame, Frames, Kind, encode
 

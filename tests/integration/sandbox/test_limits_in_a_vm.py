@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 
 import msgspec
 import pytest
-from conftest import PYTHON, ROOT, SOURCE
 
+from conftest import PYTHON, ROOT, SOURCE
 from saw.policy.sandbox_limits import SandboxLimits
 from saw.runtime import sandbox_bounds, sandbox_units
 from saw.runtime.limits import Machine, limits_of

@@ -8,8 +8,8 @@ import sys
 from dataclasses import replace
 
 import pytest
-from conftest import PYTHON, SOURCE, wait_until
 
+from conftest import PYTHON, SOURCE, wait_until
 from saw.policy.loader import load_governance, load_policy
 from saw.runtime.sandbox import RuntimePaths, compile_spec, encode_launch
 

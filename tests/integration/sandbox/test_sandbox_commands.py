@@ -10,6 +10,7 @@ import signal
 import subprocess
 
 import pytest
+
 from conftest import PYTHON, SOURCE, wait_until
 
 CLIENT = str(SOURCE / "saw" / "runtime" / "shell_client.py")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import PROBE, PYTHON, PrivateMachine
 
+from conftest import PROBE, PYTHON, PrivateMachine
 from saw.runtime.netns import SandboxNet
 
 

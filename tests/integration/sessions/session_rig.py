@@ -13,7 +13,6 @@ import pty
 import select
 import shutil
 import socket
-import sqlite3
 import struct
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import termios
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ import jinja2
 from broker_rig import Lab
 from sso_rig import free_port, until
 
+from databases import beside
 from saw.broker.config import SessionRules
 from saw.identity.ssh import SshAuthority
 
@@ -180,7 +180,7 @@ class Bastion:
 
     def sql(self, statement: str, *values: str) -> None:
         """Change the broker's database beside it."""
-        with closing(sqlite3.connect(self.lab.config.database, timeout=10)) as store, store:
+        with beside(self.lab.config) as store:
             store.execute(statement, values)
 
     def show(self, session: str) -> dict[str, Any]:
@@ -313,7 +313,7 @@ def make_key(path: Path) -> None:
 def activate(lab: Lab, name: str) -> int:
     """Make a workspace that counts as attested; return its number."""
     number = int(lab.workspace(name)["number"])
-    with closing(sqlite3.connect(lab.config.database, timeout=10)) as store, store:
+    with beside(lab.config) as store:
         store.execute("UPDATE workspaces SET state = 'active' WHERE id = ?", (name,))
     return number
 

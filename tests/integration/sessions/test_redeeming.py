@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import base64
 import shutil
-import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import httpx
 import pytest
 from broker_rig import Lab
 
+from databases import beside
 from saw.broker.client import BrokerRefusal
 from saw.broker.config import SessionRules
 from saw.broker.session_views import key_digest
@@ -56,7 +55,7 @@ class Side:
         return (http or self.http).post(REDEEM, json=body)
 
     def sql(self, statement: str, *values: str) -> None:
-        with closing(sqlite3.connect(self.lab.config.database, timeout=10)) as store, store:
+        with beside(self.lab.config) as store:
             store.execute(statement, values)
 
     def workspace(self, name: str) -> None:

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from image_rows import put_image
 from recorded import record
 
+from databases import installed
 from saw.audit import Chain, EventFactory, Head, Subject
 from saw.broker.bastion_sessions import SessionRequest
 from saw.broker.clock import iso
@@ -30,7 +31,6 @@ from saw.broker.job_settings import JobSettings
 from saw.broker.perimeter import Shipment
 from saw.broker.schema import agents, people, releases, sso_sessions, workspaces
 from saw.broker.session_views import key_digest
-from saw.broker.setup import initialise
 from saw.broker.sso.pages import pages_app
 from saw.broker.sso.sessions import digest_of
 from saw.broker.sso_settings import ProviderSettings, SsoSettings
@@ -95,7 +95,7 @@ class World:
             sso=SsoSettings(origin=ORIGIN, provider=provider, roles={"user": ("staff",)}, operate=operate),
             jobs=jobs, forwarding=forwarding,
         )  # fmt: skip
-        initialise(self.config, START)
+        self.config = installed(self.config, START)
         self.broker = Broker.open(self.config, lambda: self.now, os.urandom)
         assert self.broker.sso is not None
         self.app = pages_app(self.broker.sso, self.broker)

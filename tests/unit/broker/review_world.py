@@ -11,6 +11,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from image_rows import put_image
 
+from databases import installed
 from saw.broker.clock import iso
 from saw.broker.config import BrokerConfig
 from saw.broker.context import Caller
@@ -20,7 +21,6 @@ from saw.broker.review_decisions import AskNonce
 from saw.broker.review_evidence import Decide
 from saw.broker.reviewers import Reviewer
 from saw.broker.schema import agents, workspaces
-from saw.broker.setup import initialise
 from saw.policy.keys import public_pem
 from saw.review.messages import Claimed, OpenReview, ReviewedAnswer, ReviewedCall, ReviewResult, ReviewView
 from saw.review.statement import ReviewStatement, encode_statement, sign_review
@@ -69,7 +69,7 @@ class World:
         self.config = BrokerConfig(
             "saw.example", str(directory / "state"), str(directory / "o.sock"), ("b.saw.internal",), **settings
         )
-        initialise(self.config, self.now)
+        self.config = installed(self.config, self.now)
         self.keys = {name: Ed25519PrivateKey.generate() for name in ("ada", "ben", "cleo")}
         self.open_broker()
         put_image(self.broker.services.store, "i", "1" * 64)

@@ -10,6 +10,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from databases import installed
 from saw.broker.bastion_sessions import SessionRequest
 from saw.broker.clock import iso
 from saw.broker.config import BrokerConfig, SessionRules
@@ -17,7 +18,6 @@ from saw.broker.context import Caller
 from saw.broker.core import Broker
 from saw.broker.schema import people, sso_sessions, workspaces
 from saw.broker.session_views import key_digest
-from saw.broker.setup import initialise
 from saw.sessions.messages import Redeem
 
 START = datetime(2026, 11, 28, tzinfo=UTC)
@@ -32,8 +32,7 @@ class World:
         config = BrokerConfig(
             "saw.example", str(directory / "s"), str(directory / "o"), ("b.internal",), sessions=rules, **settings
         )
-        initialise(config, START)
-        self.config = config
+        self.config = installed(config, START)
         self.start()
         stamp = iso(START)
         with self.broker.services.store.write() as tx:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import create_engine
 
+from examples import examples
 from saw.broker import schema
 from saw.broker.config import BrokerConfig, load_config
 from saw.broker.core import Broker
@@ -131,7 +132,7 @@ def test_the_server_certificate_is_renewed_before_it_ends(tmp_path) -> None:
 
 
 @pytest.mark.control("ID-04")
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.lists(st.sampled_from(list(State)), max_size=12))
 def test_no_sequence_of_steps_leads_to_active_or_out_of_the_end(wanted: list[State]) -> None:
     state = State.REQUESTED

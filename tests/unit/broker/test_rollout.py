@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
+from databases import installed, nobody_writes
+from examples import examples
 from saw.attest.verifier import RELEASED_PCRS
 from saw.audit import Chain, EventFactory, Head, Subject
 from saw.broker.config import BrokerConfig, RolloutSettings
@@ -27,7 +29,6 @@ from saw.broker.rollout_calls import MAX_INSIDE
 from saw.broker.rollout_control import Deposit, Order
 from saw.broker.rollout_limits import Calls, Counts, crossed
 from saw.broker.schema import images, workspaces
-from saw.broker.setup import initialise
 from saw.errors import SawError
 from saw.policy.bundle import build_manifest, policy_digest, sign
 from saw.policy.keys import load_public_key
@@ -80,7 +81,7 @@ class World:
             ("b.saw.internal",),
             rollout=RolloutSettings(**limits),
         )
-        initialise(self.config, self.now)
+        self.config = installed(self.config, self.now)
         self.keys = [Ed25519PrivateKey.generate() for _ in range(3)]
         self.officers = directory / "officers"
         online = load_public_key(self.config.keys / "tuf-online.pub")
@@ -458,15 +459,11 @@ def test_a_release_whose_change_of_reach_nobody_signed_is_refused_and_audited(ri
 def test_reach_is_compared_outside_the_locks_of_register_and_repository(ring):
     """A comparison may take seconds; attestation, the timestamp and halts must not wait for it."""
     import fcntl
-    import sqlite3
 
     compared: list[str] = []
 
     def diff(old, new):
-        with sqlite3.connect(world.config.database, timeout=0) as database:
-            database.execute("BEGIN IMMEDIATE")
-            database.rollback()
-        database.close()
+        assert nobody_writes(world.config)
         descriptor = os.open(world.config.tuf_dir, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(descriptor)
@@ -663,7 +660,7 @@ def test_the_history_keeps_every_word_and_the_trail_too(ring):
     st.builds(Calls, st.integers(0, 50), st.integers(0, 50)),
     st.integers(0, 5),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_a_limit_is_crossed_exactly_when_it_is_exceeded(counts, calls, before, allowed) -> None:
     limits = RolloutSettings(max_refused=allowed, min_calls=10, max_deny_rate_increase=0.1)
     found = {reason.partition(":")[0] for reason in crossed(limits, counts, calls, before)}

@@ -16,6 +16,7 @@ from cryptography.x509 import load_pem_x509_certificate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from saw.audit.events import EventFactory
 from saw.gateway.app import read_call
 from saw.gateway.config import ResolverConfig
@@ -238,7 +239,7 @@ def test_the_body_of_a_grpc_call_counts_as_not_seen(kind: str, complete: bool) -
     assert read_call([(b"content-type", kind.encode()), partial], b"").body_complete is False
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     headers=st.lists(
         st.tuples(

@@ -15,6 +15,7 @@ from botocore.credentials import ReadOnlyCredentials
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from saw.gateway.credentials import CredentialStore, Injection, header_names
 from saw.gateway.errors import CallUnsignable, CredentialUnavailable
 from saw.gateway.sigv4 import HEADERS, Outgoing
@@ -95,7 +96,7 @@ QUERY = st.lists(
 
 @pytest.mark.control("CRED-01")
 @given(SEGMENTS, QUERY, st.binary(max_size=30))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_every_path_and_query_is_signed_as_the_service_reads_it(
     tmp_path_factory: pytest.TempPathFactory, segments: list[str], query: list[tuple[str, str]], body: bytes
 ) -> None:

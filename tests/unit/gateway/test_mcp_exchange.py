@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from saw.gateway.mcp_exchange import (
     MOST_REPLIES,
     AnswerRefused,
@@ -110,7 +111,7 @@ def test_a_message_in_lines_is_read_as_clients_read_it_and_written_as_one() -> N
     assert data_of(one.stream(f"data: {lines}\n\n".encode())) == [ANSWER]
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(
     st.lists(
         st.binary(max_size=40)

@@ -11,13 +11,11 @@ import os
 import re
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from broker_rig import NAME, Lab
 from cryptography.hazmat.primitives import serialization
 from policy_parts import write_bundle
 
+from databases import beside
 from saw.broker.config import RolloutSettings
 from saw.cli.main import main as saw
 from saw.files import write_private
@@ -34,6 +33,7 @@ from saw.identity.x509 import Authority, new_key_and_csr
 from saw.policy.loader import load_bundle_folder
 from saw.policy.reach_diff import diff_bundles
 from saw.policy.tuf_repository import current_releases, target_name
+from warm import programs
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = ("ada", "ben", "cleo")
@@ -163,8 +163,13 @@ class Desk:
         policy.write_text(policy.read_text() + self.more)
         return folder
 
-    def command(self, name: str, *options: str, keys: tuple[str, ...] = ("ada", "ben"), **more: object) -> list[str]:
-        """The command that runs a playbook with these variables (without the playbook's prefix)."""
+    def command(
+        self, name: str, *options: str, keys: tuple[str, ...] = ("ada", "ben"), warm: bool = True, **more: object
+    ) -> list[str]:
+        """The command that runs a playbook with these variables (without the playbook's prefix).
+
+        ``warm``: its modules and commands begin with their imports made (:mod:`warm`).
+        """
         values: dict[str, object] = {
             "ring": self.ring,
             "repository": str(self.office.copy),
@@ -172,11 +177,13 @@ class Desk:
             "keys": [self.office.key(key) for key in keys],
             "watch_seconds": 0,
             **({"folder": str(self.folder)} if name == "policy_release" else {}),
+            **({"saw": str(programs() / "saw")} if warm else {}),
             **more,
         }
         program = str(Path(sys.executable).parent / "ansible-playbook")
         told = json.dumps({f"{name}_{key}": value for key, value in values.items()})
-        return [program, "-i", "localhost,", str(ROOT / f"playbooks/{name}.yml"), "-e", told, *options]
+        with_python = ["-e", f"ansible_python_interpreter={programs() / 'python'}"] if warm else []
+        return [program, "-i", "localhost,", str(ROOT / f"playbooks/{name}.yml"), "-e", told, *with_python, *options]
 
     def play(self, name: str, *options: str, **more: Any) -> Play:
         """Run a playbook and return what came of it."""
@@ -197,7 +204,7 @@ class Desk:
     def release_killed(self, when: Callable[[], Any], what: str, **more: Any) -> None:
         """Release, and kill the play with all that it started as soon as ``when`` holds."""
         process = subprocess.Popen(
-            self.command("policy_release", **more),
+            self.command("policy_release", warm=False, **more),  # all that it starts is below it
             env=self.office.environment,
             cwd=self.office.base,
             stdout=subprocess.DEVNULL,
@@ -278,14 +285,14 @@ class Workspace:
 
     def attest(self, digest: str | None) -> tuple[bytes, bytes]:
         """Let the workspace count as attested with a policy; return key and certificate that it would be given."""
-        with closing(sqlite3.connect(self.lab.config.database, timeout=30)) as store, store:
+        with beside(self.lab.config) as store:
             store.execute("UPDATE workspaces SET state = 'active', policy_digest = ? WHERE id = ?", (digest, self.name))
         key, csr = new_key_and_csr(self.name)
         return key, self._authority.issue_svid(csr, self.name, digest or "0" * 64, datetime.now(UTC))
 
     def attested(self) -> str | None:
         """The digest that it is attested with."""
-        with closing(sqlite3.connect(self.lab.config.database, timeout=30)) as store:
+        with beside(self.lab.config) as store:
             [[digest]] = store.execute("SELECT policy_digest FROM workspaces WHERE id = ?", (self.name,))
         return digest
 

@@ -13,6 +13,7 @@ import yaml
 from saw.audit.note import Signer
 from saw.audit.witness_watch import load_settings
 from saw.broker.config import load_config
+from warm import programs
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.control("AUD-02")
@@ -27,7 +28,7 @@ WITNESS = ("witness.json", "saw-audit-witness.service", "saw-audit-witness.timer
 
 def play(role: str, folder: Path, tasks: list[dict[str, object]], **values: object) -> subprocess.CompletedProcess[str]:
     """Run tasks with the variables of a role."""
-    told: dict[str, object] = {"ansible_python_interpreter": sys.executable}
+    told: dict[str, object] = {"ansible_python_interpreter": str(programs() / "python")}
     for name in ("defaults", "vars"):
         file = ROOT / f"roles/{role}/{name}/main.yml"
         told |= (yaml.safe_load(file.read_text()) or {}) if file.exists() else {}
@@ -186,7 +187,7 @@ def handed(tmp_path: Path, *more: str) -> subprocess.CompletedProcess[str]:
         "[control_plane]\na\n[audit_witnesses]\nb audit_witness_ca=\nc audit_witness_key=own audit_witness_ca=mine\n"
     )
     command = [Path(sys.executable).parent / "ansible-playbook", "-i", str(tmp_path / "hosts.ini"), "-c", "local"]
-    told = json.dumps({"ansible_python_interpreter": sys.executable})
+    told = json.dumps({"ansible_python_interpreter": str(programs() / "python")})
     return subprocess.run(
         [*command, *more, "-e", told, str(tmp_path / "plays.yml")], capture_output=True, text=True, check=False
     )

@@ -28,6 +28,7 @@ from saw.broker.terminal.settings import TerminalBastion
 from saw.errors import ConfigError
 from saw.jobs.config import load_config as load_worker
 from saw.secrets.settings import SecretsSettings
+from warm import programs
 
 ROLE = Path(__file__).resolve().parents[3] / "roles/broker"
 
@@ -53,7 +54,12 @@ def template_of(name: str, place: Path, **values: object) -> None:
     template = ROLE / "templates" / name
     command = [Path(sys.executable).parent / "ansible", "localhost", "-i", "localhost,", "-c", "local"]
     command += ["-m", "ansible.builtin.template", "-a", f"src={template} dest={place}"]
-    told = {"ansible_python_interpreter": sys.executable, "broker_trust_domain": "saw.example", **variables(), **values}
+    told = {
+        "ansible_python_interpreter": str(programs() / "python"),
+        "broker_trust_domain": "saw.example",
+        **variables(),
+        **values,
+    }
     done = subprocess.run([*command, "-e", json.dumps(told)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -236,7 +242,12 @@ def written(folder: Path, names: list[str], **values: object) -> dict[str, str]:
         {"ansible.builtin.template": {"src": str(ROLE / "templates" / f"{name}.j2"), "dest": str(folder / name)}}
         for name in names
     ]
-    told = {"ansible_python_interpreter": sys.executable, "broker_trust_domain": "saw.example", **variables(), **values}
+    told = {
+        "ansible_python_interpreter": str(programs() / "python"),
+        "broker_trust_domain": "saw.example",
+        **variables(),
+        **values,
+    }
     play = [{"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": told, "tasks": tasks}]
     (folder / "play.yml").write_text(yaml.safe_dump(play))
     command = [Path(sys.executable).parent / "ansible-playbook", "-i", "localhost,", str(folder / "play.yml")]

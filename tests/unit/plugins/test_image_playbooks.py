@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +22,7 @@ from saw.broker.context import Caller
 from saw.broker.schema import workspaces
 from saw.broker.store import Store
 from saw.broker.wake import Waker
+from warm import programs
 
 ROOT = Path(__file__).resolve().parents[3]
 REFERENCE = "reference.json"
@@ -102,12 +102,16 @@ class Office:
         link.symlink_to(ROOT)
 
     def play(self, name: str, *, check: bool = False, **values: Any) -> str:
+        values |= {
+            "ansible_python_interpreter": str(programs() / "python"),
+            "image_release_saw": str(programs() / "saw"),
+        }
         done = subprocess.run(
             [str(SAW.with_name("ansible-playbook")), "-i", "localhost,", str(ROOT / f"playbooks/{name}.yml"),
              "-e", json.dumps(values), *(["--check"] if check else [])],
             capture_output=True, text=True, check=False, timeout=180, stdin=subprocess.DEVNULL, cwd=self.base,
             env={**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(self.base / "installed"), "SAW_CONTEXT": self.broker.context,
-                 "ANSIBLE_NOCOLOR": "1", "ANSIBLE_PIPELINING": "1", "ANSIBLE_PYTHON_INTERPRETER": sys.executable},
+                 "ANSIBLE_NOCOLOR": "1", "ANSIBLE_PIPELINING": "1"},
         )  # fmt: skip
         return " ".join((done.stdout + done.stderr).split())
 

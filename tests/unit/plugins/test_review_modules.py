@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from ansible_collections.secure_agent.workspace.plugins.modules import review_decision, review_info
 
+from databases import beside
 from saw.policy.keys import create_key
 
 POLICY = "a" * 64
@@ -31,7 +30,7 @@ def watch(broker_context, tmp_path_factory) -> Path:
 def waiting(lab, workspace: str, body: bytes = SECRET) -> str:
     if workspace not in {one["id"] for one in lab.operator.request("GET", "/v1/workspaces")["workspaces"]}:
         lab.workspace(workspace)
-    with closing(sqlite3.connect(lab.config.database, timeout=10)) as store, store:
+    with beside(lab.config) as store:
         query = "UPDATE workspaces SET state = 'active', policy_digest = ? WHERE id = ?"
         store.execute(query, (POLICY, workspace))
     call = {"method": "POST", "scheme": "https", "host": "api.example.com", "port": 443, "path": "/v1/notes"}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sqlite3
-from contextlib import closing
-
 import pytest
 from ansible_collections.secure_agent.workspace.plugins.modules import audit_query, session_info, session_revoke
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from databases import beside
 from saw.broker.session_views import key_digest
 
 
@@ -18,7 +16,7 @@ def public_key() -> str:
 
 
 def execute(lab, query: str, *values: str) -> None:
-    with closing(sqlite3.connect(lab.config.database, timeout=30)) as store, store:
+    with beside(lab.config) as store:
         store.execute(query, values)
 
 
@@ -107,7 +105,7 @@ def test_a_session_that_does_not_exist_is_not_revoked(broker_context, run_module
 
 def test_more_live_sessions_than_a_list_shows_are_all_found(broker_context, run_module, place) -> None:
     first = place("ws-ses-b", "eve")
-    with closing(sqlite3.connect(broker_context.config.database, timeout=30)) as store, store:
+    with beside(broker_context.config) as store:
         store.executemany(
             "INSERT INTO sessions (id, workspace_id, principal, key_fingerprint, issued_at, expires_at, closed_at, kind, person)"
             " VALUES (?, 'ws-ses-b', 'operator:root', '0', '9', '9', '9', 'bastion', 'eve')",
@@ -157,16 +155,15 @@ def test_a_search_that_makes_no_sense_is_refused(broker_context, run_module, tol
 @pytest.mark.control("AUD-02")
 def test_a_trail_with_a_hole_ends_the_task_when_it_is_verified(broker_context, run_module) -> None:
     context = broker_context.context
-    with closing(sqlite3.connect(broker_context.config.database, timeout=30)) as store:
+    with beside(broker_context.config) as store:
         [row] = store.execute("SELECT * FROM audit_events WHERE source = 'broker' AND seq = 2").fetchall()
-        with store:
-            store.execute("DELETE FROM audit_events WHERE source = 'broker' AND seq = 2")
-        try:
-            refused = run_module(audit_query, context=context, verify=True)
-            assert refused["failure"]["code"] == "trail_incomplete"
-            assert refused["failure"]["details"]["findings"]
-            assert not run_module(audit_query, context=context).failed
-        finally:
-            with store:
-                store.execute(f"INSERT INTO audit_events VALUES ({', '.join('?' * len(row))})", row)  # noqa: S608 - marks
+        store.execute("DELETE FROM audit_events WHERE source = 'broker' AND seq = 2")
+    try:
+        refused = run_module(audit_query, context=context, verify=True)
+        assert refused["failure"]["code"] == "trail_incomplete"
+        assert refused["failure"]["details"]["findings"]
+        assert not run_module(audit_query, context=context).failed
+    finally:
+        with beside(broker_context.config) as store:
+            store.execute(f"INSERT INTO audit_events VALUES ({', '.join('?' * len(row))})", row)  # noqa: S608 - marks
     assert not run_module(audit_query, context=context, verify=True).failed

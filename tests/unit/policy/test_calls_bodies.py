@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from saw.policy.errors import PolicyError
 from saw.policy.loader import Bundle, load_governance, load_members, load_policy
 from saw.policy.matcher import Matcher
@@ -86,7 +87,7 @@ MEMBERS = st.dictionaries(
 @example("/graphql", b'{"query":"{ok ...on Q{bad}}"}', "POST")
 @example("/rpc", b'[{"jsonrpc":"2.0","id":1,"method":"ok"},{"jsonrpc":"2.0","id":2,"method":"bad"}]', "POST")
 @example("/mcp", b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"ok","name":"bad"}}', "POST")
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(250), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_whatever_bytes_come_the_answer_is_a_decision_and_only_what_rules_name_passes(
     path: str, body: bytes, method: str
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from saw.cli.main import main
 from saw.policy import globs
 from saw.policy.data_classes import MAX_WORK, strays, within
@@ -190,7 +191,7 @@ def readable(host: str) -> bool:
     return True
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(part=HOST.filter(readable), wholes=st.lists(HOST.filter(readable), min_size=1, max_size=3), data=st.data())
 def test_no_name_of_a_glob_that_lies_within_lies_outside(part: str, wholes: list[str], data: st.DataObject) -> None:
     if not within(part, wholes, Budget()):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from saw.policy.delegation import (
     Delegation,
     DelegationInvalid,
@@ -125,7 +126,7 @@ CALLS = st.tuples(
 
 
 @pytest.mark.control("DEL-02")
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(RESOURCES, RESOURCES, st.lists(CALLS, min_size=10, max_size=10))
 def test_whatever_a_part_covers_the_whole_covers(
     child: tuple[Resource, ...], parent: tuple[Resource, ...], calls: list[tuple[str, int, str, str]]
@@ -227,7 +228,7 @@ CALLED = st.text(alphabet="ab", max_size=4)
 
 
 @pytest.mark.control("DEL-02")
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(TOOLS, TOOLS, st.lists(st.tuples(CALLED, CALLED), min_size=12, max_size=12))
 def test_whatever_tool_a_part_covers_the_whole_covers(child: Any, parent: Any, calls: list[tuple[str, str]]) -> None:
     if not wider(part(tools=child), record(tools=parent)):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from saw.policy import globs
 from saw.policy.address_rules import parse_query
 from saw.policy.errors import PolicyError
@@ -175,7 +176,7 @@ REQUEST = st.builds(
 
 
 @given(POLICY, st.lists(REQUEST, min_size=1, max_size=8))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 def test_the_matcher_decides_as_a_loop_over_the_rules(policy: Policy, requests: list[Request]) -> None:
     matcher = Matcher(policy, GOVERNANCE)
     for request in [*requests, *requests]:  # the second time from what is remembered
@@ -193,7 +194,7 @@ def test_the_matcher_decides_as_a_loop_over_the_rules(policy: Policy, requests: 
 
 
 @given(st.lists(GLOB, max_size=12), st.lists(PATH, min_size=1, max_size=6))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_a_set_of_globs_matches_what_each_of_them_does(patterns: list[str], paths: list[str]) -> None:
     compiled = GlobSet([path_segments(glob) for glob in patterns])
     for path in paths:
@@ -203,20 +204,20 @@ def test_a_set_of_globs_matches_what_each_of_them_does(patterns: list[str], path
 
 
 @given(HOST_GLOB, st.one_of(HOST, st.text(alphabet="axyz.", max_size=12)))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_host_globs_mean_what_the_definition_says(glob: str, host: str) -> None:
     assert bool(globs.host_glob(glob).fullmatch(host)) == host_means(glob, host)
 
 
 @given(st.text(alphabet="ab*", min_size=1, max_size=8), st.text(alphabet="ab/.\n", max_size=10))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 def test_flat_globs_mean_what_the_definition_says(glob: str, text: str) -> None:
     slow = re.fullmatch(".*".join(map(re.escape, glob.split("*"))), text, re.DOTALL) is not None
     assert bool(globs.flat_glob(glob).fullmatch(text)) == slow
 
 
 @given(GLOB, st.lists(st.sampled_from(["a", "ab", "b"]), min_size=1, max_size=4))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_ref_globs_are_path_globs_without_the_first_slash(glob: str, parts: list[str]) -> None:
     name = "/".join(parts)
     assert bool(globs.ref_glob(glob[1:]).fullmatch("/" + name)) == means(glob, "/" + name) if glob != "/" else True
@@ -258,7 +259,7 @@ ANY_HOST = Policy(
 
 
 @given(ACTIONS, REQUEST)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_the_first_action_rule_that_matches_decides(actions: list[Action], request: Request) -> None:
     governance = Governance(schema=1, blueprint=GOVERNANCE.blueprint, actions=tuple(actions))
     decision = Matcher(ANY_HOST, governance).decide(request)
@@ -297,7 +298,7 @@ def test_an_action_rule_with_a_port_counts_on_that_port() -> None:
 
 
 @given(st.lists(GLOB, min_size=1, max_size=4), PATH)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_a_credential_is_added_on_its_paths_and_nowhere_else(patterns: list[str], path: str) -> None:
     credentials = tuple(
         Credential(
@@ -320,7 +321,7 @@ SCOPES = st.lists(st.tuples(GLOB, st.lists(st.sampled_from(METHODS), max_size=2)
 
 
 @given(SCOPES, PATH, st.sampled_from(METHODS))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_a_credential_is_added_to_its_methods_and_no_other(
     scopes: list[tuple[str, list[str]]], path: str, method: str
 ) -> None:

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from saw.policy.bundle import build_manifest, describe, sign, verify_bundle
 from saw.policy.errors import BundleRefused, PolicyError
 from saw.policy.loader import Bundle, load_governance, load_members, load_policy
@@ -39,7 +40,7 @@ TREE = st.recursive(
 
 
 @given(st.dictionaries(WORDS, TREE, max_size=6), st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_no_tree_ends_in_anything_but_a_policy_or_its_problems(tree: dict[str, object], governance: bool) -> None:
     raw = json.dumps({"version": 1, **tree} if not governance else {"schema": 1, **tree}).encode()
     try:
@@ -113,7 +114,7 @@ def test_every_change_of_meaning_changes_the_digest(field: str, number: int) -> 
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_a_changed_bundle_verifies_as_nothing_but_what_was_signed(
     coding: Bundle, officers: list[Ed25519PrivateKey], trusted: dict[str, Ed25519PublicKey], data: st.DataObject
 ) -> None:
@@ -139,7 +140,7 @@ def test_a_changed_bundle_verifies_as_nothing_but_what_was_signed(
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_no_field_of_an_envelope_can_be_exchanged(
     coding: Bundle, officers: list[Ed25519PrivateKey], trusted: dict[str, Ed25519PublicKey], data: st.DataObject
 ) -> None:
@@ -165,7 +166,7 @@ def test_no_field_of_an_envelope_can_be_exchanged(
 @given(
     st.recursive(st.none() | st.text(max_size=8) | st.integers(), lambda t: st.lists(t) | st.dictionaries(st.text(), t))
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_no_json_crashes_what_reads_bundles_without_verifying(tree: object) -> None:
     for document in (tree, {"format": "saw-bundle/1", "members": tree, "envelope": tree}):
         with pytest.raises(BundleRefused):

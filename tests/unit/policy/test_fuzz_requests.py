@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from saw.policy import strict_json
 from saw.policy.addresses import classify, is_blocked_host
 from saw.policy.casefile import Push, push_body
@@ -37,14 +38,14 @@ def strict(raw: bytes) -> object:
         lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     )
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_what_json_says_is_read_as_it_was_written(value: object) -> None:
     assert strict(json.dumps(value).encode()) == value
     assert strict(json.dumps(value, ensure_ascii=False).encode()) == value
 
 
 @given(st.binary(max_size=60) | st.text(alphabet='{}[]",:\\u0d8eE+-.1nN \t', max_size=40).map(str.encode))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 def test_strict_json_is_never_laxer_than_json(raw: bytes) -> None:
     try:
         value = strict(raw)
@@ -99,7 +100,7 @@ def test_a_push_is_read_as_it_was_written(pushes: list[Push]) -> None:
 
 
 @given(PUSHES, st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_a_cut_push_names_no_refs_and_a_changed_one_no_more_than_it_holds(
     pushes: list[Push], data: st.DataObject
 ) -> None:
@@ -187,7 +188,7 @@ def argument_is_good(name: str, value: object) -> bool:
 
 @pytest.mark.control("RUN-05")
 @given(st.dictionaries(st.sampled_from(["path", "n", "word", "many", "kind", "PATH", "other"]), VALUE, max_size=4))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 def test_tool_arguments_pass_when_each_fits_its_rule(arguments: dict[str, object]) -> None:
     governance = load_governance(TOOLS.encode())
     good = all(
@@ -215,7 +216,7 @@ EXPRESSION = st.recursive(
 
 
 @given(EXPRESSION, st.lists(st.text(alphabet="abc01\t\n.é", max_size=7), min_size=1, max_size=5))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 def test_expressions_of_the_subset_mean_what_re_says(expression: str, texts: list[str]) -> None:
     compiled = LinearRegex(expression)
     for text in texts:
@@ -284,7 +285,7 @@ def test_large_bounds_stay_small_inside(expression: str, text: str) -> None:
     st.lists(st.sampled_from(["a", "b", ".", "..", "", "a;x=1", "%61", "%2E%2E", "%2e", "..;", "%41b"]), max_size=7),
     st.booleans(),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 def test_a_path_leads_where_a_careful_service_would_go(parts: list[str], slash: bool) -> None:
     stack: list[str] = []
     plain = [
@@ -366,7 +367,7 @@ def spellings(address: ipaddress.IPv6Address) -> list[str]:
 
 @pytest.mark.control("NET-03")
 @given(BLOCKED_4)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_every_spelling_of_a_blocked_address_is_blocked(value: int) -> None:
     assert is_blocked_host(str(ipaddress.IPv4Address(value)))
     for form in numeric_forms(value):
@@ -380,7 +381,7 @@ def test_every_spelling_of_a_blocked_address_is_blocked(value: int) -> None:
 
 @pytest.mark.control("NET-03")
 @given(ANY_4)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_an_address_that_is_not_blocked_has_exactly_one_v4_spelling(value: int) -> None:
     plain = str(ipaddress.IPv4Address(value))
     assert (is_blocked_host(plain) is None) == (classify(plain) != "blocked")

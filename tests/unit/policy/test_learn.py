@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from saw.audit.chain import Chain
 from saw.audit.events import EventFactory, Subject
 from saw.cli.main import main
@@ -230,7 +231,7 @@ def as_call(call: tuple[str, int, str, str, str]) -> Request:
 
 
 @pytest.mark.control("POL-05")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.lists(CALLS, min_size=1, max_size=6), st.lists(CALLS, min_size=1, max_size=40))
 def test_the_draft_allows_what_was_asked_and_the_base_allows_and_nothing_else(
     calls: list[Any], probes: list[Any]

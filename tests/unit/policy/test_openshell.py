@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from saw.cli.main import main
 from saw.policy.errors import PolicyError
 from saw.policy.loader import Bundle, load_bundle_folder, load_members
@@ -312,7 +313,7 @@ RULES = st.dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(RULES)
 def test_any_network_policy_is_imported_with_findings_or_refused_with_a_reason(rules: dict[str, Any]) -> None:
     raw = dump({"version": 1, "network_policies": rules}).encode()

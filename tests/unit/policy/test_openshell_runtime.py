@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openshell._proto import sandbox_pb2
 
+from examples import examples
 from saw.cli.main import main
 from saw.errors import ConfigError
 from saw.policy.errors import PolicyError
@@ -219,7 +220,7 @@ def openshell_allows(endpoint: dict[str, Any], method: str, path: str, query: st
     return any(matches(rule["allow"], all) for rule in endpoint["rules"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(ENDPOINTS, st.lists(CALLS, min_size=1, max_size=12))
 def test_openshell_allows_no_call_that_the_bundle_refuses_but_where_the_report_says_so(
     endpoint: dict[str, Any], calls: list[tuple[str, str, str]]

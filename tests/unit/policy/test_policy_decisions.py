@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from saw.policy.casefile import Push, load_cases, push_body, run_case
 from saw.policy.gitproto import PushUnreadable, push_updates
 from saw.policy.inference import price_of
@@ -98,7 +99,7 @@ def test_refs_that_git_would_refuse(matcher: Matcher, ref: str) -> None:
 
 
 @given(st.binary(max_size=300), st.booleans(), st.sampled_from(["", "gzip"]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_no_push_crashes_the_parser(body: bytes, complete: bool, encoding: str) -> None:
     for data in (body, push_body((AGENT,))[: len(body)] + body):
         with contextlib.suppress(PushUnreadable):
@@ -284,7 +285,7 @@ REQUESTS = st.builds(
 
 
 @given(request=REQUESTS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 def test_no_request_crashes_the_matcher(matcher: Matcher, request: Request) -> None:
     decision = matcher.decide(request)
     assert decision.verdict in {"allow", "deny"}

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from saw.policy import yamltree
 from saw.policy.errors import PolicyError
 from saw.policy.loader import Bundle, load_governance, load_members, load_policy
@@ -350,7 +351,7 @@ YAML_TEXT = st.text(alphabet="version: 1\n-[]{}&*!|>'\"%@`#?,abc\t", max_size=20
 @example(b"\x00")
 @example(b"version: 1\n\x85")
 @example(b"? ? ? a")
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_no_bytes_crash_the_loader(raw: bytes) -> None:
     for load in (load_policy, load_governance):
         try:
@@ -361,7 +362,7 @@ def test_no_bytes_crash_the_loader(raw: bytes) -> None:
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_no_edit_of_a_good_file_crashes_the_loader(coding: Bundle, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(coding.members)))
     raw = bytearray(coding.members[name])

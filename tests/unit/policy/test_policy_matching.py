@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from saw.policy import globs
 from saw.policy.addresses import classify, is_blocked_host
 from saw.policy.errors import NotCanonical
@@ -44,14 +45,14 @@ PATH = st.lists(st.text(alphabet="ab", max_size=4), min_size=1, max_size=6)
 @given(GLOB, PATH)
 @example(["**", "a*b"], ["xa", "xab", "ab"])
 @example(["**", "a", "**", "b", "**"], ["a", "b", "a", ""])
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 def test_path_globs_mean_what_the_definition_says(glob: list[str], path: list[str]) -> None:
     compiled = globs.path_glob("/" + "/".join(glob))
     assert bool(compiled.fullmatch("/" + "/".join(path))) == slow_path_match(glob, path)
 
 
 @given(PATH, st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_globs_that_match_the_same_path_overlap(path: list[str], data: st.DataObject) -> None:
     text = "/" + "/".join(path)
 
@@ -109,7 +110,7 @@ def test_no_input_makes_a_glob_slow() -> None:
 @given(st.text(alphabet="/.%2eEfFaAzZ;?=#\\ \x00é&+~", max_size=40))
 @example("/a/%2e%2e/b")
 @example("/%zz")
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=examples(800), deadline=None)
 def test_the_canonical_form_is_a_fixed_point_without_traps(raw: str) -> None:
     try:
         canonical = canonicalise_path(raw)
@@ -292,7 +293,7 @@ EXPRESSIONS = [
 
 
 @given(st.sampled_from(EXPRESSIONS), st.text(alphabet="abc01x", max_size=8))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 def test_linear_expressions_mean_what_re_says(expression: str, text: str) -> None:
     assert LinearRegex(expression).matches(text) == bool(re.fullmatch(expression, text))
 
@@ -306,7 +307,7 @@ def test_expressions_outside_the_subset(expression: str) -> None:
 
 
 @given(st.text(alphabet="ab()[]{}|*+?\\^-.,01d", max_size=20))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_no_expression_crashes_the_parser(expression: str) -> None:
     with contextlib.suppress(RegexError):
         LinearRegex(expression).matches("ab01")

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from saw.policy.errors import NotCanonical
 from saw.policy.paths import MAX_TARGET, canonicalise_path
 
@@ -147,7 +148,7 @@ _PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=600)
+@settings(max_examples=examples(600))
 @given(st.lists(_PIECES, max_size=10).map("".join).map(lambda text: "/" + text), st.booleans())
 @example("/a%2F..;x", True)
 @example("/%C3/%A4", False)

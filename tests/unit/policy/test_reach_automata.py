@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from saw.policy import globs
 from saw.policy.errors import NotCanonical
 from saw.policy.gitproto import PushUnreadable, push_updates
@@ -43,7 +44,7 @@ SHORT_HOSTS = [word + ".a.b" for word in words("ab.", 4)] + ["a.b", "b.a.b"]
 
 
 @given(PATH_GLOB)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_the_automaton_of_a_path_glob_accepts_what_the_glob_does(glob: str) -> None:
     automaton, compiled = Glob.path(glob), globs.path_glob(glob)
     for path in SHORT_PATHS:
@@ -76,7 +77,7 @@ TINY = Table([({"/": 1}, -1), ({"/": 1}, 1)], {1}, "ab")
 
 
 @given(PATH_GLOB, PATH_GLOB)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_inclusion_of_globs_agrees_with_all_short_words(smaller: str, larger: str) -> None:
     left, right = globs.path_glob(smaller), globs.path_glob(larger)
     counter = next((p for p in SHORT_PATHS if left.match(p) and not right.match(p)), None)
@@ -139,7 +140,7 @@ TOKENS = [
 
 
 @given(st.lists(st.sampled_from(TOKENS), max_size=6), st.booleans())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 def test_the_domain_of_paths_is_the_canonical_form(tokens: list[str], slash: bool) -> None:
     path = "/" + "".join(tokens)
     try:
@@ -150,7 +151,7 @@ def test_the_domain_of_paths_is_the_canonical_form(tokens: list[str], slash: boo
 
 
 @given(st.lists(st.sampled_from(["/", ".", "lock", "a", "@", "{", "..", " "]), max_size=5))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_the_domain_of_refs_is_what_git_accepts(tokens: list[str]) -> None:
     ref = "refs/" + "".join(tokens)
     line = f"{'0' * 40} {'b' * 40} {ref}".encode()
@@ -166,7 +167,7 @@ REGEX = st.text(alphabet="ab|()*+?.[]^-{}12\\d", max_size=8)
 
 
 @given(REGEX)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 def test_the_automaton_of_an_expression_matches_what_it_does(expression: str) -> None:
     try:
         regex = LinearRegex(expression)
@@ -180,7 +181,7 @@ def test_the_automaton_of_an_expression_matches_what_it_does(expression: str) ->
 
 
 @given(st.lists(st.sampled_from(["/", "a", "b", ".", "..", "ab", "\n"]), max_size=7))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 def test_the_automaton_of_a_directory_is_the_rule_under(tokens: list[str]) -> None:
     text = "".join(tokens)
     for base in ("/a/b", "/a", "/", "/a/"):
@@ -216,7 +217,7 @@ VALUES: list[object] = [
 
 
 @given(ARGUMENT, ARGUMENT)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 def test_a_value_between_two_rules_is_found_when_there_is_one(inside: Argument, outside: Argument) -> None:
     value = find((inside,), (outside,), Budget())
     if value is NOTHING:
@@ -226,7 +227,7 @@ def test_a_value_between_two_rules_is_found_when_there_is_one(inside: Argument, 
 
 
 @given(ARGUMENT, ARGUMENT)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_a_value_that_two_rules_share_is_found_when_there_is_one(one: Argument, other: Argument) -> None:
     value = find((one, other), (), Budget())
     if value is NOTHING:

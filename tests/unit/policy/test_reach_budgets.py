@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from saw.policy.errors import PolicyError
 from saw.policy.loader import Bundle, load_members
 from saw.policy.reach_budgets import compare_budgets
@@ -168,7 +169,7 @@ def passes(budget: dict[str, Any], spends: list[tuple[int, int, int, int]]) -> b
     return all(Decimal(total) <= Decimal(budget["limit"]["amount"]) for total in sums.values())
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(_BUDGETS, _BUDGETS, _SPENDS)
 def test_whatever_may_be_spent_anew_is_told(
     before: dict[str, Any], after: dict[str, Any], spends: list[tuple[int, int, int, int]]

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from saw.policy import strict_json
 from saw.policy.loader import load_governance
 from saw.policy.mcp import decide_tool
@@ -214,7 +215,7 @@ def damaged(draw):
 
 
 @pytest.mark.control("RUN-05")
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(st.binary(max_size=200) | damaged())
 @example(b'{"jsonrpc":"2.0","method":"x","params":1e999}')
 @example(b'{"jsonrpc":"2.0","method":"x","params":"\\ud83d"}')
