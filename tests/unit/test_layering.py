@@ -50,6 +50,8 @@ MAY_IMPORT = {
 EXCEPTIONS = {
     # The image build provisions on one of the lab's light hosts, unbooted (docs/decisions/0004).
     ("saw.image.build", "saw.lab.nspawn"),
+    # A machine takes that host's place, with the same keys and name (docs/decisions/0074).
+    ("saw.image.machine", "saw.lab.nspawn"),
     # It holds the same build directory as the embedded default does.
     ("saw.image.build", "saw.lab.exclusive"),
     # What becomes the ssh of a terminal confines itself as the launcher of sandboxes does (docs/decisions/0037).

@@ -73,7 +73,7 @@ def test_the_gatekeeper_reads_every_field_that_the_broker_states(stated) -> None
 
 def test_a_perimeter_of_before_is_told_of_no_number_that_it_would_refuse(stated, own_broker) -> None:
     edge = stated[3]
-    with closing(sqlite3.connect(own_broker.config.database, timeout=10)) as store, store:
+    with beside(own_broker.config) as store:
         store.execute("UPDATE workspaces SET number = 251 WHERE id = 'called'")
 
     def told(query: str) -> set[str]:

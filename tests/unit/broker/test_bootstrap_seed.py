@@ -45,7 +45,7 @@ def test_a_good_seed_is_laid_out_for_every_component(seed, tmp_path) -> None:
     ("field", "value"),
     [
         ("workspace_id", "../etc"),
-        ("number", 251),
+        ("number", 64_001),
         ("trust_domain", "other.example"),
         ("broker_url", "http://10.210.1.1:8444"),
         ("broker_url", "https://user@10.210.1.1:8444"),

@@ -55,9 +55,9 @@ class Slow:
         await self.step("token")
         return Answer(200, b'{"access_token": "t", "token_type": "bearer"}')
 
-    async def addresses(self, _host: str) -> tuple[str, ...]:
+    async def chosen(self, _host: str, **_how: object) -> str:
         await self.step("address")
-        return ("192.0.2.1",)
+        return "192.0.2.1"
 
     async def reserve(self, *_: object, **_named: object) -> Reserved:
         self.reserved += 1

@@ -39,7 +39,7 @@ def test_a_state_is_read() -> None:
         b"{",
         state(workspace(state="fine")),
         state(workspace(number=0)),
-        state(workspace(number=251)),
+        state(workspace(number=64_001)),
         state(workspace(surprise=1)),
         state(workspace(), workspace(number=2)),
         state(workspace(), workspace(id="ws-2")),
