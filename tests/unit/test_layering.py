@@ -44,7 +44,20 @@ MAY_IMPORT = {
     "image": BASE | {"attest", "vm"},
     "vm": BASE | {"image", "attest", "policy", "datadisk"},
     "lab": BASE
-    | {"policy", "identity", "attest", "audit", "budget", "review", "broker", "gateway", "runtime", "image", "vm", "datadisk"},
+    | {
+        "policy",
+        "identity",
+        "attest",
+        "audit",
+        "budget",
+        "review",
+        "broker",
+        "gateway",
+        "runtime",
+        "image",
+        "vm",
+        "datadisk",
+    },
 }
 #: Single modules with a reason of their own.
 EXCEPTIONS = {
