@@ -135,6 +135,8 @@ class Bringup:
                 "saw_runtime_wheelhouse": str(wheels),
                 "broker_trust_domain": TRUST_DOMAIN,
                 "broker_sessions": {"recorded_only": True, "lease_s": 300},
+                # Nothing to search for vulnerabilities with is brought along (docs/images.md).
+                "broker_image_require": ["sbom", "provenance"],
                 "bastion_broker_address": f"{self.hosts['control'].address}:8443",
                 "bastion_port": BASTION_PORT,
                 "perimeter_broker_address": f"{self.hosts['control'].address}:8443",

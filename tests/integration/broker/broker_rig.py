@@ -25,6 +25,9 @@ import rfc8785
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+# Molecule, benchmarks and soaks use this rig without the tests' conftest.
+sys.path += [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
+
 from databases import installed
 from saw.attest.image_record import PAYLOAD_TYPE
 from saw.attest.verifier import RELEASED_PCRS
