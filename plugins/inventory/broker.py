@@ -19,6 +19,7 @@ description:
 notes:
   - It runs on the controller, with Ansible's own Python.
   - Values of the register are never evaluated as templates.
+  - Without a bastion, a workspace whose ingress port the context file cannot tell is left out, with a warning that names it.
 requirements:
   - The Python package C(secure-agent-workspace) for Ansible's own Python
 extends_documentation_fragment:
@@ -142,6 +143,8 @@ TAKEN = frozenset({"all", "ungrouped", "localhost", GROUP})
 CERTIFICATE_TTL_S = 120
 #: Up to so many workspaces, their agents are asked for by the workspace.
 MOST_NAMED = 50
+#: So many workspaces are named in a warning.
+MOST_TOLD = 20
 
 
 @contextmanager
@@ -207,6 +210,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
         strict = self.get_option("strict")
         # Ansible would look for the folder of the inventory file once for each host.
         source, inventory.current_source = inventory.current_source, None
+        unreached: dict[str, list[str]] = {}
         origin = {"inventory_file": source, "inventory_dir": basedir(source) if source else None}
         for kept in rows:
             # A cache from before agents were told has none.
@@ -216,13 +220,16 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
                 raise AnsibleParserError(
                     f"broker: Ansible has another meaning for the workspace id {name!r}; leave it out by the filters"
                 )
+            try:
+                way = {} if ingress is None else _way_by_port(ingress, name, row["number"])
+            except SawError as error:
+                unreached.setdefault(error.cure, []).append(name)
+                continue
             inventory.add_host(name, GROUP)
             # Straight into the host's variables: ``set_variable`` marks every value below with the file that it came from, which
             # takes most of the time of a large fleet. Values without marks are data, never templates.
             known = inventory.hosts[name].vars
-            known.update(origin, saw_workspace=row, saw_agent=agent)
-            if ingress is not None:
-                known.update(_way_by_port(ingress, name, row["number"]))
+            known.update(origin, saw_workspace=row, saw_agent=agent, **way)
             if compose or groups or keyed:
                 told = {"saw_workspace": row, "saw_agent": agent, "inventory_hostname": name}
                 self._set_composite_vars(compose, told, name, strict)
@@ -231,6 +238,11 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
                 self._add_host_to_composed_groups(groups, told, name, strict, fetch_hostvars=False)
                 self._add_host_to_keyed_groups(keyed, told, name, strict, fetch_hostvars=False)
         inventory.current_source = source
+        for cure, names in unreached.items():
+            more = f" and {len(names) - MOST_TOLD} more" if len(names) > MOST_TOLD else ""
+            self.display.warning(
+                f"broker: left out, as there is no way in by a port: {', '.join(names[:MOST_TOLD])}{more}; {cure}"
+            )
 
     def _compose(self, template: Any, variables: Any, **more: Any) -> Any:
         """Evaluate an expression; one that only names a field of the register needs no template engine, which compiles anew
@@ -258,10 +270,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
 
 def _way_by_port(ingress: Any, name: str, number: int) -> dict[str, Any]:
     """Return how ssh reaches a workspace by its port. The host stays the id, for which ssh has the certificate made."""
-    try:
-        host, port = ingress.of(number)
-    except SawError as error:
-        raise AnsibleParserError(f"broker: {name}: {error.message}: {error.cure}") from error
+    host, port = ingress.of(number)
     elsewhere = f" -o HostName={shlex.quote(host)}" if host != ingress.host else ""
     return {"ansible_port": port, "ansible_ssh_extra_args": f"-o HostKeyAlias={name}{elsewhere}"}
 

@@ -9,7 +9,7 @@ networks that they always had (10.210.N.0/30), the next 250 those beside them (1
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated
 
 import msgspec
@@ -93,10 +93,10 @@ def number_of(address: str) -> int | None:
     return None
 
 
-def networks(numbers: Iterable[int]) -> tuple[Network, ...]:
-    """Return those of :data:`NETWORKS` that ``numbers`` use, and always the first."""
-    used = {0, *((number - 1) // PER_NETWORK for number in numbers)}
-    return tuple(NETWORKS[block] for block in sorted(used))
+def networks(band: Band | None = None) -> tuple[Network, ...]:
+    """Return those of :data:`NETWORKS` that workspaces of ``band`` are in, with all between its ends, and always the first."""
+    blocks = () if band is None else range((band.first - 1) // PER_NETWORK, (band.last - 1) // PER_NETWORK + 1)
+    return tuple(NETWORKS[block] for block in sorted({0, *blocks}))
 
 
 def bridge(number: int) -> str:

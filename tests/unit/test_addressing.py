@@ -82,7 +82,7 @@ def test_networks_do_not_meet_and_lead_back_to_their_number(one: int, other: int
     assert network.subnet_of(addressing.PLAN)
     assert network.overlaps(addressing.network(other)) == (one == other)
     assert {addressing.number_of(str(address)) for address in network} == {one}
-    assert any(network.subnet_of(whole) for whole in addressing.networks([one]))
+    assert any(network.subnet_of(whole) for whole in addressing.networks(Band(one, one)))
 
 
 @pytest.mark.parametrize(
@@ -103,10 +103,26 @@ def test_what_is_no_number_has_no_network(number: object) -> None:
 
 
 def test_networks_are_taken_one_after_the_other() -> None:
-    assert [str(one) for one in addressing.networks(())] == ["10.210.0.0/16"]
-    assert [str(one) for one in addressing.networks(range(1, PER_NETWORK + 1))] == ["10.210.0.0/16"]
-    assert [str(one) for one in addressing.networks([PER_NETWORK + 1])] == ["10.210.0.0/16", "10.211.0.0/16"]
-    assert addressing.networks([HIGHEST])[-1] == addressing.NETWORKS[-1]
+    assert [str(one) for one in addressing.networks()] == ["10.210.0.0/16"]
+    assert [str(one) for one in addressing.networks(Band(1, PER_NETWORK))] == ["10.210.0.0/16"]
+    assert [str(one) for one in addressing.networks(Band(PER_NETWORK + 1, PER_NETWORK + 1))] == [
+        "10.210.0.0/16",
+        "10.211.0.0/16",
+    ]
+    assert addressing.networks(Band(HIGHEST, HIGHEST)) == (addressing.NETWORKS[0], addressing.NETWORKS[-1])
+
+
+def test_a_band_is_in_all_networks_between_its_ends_too() -> None:
+    assert addressing.networks(Band(1, 3 * PER_NETWORK)) == addressing.NETWORKS[:3]
+    assert addressing.networks(Band(1, HIGHEST)) == addressing.NETWORKS
+
+
+@given(NUMBERS, NUMBERS, NUMBERS)
+def test_networks_of_a_band_have_the_address_of_each_of_its_numbers(one: int, two: int, three: int) -> None:
+    first, number, last = sorted((one, two, three))
+    own = addressing.networks(Band(first, last))
+    for each in (first, number, last):
+        assert any(ipaddress.ip_address(addressing.workspace(each)) in network for network in own)
 
 
 def test_no_port_is_named_that_is_another_workspaces() -> None:

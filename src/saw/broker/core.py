@@ -39,6 +39,7 @@ from saw.broker.registry import Registry
 from saw.broker.releases import Releases
 from saw.broker.replicas import Upkeep, join
 from saw.broker.repository import OnlineKey, Repository
+from saw.broker.resource_retention import ResourceRetention
 from saw.broker.resource_use import ResourceUse
 from saw.broker.retention import Retention
 from saw.broker.review_decisions import Decisions
@@ -95,6 +96,7 @@ class Broker:
     recordings: Recordings
     charges: Charges
     resource_use: ResourceUse
+    resource_retention: ResourceRetention
     overview: Overview
     delegations: Delegations
     agents: Agents
@@ -170,6 +172,7 @@ class Broker:
             recordings=Recordings(services),
             charges=charges,
             resource_use=resource_use,
+            resource_retention=ResourceRetention(services),
             overview=Overview(services, charges, resource_use),
             delegations=delegations,
             agents=Agents(services, delegations),

@@ -1,7 +1,7 @@
 """Legal hold: what is about a workspace, or from a time, is kept past its time until somebody releases it (control AUD-01).
 
-One hold keeps events of the trail, recordings, bytes of reviewed calls and ended jobs alike. A single recording can be held by
-itself (:mod:`saw.broker.recordings`); it is listed here with the others.
+One hold keeps events of the trail, recordings, bytes of reviewed calls, ended jobs and what agents used alike. A single
+recording can be held by itself (:mod:`saw.broker.recordings`); it is listed here with the others.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ from saw.broker.store import Transaction
 
 MOST = 10**15
 """What one day of one workspace adds up to at most, so that no workspace makes sums of the database overflow."""
+MOST_DAYS = 366
+"""Days that are told at a time."""
 _GROWING = ("cpu_ms", "read_bytes", "written_bytes", "oom_kills", "refused_tasks")
 _COLUMNS = (*_GROWING, "memory_peak")
 
@@ -58,9 +60,11 @@ class ResourceUse:
     def show(self, first: str | None, last: str | None, workspace: str | None) -> dict[str, Any]:
         """Return what was used from the day ``first`` to ``last`` (UTC; default: today), by day, workspace and engagement.
 
+        Raises :class:`saw.broker.errors.MalformedError` for more than :data:`MOST_DAYS` days.
+
         ``engagement`` is the id of the delegation that the agent's work goes back to; empty where it held none, or several.
         """
-        first, last = days(first, last, self._s.clock())
+        first, last = days(first, last, self._s.clock(), MOST_DAYS)
         query = select(resource_use).where(resource_use.c.day >= first, resource_use.c.day <= last)
         if workspace:
             query = query.where(resource_use.c.workspace_id == workspace)

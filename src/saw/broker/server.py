@@ -239,6 +239,7 @@ def upkeep_once(broker: Broker, context: ssl.SSLContext, clock: Clock, pages: ss
         broker.sessions.tick()
         broker.recordings.tick()
         broker.retention.catch_up()
+        broker.resource_retention.tick()
         broker.notifications.tick()
         broker.policy_requests.tick()
         if broker.sso is not None:

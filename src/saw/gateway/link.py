@@ -16,7 +16,7 @@ from saw.gateway.config import GatekeeperConfig
 from saw.gateway.errors import StateRefused
 from saw.gateway.spool import Spool
 from saw.gateway.state import parse_state
-from saw.gateway.view import EMPTY, ViewKeeper
+from saw.gateway.view import ViewKeeper
 
 LOG = logging.getLogger("saw.gateway")
 RETRY_FIRST_S = 0.2
@@ -73,13 +73,13 @@ class BrokerLink:
     async def poll_once(self) -> None:
         """Ask for a state newer than ours, wait for it, and take it in."""
         client = await self._connected()
-        view = self._keeper.view
+        after = self._keeper.after
         try:
             response = await client.get(
                 "/v1/perimeter/state",
                 params={
-                    "after": max(view.seq, 0),
-                    "wait": 0 if view is EMPTY else self._config.poll_wait_s,
+                    "after": max(after or 0, 0),
+                    "wait": 0 if after is None else self._config.poll_wait_s,
                     "first": self._config.numbers.first,
                     "last": self._config.numbers.last,
                 },

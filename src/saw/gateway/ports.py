@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from saw.gateway.config import GatekeeperConfig
 from saw.gateway.envoy_parts import BROKER_PORT, RING2_PORT, Seat
@@ -19,15 +20,36 @@ def conflicts(config: GatekeeperConfig, numbers: Iterable[int] | None = None) ->
     found: dict[str, str] = {}
     bootstrap = str(config.ring2.xds_dir / "bootstrap.json")
     served = range(config.numbers.first, config.numbers.last + 1) if numbers is None else numbers
-    wanted = [listener for number in served for listener in _listeners(config, number)]
-    ports = {port for _, port, _ in wanted}
-    holders = [holder for holder in listening(ports.__contains__) if bootstrap not in holder.command]
-    for holder in holders:
-        for address, port, what in wanted:
-            if port == holder.port and _overlap(address, holder.address):
-                found.setdefault(f"{holder.address}:{port} ({what})", str(holder))
-                break
+    wanted: dict[int, _Wanted] = {}
+    for number in served:
+        for address, port, what in _listeners(config, number):
+            wanted.setdefault(port, _Wanted(what)).add(address, what)
+    for holder in listening(wanted.__contains__):
+        taken = None if bootstrap in holder.command else wanted[holder.port].taken_by(holder.address)
+        if taken is not None:
+            found.setdefault(f"{holder.address}:{holder.port} ({taken})", str(holder))
     return found
+
+
+@dataclass
+class _Wanted:
+    """What wants one port: ``first`` of all, what wants it on all addresses, and what on which. Thousands of listeners and as
+    many holders are each looked at once."""
+
+    first: str
+    everywhere: str | None = None
+    at: dict[IPv4Address | IPv6Address, str] = field(default_factory=dict)
+
+    def add(self, address: str, what: str) -> None:
+        parsed = ip_address(address)
+        self.at.setdefault(parsed, what)
+        if parsed.is_unspecified and self.everywhere is None:
+            self.everywhere = what
+
+    def taken_by(self, address: str) -> str | None:
+        """Return what cannot have the port while somebody listens on it at ``address``; None where nothing wants it there."""
+        parsed = ip_address(address)
+        return self.first if parsed.is_unspecified else self.at.get(parsed, self.everywhere)
 
 
 def _listeners(config: GatekeeperConfig, number: int) -> tuple[tuple[str, int, str], ...]:
@@ -38,11 +60,6 @@ def _listeners(config: GatekeeperConfig, number: int) -> tuple[tuple[str, int, s
         (seat.gateway, BROKER_PORT, "passage to the broker"),
         *ingress,
     )
-
-
-def _overlap(one: str, other: str) -> bool:
-    first, second = ipaddress.ip_address(one), ipaddress.ip_address(other)
-    return first == second or first.is_unspecified or second.is_unspecified
 
 
 def require_free(config: GatekeeperConfig, numbers: Iterable[int] | None = None) -> None:

@@ -15,7 +15,7 @@ from saw.policy.addresses import classify
 
 Lookup = Callable[[str], list[str]]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-WORKSPACE_NETWORKS: tuple[Network, ...] = addressing.networks(())
+WORKSPACE_NETWORKS: tuple[Network, ...] = addressing.networks()
 """Never a destination, whatever a policy names: workspaces do not reach each other through the perimeter."""
 
 _REMEMBERED = 4096

@@ -127,8 +127,7 @@ class Gatekeeper:
         factory = EventFactory("saw-gatekeeper", host=config.name, new_uid=lambda: str(uuid.uuid4()))
         self._ledger = Ledger(config.state_dir / "budget.db", life_s=config.reservation_s)
         self._meter = Meter(self._ledger, self._spool, factory, now=clock.now, new_id=lambda: str(uuid.uuid4()))
-        own = addressing.networks((config.numbers.first, config.numbers.last))
-        resolver = Resolver(config.resolver, time.monotonic, own=own)
+        resolver = Resolver(config.resolver, time.monotonic, own=addressing.networks(config.numbers))
         self._vault = VaultSource(config.vault, time.monotonic) if config.vault is not None else None
 
         async def address_of(host: str) -> str:

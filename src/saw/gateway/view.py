@@ -91,6 +91,7 @@ class ViewKeeper:
         self._heard: float | None = None
         self._told: dict[str, str] = {}
         self._started = monotonic()
+        self._restored = False
 
     def offline_s(self, granted_s: float, now: datetime) -> float:
         """Return by how many seconds the lease of a workspace is prolonged at ``now`` under a grant of ``granted_s``."""
@@ -112,18 +113,28 @@ class ViewKeeper:
             return f"the broker has not answered for {silence:.0f} s"
         return self._clock.doubt
 
+    @property
+    def after(self) -> int | None:
+        """The sequence number after which a state is news; None when any is, as what we have may be of other numbers or none."""
+        return None if self._restored or self.view is EMPTY else self.view.seq
+
     def credential_headers(self) -> frozenset[str]:
         """Return every header name that a release of the current view may inject."""
         return self.view.credential_headers()
 
     async def restore(self, cache: Cache) -> None:
-        """Start from what was saved; leases in it end when they said, whether or not the broker answers again."""
+        """Start from what was saved; leases in it end when they said, whether or not the broker answers again.
+
+        It may have been saved when this perimeter served other numbers, so the broker's first answer counts even if nothing
+        has changed there since.
+        """
         workspaces = {entry.id: entry for entry in cache.state.workspaces}
         releases, refused = await asyncio.to_thread(verify_releases, cache.state, {}, self._root, self._clock.now())
         handed = await self._hand(cache.state, {})
         self._tell(refused)
         held = engagements(workspaces.values(), handed)
         self.view = View(cache.state.seq, workspaces, releases, cache.graces, cache.floors, handed, held)
+        self._restored = True
         self.changed(self.view)
 
     async def take(self, state: PerimeterState) -> None:
@@ -132,7 +143,7 @@ class ViewKeeper:
         self._clock.confirm(state.now)
         self.contact.heard(self._clock.now())
         before = self.view
-        known_seq = state.seq == before.seq and before is not EMPTY
+        known_seq = state.seq == self.after
         statements = {text for entry in state.workspaces for text in entry.delegations}
         if known_seq and state.releases.keys() <= before.releases.keys() and statements <= before.handed.keys():
             return
@@ -153,6 +164,7 @@ class ViewKeeper:
             self._tell(refused)
             floors = raise_floors(floors, workspaces, releases)
             self.view = view = msgspec.structs.replace(view, releases=releases, floors=floors)
+        self._restored = False
         self.changed(view)
         await asyncio.to_thread(self._file.save, state, graces, floors, now)
 

@@ -105,7 +105,7 @@ def taken_addresses(lab: Lab) -> list[str]:
     if shutil.which("ip") is None:
         return problems
     routes = run("ip", "-4", "route", "show").splitlines()
-    workspaces = ".".join(str(networks(())[0].network_address).split(".")[:2])
+    workspaces = ".".join(str(networks()[0].network_address).split(".")[:2])
     for prefix in (f"{lab.network.prefix}.", f"{workspaces}."):
         problems += [
             f"network {prefix}0 is already in use here ({route.strip()}): remove that route or interface"

@@ -21,7 +21,7 @@ class Ingress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     host: str
-    base_port: int
+    base_port: int = addressing.INGRESS_BASE
     blocks: dict[str, str] = {}
 
 

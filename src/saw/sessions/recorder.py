@@ -37,7 +37,7 @@ from saw.sessions.messages import CloseReason, Closing, Granted, Redeem
 from saw.sessions.presented import Presented, read_presented
 from saw.sessions.pump import Pump
 from saw.sessions.recording import Chunk, Ending, Event, Header, Kind, RecordingFailed, Writer
-from saw.sessions.report import leave_report
+from saw.sessions.report import leave_report, send_forgotten
 from saw.sessions.sftp import NotSftp, SftpLog
 from saw.sessions.ssh_client import ssh_line
 from saw.sessions.watch import Watch
@@ -89,6 +89,7 @@ def record(config: BastionConfig, environ: Mapping[str, str]) -> int:
         except RecordingFailed:
             leave_report(config, granted.session_id, Closing("recording_failed"))
             raise
+        send_forgotten(config)
         return _Session(config, who, granted, writer, terminal=terminal).run(link, folder, environ)
 
 

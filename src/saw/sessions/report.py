@@ -13,7 +13,9 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from enum import Enum, auto
 from pathlib import Path
 
 import msgspec
@@ -37,15 +39,34 @@ _LOOK_S = 0.2
 """How often the one that waits looks for a free place (seconds)."""
 
 
+class _Found(Enum):
+    """What became of a report: nothing of it is left, it could not be sent, or another process is sending it."""
+
+    DONE = auto()
+    FAILED = auto()
+    ELSEWHERE = auto()
+
+
 def leave_report(config: BastionConfig, session: str, said: Closing) -> None:
     """Keep what the broker has to hear and start the process that tells it. A full disk leaves it unsaid: the lease ends it."""
     path = config.recordings / f"{session}{SUFFIX}"
     with contextlib.suppress(OSError):
         write_private(path, msgspec.json.encode(said))
+    _start(config, *([] if path.exists() else [session, msgspec.json.encode(said).decode()]))
+
+
+def send_forgotten(config: BastionConfig) -> None:
+    """Start the process that sends when a report has waited for longer than one tries: its process was killed, or gave up."""
+    before = time.time() - _TRIES * _PAUSE_S
+    with contextlib.suppress(OSError):
+        if any(path.stat().st_mtime < before for path in config.recordings.glob(f"*{SUFFIX}")):
+            _start(config)
+
+
+def _start(config: BastionConfig, *unsaid: str) -> None:
+    """Start the process that sends; ``unsaid`` are session and report where the disk did not take it."""
     line = [sys.executable, "-m", "saw.sessions.report", config.broker_url, config.broker_name]
-    line += [config.ca_file, config.cert_file, config.key_file, config.recordings_dir]
-    if not path.exists():
-        line += [session, msgspec.json.encode(said).decode()]
+    line += [config.ca_file, config.cert_file, config.key_file, config.recordings_dir, *unsaid]
     with contextlib.suppress(OSError):
         subprocess.Popen(
             line,
@@ -58,18 +79,21 @@ def leave_report(config: BastionConfig, session: str, said: Closing) -> None:
 
 
 def send_reports(config: BastionConfig, pause: Callable[[float], None] = time.sleep) -> int:
-    """Send every report that waits and nobody else sends, and return how many could not be sent; the broker takes each once."""
+    """Send every report that waits, and return how many could not be sent; the broker takes each once.
+
+    What another process sends is looked at again, as that one may give up; at the end it is that one's.
+    """
     place = _place(config.recordings, pause)
     if place is None:
         return 0  # somebody looks after us, and finds what we would
     try:
         for attempt in range(_TRIES):
-            left = sum(not _send_alone(config, path) for path in sorted(config.recordings.glob(f"*{SUFFIX}")))
-            if not left:
+            found = Counter(_send_alone(config, path) for path in sorted(config.recordings.glob(f"*{SUFFIX}")))
+            if not found[_Found.FAILED] and not found[_Found.ELSEWHERE]:
                 return 0
             if attempt + 1 < _TRIES:
                 pause(_PAUSE_S)
-        return left
+        return found[_Found.FAILED]
     finally:
         os.close(place)
 
@@ -104,16 +128,16 @@ def _place(recordings: Path, pause: Callable[[float], None]) -> int | None:
         os.close(first)
 
 
-def _send_alone(config: BastionConfig, path: Path) -> bool:
-    """Send the report in ``path`` unless another process does; return whether there is nothing left for this one."""
+def _send_alone(config: BastionConfig, path: Path) -> _Found:
+    """Send the report in ``path`` unless another process does."""
     try:
         file = _lock(path)
     except OSError:
-        return not path.exists()  # another one has sent it
+        return _Found.FAILED if path.exists() else _Found.DONE  # another one has sent it
     if file is None:
-        return True
+        return _Found.ELSEWHERE
     try:
-        return _send(config, path)
+        return _Found.DONE if _send(config, path) else _Found.FAILED
     finally:
         os.close(file)
 

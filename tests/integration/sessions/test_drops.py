@@ -20,6 +20,7 @@ from session_rig import RULES, Bastion, Terminal, activate, running
 from sso_rig import free_port, until
 
 from saw.broker.config import Listen
+from saw.sessions.messages import Closing
 
 
 @pytest.fixture
@@ -137,6 +138,17 @@ def test_without_its_recorder_a_session_ends_and_nothing_goes_on_behind_it(
     folder, _ = bastion.certify()
     assert bastion.ssh(folder, "true").returncode == 0
     assert not any(path.exists() for path in left)
+
+
+def test_a_report_whose_process_was_killed_is_sent_while_the_next_session_lives(
+    bastion: Bastion, request: pytest.FixtureRequest
+) -> None:
+    forgotten = bastion.recordings / "ses-forgotten.closing"
+    forgotten.write_bytes(msgspec.json.encode(Closing("closed")))
+    os.utime(forgotten, (1, 1))
+    _, client = request.getfixturevalue("live")
+    until(lambda: not forgotten.exists(), 60)  # the broker, which does not know that session, was asked
+    assert client.process.poll() is None
 
 
 @pytest.mark.control("ID-02")

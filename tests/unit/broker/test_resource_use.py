@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 from portal_world import OPERATOR, World
+from sqlalchemy import select
 
 from saw.audit.workspace_usage import Usage, Used
 from saw.broker.clock import iso
 from saw.broker.delegations import Revoke
 from saw.broker.errors import MalformedError
-from saw.broker.registry import get_row
+from saw.broker.holds import AddHold, ReleaseHold
+from saw.broker.registry import Step, get_row
+from saw.broker.resource_retention import KEPT_DAYS
 from saw.broker.resource_use import MOST, count_use
+from saw.broker.schema import resource_boots
+from saw.broker.server import tls_context, upkeep_once
 
 BOOT, NEXT_BOOT = "1" * 32, "2" * 32
 
@@ -104,7 +109,66 @@ def test_the_page_of_a_workspace_says_what_was_used_in_the_running_month(world: 
     assert "met its limits: 3 × memory, 0 × processes" in world["ada"].get("/workspaces/ws-a").text
 
 
-@pytest.mark.parametrize("day", ["today", "2026-11-29\n", "2026-1-1", "٢٠٢٦-11-29"])
+@pytest.mark.parametrize(
+    "day", ["today", "2026-11-29\n", "2026-1-1", "٢٠٢٦-11-29", "2026-02-29", "2026-11-31", "0000-01-01"]
+)
 def test_a_text_that_is_no_day_is_refused(world: World, day: str) -> None:
     with pytest.raises(MalformedError, match="is not a day"):
         world.broker.resource_use.show(day, None, None)
+
+
+def test_a_leap_day_is_a_day_and_a_leap_year_is_as_much_as_can_be_asked_for(world: World) -> None:
+    assert world.broker.resource_use.show("2028-02-29", "2028-02-29", None)["usage"] == []
+    assert world.broker.resource_use.show("2028-01-01", "2028-12-31", None)["usage"] == []
+    with pytest.raises(MalformedError, match="are 367 days; 366 can be asked for") as refused:
+        world.broker.resource_use.show("2028-01-01", "2029-01-01", None)
+    assert (refused.value.code, refused.value.status) == ("too_many_days", 400)
+    assert "366" in refused.value.cure
+    # What was charged has no such bound: it is added up by the database.
+    assert world.broker.charges.show("2020-01-01", "2029-01-01", None)["charges"] == []
+
+
+def removed(world: World) -> list[str]:
+    """Return what the trail says of removals."""
+    events = [item.event for item in world.broker.trail.page("broker", 0, 1000)["events"]]
+    return [one["message"] for one in events if one.get("api", {}).get("operation") == "usage.retention.remove"]
+
+
+def test_days_go_when_they_are_older_than_400_and_a_removal_is_told(world: World) -> None:
+    for workspace in ("ws-a", "ws-b"):
+        tell(world, 1000, workspace=workspace)
+    world.now += timedelta(days=1)
+    tell(world, 1600)
+    world.now += timedelta(days=KEPT_DAYS - 1)
+    world.broker.resource_retention.tick()
+    assert [len(shown(world, "2026-11-29", workspace=one)) for one in ("ws-a", "ws-b")] == [1, 1]
+    assert removed(world) == []
+    world.now += timedelta(days=1)
+    for _ in range(2):
+        world.broker.resource_retention.tick()
+    assert [shown(world, "2026-11-29", workspace=one) for one in ("ws-a", "ws-b")] == [[], []]
+    assert [line["cpu_ms"] for line in shown(world, "2026-11-30")] == [600]
+    assert removed(world) == ["2 lines of what agents used on 2026-11-29 were removed"]
+
+
+def test_what_is_held_stays_until_the_hold_is_released(world: World) -> None:
+    for workspace in ("ws-a", "ws-b"):
+        tell(world, 1000, workspace=workspace)
+    hold = world.broker.holds.add(OPERATOR, AddHold("case 7", "ws-a"))["id"]
+    world.now += timedelta(days=KEPT_DAYS + 1)
+    world.broker.resource_retention.tick()
+    assert [len(shown(world, "2026-11-29", workspace=one)) for one in ("ws-a", "ws-b")] == [1, 0]
+    world.broker.holds.release(OPERATOR, hold, ReleaseHold("closed"))
+    world.broker.resource_retention.tick()
+    assert shown(world, "2026-11-29") == []
+
+
+def test_what_was_told_last_goes_with_the_workspace_and_what_it_used_stays(world: World) -> None:
+    for workspace in ("ws-a", "ws-b"):
+        tell(world, 1000, workspace=workspace)
+    world.broker.registry.transition(OPERATOR, "ws-a", Step("stopped", "test"))
+    world.broker.registry.transition(OPERATOR, "ws-a", Step("decommissioned", "test"))
+    upkeep_once(world.broker, tls_context(world.broker, lambda: world.now), lambda: world.now)
+    with world.broker.services.store.read() as connection:
+        assert connection.execute(select(resource_boots.c.workspace_id)).scalars().all() == ["ws-b"]
+    assert [line["cpu_ms"] for line in shown(world)] == [1000]

@@ -338,15 +338,18 @@ class Answers(httpx.AsyncBaseTransport):
 
     def __init__(self) -> None:
         self.status = 0
+        self.content = b"{}"
+        self.asked: list[tuple[str, str]] = []
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if not self.status:
             raise httpx.ConnectError("nobody", request=request)
-        return httpx.Response(self.status, request=request, content=b"{}")
+        self.asked.append((request.url.params["after"], request.url.params["wait"]))
+        return httpx.Response(self.status, request=request, content=self.content)
 
 
-@pytest.mark.control("POL-05")
-def test_only_a_broker_that_is_not_there_is_an_outage(perimeter: Perimeter, monkeypatch: pytest.MonkeyPatch) -> None:
+def linked(perimeter: Perimeter, monkeypatch: pytest.MonkeyPatch) -> tuple[BrokerLink, Answers]:
+    """Return a link of the perimeter, and its far end."""
     directory = perimeter.directory
     config = GatekeeperConfig(
         name="edge", broker_url="https://192.0.2.9:8443", ca_file=directory, cert_file=directory, key_file=directory,
@@ -359,6 +362,12 @@ def test_only_a_broker_that_is_not_there_is_an_outage(perimeter: Perimeter, monk
         return httpx.AsyncClient(transport=far, base_url=config.broker_url)
 
     monkeypatch.setattr(link, "_connected", connected)
+    return link, far
+
+
+@pytest.mark.control("POL-05")
+def test_only_a_broker_that_is_not_there_is_an_outage(perimeter: Perimeter, monkeypatch: pytest.MonkeyPatch) -> None:
+    link, far = linked(perimeter, monkeypatch)
     perimeter.pass_(LEASE_S)
     with pytest.raises(httpx.ConnectError):
         asyncio.run(link.poll_once())
@@ -368,3 +377,32 @@ def test_only_a_broker_that_is_not_there_is_an_outage(perimeter: Perimeter, monk
         with pytest.raises(StateRefused):
             asyncio.run(link.poll_once())
         assert perimeter.outcome() != "allow", status
+
+
+def test_the_first_answer_after_a_restart_counts_even_where_nothing_has_changed(
+    perimeter: Perimeter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a raised band: what was kept is of fewer numbers, and the broker's register is as it was."""
+    perimeter.hear()
+    seq = perimeter.keeper.view.seq
+    perimeter.start()
+    link, far = linked(perimeter, monkeypatch)
+    published: list[View] = []
+    perimeter.keeper.changed = published.append
+    perimeter.workspaces[251] = entry(251, PLAIN)
+    stated = PerimeterState(
+        seq=seq, now=datetime.fromtimestamp(perimeter.wall, UTC), workspaces=tuple(perimeter.workspaces.values())
+    )
+    far.status, far.content = 503, b""
+    with pytest.raises(StateRefused):
+        asyncio.run(link.poll_once())
+    far.status, far.content = 200, msgspec.json.encode(stated)
+    asyncio.run(link.poll_once())
+    assert 251 in perimeter.keeper.view.open_numbers()
+    assert [view.open_numbers() for view in published] == [(1, 2, 3, 251)]
+    kept = StateFile(perimeter.directory).load()
+    assert kept is not None
+    assert "ws-251" in {one.id for one in kept.state.workspaces}
+    asyncio.run(link.poll_once())
+    assert far.asked == [("0", "0"), ("0", "0"), (str(seq), "10")]
+    assert len(published) == 1, "nothing new"

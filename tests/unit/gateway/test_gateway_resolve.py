@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from saw import addressing
+from saw.addressing import Band
 from saw.gateway.config import ResolverConfig
 from saw.gateway.errors import DestinationBlocked, ResolutionFailed
 from saw.gateway.resolve import Resolver, choose
@@ -55,7 +56,8 @@ def test_one_forbidden_address_refuses_the_whole_answer(
         choose("h", addresses, exact=exact, allowed=allowed)
 
 
-SECOND = addressing.networks([addressing.PER_NETWORK + 1])
+SECOND = addressing.networks(Band(addressing.PER_NETWORK + 1, addressing.PER_NETWORK + 1))
+THREE = addressing.networks(Band(1, 3 * addressing.PER_NETWORK))
 
 
 @pytest.mark.control("NET-03")
@@ -65,8 +67,12 @@ SECOND = addressing.networks([addressing.PER_NETWORK + 1])
         (SECOND, "10.210.3.2", True),
         (SECOND, "10.211.3.2", True),
         (SECOND, "10.208.3.2", False),
+        # Between the ends of a band are workspaces too.
+        (THREE, "10.211.3.2", True),
+        (THREE, "10.208.3.2", True),
+        (THREE, "10.209.3.2", False),
         # Where no workspace of this perimeter is, somebody's servers may be.
-        (addressing.networks(()), "10.211.3.2", False),
+        (addressing.networks(), "10.211.3.2", False),
     ],
 )
 def test_networks_of_the_perimeters_own_workspaces_are_never_dialled(own: Any, address: str, refused: bool) -> None:

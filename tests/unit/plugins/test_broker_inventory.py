@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from databases import beside
+
 ROOT = Path(__file__).resolve().parents[3]
 KEYED = {"key": "saw_workspace.ring", "prefix": "ring"}
 
@@ -123,6 +125,20 @@ def test_filters_leave_out_and_the_ingress_has_a_port_for_each(shop) -> None:
     bare = shop(rings=["inv-one"], connection=False)
     assert set(bare.hosts) == {"inv-a"}
     assert {name for name in bare.hosts["inv-a"] if name.startswith("ansible_")} == set()
+
+
+def test_a_workspace_without_a_way_in_is_left_out_with_a_warning_and_the_others_stay(shop, broker_context) -> None:
+    broker_context.workspace("inv-near", ring="inv-ways")
+    broker_context.workspace("inv-far", ring="inv-ways")
+    with beside(broker_context.config) as store:
+        store.execute("UPDATE workspaces SET number = 10001 WHERE id = 'inv-far'")
+    shown = shop(rings=["inv-ways"])
+    assert set(shown.hosts) == shown.group("saw_workspaces") == {"inv-near"}, shown.words
+    assert "left out, as there is no way in by a port: inv-far; go through a bastion, or name" in shown.words
+    for told in ({"bastion": {"host": "edge.example.com"}}, {"connection": False}):
+        shown = shop(rings=["inv-ways"], **told)
+        assert set(shown.hosts) == {"inv-near", "inv-far"}
+        assert "left out" not in shown.words
 
 
 def test_the_cache_answers_until_it_is_flushed(shop, broker_context) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import threading
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from saw.errors import UnavailableError
 from saw.sessions import report
 from saw.sessions.config import BastionConfig
 from saw.sessions.messages import Closing
-from saw.sessions.report import SUFFIX, send_reports
+from saw.sessions.report import SUFFIX, send_forgotten, send_reports
 
 COUNT = 40
 
@@ -128,3 +129,51 @@ def test_what_cannot_be_told_is_tried_again_stays_and_is_counted(
     broker.answers = True
     assert send_reports(config, pauses.append) == 0
     assert broker.told == ["ses-a"]
+
+
+def test_what_another_one_sends_is_tried_when_that_one_gives_up(
+    config: BastionConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = Broker()
+    monkeypatch.setattr(report, "_tell", broker.tell)
+    leave(config, "ses-a")
+    other = (config.recordings / f"ses-a{SUFFIX}").open()
+    fcntl.flock(other, fcntl.LOCK_EX)
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            other.close()
+
+    assert send_reports(config, pause) == 0
+    assert pauses == [report._PAUSE_S] * 2
+    assert broker.told == ["ses-a"]
+
+
+def test_what_another_one_sends_to_the_end_is_not_counted_here(
+    config: BastionConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = Broker(answers=False)
+    monkeypatch.setattr(report, "_tell", broker.tell)
+    leave(config, "ses-a")
+    leave(config, "ses-b")
+    with (config.recordings / f"ses-a{SUFFIX}").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert send_reports(config, lambda _seconds: None) == 1
+
+
+@pytest.mark.parametrize(("age_s", "started"), [(3600, 1), (0, 0)])
+def test_a_report_that_nobody_sends_any_more_is_sent_with_the_next_session(
+    config: BastionConfig, monkeypatch: pytest.MonkeyPatch, age_s: int, started: int
+) -> None:
+    lines: list[list[str]] = []
+    monkeypatch.setattr("subprocess.Popen", lambda line, **_more: lines.append(line))
+    send_forgotten(config)
+    assert lines == []
+    leave(config, "ses-a")
+    left = time.time() - age_s
+    os.utime(config.recordings / f"ses-a{SUFFIX}", (left, left))
+    send_forgotten(config)
+    assert len(lines) == started
+    assert all(line[-1] == config.recordings_dir for line in lines)
