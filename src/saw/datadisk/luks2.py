@@ -29,7 +29,7 @@ _JSON = 0x80000
 _KEYS = 16 * 1024 * 1024
 """Where cryptsetup lets the data begin. Headers and key slots lie before it, whatever a header that was tampered with says."""
 _CHUNK = 1024 * 1024
-_UNREADABLE = (msgspec.DecodeError, ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+_UNREADABLE = (msgspec.DecodeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 """What parsing raises; the guest's root writes what is parsed."""
 
 

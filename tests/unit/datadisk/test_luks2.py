@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -39,12 +38,13 @@ def test_the_second_copy_counts_when_the_first_is_damaged(tmp_path: Path) -> Non
     assert luks2.read_header(disk) is None
 
 
+GOOD = b'"segments":{"0":{"offset":"3145728"}}'
 SHORT = {"nothing", "cut", "data behind the end"}
 
 
 def spoken(text: bytes) -> bytes:
     """A disk whose header is whole and holds ``text``."""
-    return luks2_parts.header(0, text, size=0x100000) + bytes(2 * OFFSET)
+    return luks2_parts.header(0, text, size=0x100000) + bytes(3 * OFFSET)
 
 
 SPOILT: dict[str, Callable[[], bytes]] = {
@@ -57,12 +57,10 @@ SPOILT: dict[str, Callable[[], bytes]] = {
     "no segments": lambda: luks2_parts.header(0, {"keyslots": {}, "segments": {}}),
     "data in the header": lambda: luks2_parts.header(0, luks2_parts.metadata(offset=SIZE)),
     "data behind the end": lambda: luks2_parts.header(0, luks2_parts.metadata()),
-    "deep JSON": lambda: spoken(
-        b'{"keyslots":' + b"[" * 100_000 + b"]" * 100_000 + b',"segments":{"0":{"offset":"1048576"}}}'
-    ),
-    "endless JSON": lambda: spoken(json.dumps(luks2_parts.metadata()).encode() + b" " * 600_000),
-    "an endless number": lambda: spoken(b'{"keyslots":{},"segments":{"0":{"offset":"' + b"9" * 5000 + b'"}}}'),
-    "no number": lambda: spoken(b'{"keyslots":{},"segments":{"0":{"offset":1e999}}}'),
+    "deep JSON": lambda: spoken(b'{"keyslots":{"0":' + b"[" * 100_000 + b"]" * 100_000 + b"}," + GOOD + b"}"),
+    "endless JSON": lambda: spoken(b'{"keyslots":{},' + GOOD + b"}" + b" " * 600_000),
+    "an endless number": lambda: spoken(b'{"keyslots":{},' + GOOD.replace(b"3145728", b"9" * 5000) + b"}"),
+    "no offset": lambda: spoken(b'{"keyslots":{},' + GOOD.replace(b"offset", b"size") + b"}"),
     "no JSON": lambda: luks2_parts.header(0, {"keyslots": []}),
 }
 
@@ -78,8 +76,23 @@ def test_what_is_no_valid_header_is_none(tmp_path: Path, what: str) -> None:
 
 def test_a_header_like_the_spoilt_ones_is_read_when_nothing_is_wrong_with_it(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
-    disk.write_bytes(spoken(json.dumps(luks2_parts.metadata(offset=3 * OFFSET)).encode() + b" " * 400_000))
-    assert luks2.read_header(disk) is not None
+    disk.write_bytes(spoken(b'{"keyslots":{"0":' + b"[" * 100 + b"]" * 100 + b"}," + GOOD + b"}" + b" " * 400_000))
+    found = luks2.read_header(disk)
+    assert found is not None
+    assert found.data_offset == 3 * OFFSET
+
+
+def test_a_header_that_is_too_deep_leaves_the_second_copy_to_be_read(tmp_path: Path) -> None:
+    disk = luks2_parts.volume(tmp_path / "disk", size=0x40000)
+    raw = bytearray(disk.read_bytes())
+    deep = b'{"keyslots":{"0":' + b"[" * 50_000 + b"]" * 50_000 + b"}," + GOOD + b"}"
+    raw[:0x40000], raw[0x40000:0x80000] = (
+        luks2_parts.header(0, deep, size=0x40000), luks2_parts.header(0x40000, luks2_parts.metadata(), size=0x40000),
+    )  # fmt: skip
+    disk.write_bytes(raw)
+    found = luks2.read_header(disk)
+    assert found is not None
+    assert found.uuid == UUID
 
 
 MIB = 1024 * 1024
@@ -99,6 +112,7 @@ def test_an_erasure_takes_headers_and_key_slots_and_leaves_the_data(
     tmp_path: Path, offset: int, length: int, goes: int
 ) -> None:
     disk = luks2_parts.volume(tmp_path / "disk", luks2_parts.metadata(offset=offset), length=length)
+    assert luks2.plan(disk) == luks2.Erased(str(disk), "luks2-header", UUID, ("0", "1"), 0, 0, goes)
     found = erased(disk)
     assert found == luks2.Erased(str(disk), "luks2-header", UUID, ("0", "1"), goes, goes, goes)
     assert disk.read_bytes() == bytes(goes) + b"D" * (length - goes)
@@ -119,6 +133,12 @@ def test_without_a_header_the_place_of_the_key_slots_goes_where_that_is_asked_fo
     assert disk.read_bytes() == bytes(goes) + b"K" * (length - goes)
     assert luks2.zeros(disk, goes)
     assert not luks2.zeros(disk, length + 1)
+
+
+def test_an_erasure_never_lets_the_disk_grow_whatever_was_planned(tmp_path: Path) -> None:
+    disk = luks2_parts.volume(tmp_path / "disk")
+    planned = luks2.Erased(str(disk), "luks2-header", UUID, (), 0, 0, 4 * OFFSET)
+    assert luks2.erase(disk, planned).extent == disk.stat().st_size == 2 * OFFSET
 
 
 def test_an_erasure_that_does_not_read_back_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

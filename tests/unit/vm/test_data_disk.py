@@ -170,7 +170,7 @@ def test_the_recovery_key_is_gone_from_the_hypervisor_once_the_guest_runs(
     script = f"""#!/bin/sh
 [ -e {kept} ] || exit 9
 echo boot >{console}
-for i in $(seq 600); do [ -e {kept} ] || exit 0; sleep 0.1; done
+for i in $(seq 600); do [ -e {kept} ] || exec test ! -e {encrypted.directory / data_disk.ONE_START}; sleep 0.1; done
 exit 8
 """
     subprocess.run(["install", "-m", "755", "/dev/stdin", machine], check=True, text=True, input=script)
