@@ -142,10 +142,11 @@ active:
 erased:
   description:
     - Evidence that the key slots of the encrypted data disk were overwritten before it was removed; kept on the hypervisor below
-      C(/var/lib/saw/erased).
+      C(/var/lib/saw/erased). The kind C(luks2-unreadable) says that no header was found and the place of the key slots went.
   returned: when O(state=absent) removed an encrypted data disk
   type: dict
-  sample: {format: saw-erasure/1, workspace: ws-demo, host: edge, at: "2026-01-01T00:00:00Z", erased: {kind: luks2-header}}
+  sample: {format: saw-erasure/1, workspace: ws-demo, host: edge, at: "2026-01-01T00:00:00Z", state: erased,
+           erased: {kind: luks2-header}}
 failure:
   description: Machine-readable error of the driver.
   returned: failure

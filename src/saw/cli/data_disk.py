@@ -32,7 +32,9 @@ def parser() -> argparse.ArgumentParser:
     create = keys.add_parser("create", help="make NAME.key (private, 0600) and NAME.pub")
     create.add_argument("--dir", type=Path, required=True)
     create.add_argument("--name", required=True)
-    key = verbs.add_parser("recovery-key", help="print the recovery key of one disk, a secret, for saw vm unlock")
+    key = verbs.add_parser(
+        "recovery-key", help="print the recovery key of one disk, a secret; into a pipe without an end of line"
+    )
     key.add_argument("--escrow", required=True, help="what saw vm escrow printed, a file, or - for standard input")
     key.add_argument("--key", type=Path, required=True, help="the operator's private key")
     for sub in (*verbs.choices.values(), create):
@@ -45,7 +47,8 @@ def main(argv: list[str]) -> int:
     """Run ``saw data-disk``."""
     options = parser().parse_args(argv)
     if options.verb == "recovery-key":
-        print(_recovery_key(options.escrow, options.key))
+        # Programs count every byte of what they read as part of the key, a line's end too (cryptsetup --key-file=-).
+        print(_recovery_key(options.escrow, options.key), end="\n" if sys.stdout.isatty() else "")
         return 0
     answer: dict[str, Any] = {"changed": False}
     if options.verb == "open":

@@ -5,12 +5,16 @@ Who calls what: ``cryptsetup`` makes the volume, ``systemd-cryptenroll`` seals a
 recovery key from standard input, or from a file in a private folder in memory where they can read nothing else.
 
 A volume gets its final label last. So a disk whose making was cut off is known by its label, was never mounted, and is made anew.
+Cut off before its first header is on the disk, it has no label yet: it holds bytes of which nothing is known, and is refused from
+then on. Nothing is lost there; the cure is another blank disk (docs/data-disk.md).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import stat
 import subprocess
 import tempfile
 import uuid
@@ -32,8 +36,9 @@ UNFINISHED = "saw-home-unfinished"
 """Label of a volume while it is made."""
 EFI_SECURE_BOOT = Path("/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c")
 RUNTIME = Path("/run/saw-data-disk")
-_BLANK = 1024 * 1024
-"""Bytes at each end of a disk that have to be zeros before it counts as blank; signatures of every kind lie there."""
+INTERNAL = "/usr/lib/systemd"
+"""Where systemd-cryptsetup lies in releases of systemd that count it among their internal programs."""
+_PIECE = 4 * 1024 * 1024
 _RECOVER = "playbook data_disk_recover opens it with the recovery key (docs/data-disk.md)"
 
 State = Literal["blank", "unfinished", "ours"]
@@ -76,7 +81,7 @@ def state_of(device: Path) -> State:
         if not blank(device):
             raise DataDiskRefused(
                 f"{device} is not blank: there are bytes on it of which nothing is known",
-                cure="look what they are; for a disk that may be formatted: blkdiscard -z, or a new disk",
+                cure="look what they are; for a disk that may be formatted: see docs/data-disk.md",
             )
         return "blank"
     if done.returncode == 0 and said.get("TYPE") == "crypto_LUKS" and said.get("VERSION") == "2":
@@ -94,13 +99,24 @@ def state_of(device: Path) -> State:
 
 
 def blank(device: Path) -> bool:
-    """Tell whether both ends of ``device`` are zeros."""
+    """Tell whether every byte of ``device`` is a zero; holes that it names are not read, and the first other byte ends it.
+
+    A volume whose header was lost has data behind zeros, and a person may still have a copy of the header.
+    """
     with device.open("rb", buffering=0) as stream:
-        size = stream.seek(0, os.SEEK_END)
-        for at in {0, max(0, size - _BLANK)}:
-            stream.seek(at)
-            if any(stream.read(_BLANK)):
+        file = stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+        at, size = 0, stream.seek(0, os.SEEK_END)
+        while at < size:
+            try:
+                at = stream.seek(at, os.SEEK_DATA)
+            except OSError as error:
+                if file and error.errno == errno.ENXIO:
+                    return True  # a hole up to the end
+                stream.seek(at)
+            piece = stream.read(min(_PIECE, size - at))
+            if not piece or piece != bytes(len(piece)):
                 return False
+            at += len(piece)
     return True
 
 
@@ -239,4 +255,4 @@ def _call(*argv: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
 
 def _environment() -> dict[str, str]:
     """Names of programs and nothing else: ``PASSWORD`` and the like would be keys to systemd-cryptenroll."""
-    return {"PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), "LC_ALL": "C"}
+    return {"PATH": f"{os.environ.get('PATH', '/usr/sbin:/usr/bin:/sbin:/bin')}:{INTERNAL}", "LC_ALL": "C"}

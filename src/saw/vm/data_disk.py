@@ -11,40 +11,49 @@ import shutil
 import socket
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from saw.datadisk import luks2, recovery
 from saw.datadisk.config import CREDENTIAL, ONCE, Told
-from saw.files import write_private
+from saw.files import load_json, write_private
 from saw.vm import secure_boot
 from saw.vm.programs import run
 from saw.vm.spec import STATE, VmError, VmSpec
 
 DISK = "data.img"
 ONE_START = "data-disk.once"
-"""Beside the disk: the recovery key for the next start, and gone with it."""
+"""Beside the disk: the recovery key for the next start that runs, and gone with its first words on the console."""
 
 
 class Erasure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Evidence that the key slots of a workspace's data disk are gone: where, when (RFC 3339), and what was overwritten."""
+    """Evidence that the key slots of a workspace's data disk are gone: where, when (RFC 3339), and what was overwritten.
+
+    With the state ``erasing`` it tells what was begun: bytes may be overwritten, and nothing was read back yet.
+    """
 
     format: str
     workspace: str
     host: str
     at: datetime
     erased: luks2.Erased
+    state: Literal["erasing", "erased"] = "erased"
 
 
 def refuse(stored: VmSpec | None, spec: VmSpec) -> None:
-    """Raise :class:`VmError` for a disk that would have to change from plain to encrypted or back, and for a VM that has to have
-    secure boot and whose image has no owner's keys."""
+    """Raise :class:`VmError` for a disk that would have to change from plain to encrypted or back, or to another recovery key,
+    and for a VM that has to have secure boot and whose image has no owner's keys."""
     if stored and encrypted(stored) != encrypted(spec):
         was, asked = ("encrypted", "plain") if encrypted(stored) else ("plain", "encrypted")
         raise VmError(
             f"the data disk of {spec.id} is {was}, asked for is {asked}; a disk with data stays as it is",
             cure="leave the recovery key as it was, or copy the data away and create another workspace",
+        )
+    if stored and encrypted(spec) and (spec.directory / DISK).exists() and _key_id(stored) != _key_id(spec):
+        raise VmError(
+            f"the data disk of {spec.id} is for the recovery key {_key_id(stored)[:16]}, asked for is {_key_id(spec)[:16]}",
+            cure="leave the recovery key as it was, or create another workspace",
         )
     if encrypted(spec) and spec.data_disk_secure_boot and secure_boot.template_of(spec) is None:
         raise VmError(
@@ -56,6 +65,10 @@ def refuse(stored: VmSpec | None, spec: VmSpec) -> None:
 def encrypted(spec: VmSpec) -> bool:
     """Tell whether the guest encrypts its data disk."""
     return bool(spec.data_disk_recovery_key)
+
+
+def _key_id(spec: VmSpec) -> str:
+    return recovery.key_id(recovery.load_public(spec.data_disk_recovery_key))
 
 
 def make(spec: VmSpec) -> bool:
@@ -79,7 +92,7 @@ def make(spec: VmSpec) -> bool:
 def credentials(spec: VmSpec) -> dict[str, str]:
     """Return the systemd credentials that tell the guest to encrypt its data disk; none for a plain one.
 
-    A recovery key that waits for this start is among them and is taken away from beside the disk.
+    A recovery key that waits for the next start is among them; it waits until :func:`started`.
     """
     if not encrypted(spec):
         return {}
@@ -88,8 +101,12 @@ def credentials(spec: VmSpec) -> dict[str, str]:
     once = spec.directory / ONE_START
     if once.exists():
         told[ONCE] = once.read_text(encoding="ascii")
-        once.unlink()
     return told
+
+
+def started(spec: VmSpec) -> None:
+    """Take the recovery key away from beside the disk: a start that runs has it, and no later one gets it."""
+    (spec.directory / ONE_START).unlink(missing_ok=True)
 
 
 def unlock(spec: VmSpec, key: str) -> None:
@@ -120,17 +137,43 @@ def header(spec: VmSpec) -> luks2.Header:
 def erase(spec: VmSpec, now: datetime | None = None) -> Erasure | None:
     """Take the key slots of the data disk away for good; return the evidence, which stays on the hypervisor (0600).
 
-    None when there is no encrypted disk. The VM must not run.
+    What is to be done is written down before the first byte goes, so that one that was cut off is known and gone on with. Where
+    the disk is an encrypted one without a readable header, the place of headers and key slots goes all the same. None when it is
+    plain. The VM must not run.
     """
-    disk = spec.directory / DISK
-    done = luks2.erase(disk) if disk.exists() else None
-    if done is None:
+    disk, before = spec.directory / DISK, _erasure(spec)
+    if not disk.exists():
         return None
-    found = Erasure("saw-erasure/1", spec.id, socket.gethostname(), now or datetime.now(UTC), done)
+    planned = luks2.plan(disk)
+    if planned is None and before is not None:
+        if before.state == "erased" and luks2.zeros(disk, before.erased.overwritten):
+            return before
+        if before.state == "erasing":
+            planned = before.erased
+    if planned is None and encrypted(spec):
+        planned = luks2.plan(disk, unreadable=True)
+    if planned is None:
+        return None
+    _keep(spec, found := Erasure("saw-erasure/1", spec.id, socket.gethostname(), _at(now), planned, "erasing"))
+    done = luks2.erase(disk, planned)
+    found = msgspec.structs.replace(found, at=_at(now), erased=done, state="erased")
+    _keep(spec, found)
+    return found
+
+
+def _at(now: datetime | None) -> datetime:
+    return now or datetime.now(UTC)
+
+
+def _keep(spec: VmSpec, found: Erasure) -> None:
     place = evidence_of(spec)
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_private(place, msgspec.json.format(msgspec.json.encode(found)))
-    return found
+
+
+def _erasure(spec: VmSpec) -> Erasure | None:
+    place = evidence_of(spec)
+    return load_json(place, Erasure) if place.exists() else None
 
 
 def evidence_of(spec: VmSpec) -> Path:

@@ -276,12 +276,20 @@ def execute(spec: VmSpec) -> int:
         os.replace(console, console.with_suffix(".previous"))
     # A stop ends qemu and waits for it: only then are the disks' locks free and the memory given back.
     signal.signal(signal.SIGTERM, _ended_by_unit)
-    child = subprocess.Popen(command_line(spec, accel), stdin=subprocess.DEVNULL)
+    try:
+        return _watched(spec, subprocess.Popen(command_line(spec, accel), stdin=subprocess.DEVNULL), console)
+    finally:
+        credential_file(spec, ONCE).unlink(missing_ok=True)
+
+
+def _watched(spec: VmSpec, child: subprocess.Popen[bytes], console: Path) -> int:
+    """Wait for qemu to end; return its status, or 75 when it says nothing on the console and was killed."""
     try:
         deadline = time.monotonic() + SILENCE
         while (status := child.poll()) is None:
             if deadline and console.exists() and console.stat().st_size:
                 deadline = 0.0
+                data_disk.started(spec)
                 credential_file(spec, ONCE).unlink(missing_ok=True)  # qemu has read it, and no later start gets it
             if deadline and time.monotonic() > deadline:
                 print(f"no console output within {SILENCE:.0f} s: this start is stuck, ending it", flush=True)
@@ -293,6 +301,8 @@ def execute(spec: VmSpec) -> int:
         child.terminate()
         child.wait(20)
         raise
+    if console.exists() and console.stat().st_size:
+        data_disk.started(spec)
     return int(status)
 
 

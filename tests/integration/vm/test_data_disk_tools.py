@@ -10,12 +10,14 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from saw.datadisk import luks2, recovery, volume
@@ -82,7 +84,7 @@ class Machine:
         if argv[0] == "systemd-cryptsetup":
             argv = ("systemd-cryptenroll", "--unlock-tpm2-device=auto", "--recovery-key", argv[3])
         elif opens:
-            argv = ("cryptsetup", "open", "--test-passphrase", "--key-file", "-", argv[-2])
+            argv = ("cryptsetup", "open", "--test-passphrase", "--key-file=-", argv[-2])
         words = [
             word.replace(f"{self.root}/", "/").replace("device=auto", "device=swtpm:path=/tpm.sock") for word in argv
         ]
@@ -140,7 +142,9 @@ def test_a_rebuild_opens_the_disk_and_another_owner_or_another_tpm_does_not(mach
     assert machine.start().opened_by == "tpm"
 
 
-def test_the_header_is_read_by_our_code_and_holds_the_recovery_key_for_the_operator(machine: Machine) -> None:
+def test_the_header_is_read_by_our_code_and_holds_the_recovery_key_for_the_operator(
+    machine: Machine, tmp_path: Path
+) -> None:
     machine.start()
     header = luks2.read_header(machine.disk)
     assert header is not None
@@ -148,9 +152,16 @@ def test_the_header_is_read_by_our_code_and_holds_the_recovery_key_for_the_opera
     assert {one["type"] for one in header.tokens.values()} >= {"saw-recovery", "systemd-tpm2"}
     sealed = next(one for one in header.tokens.values() if one["type"] == "systemd-tpm2")
     assert (sealed["tpm2-pcrs"], sealed["tpm2-pcr-bank"]) == ([7], "sha256")
-    key = recovery.unseal(recovery.escrow_of(header.uuid, header.tokens), machine.keys[0].read_bytes())
-    test = ("cryptsetup", "open", "--key-file", "-", str(machine.disk), volume.NAME)
+    escrow = tmp_path / "escrow.json"
+    escrow.write_bytes(msgspec.json.encode(recovery.escrow_of(header.uuid, header.tokens)))
+    printed = subprocess.run(  # into a pipe, as docs/data-disk.md says
+        [sys.executable, "-m", "saw.cli.main", "data-disk", "recovery-key", "--escrow", escrow, "--key", machine.keys[0]],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    key = printed.stdout
+    test = ("cryptsetup", "open", "--key-file=-", str(machine.disk), volume.NAME)
     assert machine.call(*test, stdin=key).returncode == 0
+    assert machine.call(*test, stdin=key + "\n").returncode == 2
     assert machine.call(*test, stdin="0" * 64).returncode == 2
     assert key.encode() not in machine.disk.read_bytes()
 
@@ -204,8 +215,9 @@ def test_an_erased_disk_opens_for_nobody(machine: Machine) -> None:
     header = luks2.read_header(machine.disk)
     assert header is not None
     key = recovery.unseal(recovery.escrow_of(header.uuid, header.tokens), machine.keys[0].read_bytes())
-    found = luks2.erase(machine.disk)
-    assert found is not None
+    planned = luks2.plan(machine.disk)
+    assert planned is not None
+    found = luks2.erase(machine.disk, planned)
     assert (found.uuid, found.overwritten, found.read_back) == (header.uuid, header.data_offset, header.data_offset)
     assert (
         machine.call("cryptsetup", "open", "--key-file", "-", str(machine.disk), volume.NAME, stdin=key).returncode != 0

@@ -21,9 +21,9 @@ def metadata(tokens: dict[str, Any] | None = None, offset: int = OFFSET) -> dict
     }  # fmt: skip
 
 
-def header(at: int, said: dict[str, Any], *, label: str = "saw-home", size: int = SIZE) -> bytes:
+def header(at: int, said: dict[str, Any] | bytes, *, label: str = "saw-home", size: int = SIZE) -> bytes:
     """One copy of the header, for the place ``at``."""
-    area = json.dumps(said).encode().ljust(size - 4096, b"\0")
+    area = (said if isinstance(said, bytes) else json.dumps(said).encode()).ljust(size - 4096, b"\0")
     binary = bytearray(4096)
     struct.pack_into(">6sHQQ48s32s64s40s", binary, 0, (b"SKUL" if at else b"LUKS") + b"\xba\xbe", 2, size, 3, label.encode(),
                      b"sha256", b"salt" * 16, UUID.encode())  # fmt: skip
@@ -32,12 +32,12 @@ def header(at: int, said: dict[str, Any], *, label: str = "saw-home", size: int 
     return bytes(binary) + area
 
 
-def volume(path: Path, said: dict[str, Any] | None = None, **options: Any) -> Path:
-    """Write a volume of 2 MiB."""
+def volume(path: Path, said: dict[str, Any] | None = None, *, length: int = 2 * OFFSET, **options: Any) -> Path:
+    """Write a volume of 2 MiB, or of ``length`` bytes."""
     said = said or metadata()
-    raw = bytearray(2 * OFFSET)
+    raw = bytearray(length)
     raw[:SIZE], raw[SIZE : 2 * SIZE] = header(0, said, **options), header(SIZE, said, **options)
     raw[2 * SIZE : OFFSET] = b"K" * (OFFSET - 2 * SIZE)
-    raw[OFFSET:] = b"D" * OFFSET
+    raw[OFFSET:] = b"D" * (length - OFFSET)
     path.write_bytes(raw)
     return path

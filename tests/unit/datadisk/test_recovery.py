@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import sys
 from pathlib import Path
 
 import msgspec
@@ -76,11 +77,14 @@ def test_the_escrow_is_the_token_in_the_header(keys: tuple[Path, Path]) -> None:
         recovery.escrow_of("u-1", {"0": {**plain, "more": 1}})
 
 
-def test_the_command_prints_the_key_and_nothing_else(
-    keys: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_command_prints_the_key_and_nothing_else_but_a_lines_end_for_a_person(
+    keys: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "escrow"
     file.write_bytes(msgspec.json.encode(recovery.Escrow("u", recovery.seal(KEY, "u", keys[1].read_text()))))
+    assert cli.main(["recovery-key", "--escrow", str(file), "--key", str(keys[0])]) == 0
+    assert capsys.readouterr().out == KEY
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert cli.main(["recovery-key", "--escrow", str(file), "--key", str(keys[0])]) == 0
     assert capsys.readouterr().out == KEY + "\n"
     file.write_text('{"uuid": "u"}')

@@ -166,14 +166,49 @@ def test_a_disk_with_anything_else_is_refused_and_not_touched(rig: Rig, what: st
     assert rig.names() == ["udevadm wait", "blkid -p"]
 
 
-@pytest.mark.parametrize("at", [0, 1024 * 1024 - 1, 3 * 1024 * 1024, 4 * 1024 * 1024 - 1])
-def test_a_disk_with_unknown_bytes_at_an_end_is_not_blank(rig: Rig, at: int) -> None:
+MIB = 1024 * 1024
+
+
+@pytest.mark.parametrize("holes", [True, False], ids=["the device names its holes", "the device names none"])
+@pytest.mark.parametrize("at", [0, MIB - 1, 3 * MIB, 16 * MIB, 32 * MIB - 1])
+def test_a_disk_with_unknown_bytes_anywhere_is_not_blank(
+    rig: Rig, at: int, holes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not holes:
+        monkeypatch.setattr(volume.os, "SEEK_DATA", 99)
     with rig.disk.open("r+b") as stream:
+        stream.truncate(32 * MIB)
+        assert volume.blank(rig.disk)
         stream.seek(at)
         stream.write(b"x")
     with pytest.raises(DataDiskRefused, match="is not blank"):
         rig.open()
     assert "cryptsetup luksFormat" not in rig.names()
+
+
+def test_a_volume_whose_header_was_lost_is_not_formatted_over_and_holes_are_not_read(rig: Rig) -> None:
+    with rig.disk.open("r+b") as stream:
+        stream.write(bytes(MIB))
+        stream.truncate(2**40)
+        assert volume.blank(rig.disk)
+        stream.seek(16 * MIB)
+        stream.write(b"sealed")
+    with pytest.raises(DataDiskRefused, match=r"is not blank.*docs/data-disk.md"):
+        rig.open()
+    assert rig.names() == ["udevadm wait", "blkid -p"]
+
+
+def test_a_program_is_found_among_those_that_systemd_counts_as_its_own(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (tmp_path / "tools/systemd-cryptsetup").rename(own / "systemd-cryptsetup")
+    monkeypatch.setattr(volume, "INTERNAL", "/nowhere")
+    with pytest.raises(DataDiskError, match="systemd-cryptsetup is not installed"):
+        rig.open()
+    monkeypatch.setattr(volume, "INTERNAL", str(own))
+    assert rig.open().made
 
 
 @pytest.mark.parametrize("step", ["cryptsetup luksFormat", "cryptsetup token", "systemd-cryptenroll", "mkfs.ext4"])

@@ -27,6 +27,7 @@ SYSTEMS = {
 REFUSED = {
     "ubuntu": {"gpu_driver": "Debian's contrib and non-free"},
     "rocky": {
+        "data_disk": "Debian's packages",
         "edr": "Debian's packages", "gpu_driver": "Debian's contrib and non-free", "hypervisor": "Debian's names",
         "image_hygiene": "Debian's packages", "patching": "apt", "runtime_openshell": "Debian's names", "sandbox": "Landlock",
     },
@@ -133,6 +134,19 @@ def test_packages_and_interpreter_of_the_runtime(found: dict[tuple[str, str], An
     for system in ("debian", "ubuntu"):
         values = found[system, "saw_runtime"]["system"]
         assert (values["installer"], values["packages"]) == ("apt", ["python3", "python3-venv"])
+
+
+def test_packages_of_the_encrypted_data_disk(found: dict[tuple[str, str], Any]) -> None:
+    wanted = {
+        "debian": ["cryptsetup-bin", "e2fsprogs", "systemd-cryptsetup"],
+        "ubuntu": ["cryptsetup-bin", "e2fsprogs", "systemd"],
+    }
+    listed = {"debian": "workspace.txt", "ubuntu": "workspace-ubuntu.txt"}
+    for system, packages in wanted.items():
+        assert found[system, "data_disk"]["system"]["packages"] == packages
+        assert set(packages) <= set((ROOT / "packer/packages" / listed[system]).read_text().split()), (
+            "an image has them already"
+        )
 
 
 @pytest.mark.parametrize(

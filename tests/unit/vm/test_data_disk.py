@@ -98,6 +98,20 @@ def test_a_disk_does_not_change_from_plain_to_encrypted_or_back(encrypted: VmSpe
     assert qemu.rebuild(encrypted)["changed"]
 
 
+def test_another_recovery_key_is_refused_once_there_is_a_disk(encrypted: VmSpec, tmp_path: Path) -> None:
+    other = recovery.make_keys(tmp_path / "other", "disks")[1].read_text()
+    changed = msgspec.structs.replace(encrypted, data_disk_recovery_key=other)
+    qemu.create(encrypted)
+    with pytest.raises(VmError, match=r"is for the recovery key [0-9a-f]{16}, asked for is") as refused:
+        qemu.create(changed)
+    assert refused.value.cure == "leave the recovery key as it was, or create another workspace"
+    assert not qemu.create(encrypted)["changed"]
+    respelt = msgspec.structs.replace(encrypted, data_disk_recovery_key=encrypted.data_disk_recovery_key + "\n")
+    assert qemu.create(respelt)["changed"], "the same key"
+    (encrypted.directory / "data.img").unlink()
+    assert qemu.create(changed)["changed"], "no disk holds the former key"
+
+
 def test_a_disk_for_signed_images_needs_an_image_with_its_owners_keys(encrypted: VmSpec) -> None:
     required = msgspec.structs.replace(encrypted, data_disk_secure_boot=True)
     with pytest.raises(VmError, match="its image has no owner's keys"):
@@ -140,6 +154,7 @@ def test_the_escrow_is_read_from_the_disk_and_the_recovery_key_goes_to_one_start
     waiting = encrypted.directory / data_disk.ONE_START
     assert stat.S_IMODE(waiting.stat().st_mode) == 0o600
     assert credentials(encrypted)[ONCE] == KEY
+    data_disk.started(encrypted)
     assert not waiting.exists()
     assert ONCE not in credentials(encrypted)
 
@@ -155,7 +170,7 @@ def test_the_recovery_key_is_gone_from_the_hypervisor_once_the_guest_runs(
     script = f"""#!/bin/sh
 [ -e {kept} ] || exit 9
 echo boot >{console}
-for i in $(seq 600); do [ -e {kept} ] || exit 0; sleep 0.1; done
+for i in $(seq 600); do [ -e {kept} ] || exec test ! -e {encrypted.directory / data_disk.ONE_START}; sleep 0.1; done
 exit 8
 """
     subprocess.run(["install", "-m", "755", "/dev/stdin", machine], check=True, text=True, input=script)
@@ -165,6 +180,47 @@ exit 8
     for folder in (encrypted.directory, encrypted.runtime):
         for path in folder.rglob("*"):
             assert not path.is_file() or not {KEY.encode(), encoded} & set(path.read_bytes().split(b"=")), path
+
+
+@pytest.mark.parametrize("machine", ["#!/bin/sh\nexit 1\n", None], ids=["it ended at once", "there is none"])
+def test_a_start_that_never_ran_leaves_the_recovery_key_for_the_next_one(
+    encrypted: VmSpec, keys: tuple[Path, Path], hypervisor: Path, machine: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qemu.create(encrypted)
+    used(encrypted, keys)
+    data_disk.unlock(encrypted, KEY)
+    offline = msgspec.structs.replace(encrypted, network=False, accel="tcg")
+    seen: list[bool] = []
+    real = qemu.command_line
+    monkeypatch.setattr(
+        qemu,
+        "command_line",
+        lambda *args: (real(*args), seen.append(qemu.credential_file(encrypted, ONCE).exists()))[0],
+    )
+    if machine:
+        place = hypervisor / "tools/qemu-system-x86_64"
+        subprocess.run(["install", "-m", "755", "/dev/stdin", place], check=True, text=True, input=machine)
+        assert qemu.execute(offline) == 1
+    else:
+        monkeypatch.setenv("PATH", "/nowhere")
+        with pytest.raises(FileNotFoundError):
+            qemu.execute(offline)
+    assert seen == [True]
+    assert not qemu.credential_file(encrypted, ONCE).exists()
+    assert credentials(encrypted)[ONCE] == KEY
+
+
+def test_a_start_that_said_something_and_ended_has_used_the_recovery_key_up(
+    encrypted: VmSpec, keys: tuple[Path, Path], hypervisor: Path
+) -> None:
+    qemu.create(encrypted)
+    used(encrypted, keys)
+    data_disk.unlock(encrypted, KEY)
+    script = f"#!/bin/sh\necho boot >{encrypted.directory / 'console.log'}\n"
+    place = hypervisor / "tools/qemu-system-x86_64"
+    subprocess.run(["install", "-m", "755", "/dev/stdin", place], check=True, text=True, input=script)
+    assert qemu.execute(msgspec.structs.replace(encrypted, network=False, accel="tcg")) == 0
+    assert ONCE not in credentials(encrypted)
 
 
 @pytest.mark.parametrize("key", ["", "short", KEY.upper(), KEY + "0"])
@@ -196,7 +252,13 @@ def test_destroying_erases_the_key_slots_first_and_keeps_the_evidence(
     assert seen == [None], "nothing was removed yet"
     found = answer["erased"]
     assert (found["format"], found["workspace"], found["erased"]["uuid"]) == ("saw-erasure/1", "ws-t", luks2_parts.UUID)
-    assert found["erased"]["overwritten"] == found["erased"]["read_back"] == luks2_parts.OFFSET
+    assert (
+        found["erased"]["overwritten"]
+        == found["erased"]["read_back"]
+        == found["erased"]["extent"]
+        == 2 * luks2_parts.OFFSET
+    )
+    assert (found["state"], found["erased"]["kind"]) == ("erased", "luks2-header")
     assert found["erased"]["keyslots"] == ["0", "1"]
     place = data_disk.evidence_of(encrypted)
     assert stat.S_IMODE(place.stat().st_mode) == 0o600
@@ -213,11 +275,68 @@ def test_a_disk_that_cannot_be_erased_is_not_removed(
     with pytest.raises(luks2.DataDiskError, match="does not read back"):
         qemu.destroy(encrypted)
     assert (encrypted.directory / "data.img").exists()
-    assert not data_disk.evidence_of(encrypted).exists()
+    assert kept(encrypted).state == "erasing"
+
+
+def kept(spec: VmSpec) -> data_disk.Erasure:
+    return msgspec.json.decode(data_disk.evidence_of(spec).read_bytes(), type=data_disk.Erasure)
+
+
+@pytest.mark.parametrize("cut", ["before the first byte", "behind the first pieces", "before the reading back"])
+def test_an_erasure_that_was_cut_off_is_known_and_the_next_one_goes_on(
+    encrypted: VmSpec, keys: tuple[Path, Path], cut: str
+) -> None:
+    qemu.create(encrypted)
+    disk = used(encrypted, keys)
+    left = {"before the first byte": 0, "behind the first pieces": 3, "before the reading back": 4}[cut]
+    calls, real = itertools.count(), luks2.os.pwrite
+
+    def killed(*args: Any) -> int:
+        if next(calls) >= left:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(luks2.os, "pwrite", killed)
+        if cut == "before the reading back":
+            patch.setattr(luks2, "_zeros", lambda *_: killed())
+        with pytest.raises(KeyboardInterrupt):
+            qemu.destroy(encrypted)
+    begun = kept(encrypted)
+    assert (begun.state, begun.erased.uuid, begun.erased.overwritten, begun.erased.read_back) == (
+        "erasing", luks2_parts.UUID, 0, 0,
+    )  # fmt: skip
+    assert (luks2.read_header(disk) is None) is (left > 0)
+    done = data_disk.erase(encrypted)
+    assert done is not None
+    assert kept(encrypted) == done
+    assert (done.state, done.erased.kind, done.erased.uuid, done.erased.keyslots) == (
+        "erased", "luks2-header", luks2_parts.UUID, ("0", "1"),
+    )  # fmt: skip
+    assert done.erased.overwritten == done.erased.read_back == begun.erased.extent
+    assert disk.read_bytes() == bytes(2 * luks2_parts.OFFSET)
+    assert data_disk.erase(encrypted) == done, "what was finished stays as it was written down"
+
+
+def test_an_encrypted_disk_without_a_readable_header_loses_the_place_of_its_key_slots(encrypted: VmSpec) -> None:
+    qemu.create(encrypted)
+    disk = encrypted.directory / "data.img"
+    mib = 1024 * 1024
+    disk.write_bytes(b"K" * 20 * mib)
+    done = data_disk.erase(encrypted)
+    assert done is not None
+    assert (done.erased.kind, done.erased.uuid, done.erased.read_back) == ("luks2-unreadable", "", 16 * mib)
+    assert disk.read_bytes() == bytes(16 * mib) + b"K" * 4 * mib
+    disk.write_bytes(b"K" * 20 * mib)
+    assert data_disk.erase(encrypted) is not None
+    assert luks2.zeros(disk, 16 * mib), "an old record is no evidence about other bytes"
 
 
 def test_a_plain_disk_is_removed_without_evidence(make_spec: Make) -> None:
     plain = make_spec(tpm=True)
     qemu.create(plain)
+    before = (plain.directory / "data.img").read_bytes()
+    assert data_disk.erase(plain) is None
+    assert (plain.directory / "data.img").read_bytes() == before
     assert qemu.destroy(plain)
     assert data_disk.evidence(plain) == {}
