@@ -44,11 +44,14 @@ NOT_OFFERED = {
     "audit_witness": "a witness is under other hands than whoever runs AWX",
     "awx_content": "loads this content",
     "baseline_scan": "needs the scanner on the controller, which the execution environment does not have",
+    "data_disk_escrow": "writes what opens a home, sealed, to a file on the controller",
+    "data_disk_recover": "needs the recovery key of a home, which no controller of jobs is given",
     "demo_enterprise": "not part of the product",
     "image_build": "needs a checkout and a machine with qemu",
     "image_promote": "image_state does the same",
     "image_release": "needs the built image on the controller",
     "policy_publish": "policy_release does the same with an approval",
+    "site": "its parts have templates of their own",
     "workspace_converge": "runs while an image is built; nobody logs in to a workspace",
 }
 
