@@ -315,9 +315,10 @@ def test_lines_that_are_no_alerts_are_a_finding_that_tells_nothing_of_them(tmp_p
     assert SECRET not in json.dumps(told)
     assert hashlib.sha256(b"\n".join(bad)).hexdigest() in json.dumps(event)
     assert watched(settings, store).look_at_alerts() == []
-    with file.open("ab") as stream:
-        stream.write(bad[0] + b"\n")
-    assert len(watcher.look_at_alerts()) == 1, "the same line a second time is a second finding"
+    for _ in range(2):
+        with file.open("ab") as stream:
+            stream.write(bad[0] + b"\n")
+        assert len(watcher.look_at_alerts()) == 1, "the same line a second time is a second finding"
     store.close()
 
 
