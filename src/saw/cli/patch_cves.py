@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from socket import gethostname
@@ -18,6 +19,8 @@ from saw.errors import ConfigError
 from saw.policy.governance import duration
 
 if TYPE_CHECKING:
+    from saw.image.advisories import Known
+    from saw.image.osv import Component
     from saw.image.vulnerabilities import Finding, Verdict, Waiver
 
 INCOMPLETE = 3
@@ -95,7 +98,7 @@ def judge_images(options: argparse.Namespace) -> Answer:
     client = OperatorClient.from_context(options.context)
     with client.session():
         listed = in_force(client.request("GET", "/v1/images")["images"], listed_workspaces(client))
-    packages = _packages(options, gate)
+    known, packages = _packages(options, gate, [record.name for record, _ in listed])
     reports = [
         report_on(
             record, ids, options.images,
@@ -123,25 +126,45 @@ def judge_images(options: argparse.Namespace) -> Answer:
         "ok": not bad,
         "incomplete": incomplete,
         "database_sha256": gate.digest,
+        **({"advisories_sha256": known.about.sha256} if known else {}),
         "images": msgspec.to_builtins(reports),
         "workspaces": workspaces_of(reports),
     }
     return answer, "\n".join(lines), INCOMPLETE if incomplete else int(bad)
 
 
-def _packages(options: argparse.Namespace, gate: _Gate) -> Callable[[Path], Iterable[Finding]]:
-    """Return what searches the PyPI and npm packages beside a Debian bill, or nothing where no advisories are given."""
-    if not options.advisories:
-        return lambda _: ()
-    from saw.image.advisories import search
+def _packages(
+    options: argparse.Namespace, gate: _Gate, images: Iterable[str]
+) -> tuple[Known | None, Callable[[Path], Iterable[Finding]]]:
+    """Return the advisories, read once for all ``images``, and what searches the packages beside a Debian bill.
 
-    longest = _span("--max-age", options.max_age)
+    Both are empty where no advisories are given. What keeps them from being read is said of each image.
+    """
+    if not options.advisories:
+        return None, lambda _: ()
+    from saw.image.advisories import components_of, read
+    from saw.image.disk import ImageError
+
+    components: set[Component] = set()
+    for name in images:
+        with suppress(ImageError):  # said where its turn comes
+            components.update(components_of(options.images / name / bill for bill in PACKAGE_BILLS))
+    known: Known | None = None
+    failed = ImageError("no bill of packages can be read", cure="look at the images")
+    if components:
+        try:
+            longest = _span("--max-age", options.max_age)
+            known = read(components, options.advisories, longest=longest, now=gate.now)
+        except ImageError as error:
+            failed = error
 
     def found(bill: Path) -> Iterable[Finding]:
-        bills = [bill.parents[1] / name for name in PACKAGE_BILLS]
-        return search(bills, options.advisories, longest=longest, now=gate.now).findings
+        here = components_of(bill.parents[1] / name for name in PACKAGE_BILLS)
+        if known is None:
+            raise failed
+        return known.findings(here)
 
-    return found
+    return known, found
 
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:

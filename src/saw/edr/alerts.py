@@ -21,13 +21,15 @@ import msgspec
 
 from saw.audit.events import Severity
 from saw.edr.config import Alerts
-from saw.edr.detection import Detection, printable
+from saw.edr.detection import ORDER, Detection, printable
 
 KIND = "engine_alert"
 AT_ONCE = 1024 * 1024
 """Bytes that one look reads; also the longest line, seen whole or not at all."""
 NOTE = "alerts_place"
-ORDER: tuple[Severity, ...] = ("informational", "low", "medium", "high", "critical")
+STILL_LOOKS = 5
+"""A file that was replaced is let go of when so many looks in a row it has not grown: an engine writes into it until it opens
+the new one."""
 _PRIORITY: dict[str, Severity] = {
     "emergency": "critical", "alert": "critical", "critical": "critical", "error": "high", "warning": "medium",
     "notice": "low", "informational": "informational", "info": "informational", "debug": "informational",
@@ -142,15 +144,18 @@ READERS: dict[str, Callable[[bytes], Detection]] = {"falco": falco, "wazuh": waz
 
 @dataclass(frozen=True)
 class Read:
-    """What one look found, up to where it read (the value of :data:`NOTE`), and how many lines could not be read."""
+    """What one look found, up to where it read (the value of :data:`NOTE`), and what could not be read: how many lines, and the
+    SHA-256 over them."""
 
     detections: tuple[Detection, ...]
     place: str
     unreadable: int = 0
+    unreadable_sha256: str = ""
 
 
 class Tail:
-    """The end of a file that an engine writes. One that was put in its place is begun after the old one was read to its end.
+    """The end of a file that an engine writes. One that was put in its place is begun after the old one was read to its end, and
+    has not grown for :data:`STILL_LOOKS` looks.
 
     A file that was renamed while nobody read is not found again; what was at its end is lost then.
     """
@@ -160,6 +165,8 @@ class Tail:
         self._reader = READERS[settings.format]
         self._least = ORDER.index(settings.minimum)
         self._stream: BinaryIO | None = None
+        self._size = -1
+        self._still = 0
 
     def look(self, place: str | None) -> Read | None:
         """Read on from ``place``, what the last look's :class:`Read` said; None where there is nothing to read.
@@ -170,37 +177,39 @@ class Tail:
         if stream is None:
             return None
         status = os.fstat(stream.fileno())
+        self._still = self._still + 1 if status.st_size == self._size and self._replaced(status) else 0
+        self._size = status.st_size
+        over = self._still >= STILL_LOOKS
         mark, _, offset = (place or "").partition(":")
         start = int(offset) if mark == _mark(status) and offset.isdigit() and int(offset) <= status.st_size else 0
         stream.seek(start)
         raw = stream.read(AT_ONCE)
         whole = raw.rfind(b"\n") + 1
-        unreadable, detections = 0, []
-        if not whole and len(raw) == AT_ONCE:
-            whole, unreadable = len(raw), 1  # no line of an engine is that long
-            raw = b""
-        elif not whole and self._replaced(status) and raw:
-            whole, unreadable, raw = len(raw), 1, b""  # nobody ends that line any more
-        for line in raw[:whole].split(b"\n"):
-            if not line.strip():
-                continue
-            try:
-                found = self._reader(line)
-            except (msgspec.DecodeError, RecursionError):
-                unreadable += 1
-                continue
-            if ORDER.index(found.severity) >= self._least:
-                detections.append(found)
-        end = start + whole
-        if end >= status.st_size and self._replaced(status):
-            self.close()  # the next look begins the new file
-        return Read(tuple(detections), f"{_mark(status)}:{end}", unreadable)
+        bad: list[bytes] = []
+        detections = []
+        if not whole and raw and (over or len(raw) == AT_ONCE):
+            # no line of an engine is that long, or nobody ends that line any more
+            whole, bad = len(raw), [raw]
+        else:
+            for line in filter(bytes.strip, raw[:whole].split(b"\n")):
+                try:
+                    found = self._reader(line)
+                except (msgspec.DecodeError, RecursionError):
+                    bad.append(line)
+                    continue
+                if ORDER.index(found.severity) >= self._least:
+                    detections.append(found)
+        if over and not raw:
+            self.close()  # the next look begins the new file; that all of this one was read is written by now
+        digest = hashlib.sha256(b"\n".join(bad)).hexdigest() if bad else ""
+        return Read(tuple(detections), f"{_mark(status)}:{start + whole}", len(bad), digest)
 
     def close(self) -> None:
         """Let go of the file."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+            self._size, self._still = -1, 0
 
     def _open(self) -> BinaryIO | None:
         if self._stream is None:

@@ -11,8 +11,12 @@ import msgspec
 from saw.audit.events import EventFactory, Severity, Subject
 from saw.errors import SawError
 
-#: One look reports so many findings of a kind one by one; the rest is counted in one more.
+#: One look reports so many findings of a kind one by one, the worst first; the rest is counted in one more.
 AT_ONCE = 50
+#: So many of a kind are reported one by one where they are high or critical.
+WORST_AT_ONCE = 500
+#: Severities, the least first.
+ORDER: tuple[Severity, ...] = ("informational", "low", "medium", "high", "critical")
 _TEXT = 500
 
 
@@ -59,31 +63,51 @@ def printable(text: str, limit: int = _TEXT) -> str:
     return safe if len(safe) <= limit else safe[: limit - 1] + "…"
 
 
-def bounded(detections: Iterable[Detection], limit: int = AT_ONCE) -> list[Detection]:
-    """Keep the first ``limit`` of each kind; what is beyond them is one detection that counts it and names some."""
-    kept: list[Detection] = []
-    beyond: dict[str, list[Detection]] = {}
-    count: dict[str, int] = {}
-    for one in detections:
-        count[one.kind] = count.get(one.kind, 0) + 1
-        (kept if count[one.kind] <= limit else beyond.setdefault(one.kind, [])).append(one)
-    for rest in beyond.values():
-        first = rest[0]
-        kept.append(
-            Detection(
-                first.kind,
-                f"{len(rest)} more",
-                first.title,
-                f"more|{first.key}|{len(rest)}",
-                first.severity,
-                {"count": len(rest), "some": [printable(one.subject, 200) for one in rest[:10]]},
-            )
-        )
-    return kept
+def bounded(detections: Iterable[Detection], limit: int = AT_ONCE, worst: int = WORST_AT_ONCE) -> list[Detection]:
+    """Keep ``limit`` of each kind, the worst first, and of what is high or critical up to ``worst``.
+
+    What is beyond them is one detection of its highest severity that counts it and names some. The order stays.
+    """
+    kinds: dict[str, list[tuple[int, Detection]]] = {}
+    for place, one in enumerate(detections):
+        kinds.setdefault(one.kind, []).append((place, one))
+    kept: list[tuple[int, Detection]] = []
+    beyond: list[list[Detection]] = []
+    for found in kinds.values():
+        found.sort(key=lambda pair: -ORDER.index(pair[1].severity))
+        grave = sum(one.severity in ("high", "critical") for _, one in found)
+        end = max(limit, min(grave, worst))
+        kept += found[:end]
+        beyond += [[one for _, one in found[end:]]] if found[end:] else []
+    return [one for _, one in sorted(kept, key=lambda pair: pair[0])] + [_counted(rest) for rest in beyond]
+
+
+def _counted(rest: list[Detection]) -> Detection:
+    """Return one detection in place of ``rest``, the worst of which comes first."""
+    first = rest[0]
+    return Detection(
+        first.kind,
+        f"{len(rest)} more",
+        first.title,
+        f"more|{first.key}|{len(rest)}",
+        first.severity,
+        {"count": len(rest), "some": [printable(one.subject, 200) for one in rest[:10]]},
+    )
 
 
 Now = Callable[[], datetime]
 #: Makes an event of a detection: with a factory, a time and the id of the workspace.
 Render = Callable[[Detection, EventFactory, datetime, str], dict[str, Any]]
 
-__all__ = ["AT_ONCE", "Detection", "EdrError", "Now", "Render", "bounded", "event_of", "printable"]
+__all__ = [
+    "AT_ONCE",
+    "ORDER",
+    "WORST_AT_ONCE",
+    "Detection",
+    "EdrError",
+    "Now",
+    "Render",
+    "bounded",
+    "event_of",
+    "printable",
+]

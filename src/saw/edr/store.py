@@ -18,7 +18,7 @@ from typing import Any, Literal
 import msgspec
 
 from saw.audit.events import EventFactory
-from saw.edr.detection import Detection, EdrError, Render, bounded, event_of
+from saw.edr.detection import AT_ONCE, WORST_AT_ONCE, Detection, EdrError, Render, bounded, event_of
 
 Way = Literal["broker", "syslog"]
 _GAP = "spool_full_since"
@@ -106,8 +106,10 @@ class Store:
         def event(one: Detection) -> bytes:
             return msgspec.json.encode(self._render(one, factory, time, workspace))
 
+        # One look must fit into an empty spool, or it would never be written.
+        worst = min(WORST_AT_ONCE, max(AT_ONCE, self._limit // 2))
         try:
-            return self._record(bounded(detections), event, time, known or {}, notes or {})
+            return self._record(bounded(detections, worst=worst), event, time, known or {}, notes or {})
         except SpoolFull:
             if self._tells_gaps and self.note(_GAP) is None:
                 self.notes({_GAP: iso(time)})

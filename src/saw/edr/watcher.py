@@ -15,8 +15,8 @@ from pathlib import Path
 import msgspec
 
 from saw.audit.events import EventFactory
-from saw.edr.alerts import NOTE, Tail
-from saw.edr.config import EdrConfig
+from saw.edr.alerts import NOTE, Read, Tail
+from saw.edr.config import Alerts, EdrConfig
 from saw.edr.detection import Detection, Now
 from saw.edr.packages import packages_of
 from saw.edr.place import workspace_id
@@ -70,7 +70,8 @@ class Watcher:
             self.problems.pop("alerts", None)
         if read.place == place:
             return []
-        return self._write(list(read.detections), notes={NOTE: read.place})
+        found = [*read.detections, *([_unreadable(settings, read)] if read.unreadable else [])]
+        return self._write(found, notes={NOTE: read.place})
 
     def look_at_processes(self) -> list[int]:
         """Look for reverse shells; return the numbers of new findings."""
@@ -130,6 +131,18 @@ class Watcher:
         return self._store.record(
             wanted, self._factory, self._now(), workspace=workspace, known=known or {}, notes=notes or {}
         )
+
+
+def _unreadable(settings: Alerts, read: Read) -> Detection:
+    """Return what is told of lines that are no alerts: their number and digest, and nothing of what they say."""
+    return Detection(
+        "agent_unhealthy",
+        settings.file,
+        f"Lines are no alerts of {settings.format}",
+        f"alerts_unreadable|{read.place}|{read.unreadable_sha256}",
+        "medium",
+        {"provider": settings.format, "count": read.unreadable, "sha256": read.unreadable_sha256},
+    )
 
 
 def _taken(area: str, count: int, *, first: bool, mark: str) -> Detection:

@@ -5,7 +5,8 @@
     https://mirror/osv   fetched as URL/PyPI/all.zip and URL/npm/all.zip, as OSV lays them out
 
 A record that cannot be read ends the search: an export is taken whole or not at all. How old an export is, its newest record
-says, so that a copied or unpacked file is no younger than what it holds.
+says, so that a copied or unpacked file is no younger than what it holds. Each archive is judged by itself, and so are the .json
+files of each place together: the largest about an ecosystem has to be fresh, so that a new record of one's own renews no old one.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ OWN = "secure-agent-workspace"
 LARGEST_RECORD = 16 * 1024 * 1024
 LARGEST_EXPORT = 4 * 1024 * 1024 * 1024
 """Bytes of a record, and of an export that is fetched."""
+LEAST = 1000
+"""Records that the largest export about an ecosystem has to have. Those of PyPI and npm have had many thousands for years; what
+is smaller is cut off, or somebody's own."""
 _TIMEOUT_S = 60.0
 _AHEAD = timedelta(days=1)
 """How far a record's time may lie ahead of this machine's clock."""
@@ -43,7 +47,7 @@ _CURE = "mirror it again, whole"
 
 
 class Advisories(msgspec.Struct, frozen=True):
-    """What was read: SHA-256 over the files, and of each ecosystem how many records there are and the time of the newest."""
+    """What was read: SHA-256 over the files, and of each ecosystem the number of records and the largest export's newest."""
 
     sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
     records: dict[str, int]
@@ -113,47 +117,93 @@ class _Held:
         return found
 
 
-def search(bills: Sequence[Path], sources: Sequence[str], *, longest: timedelta, now: datetime) -> Found:
-    """Match the packages of ``bills`` with the advisories of ``sources``; see the module.
+class _Counted:
+    """How many records each export has about each ecosystem, and the time of the newest."""
 
-    Raises :class:`ImageError` where an ecosystem of the bills has no advisory, or its newest is older than ``longest``.
+    def __init__(self, wanted: Iterable[Ecosystem]) -> None:
+        self._wanted = set(wanted)
+        self._found: dict[tuple[str, str], tuple[int, datetime]] = {}
+
+    def count(self, export: str, kinds: Iterable[str], modified: datetime) -> None:
+        """Count a record of ``export`` that is about ``kinds``."""
+        for kind in self._wanted.intersection(kinds):
+            number, newest = self._found.get((kind, export), (0, modified))
+            self._found[kind, export] = number + 1, max(newest, modified)
+
+    def fresh(self, *, longest: timedelta, now: datetime) -> tuple[dict[str, int], dict[str, datetime]]:
+        """Return records and newest as :class:`Advisories` has them; raises :class:`ImageError`, see :func:`read`."""
+        records: dict[str, int] = {}
+        newest: dict[str, datetime] = {}
+        for kind in sorted(self._wanted):
+            exports = [found for (about, _), found in self._found.items() if about == kind]
+            if not exports:
+                raise ImageError(f"no advisory given is about {kind}, and the image has packages of it", cure=_CURE)
+            most, at = max(exports)
+            if most < LEAST:
+                raise ImageError(
+                    f"the largest export has {most} advisories about {kind}, fewer than {LEAST}: that is not all of them",
+                    cure="mirror it whole; advisories of your own come beside an export",
+                )
+            if now - at > longest:
+                raise ImageError(
+                    f"the newest advisory about {kind} is {(now - at).days} days old, more than {longest.days}",
+                    cure=_CURE,
+                )
+            last = max(time for _, time in exports)
+            if last - now > _AHEAD:
+                raise ImageError(
+                    f"the newest advisory about {kind} is of {last:%Y-%m-%d}, which is to come",
+                    cure="set this machine's clock, or mirror the advisories again",
+                )
+            records[kind], newest[kind] = sum(number for number, _ in exports), at
+        return records, newest
+
+
+class Known:
+    """Advisories that were read for some packages, to be held against the bills of several images."""
+
+    def __init__(self, about: Advisories, names: set[tuple[Ecosystem, str]], held: _Held) -> None:
+        self.about = about
+        self._names = names
+        self._by_name = held.by_name()
+
+    def findings(self, components: Iterable[Component]) -> tuple[Finding, ...]:
+        """Return what they say of ``components``; raises :class:`ImageError` where they were not read for one of them."""
+        found: list[Finding] = []
+        for one in components:
+            if (one.ecosystem, one.name) not in self._names:
+                raise ImageError(f"no advisories were read for {one.ecosystem} package {one.name}", cure="try again")
+            found += _findings(one, self._by_name)
+        return worst_first(found)
+
+
+def read(components: Iterable[Component], sources: Sequence[str], *, longest: timedelta, now: datetime) -> Known:
+    """Read what ``sources`` say of ``components``, once; see the module.
+
+    Raises :class:`ImageError` where for an ecosystem of them there is no advisory, the largest export has fewer than
+    :data:`LEAST` or none that is younger than ``longest``, or one is of a time to come.
     """
-    components = components_of(bills)
-    wanted = sorted({one.ecosystem for one in components})
-    counts: dict[str, int] = dict.fromkeys(wanted, 0)
-    newest: dict[str, datetime] = {}
     names = {(one.ecosystem, one.name) for one in components}
-    held = _Held(names)
+    wanted = sorted({ecosystem for ecosystem, _ in names})
+    counted, held = _Counted(wanted), _Held(names)
     with tempfile.TemporaryDirectory(prefix="saw-advisories-") as folder:
-        files = [file for source in sources for file in _files(source, wanted, Path(folder))]
+        files = [(source, file) for source in sources for file in _files(source, wanted, Path(folder))]
         total = hashlib.sha256()
-        for digest in sorted(digest_of(file) for file in files):
+        for digest in sorted(digest_of(file) for _, file in files):
             total.update(f"{digest}\n".encode())
-        for advisory in (record for file in files for record in _records(file)):
-            kinds = held.take(advisory)
-            for kind in kinds & counts.keys():
-                counts[kind] += 1
-                newest[kind] = max(newest.get(kind, advisory.modified), advisory.modified)
-    by_name = held.by_name()
-    about = Advisories(total.hexdigest(), counts, newest)
-    _fresh(about, longest=longest, now=now)
-    return Found(about, worst_first(one for component in components for one in _findings(component, by_name)))
+        for source, file in files:
+            export = source if file.suffix == ".json" else str(file)
+            for advisory in _records(file):
+                counted.count(export, held.take(advisory), advisory.modified)
+    records, newest = counted.fresh(longest=longest, now=now)
+    return Known(Advisories(total.hexdigest(), records, newest), names, held)
 
 
-def _fresh(about: Advisories, *, longest: timedelta, now: datetime) -> None:
-    for kind, count in sorted(about.records.items()):
-        if not count:
-            raise ImageError(f"no advisory given is about {kind}, and the image has packages of it", cure=_CURE)
-        age = now - about.newest[kind]
-        if age > longest:
-            raise ImageError(
-                f"the newest advisory about {kind} is {age.days} days old, more than {longest.days}", cure=_CURE
-            )
-        if age < -_AHEAD:
-            raise ImageError(
-                f"the newest advisory about {kind} is of {about.newest[kind]:%Y-%m-%d}, which is to come",
-                cure="set this machine's clock, or mirror the advisories again",
-            )
+def search(bills: Sequence[Path], sources: Sequence[str], *, longest: timedelta, now: datetime) -> Found:
+    """Match the packages of ``bills`` with the advisories of ``sources``; raises :class:`ImageError` as :func:`read` does."""
+    components = components_of(bills)
+    known = read(components, sources, longest=longest, now=now)
+    return Found(known.about, known.findings(components))
 
 
 def _findings(component: Component, by_name: dict[tuple[str, str], list[Advisory]]) -> Iterator[Finding]:
@@ -268,4 +318,4 @@ def _advisory(raw: bytes, place: str) -> Advisory:
     return found
 
 
-__all__ = ["Advisories", "Found", "components_of", "search"]
+__all__ = ["LEAST", "Advisories", "Found", "Known", "components_of", "read", "search"]

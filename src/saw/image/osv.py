@@ -1,7 +1,8 @@
 """Which versions an advisory in the format of OSV concerns, by the rules of each ecosystem.
 
 Source: the OSV schema 1.7 (ossf.github.io/osv-schema). Versions are compared by kept libraries: those of PyPI by ``packaging``
-(PEP 440), those of npm by ``semver`` (Semantic Versioning 2.0.0). What cannot be compared counts as concerned.
+(PEP 440), those of npm by ``semver`` (Semantic Versioning 2.0.0). What cannot be compared counts as concerned, and so does every
+version of a package of which an advisory names none.
 """
 
 from __future__ import annotations
@@ -161,11 +162,10 @@ def _scored(severity: Severity) -> Urgency | None:
 def _concerned(version: Any, component: Component, affected: Affected) -> tuple[str, Affected] | None:
     """Return the first fix (or an empty text) and ``affected``, where it concerns ``version``."""
     ecosystem = component.ecosystem
-    hits = [
-        fix
-        for one in affected.ranges or ()
-        if one.type in ("SEMVER", "ECOSYSTEM") and (fix := in_range(ecosystem, version, one)) is not None
-    ]
+    ranges = [one for one in affected.ranges or () if one.type in ("SEMVER", "ECOSYSTEM") and one.events]
+    if not ranges and not affected.versions:
+        return "", affected
+    hits = [fix for one in ranges if (fix := in_range(ecosystem, version, one)) is not None]
     if hits:
         fixes = [fix for fix in hits if fix]
         return (latest(ecosystem, fixes) if len(fixes) == len(hits) else ""), affected

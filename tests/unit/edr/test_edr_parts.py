@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saw.audit import EventFactory, validate
+from saw.audit.events import Severity
 from saw.edr.clamav import signatures_of
 from saw.edr.config import EdrConfig, Ignore, Integrity, Malware, Vendor, read_config
-from saw.edr.detection import AT_ONCE, Detection, bounded, event_of, printable
+from saw.edr.detection import AT_ONCE, WORST_AT_ONCE, Detection, bounded, event_of, printable
 from saw.edr.forward import BrokerDestination, rfc5424
 from saw.edr.health import Beat, health_of
 from saw.edr.store import Found, SpoolFull, Store, iso
@@ -42,8 +43,10 @@ def factory() -> EventFactory:
     return EventFactory("saw-edr", host="host", new_uid=lambda: f"uid-{next(numbers)}")
 
 
-def detection(number: int = 0, kind: str = "setuid_file", subject: str = "/x") -> Detection:
-    return Detection(kind, subject, "A file", f"{kind}|{number}")
+def detection(
+    number: int = 0, kind: str = "setuid_file", subject: str = "/x", severity: Severity = "high"
+) -> Detection:
+    return Detection(kind, subject, "A file", f"{kind}|{number}", severity)
 
 
 @pytest.mark.parametrize(
@@ -86,11 +89,41 @@ def test_any_name_of_a_file_makes_a_valid_event_in_one_line(subject: str, title:
 
 
 def test_a_flood_is_cut_and_counted_for_each_kind_alone() -> None:
-    many = [detection(number) for number in range(AT_ONCE + 30)] + [detection(0, "persistence")]
+    many = [detection(number, severity="low") for number in range(AT_ONCE + 30)] + [detection(0, "persistence")]
     kept = bounded(many)
     assert len(kept) == AT_ONCE + 2
     assert [one.evidence["count"] for one in kept if "count" in one.evidence] == [30]
     assert len(bounded(many[:AT_ONCE])) == AT_ONCE
+
+
+@pytest.mark.control("P0-03")
+def test_what_is_grave_is_never_hidden_behind_a_flood_of_what_is_not(tmp_path: Path) -> None:
+    low = [detection(number, severity="low") for number in range(3 * AT_ONCE)]
+    mixed = [*low, detection(1000, severity="critical"), detection(1001, severity="medium")]
+    kept = bounded(mixed)
+    assert len(kept) == AT_ONCE + 1
+    assert [one.severity for one in kept[-3:]] == ["critical", "medium", "low"], (
+        "the order of those that are kept stays"
+    )
+    assert (kept[-1].evidence["count"], kept[-1].severity) == (2 * AT_ONCE + 2, "low")
+
+    grave = [detection(2000 + number, severity="high") for number in range(AT_ONCE + 20)]
+    kept = bounded([*low, *grave])
+    assert [one for one in kept if one.severity == "high"] == grave
+    assert [one.evidence["count"] for one in kept if "count" in one.evidence] == [3 * AT_ONCE]
+    medium = [*low, *(detection(number, severity="medium") for number in range(3000, 3000 + AT_ONCE + 7))]
+    assert [(one.severity, one.evidence["count"]) for one in bounded(medium) if one.evidence] == [
+        ("medium", 3 * AT_ONCE + 7)
+    ]
+    many = [detection(number, severity="critical") for number in range(WORST_AT_ONCE + 3)]
+    assert [(one.severity, one.evidence["count"]) for one in bounded([*low, *many]) if one.evidence] == [
+        ("critical", 3 * AT_ONCE + 3)
+    ]
+    assert bounded(many[:WORST_AT_ONCE]) == many[:WORST_AT_ONCE]
+    small = Store(tmp_path, 3 * AT_ONCE)
+    numbers = small.record(many, factory(), NOW)
+    assert len(numbers) == 3 * AT_ONCE // 2 + 1, "a look that is larger than the spool would never be written"
+    small.close()
 
 
 def test_the_spool_takes_a_thing_once_and_refuses_whole_when_it_is_full(tmp_path: Path) -> None:
@@ -344,7 +377,7 @@ def test_the_examples_of_the_page_are_what_the_role_takes() -> None:
         r"^```yaml\n(.*?)^```$", (root / "docs/edr.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
     said = {name: value for block in blocks for name, value in yaml.safe_load(block).items()}
-    assert said.keys() == {"edr_provider", "edr_vendor", "edr_vendor_token", "edr_ignore"} <= options.keys()
+    assert {"edr_provider", "edr_vendor", "edr_vendor_token", "edr_ignore"} <= said.keys() <= options.keys()
     assert said["edr_vendor"].keys() <= options["edr_vendor"]["options"].keys()
     ignored = [msgspec.convert(one, Ignore) for one in said["edr_ignore"]]
     assert ignored[0].covers("setuid_file", "/srv/build/7/sandbox")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from saw.audit import validate
 from saw.audit.events import EventFactory
-from saw.edr.alerts import AT_ONCE, Tail, falco, wazuh
+from saw.edr.alerts import AT_ONCE, STILL_LOOKS, Tail, falco, wazuh
 from saw.edr.config import Alerts, EdrConfig, Vendor, read_config
 from saw.edr.detection import Detection, event_of
 from saw.edr.store import Store
@@ -141,6 +142,15 @@ def rules(tail: Tail, place: str | None) -> tuple[list[str], str | None, int]:
     return [str(one.evidence["rule"]) for one in read.detections], read.place, read.unreadable
 
 
+def looked(tail: Tail, place: str | None) -> tuple[list[str], str | None]:
+    """What so many looks find that a replaced file is let go of."""
+    every = []
+    for _ in range(STILL_LOOKS + 2):
+        found, place, _ = rules(tail, place)
+        every += found
+    return every, place
+
+
 def test_a_file_is_read_on_from_where_reading_stands(tmp_path: Path) -> None:
     file = tmp_path / "alerts.json"
     tail = followed(file)
@@ -168,10 +178,52 @@ def test_a_file_that_is_put_in_its_place_is_begun_after_the_old_one_is_read(tmp_
     file.write_bytes(line(FALCO, rule="first of the new"))
     found, place, _ = rules(tail, place)
     assert found == ["last of the old"]
-    found, place, _ = rules(tail, place)
+    found, place = looked(tail, place)
     assert found == ["first of the new"]
     file.write_bytes(line(FALCO, rule="x"))  # cut in place
     assert rules(tail, place)[0] == ["x"]
+    tail.close()
+
+
+def test_what_the_engine_writes_before_it_opens_the_new_file_arrives(tmp_path: Path) -> None:
+    file = tmp_path / "alerts.json"
+    file.write_bytes(line(FALCO, rule="r1"))
+    tail = followed(file)
+    with file.open("ab", buffering=0) as engine:
+        found, place, _ = rules(tail, None)
+        assert found == ["r1"]
+        file.rename(tmp_path / "alerts.json.1")
+        file.touch()
+        for _ in range(STILL_LOOKS - 1):
+            assert rules(tail, place) == ([], place, 0)
+        engine.write(line(FALCO, rule="r2") + line(FALCO, rule="r2 too")[:-9])
+        found, place, _ = rules(tail, place)
+        assert found == ["r2"]
+        for _ in range(STILL_LOOKS - 1):
+            assert rules(tail, place) == ([], place, 0), "a line that is being written is left"
+        engine.write(line(FALCO, rule="r2 too")[-9:])
+    file.write_bytes(line(FALCO, rule="r3"))
+    found, place = looked(tail, place)
+    assert found == ["r2 too", "r3"]
+    tail.close()
+
+
+def test_a_replaced_file_is_not_let_go_of_before_all_of_it_is_written_down(tmp_path: Path) -> None:
+    file = tmp_path / "alerts.json"
+    file.write_bytes(line(FALCO, rule="r1"))
+    tail = followed(file)
+    _, place, _ = rules(tail, None)
+    with file.open("ab") as stream:
+        stream.write(line(FALCO, rule="r2") + line(FALCO, rule="cut off")[:-9])
+    file.rename(tmp_path / "alerts.json.1")
+    file.write_bytes(line(FALCO, rule="r3"))
+    for _ in range(STILL_LOOKS):
+        assert rules(tail, place)[0] == ["r2"], "the spool is full, and the place stays"
+    found, place, bad = rules(tail, place)
+    assert (found, bad) == (["r2"], 0)
+    found, place, bad = rules(tail, place)
+    assert (found, bad) == ([], 1), "nobody ends that line any more"
+    assert looked(tail, place)[0] == ["r3"]
     tail.close()
 
 
@@ -240,6 +292,48 @@ def test_findings_and_the_place_are_written_together_and_a_full_spool_reads_no_f
     # and that there was no room is told with them
     assert len(watched(settings, roomy).look_at_alerts()) >= 3
     roomy.close()
+    store.close()
+
+
+def test_lines_that_are_no_alerts_are_a_finding_that_tells_nothing_of_them(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    store = Store(settings.state, settings.spool_limit)
+    watcher = watched(settings, store)
+    file = tmp_path / "alerts.json"
+    bad = [f"no json {SECRET}".encode(), f'{{"rule": "{SECRET}"}}'.encode()]
+    file.write_bytes(bad[0] + b"\n" + line(FALCO, rule="good") + bad[1] + b"\n")
+    assert len(watcher.look_at_alerts()) == 2
+    assert "are no alerts of falco" in watcher.problems["alerts"]
+    with file.open("ab") as stream:
+        stream.write(line(FALCO, rule="next"))
+    assert len(watcher.look_at_alerts()) == 1
+    assert "alerts" not in watcher.problems, "the finding stays where the health is good again"
+    told = [one.event for one in store.newest()]
+    [event] = [one for one in told if "are no alerts" in one["message"]]
+    validate(event)
+    assert (event["severity"], event["message"]) == ("Medium", f"Lines are no alerts of falco: {file}")
+    assert SECRET not in json.dumps(told)
+    assert hashlib.sha256(b"\n".join(bad)).hexdigest() in json.dumps(event)
+    assert watched(settings, store).look_at_alerts() == []
+    for _ in range(2):
+        with file.open("ab") as stream:
+            stream.write(bad[0] + b"\n")
+        assert len(watcher.look_at_alerts()) == 1, "the same line a second time is a second finding"
+    store.close()
+
+
+def test_an_unreadable_line_and_the_place_are_written_together(tmp_path: Path) -> None:
+    settings = config(tmp_path, spool_limit=1)
+    store = Store(settings.state, settings.spool_limit)
+    watcher = watched(settings, store)
+    (tmp_path / "alerts.json").write_bytes(line(FALCO))
+    watcher.look_at_alerts()
+    place = store.note("alerts_place")
+    with (tmp_path / "alerts.json").open("ab") as stream:
+        stream.write(b"no json\n")
+    with pytest.raises(Exception, match="findings wait"):
+        watcher.look_at_alerts()
+    assert store.note("alerts_place") == place
     store.close()
 
 

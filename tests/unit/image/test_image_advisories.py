@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import shutil
 import zipfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from test_image_evidence import database, mirrored, record_of
 
 from saw.cli.image import main
+from saw.cli.image_scan import BILL
+from saw.cli.patch_cves import _Gate, _packages
 from saw.errors import SawError
-from saw.image.advisories import components_of, search
+from saw.image.advisories import LEAST, components_of, search
 from saw.image.disk import ImageError, digest_of
 
 NOW = datetime.now(UTC)
@@ -36,10 +41,18 @@ OTHER_NPM = osv("GHSA-npm", "nobody-has-this", "npm")
 OTHER_PYPI = osv("GHSA-pypi", "nobody-has-this")
 
 
-def exported(place: Path, *records: dict[str, Any], name: str = "all.zip") -> Path:
-    """An export as OSV lays it out, with records on both ecosystems that concern nothing."""
+def other(number: int, age: timedelta = timedelta()) -> dict[str, Any]:
+    """A record on both ecosystems that concerns nothing here."""
+    about = [*OTHER_NPM["affected"], *OTHER_PYPI["affected"]]
+    return {"id": f"OTHER-{number}", "modified": (NOW - age).isoformat(), "affected": about}
+
+
+def exported(
+    place: Path, *records: dict[str, Any], name: str = "all.zip", others: int = LEAST, age: timedelta = timedelta()
+) -> Path:
+    """An export as OSV lays it out, with ``others`` records of ``age`` on both ecosystems that concern nothing."""
     with zipfile.ZipFile(place / name, "w") as archive:
-        for one in (OTHER_NPM, OTHER_PYPI, *records):
+        for one in (*(other(number, age) for number in range(others)), *records):
             archive.writestr(f"{one['id']}.json", json.dumps(one))
     return place / name
 
@@ -112,6 +125,82 @@ def test_advisories_that_say_nothing_are_old_or_to_come_are_refused(image: Path,
         found(image, tmp_path / "one.json")
 
 
+@pytest.mark.control("IMG-01")
+def test_a_new_record_of_ones_own_renews_no_old_export(image: Path, tmp_path: Path) -> None:
+    old = exported(tmp_path, name="old.zip", age=timedelta(days=30))
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "one.json").write_text(json.dumps(other(9)), encoding="utf-8")
+    (tmp_path / "mirror").mkdir()
+    beside = exported(tmp_path / "mirror", age=timedelta(days=30))
+    (tmp_path / "mirror/one.json").write_text(json.dumps(other(9)), encoding="utf-8")
+    few = exported(tmp_path, name="few.zip", others=LEAST - 1)
+    for sources in ((old, own), (own, old), (old, few), (beside.parent,)):
+        with pytest.raises(ImageError, match="the newest advisory about npm is 30 days old"):
+            found(image, *sources)
+    # its twins: an old record of one's own, and an old export beside a fresh one that is larger
+    (own / "one.json").write_text(json.dumps(other(9, timedelta(days=30))), encoding="utf-8")
+    fresh = exported(tmp_path, name="fresh.zip", others=LEAST + 1)
+    assert found(image, fresh, own) == found(image, old, fresh) == []
+    # what is to come is told of the smallest, too
+    (own / "one.json").write_text(json.dumps(other(9, timedelta(days=-3))), encoding="utf-8")
+    with pytest.raises(ImageError, match="which is to come"):
+        found(image, fresh, own)
+
+
+@pytest.mark.control("IMG-01")
+def test_a_few_records_are_no_search(image: Path, tmp_path: Path) -> None:
+    few = [exported(tmp_path, name=f"{number}.zip", others=LEAST - 1) for number in range(2)]
+    with pytest.raises(ImageError, match=f"has {LEAST - 1} advisories about npm, fewer than {LEAST}"):
+        found(image, *few)
+    pypi = [{**OTHER_PYPI, "id": f"P-{number}"} for number in range(5)]
+    with pytest.raises(ImageError, match=f"has {LEAST - 1} advisories about npm"):
+        found(image, exported(tmp_path, *pypi, others=LEAST - 1))
+    assert found(image, exported(tmp_path, others=LEAST)) == []
+
+
+def test_advisories_are_fetched_and_read_once_for_all_images(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, asked = exported(tmp_path, osv()).read_bytes(), []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(str(request.url))
+        return httpx.Response(200, content=content)
+
+    monkeypatch.setattr(
+        "saw.image.advisories.https_client", lambda *_: httpx.Client(transport=httpx.MockTransport(answer))
+    )
+    for name in ("one", "two"):
+        shutil.copytree(image / "sbom", tmp_path / "images" / name / "sbom")
+    (tmp_path / "images/three/sbom").mkdir(parents=True)
+    options = argparse.Namespace(
+        advisories=["https://mirror.example.org/osv"], max_age="7d", images=tmp_path / "images"
+    )
+    gate = _Gate(tmp_path, "", "trixie", (), "high", NOW)
+    known, packages = _packages(options, gate, ["one", "two", "three"])
+    for name in ("one", "two"):
+        assert [one.cve for one in packages(tmp_path / "images" / name / BILL)] == ["GHSA-1"]
+    assert len(asked) == 2, asked
+    assert known is not None and len(known.about.sha256) == 64
+    with pytest.raises(ImageError, match="cannot be read as a bill"):
+        packages(tmp_path / "images/three" / BILL)
+    # what came to the folder after that was not looked for, and is not passed as clean
+    late = json.loads((image / "sbom/npm.cdx.json").read_text(encoding="utf-8"))
+    late["components"] = [{"name": "late", "version": "1.0.0", "purl": "pkg:npm/late@1.0.0"}]
+    (tmp_path / "images/two/sbom/npm.cdx.json").write_text(json.dumps(late), encoding="utf-8")
+    with pytest.raises(ImageError, match="no advisories were read for npm package late"):
+        packages(tmp_path / "images/two" / BILL)
+
+    content = b"no archive"
+    known, packages = _packages(options, gate, ["one", "three"])
+    assert known is None
+    for _ in range(2):
+        with pytest.raises(ImageError, match="cannot be read as an archive"):
+            packages(tmp_path / "images/one" / BILL)
+    assert len(asked) == 4, "a mirror that fails is asked once"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -137,7 +226,7 @@ def test_an_export_is_taken_whole_or_not_at_all(
 def test_a_truncated_record_of_an_archive_ends_the_search(image: Path, tmp_path: Path) -> None:
     whole = exported(tmp_path)
     raw = bytearray(whole.read_bytes())
-    place = raw.index(b'"id": "GHSA-npm"')
+    place = raw.index(b'"id": "OTHER-7"')
     raw[place + 8] ^= 1  # the archive's own checksum tells
     whole.write_bytes(bytes(raw))
     with pytest.raises(ImageError, match="cannot be read as an archive"):
@@ -159,8 +248,6 @@ def test_a_place_that_is_none_is_named(image: Path, tmp_path: Path) -> None:
 
 
 def test_a_mirror_is_asked_for_each_ecosystem(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import httpx
-
     whole, asked = exported(tmp_path, osv()).read_bytes(), []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -238,7 +325,7 @@ def test_the_record_says_which_image_was_searched_and_by_which_advisories(image:
     assert scan(image, tmp_path, "--advisories", str(exported(tmp_path))) == 0
     noted = record_of(image)["scan"]
     assert noted["image_sha256"] == record_of(image)["image_sha256"]
-    assert noted["advisories"]["records"] == {"npm": 1, "pypi": 1}
+    assert noted["advisories"]["records"] == {"npm": LEAST, "pypi": LEAST}
     (report,) = image.glob("vulnerabilities-*.json")
     told = json.loads(report.read_text(encoding="utf-8"))
     assert (told["image_sha256"], told["advisories"]) == (noted["image_sha256"], noted["advisories"])

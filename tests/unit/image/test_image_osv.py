@@ -128,9 +128,28 @@ def test_listed_versions_are_the_same_in_any_spelling(version: str, listed: list
     assert (told(version, advisory(affected={"versions": listed})) is not None) == found
 
 
-def test_ranges_of_commits_say_nothing() -> None:
-    ranges = [{"type": "GIT", "repo": "https://example.org/r", "events": [{"introduced": "0"}]}]
-    assert told("1.0", advisory(affected={"ranges": ranges})) is None
+COMMITS = {"type": "GIT", "repo": "https://example.org/r", "events": [{"introduced": "0"}]}
+
+
+@pytest.mark.control("IMG-01")
+@pytest.mark.parametrize(
+    "affected",
+    [
+        {"ranges": [COMMITS]},
+        {"ranges": [COMMITS], "versions": []},
+        {"ranges": None, "versions": None},
+        {"ranges": [{"type": "ECOSYSTEM", "events": []}]},
+        {"ranges": [{"type": "OTHER", "events": [{"introduced": "9"}]}]},
+    ],
+    ids=["commits", "commits and an empty list", "nothing", "a range without an end", "an unheard range"],
+)
+def test_an_advisory_that_names_no_version_concerns_all_and_its_twin_the_named_ones(affected: dict[str, Any]) -> None:
+    assert told("1.0", advisory(affected=affected)) == ""
+    assert told("1.0", advisory(affected={**affected, "versions": ["1.0"]})) == ""
+    assert told("1.1", advisory(affected={**affected, "versions": ["1.0"]})) is None
+    named = [*(affected["ranges"] or ()), {"type": "ECOSYSTEM", "events": ALL_UNTIL}]
+    assert told("1.0", advisory(affected={**affected, "ranges": named})) == "2.0"
+    assert told("2.0", advisory(affected={**affected, "ranges": named})) is None
 
 
 def test_a_withdrawn_advisory_says_nothing_and_its_twin_does() -> None:

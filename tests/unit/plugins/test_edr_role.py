@@ -163,8 +163,8 @@ def test_the_agent_of_wazuh_knows_its_manager_and_runs_nothing_for_it():
     assert "/srv/a&b<c" in [one.text for one in ET.fromstring(odd).iter("directories")]  # noqa: S314
 
 
-def run(tmp_path: Path, *files: str, **values: object) -> tuple[int, str]:
-    """Run files of the role's tasks in check mode on this machine, which has none of these engines."""
+def run(tmp_path: Path, *files: str, hosts: str = "localhost,", **values: object) -> tuple[int, str]:
+    """Run files of the role's tasks in check mode on hosts that are this machine, which has none of these engines."""
     home = tmp_path / "collections/ansible_collections/secure_agent/workspace"
     if not home.exists():
         home.parent.mkdir(parents=True)
@@ -172,14 +172,56 @@ def run(tmp_path: Path, *files: str, **values: object) -> tuple[int, str]:
     step = {"ansible.builtin.include_role": {"name": "secure_agent.workspace.edr", "tasks_from": "{{ item }}"}}
     tasks = [{**step, "loop": list(files)}]
     named = {"ansible_python_interpreter": sys.executable, **values}
-    play = [{"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": named, "tasks": tasks}]
+    play = [{"hosts": "all", "connection": "local", "gather_facts": False, "vars": named, "tasks": tasks}]
     (tmp_path / "play.yml").write_text(yaml.safe_dump(play))
-    command = [Path(sys.executable).parent / "ansible-playbook", "-i", "localhost,", "--check", "--diff", "-vv"]
+    command = [Path(sys.executable).parent / "ansible-playbook", "-i", hosts, "--check", "--diff", "-vv"]
     environment = {**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(tmp_path / "collections"), "ANSIBLE_NOCOLOR": "1"}
     done = subprocess.run(
         [*command, str(tmp_path / "play.yml")], capture_output=True, text=True, check=False, env=environment
     )
     return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+#: What ``wazuh-control status`` of a manager writes; it ends with 1, as daemons are off that nobody configured.
+STATUS = """\
+wazuh-clusterd not running...
+wazuh-modulesd is running...
+wazuh-monitord is running...
+wazuh-logcollector is running...
+wazuh-remoted is running...
+wazuh-syscheckd is running...
+wazuh-analysisd is running...
+wazuh-maild not running...
+wazuh-execd is running...
+wazuh-db is running...
+wazuh-authd is running...
+wazuh-dbd not running...
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "well"),
+    [
+        (STATUS, True),
+        (STATUS.replace("analysisd is", "analysisd not"), False),
+        (STATUS.replace("wazuh-remoted is running...\n", ""), False),
+        (STATUS.replace("wazuh-db is", "wazuh-db not").replace("wazuh-dbd not", "wazuh-dbd is"), False),
+        ("wazuh-db: Process 7 not used by Wazuh, removing...\n" + STATUS, True),
+        ("", False),
+        ("ERROR: Another instance is locking this process.\n", False),
+    ],
+    ids=["optional ones are off", "analysisd", "remoted", "db, and dbd runs", "an old number", "nothing", "locked"],
+)
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_manager_of_wazuh_is_well_while_the_needed_daemons_run(tmp_path, said, well, code):
+    control = tmp_path / "wazuh-control"
+    (tmp_path / "said").write_text(said)
+    control.write_text(f'#!/bin/sh\n[ "$*" = status ] || exit 9\ncat {tmp_path}/said\nexit {code}\n')
+    control.chmod(0o755)
+    health = told(tmp_path, **MANAGER).vendor.health
+    assert health.count("/var/ossec/bin/wazuh-control") == 1
+    command = [str(control) if one == "/var/ossec/bin/wazuh-control" else one for one in health]
+    assert (subprocess.run(command, check=False).returncode == 0) is well
 
 
 @pytest.mark.parametrize(
@@ -248,3 +290,31 @@ def test_a_fresh_host_is_forecast_and_the_key_of_a_repository_is_the_named_one(t
     other = {**falco, "edr_repository": {**repository, "key_sha256": "0" * 64}}
     code, said = run(tmp_path, "providers/falco/install.yml", **other)
     assert code != 0 and "has another SHA-256 than edr_repository.key_sha256" in said, said
+
+
+def test_the_key_of_each_host_s_repository_is_looked_at(tmp_path):
+    keys = {}
+    for host in ("first", "second"):
+        (tmp_path / f"{host}.asc").write_text(f"-----BEGIN PGP PUBLIC KEY BLOCK----- {host}\n")
+        keys[host] = hashlib.sha256((tmp_path / f"{host}.asc").read_bytes()).hexdigest()
+
+    def named(digests: dict[str, str]) -> tuple[int, str]:
+        repository = {
+            "url": "https://mirror.example.com/deb", "suite": "stable", "components": ["main"],
+            "key": f"{tmp_path}/{{{{ inventory_hostname }}}}.asc", "key_sha256": "{{ digests[inventory_hostname] }}",
+        }  # fmt: skip
+        return run(
+            tmp_path,
+            "providers/repository.yml",
+            hosts="first,second,",
+            digests=digests,
+            edr_repository=repository,
+            **FALCO,
+        )
+
+    code, said = named(keys)
+    assert code == 0, said
+    code, said = named({**keys, "second": "0" * 64})
+    assert code != 0, said
+    assert "fatal: [second]" in said and "fatal: [first]" not in said
+    assert "second.asc has another SHA-256 than edr_repository.key_sha256" in said

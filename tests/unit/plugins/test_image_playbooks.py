@@ -101,14 +101,15 @@ class Office:
         link.parent.mkdir(parents=True)
         link.symlink_to(ROOT)
 
-    def play(self, name: str, *, check: bool = False, **values: Any) -> str:
-        values |= {
+    def play(self, name: str, *options: str, check: bool = False, **values: Any) -> str:
+        values = {
             "ansible_python_interpreter": str(programs() / "python"),
             "image_release_saw": str(programs() / "saw"),
+            **values,
         }
         done = subprocess.run(
             [str(SAW.with_name("ansible-playbook")), "-i", "localhost,", str(ROOT / f"playbooks/{name}.yml"),
-             "-e", json.dumps(values), *(["--check"] if check else [])],
+             "-e", json.dumps(values), *options, *(["--check"] if check else [])],
             capture_output=True, text=True, check=False, timeout=180, stdin=subprocess.DEVNULL, cwd=self.base,
             env={**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(self.base / "installed"), "SAW_CONTEXT": self.broker.context,
                  "ANSIBLE_NOCOLOR": "1", "ANSIBLE_PIPELINING": "1"},
@@ -207,3 +208,34 @@ def test_an_image_is_not_released_without_a_search_and_that_it_was_let_through_i
     done = office.release(image_release_unscanned=False, image_release_keys=office.keys)
     assert "is registered and candidate" in done, done
     assert "WARNING" not in done
+
+
+@pytest.mark.control("IMG-01")
+@pytest.mark.parametrize(("spelling", "let"), [("true", True), ("yes", True), ("false", False), ("no", False)])
+def test_that_an_image_is_let_through_is_said_as_the_pages_spell_it(office: Office, spelling: str, let: bool) -> None:
+    office.image.measured(REFERENCE)
+    told = {"image_release_directory": str(office.image.folder), "image_release_keys": office.keys}
+    said = office.play("image_release", "-e", f"image_release_unscanned={spelling}", **told)
+    assert ("WARNING: image_release_unscanned is set" in said) is let, said
+    assert ("no search for known vulnerabilities passed: saw image scan" in said) is not let, said
+    assert office.state() == ("candidate" if let else "")
+
+
+@pytest.mark.control("IMG-01")
+def test_how_old_a_search_may_be_is_how_old_what_it_searches_in_may_be(office: Office) -> None:
+    office.image.measured(REFERENCE)
+    program, seen = office.base / "saw", office.base / "seen"
+    program.write_text(f'#!/bin/sh\necho "$*" >>{seen}\nexec {programs() / "saw"} "$@"\n')
+    program.chmod(0o755)
+    tracker = office.base / "tracker.json"
+    settled = {"releases": {"trixie": {"status": "resolved", "fixed_version": "6.1-1", "urgency": "low"}}}
+    tracker.write_text(json.dumps({"linux": {"CVE-2025-1000": settled}}))
+    old = datetime.now(UTC).timestamp() - 3 * 86_400
+    os.utime(tracker, (old, old))
+    more = {"image_release_database": str(tracker), "image_release_saw": str(program), "image_release_unscanned": False}
+    said = office.release(image_release_scan_max_age="2d", **more)
+    assert "3 days old, more than 2" in said, said
+    scans = [text for text in seen.read_text().splitlines() if text.startswith("image scan ")]
+    assert scans and all("--max-age 2d" in text for text in scans), scans
+    later = office.release(image_release_scan_max_age="4d", **more)
+    assert "3 days old" not in later, later

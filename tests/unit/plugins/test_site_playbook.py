@@ -57,11 +57,38 @@ def hosts_of(listing: str) -> dict[str, set[str]]:
     }
 
 
-def test_a_part_that_is_not_known_stops_the_run_before_any_other_play(site) -> None:
-    done = site("-e", '{"site_parts": ["baseline", "basline"]}')
+@pytest.mark.parametrize("limit", [[], ["-l", "edge"]], ids=["all hosts", "one host"])
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        (
+            '{"site_parts": ["baseline", "basline"]}',
+            "site_parts: basline is not among control_plane, audit_witness, base",
+        ),
+        ("site_parts=baseline", "site_parts has to be a list"),
+        ('{"site_parts": {"baseline": true}}', "site_parts has to be a list"),
+    ],
+    ids=["not known", "text", "mapping"],
+)
+def test_what_is_no_known_part_stops_the_run_before_any_play(site, parts, words, limit) -> None:
+    done = site("-e", parts, *limit)
+    assert done.returncode not in (0, 1), done.stdout
+    assert words in " ".join(done.stderr.split())
+    assert "PLAY [" not in done.stdout
+
+
+def test_what_the_inventory_names_is_refused_as_well(site, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text(HOSTS + "site_parts=['basline']\n")
+    done = site()
     assert done.returncode == 2, done.stdout
     assert "site_parts: basline is not among control_plane, audit_witness, baseline" in " ".join(done.stdout.split())
     assert re.findall(r"^PLAY \[(.*?)\]", done.stdout, re.MULTILINE) == ["Parts of the site"]
+
+
+def test_a_known_part_reaches_the_host_that_the_limit_names(site) -> None:
+    chosen = hosts_of(site("--list-hosts", "-l", "edge", "-e", '{"site_parts": ["baseline"]}').stdout)
+    assert chosen["Baseline"] == {"edge"}
+    assert not chosen["Endpoint detection"] | chosen["Patching"]
 
 
 def test_no_part_does_nothing_on_any_host(site) -> None:
