@@ -219,7 +219,7 @@ def test_a_revoked_credential_opens_no_further_session(sessions: Sessions) -> No
         assert session.execute("SELECT 1").fetchone() == (1,)
     with pytest.raises(psycopg.OperationalError):
         connected(door)
-    assert b"credential_unavailable" in door.refused
+    assert b"credential_unavailable" in door.refused, (door.heard[-300:], door.refused)
     sessions.secret.touch(0o600)
     sessions.secret.write_text("another password")
     with pytest.raises(psycopg.OperationalError, match="the server refuses the session \\(28P01\\)"):
