@@ -132,7 +132,7 @@ class Door:
                     self.spoken += data
                     far.sendall(data)
             finally:
-                # A socket that is closed while a thread reads from it gives its number to the next one, whose bytes are then lost.
+                # A socket that is closed while a thread reads from it gives its number to the next one, whose bytes then go.
                 with contextlib.suppress(OSError):
                     far.shutdown(socket.SHUT_RDWR)
                 pump.join()
