@@ -125,11 +125,18 @@ class Door:
                 far.close()
                 return
             self._back(rest, client)
-            threading.Thread(target=self._pump, args=(far, client), daemon=True).start()
-            while data := client.recv(65536):
-                self.spoken += data
-                far.sendall(data)
-            far.close()
+            pump = threading.Thread(target=self._pump, args=(far, client), daemon=True)
+            pump.start()
+            try:
+                while data := client.recv(65536):
+                    self.spoken += data
+                    far.sendall(data)
+            finally:
+                # A socket that is closed while a thread reads from it gives its number to the next one, whose bytes then go.
+                with contextlib.suppress(OSError):
+                    far.shutdown(socket.SHUT_RDWR)
+                pump.join()
+                far.close()
 
     def _back(self, data: bytes, client: socket.socket) -> None:
         self.heard += data

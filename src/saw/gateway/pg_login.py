@@ -11,6 +11,7 @@ import re
 import socket
 import ssl
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -23,6 +24,11 @@ MECHANISM = "SCRAM-SHA-256-PLUS"
 BINDING = "tls-server-end-point"
 SIGN_IN_S = 15.0
 """Longest time until a server is ready (seconds)."""
+MOST_ROUNDS = 100_000
+"""Most rounds of stretching that a server may ask for. PostgreSQL's own are 4096 where nobody changed them; this many take
+some tens of milliseconds, and millions would let a server keep the gatekeeper's processors busy."""
+_STRETCHERS = ThreadPoolExecutor(2, thread_name_prefix="saw-scram")
+"""Where keys are stretched: a thread that is given up works on, so these are not the threads that everything else shares."""
 _MOST_MESSAGES = 256
 _OK, _CLEARTEXT, _MD5, _SASL, _CONTINUE, _FINAL = 0, 3, 5, 10, 11, 12
 _WHAT = {_CLEARTEXT: "the password itself", _MD5: "an MD5 of the password"}
@@ -144,8 +150,14 @@ async def _prove(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, log
             expected = _CONTINUE
         elif code == _CONTINUE and client is not None:
             client.set_server_first(told.decode("utf-8", "replace"))
+            if client.iterations.value > MOST_ROUNDS:
+                raise SessionRefused(
+                    CANNOT_CONNECT, f"the server asks for more than {MOST_ROUNDS} rounds",
+                    cure="ask its owner for a lower scram_iterations, and to set the password anew",
+                )  # fmt: skip
             # The key is stretched beside the decisions on other calls.
-            writer.write(message(b"p", (await asyncio.to_thread(client.get_client_final)).encode()))
+            final = await asyncio.get_running_loop().run_in_executor(_STRETCHERS, client.get_client_final)
+            writer.write(message(b"p", final.encode()))
             expected = _FINAL
         elif code == _FINAL and client is not None:
             client.set_server_final(told.decode("utf-8", "replace"))

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import secrets
 import struct
 import time
-from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -24,9 +24,11 @@ import msgspec
 from saw.audit.events import EventFactory, Outcome
 from saw.errors import SawError
 from saw.gateway import pg_login, pg_wire
+from saw.gateway.envoy_parts import STREAM_SECONDS
 from saw.gateway.events import session_event
 from saw.gateway.judge import Verdict
 from saw.gateway.pg_login import Ready
+from saw.gateway.pg_places import Places
 from saw.gateway.pg_wire import CancelKey, SessionRefused, Startup
 from saw.gateway.reviews import TICKET
 from saw.gateway.spool import Spool
@@ -35,10 +37,10 @@ from saw.policy.databases import UPGRADE, is_session
 
 LOG = logging.getLogger("saw.gateway")
 
-MOST, MOST_EACH = 512, 64
-"""How many sessions may be open at a time, of all workspaces and of one."""
 START_S = 30.0
 """Longest time that a client may take to say who it is (seconds)."""
+_EARLY_S = 2.0
+"""How much older than the decision on it a session may be for Envoy, which counts from the request's first byte (seconds)."""
 _HEAD_LIMIT = 64 * 1024
 _CHUNK = 64 * 1024
 _ACCEPTED = f"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: {UPGRADE}\r\n\r\n".encode()
@@ -54,15 +56,20 @@ class _Running(msgspec.Struct, frozen=True):
 
 
 class _Bytes:
-    """How many bytes went each way, and who ended it."""
+    """How many bytes went each way, who ended it, and with which code where it was never opened."""
 
     sent = 0
     received = 0
     end = "stopped"
+    sqlstate = pg_wire.GOING_DOWN
+    opened = False
 
 
 class PostgresSessions:
-    """Serves the socket behind Envoy's route for sessions. ``tickets``: those with which Envoy brings them."""
+    """Serves the socket behind Envoy's route for sessions. ``tickets``: those with which Envoy brings them.
+
+    ``told``: what Envoy was told last for the workspace with a number. It ends what was opened under anything else.
+    """
 
     def __init__(
         self,
@@ -72,14 +79,16 @@ class PostgresSessions:
         *,
         ca_file: Path,
         now: Callable[[], datetime],
+        told: Callable[[int], object],
     ) -> None:
         self._tickets = tickets
         self._spool = spool
         self._factory = factory
         self._ca_file = ca_file
         self._now = now
+        self._told = told
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._open: Counter[str] = Counter()
+        self._places = Places()
         self._running: dict[CancelKey, _Running] = {}
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -114,14 +123,18 @@ class PostgresSessions:
             writer.write(b"HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
             await writer.drain()
             return
-        writer.write(_ACCEPTED)
         workspace = verdict.workspace_id
-        self._open[workspace] += 1
-        try:
-            await self._session(verdict, reader, writer)
-        finally:
-            self._open[workspace] -= 1
-            self._open += Counter()
+        if self._places.full(workspace):
+            refusal = _too_many()
+            await self._refused(verdict, None, refusal)
+            await _say(writer, _busy(refusal))
+            return
+        writer.write(_ACCEPTED)
+        with self._places.start(workspace) as opened:
+            start = await self._permitted(verdict, reader, writer)
+            if start is not None:
+                opened()
+                await self._session(verdict, start, reader, writer)
 
     async def _brought(self, reader: asyncio.StreamReader) -> Verdict | None:
         """Return the decision that Envoy's request belongs to, or None when it belongs to none."""
@@ -142,33 +155,51 @@ class PostgresSessions:
         fits = verdict is not None and verdict.dial is not None and verdict.dial.login is not None
         return verdict if fits and is_session(told["upgrade"][0]) else None
 
-    async def _session(self, verdict: Verdict, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _permitted(
+        self, verdict: Verdict, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> Startup | None:
+        """Return how a session starts that may be opened; None where there is none, which is then recorded and told."""
         start: Startup | None = None
         try:
             start = await self._start(verdict, reader, writer)
-            if start is None:
-                return
-            self._permit(verdict, start)
+            if start is not None:
+                self._permit(verdict, start)
         except (SessionRefused, TimeoutError) as error:
             refusal = error if isinstance(error, SessionRefused) else _too_slow()
-            await self._record(
-                verdict, "connect", start, "failure", {"reason": refusal.message, "sqlstate": refusal.sqlstate}
-            )
+            await self._refused(verdict, start, refusal)
             await _say(writer, pg_wire.fatal(refusal.sqlstate, f"ring 2: {refusal.message}", refusal.cure))
-            return
+            return None
+        return start
+
+    async def _session(
+        self, verdict: Verdict, start: Startup, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        told = self._told(_number(verdict))
         # Nothing leaves before the trail knows of it.
         await self._record(verdict, "connect", start, "success", {})
         began, count = time.monotonic(), _Bytes()
         try:
             await self._opened(verdict, start, reader, writer, count)
         finally:
-            detail = {
-                "end": count.end,
+            detail: dict[str, object] = {
+                "end": self._ended(verdict, told, count.end),
                 "sent": count.sent,
                 "received": count.received,
                 "seconds": int(time.monotonic() - began),
             }
-            await asyncio.shield(self._record(verdict, "end", start, "success", detail))
+            if not count.opened:
+                detail["sqlstate"] = count.sqlstate
+            outcome: Outcome = "success" if count.opened else "failure"
+            await asyncio.shield(self._record(verdict, "end", start, outcome, detail))
+
+    def _ended(self, verdict: Verdict, told: object, end: str) -> str:
+        """Return who ended a session, of which ring 2's own Envoy tells nothing but that the client's side is gone."""
+        if end not in {"client", "broken"}:
+            return end
+        if self._told(_number(verdict)) != told:
+            return "withdrawn"
+        lasted = (self._now() - verdict.time).total_seconds()
+        return "time" if lasted >= STREAM_SECONDS - _EARLY_S else end
 
     async def _start(
         self, verdict: Verdict, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -208,8 +239,8 @@ class PostgresSessions:
             raise SessionRefused(
                 pg_wire.UNKNOWN_DATABASE, f"policy opens {names} here and no other database", cure=f"connect to {names}"
             )
-        if self._open.total() > MOST or self._open[verdict.workspace_id] > MOST_EACH:
-            raise SessionRefused(pg_wire.TOO_MANY, "too many sessions are open", cure="end some, then try again")
+        if self._places.closed(verdict.workspace_id):
+            raise _too_many()
 
     async def _opened(
         self,
@@ -225,9 +256,14 @@ class PostgresSessions:
         try:
             server = await pg_login.sign_in(dial.login, start, dial.address, host, self._ca_file)
         except SessionRefused as refusal:
-            count.end = f"not opened: {refusal.message}"
+            count.end, count.sqlstate = f"not opened: {refusal.message}", refusal.sqlstate
             await _say(writer, pg_wire.fatal(refusal.sqlstate, f"ring 2: {refusal.message}", refusal.cure))
             return
+        except Exception as error:
+            count.end, count.sqlstate = f"not opened: internal fault {type(error).__name__}", pg_wire.INTERNAL
+            await _say(writer, pg_wire.fatal(pg_wire.INTERNAL, "ring 2: an internal fault"))
+            raise
+        count.opened = True
         ours = None
         try:
             if server.key is not None:
@@ -250,6 +286,10 @@ class PostgresSessions:
         if running is not None and known:
             with contextlib.suppress(OSError, TimeoutError, SawError):
                 await pg_login.cancel(running.key, running.address, running.host, self._ca_file)
+
+    async def _refused(self, verdict: Verdict, start: Startup | None, refusal: SessionRefused) -> None:
+        detail: dict[str, object] = {"reason": refusal.message, "sqlstate": refusal.sqlstate}
+        await self._record(verdict, "connect", start, "failure", detail)
 
     async def _record(
         self, verdict: Verdict, step: str, start: Startup | None, outcome: Outcome, detail: dict[str, object]
@@ -314,6 +354,23 @@ async def _say(writer: asyncio.StreamWriter, last: bytes) -> None:
     with contextlib.suppress(OSError):
         writer.write(last)
         await writer.drain()
+
+
+def _number(verdict: Verdict) -> int:
+    return verdict.workspace.number if verdict.workspace is not None else 0
+
+
+def _busy(refusal: SessionRefused) -> bytes:
+    """Return the refusal of a connection before it has become a session, in the form of the rings' own."""
+    told = {"error": "policy_denied", "layer": "ring2", "reason": "gatekeeper_unavailable", "detail": refusal.message,
+            "next_steps": [refusal.cure]}  # fmt: skip
+    body = json.dumps(told).encode()
+    head = f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+    return head.encode() + b"retry-after: 1\r\nconnection: close\r\n\r\n" + body
+
+
+def _too_many() -> SessionRefused:
+    return SessionRefused(pg_wire.TOO_MANY, "too many sessions are open", cure="end some, then try again")
 
 
 def _too_slow() -> SessionRefused:

@@ -36,7 +36,7 @@ SETTINGS = frozenset(
 """What a client may set when it starts a session, in lower case. All of it could be set by a statement afterwards."""
 
 PROTOCOL_VIOLATION, WRONG_LOGIN, UNKNOWN_DATABASE = "08P01", "28000", "3D000"
-NOT_SUPPORTED, TOO_MANY, CANNOT_CONNECT, GOING_DOWN = "0A000", "53300", "08006", "57P01"
+NOT_SUPPORTED, TOO_MANY, CANNOT_CONNECT, GOING_DOWN, INTERNAL = "0A000", "53300", "08006", "57P01", "XX000"
 
 
 class SessionRefused(SawError):
@@ -156,9 +156,12 @@ def fatal(sqlstate: str, text: str, hint: str = "") -> bytes:
 
 
 def negotiation(unknown: Iterable[str]) -> bytes:
-    """Return the NegotiateProtocolVersion that answers a newer minor version, or extensions that are not spoken."""
+    """Return the NegotiateProtocolVersion that answers a newer minor version, or extensions that are not spoken.
+
+    The version in it is a full one, 3.0: libpq takes a bare minor version for one that is older than 3.0.
+    """
     names = [name.encode() + b"\0" for name in unknown]
-    return message(b"v", struct.pack("!ii", 0, len(names)) + b"".join(names))
+    return message(b"v", struct.pack("!ii", VERSION << 16, len(names)) + b"".join(names))
 
 
 AUTHENTICATED = message(b"R", struct.pack("!i", 0))

@@ -155,7 +155,7 @@ class Gatekeeper:
         )
         opening = Tickets[Verdict](time.monotonic)
         self._sessions = PostgresSessions(
-            opening, self._spool, factory, ca_file=config.ring2.upstream_ca_file, now=clock.now
+            opening, self._spool, factory, ca_file=config.ring2.upstream_ca_file, now=clock.now, told=self._told
         )
         self._reviews: ReviewApp | None = None
         self._sender: Sender | None = None
@@ -221,6 +221,11 @@ class Gatekeeper:
         self._published = wanted
         if written:
             LOG.info("wrote %s for %d workspaces", ", ".join(written), len(wanted[0]))
+
+    def _told(self, number: int) -> object:
+        """Return what Envoy's listener for a workspace was made of last: where that changes, Envoy ends what is open."""
+        numbers, names, streams = self._published or ((), frozenset(), ())
+        return (names, dict(streams).get(number)) if number in numbers else None
 
     def _streams(self, view: View) -> dict[int, Standing]:
         return standing_streams(

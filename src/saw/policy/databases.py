@@ -26,6 +26,8 @@ UPGRADE = "postgres"
 """What a request asks to switch to that opens a session (RFC 9110, section 7.8)."""
 METHOD = "POSTGRES"
 """Stands for the method of such a request, where methods are compared. No client can send a call of it."""
+TARGET = "/"
+"""The path of such a request. It has no other, and no query."""
 LASTING = websocket.STREAM_METHODS | {METHOD}
 """The methods that stand for what stays open, as opposed to a call."""
 MAX_DATABASES = 32

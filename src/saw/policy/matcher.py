@@ -283,6 +283,11 @@ class Matcher:
         self, request: Request, host: str, target: str, candidates: list[tuple[AddressRules, int]]
     ) -> Decision:
         """Decide on opening a session of PostgreSQL. Nothing looks into it, so no person can decide on what is asked there."""
+        if target != databases.TARGET:
+            # A path says nothing to a server of PostgreSQL: rules and delegations with paths would be the client's to choose.
+            detail = f"a session has no path, so it is opened at {databases.TARGET} alone"
+            steps = (f"open the session at {databases.TARGET}; the client names the database when it starts",)
+            return self._deny(request, "method_or_path_not_allowed", detail, target, steps=steps)
         opening = msgspec.structs.replace(request, method=databases.METHOD, message="")
         decision = self._decide(opening, host, databases.METHOD, target, candidates, approved=False)
         if decision.reason != "review_required":

@@ -175,6 +175,12 @@ def routed_scope(value: Governance, report: StructureReport) -> None:
         routed = {route.credential for route in value.inference.routes if route.credential is not None}
     for index, credential in enumerate(value.credentials):
         with suppress(Unknown):
+            if credential.id in routed and credential.postgres is not None:
+                report(
+                    ("credentials", index, "postgres"),
+                    "an inference route takes its credential for calls, and this one opens sessions of PostgreSQL",
+                    "give the route a credential of its own",
+                )
             for field in _unasked(credential, named=credential.id in routed):
                 report(
                     ("credentials", index, field),

@@ -53,7 +53,7 @@ def gains(old: Outcome, new: Outcome) -> str | None:
             return REVIEW_LIFTED if old.level == REVIEW else NEW_CALL
         if new.upstream != old.upstream:
             return "upstream"
-        if new.secret is not None and new.secret != old.secret:
+        if new.secret is not None and new.secret.beyond(old.secret):
             return "credential"
         return "class" if new.level > old.level else None
     if new.level == REVIEW:

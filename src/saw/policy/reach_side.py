@@ -50,6 +50,18 @@ class Secret(NamedTuple):
     sigv4: SigV4 | None = None
     postgres: Postgres | None = None
 
+    def beyond(self, other: Secret | None) -> bool:
+        """Return whether this gives a call something that ``other`` does not; the same role with fewer databases does not."""
+        if (
+            other is None
+            or self.postgres is None
+            or other.postgres is None
+            or self.postgres.user != other.postgres.user
+        ):
+            return self != other
+        more = set(self.postgres.databases) - set(other.postgres.databases)
+        return bool(more) or self._replace(postgres=None) != other._replace(postgres=None)
+
     @property
     def provider(self) -> str:
         """Return how the secret becomes what is sent, in words; empty where it is sent itself."""

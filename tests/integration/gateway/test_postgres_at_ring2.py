@@ -21,7 +21,7 @@ from pg_ends import DATABASE, PASSWORD, ROLE, Database, Door, database
 from ring2_policy import GOVERNANCE, POLICY
 from ring2_rig import Rig, wait_for
 
-from saw.gateway.pg_wire import CancelKey, cancel_packet, startup_packet
+from saw.gateway.pg_wire import CancelKey, cancel_packet, negotiation, startup_packet
 
 HOST, ADDRESS, NUMBER, NAME = "db.example.com", "10.99.0.7", 6, "ws-6"
 SESSIONS = (
@@ -219,13 +219,15 @@ def test_a_revoked_credential_opens_no_further_session(sessions: Sessions) -> No
         assert session.execute("SELECT 1").fetchone() == (1,)
     with pytest.raises(psycopg.OperationalError):
         connected(door)
-    assert b"credential_unavailable" in door.refused
+    assert b"credential_unavailable" in door.refused, (door.heard[-300:], door.refused)
     sessions.secret.touch(0o600)
     sessions.secret.write_text("another password")
     with pytest.raises(psycopg.OperationalError, match="the server refuses the session \\(28P01\\)"):
         connected(door)
     wait_for(lambda: len(sessions.rows("end")) == 2, "both ends at the broker")
-    assert "28P01" in sessions.rows("end")[1]["unmapped"]["saw"]["end"]
+    good, bad = sessions.rows("end")
+    assert (good["status"], bad["status"], bad["unmapped"]["saw"]["sqlstate"]) == ("Success", "Failure", "28P01")
+    assert "28P01" in bad["unmapped"]["saw"]["end"]
     door.close()
 
 
@@ -270,7 +272,23 @@ def test_a_session_ends_with_what_allowed_it(sessions: Sessions) -> None:
 
     wait_for(ended, "the end of the session")
     wait_for(lambda: sessions.rows("end"), "its end at the broker")
+    row = sessions.rows("end")[0]
+    assert (row["status"], row["unmapped"]["saw"]["end"]) == ("Success", "withdrawn")
     door.close()
+
+
+@pytest.mark.skipif(psycopg.pq.version() < 180000, reason="this libpq asks for no version but 3.0")
+def test_a_client_that_asks_for_a_newer_version_is_told_the_one_that_is_spoken(sessions: Sessions) -> None:
+    door = sessions.door()
+    with connected(door, max_protocol_version="latest") as session:
+        assert session.execute("SELECT 1").fetchone() == (1,)
+    assert negotiation(()) in door.heard
+    door.close()
+    plain = sessions.door()
+    with connected(plain, max_protocol_version="3.0") as session:
+        assert session.execute("SELECT 1").fetchone() == (1,)
+    assert negotiation(()) not in plain.heard
+    plain.close()
 
 
 def _send(door: Door, key: CancelKey) -> None:

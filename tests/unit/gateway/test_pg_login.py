@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from saw.gateway import pg_wire
-from saw.gateway.pg_login import MECHANISM, Login, Ready, sign_in
+from saw.gateway.pg_login import MECHANISM, MOST_ROUNDS, Login, Ready, sign_in
 from saw.gateway.pg_wire import SSL_REQUEST, SessionRefused, Startup, message
 from saw.identity.x509 import Authority, new_key_and_csr
 
@@ -183,6 +183,18 @@ def test_a_server_that_proves_itself_is_ready_and_never_hears_the_password(serve
     assert SECRET not in repr(LOGIN)
 
 
+@pytest.mark.control("CRED-01")
+@pytest.mark.parametrize("rounds", [4096, MOST_ROUNDS])
+def test_keys_are_stretched_as_often_as_a_server_may_ask_by_threads_of_their_own(server: Server, rounds: int) -> None:
+    def script(far: Far) -> None:
+        far.scram(iterations=rounds)
+        far.sock.sendall(request(0) + READY)
+
+    assert signed_in(server, script)[1] == pg_wire.CancelKey(1, 2)
+    stretching = {thread.name for thread in threading.enumerate() if thread.name.startswith("saw-scram")}
+    assert 1 <= len(stretching) <= 2
+
+
 def after_proof(more: bytes) -> Script:
     def script(far: Far) -> None:
         far.scram()
@@ -195,6 +207,18 @@ def saying(more: bytes) -> Script:
     return lambda far: far.sock.sendall(more)
 
 
+def asking(rounds: int) -> Script:
+    """Ask for so many rounds, and hear nothing any more."""
+
+    def script(far: Far) -> None:
+        far.sock.sendall(request(10, f"{MECHANISM}\0\0".encode()))
+        nonce = far.answer().partition(b"r=")[2].decode() + far.nonce
+        far.sock.sendall(request(11, f"r={nonce},s={base64.b64encode(b'salt' * 4).decode()},i={rounds}".encode()))
+        assert far.sock.recv(1) == b""
+
+    return script
+
+
 LYING: dict[str, tuple[Script, str]] = {
     "cleartext": (saying(request(3)), "asks for the password itself"),
     "md5": (saying(request(5, b"salt")), "asks for an MD5 of the password"),
@@ -205,6 +229,8 @@ LYING: dict[str, tuple[Script, str]] = {
     "a wrong proof": (lambda far: far.scram(lie=True), "does not prove"),
     "too few rounds": (lambda far: far.scram(iterations=1), "does not prove"),
     "too many rounds": (lambda far: far.scram(iterations=2_000_000_000), "does not prove"),
+    "ten million rounds": (asking(10_000_000), "asks for more than 100000 rounds"),
+    "one round too many": (asking(MOST_ROUNDS + 1), "asks for more than 100000 rounds"),
     "final without proof": (
         saying(request(10, f"{MECHANISM}\0\0".encode()) + request(0) + READY),
         "before it has proved",

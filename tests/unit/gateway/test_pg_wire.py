@@ -91,7 +91,7 @@ def test_what_clients_are_told_is_in_their_own_form() -> None:
     told = pg_wire.fatal("28000", "no", "ask")
     assert told[:1] == b"E" and struct.unpack("!i", told[1:5])[0] == len(told) - 1
     assert pg_wire.error_fields(told[5:]) == {"S": "FATAL", "V": "FATAL", "C": "28000", "M": "no", "H": "ask"}
-    assert pg_wire.negotiation(("_pq_.x",)) == b"v" + struct.pack("!iii", 19, 0, 1) + b"_pq_.x\0"
+    assert pg_wire.negotiation(("_pq_.x",)) == b"v" + struct.pack("!iii", 19, 3 << 16, 1) + b"_pq_.x\0"
     key = CancelKey(5, 6)
     assert pg_wire.read_backend_key(pg_wire.backend_key(key)[5:]) == key
     with pytest.raises(SessionRefused, match=r"not of protocol 3\.0"):

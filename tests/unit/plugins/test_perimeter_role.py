@@ -16,6 +16,7 @@ from saw.addressing import Band
 from saw.errors import ConfigError
 from saw.gateway.config import CredentialVault, GatekeeperConfig, load_config
 from saw.gateway.credential_sources import file_name
+from saw.gateway.pg_places import MOST, ROOM
 from saw.policy.references import parse_reference
 from saw.secrets.vault_settings import AppRole
 
@@ -91,6 +92,13 @@ def test_what_is_not_given_any_more_leaves_the_host_and_ring_2_sees_none_of_it()
     assert folders <= {path.removeprefix("-") for path in hidden.split()}
     for folder in folders:
         assert f"d {folder} 0700 saw-gateway saw-gateway -\n" in (ROLE / "templates/tmpfiles.conf.j2").read_text()
+
+
+def test_the_gatekeeper_may_open_as_many_files_as_sessions_need() -> None:
+    text = (ROLE / "templates/saw-gatekeeper.service.j2").read_text()
+    (limit,) = re.findall("^LimitNOFILE=([0-9]+)$", text, re.MULTILINE)
+    # Two for each session, one for each connection that starts; the rest is for decisions, which must not lack any.
+    assert int(limit) >= 8 * (2 * MOST + ROOM)
 
 
 @pytest.mark.parametrize(("name", "taken"), [("git/mia", True), ("git-token", True), ("git:mia", False)])

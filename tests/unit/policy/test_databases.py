@@ -75,7 +75,11 @@ def test_a_session_that_policy_names_is_opened_with_its_credential() -> None:
         ({"host": "other.example.com"}, "host_not_allowed"),
         ({"port": 5433}, "host_not_allowed"),
         ({"host": "127.0.0.1"}, "destination_blocked"),
-        ({"path": "/a/../b"}, ""),
+        ({"path": "/a/.."}, ""),
+        ({"path": "/a/../b"}, "method_or_path_not_allowed"),
+        ({"path": "/orders"}, "method_or_path_not_allowed"),
+        ({"path": "/?database=orders"}, "method_or_path_not_allowed"),
+        ({"path": "//"}, ""),
     ],
 )
 def test_no_other_request_is_taken_for_one(changes: dict[str, object], reason: str) -> None:
@@ -126,6 +130,26 @@ def test_what_cannot_be_held_to_is_refused_by_name(changes: dict[str, str], says
     assert problems() == ""
 
 
+@pytest.mark.control("POL-04")
+def test_a_client_chooses_no_action_rule_by_a_path() -> None:
+    rules = "actions: [{match: {host: db.example.com, path: /x, method: [POSTGRES]}, class: auto}]\n"
+    held = matcher(actions=rules)
+    assert held.decide(opening(path="/x")).reason == "method_or_path_not_allowed"
+    assert held.decide(opening()).reason == "action_denied"
+    assert matcher(actions=rules.replace("/x", "/")).decide(opening()).allowed
+
+
+@pytest.mark.control("CRED-01")
+def test_a_route_to_a_model_service_takes_no_credential_for_sessions() -> None:
+    route = """inference:
+  routes: [{alias: inference.local, models: [m], upstream: "https://models.example.com", credential: NAME}]
+"""
+    plain = '}, {id: models, ref: "file:m", inject: {header: A, format: "{secret}"}'
+    wrong, right = ACTION + route.replace("NAME", "db"), ACTION + route.replace("NAME", "models")
+    assert "this one opens sessions of PostgreSQL" in problems(actions=wrong)
+    assert problems(actions=right, credential=CREDENTIAL + plain) == ""
+
+
 @pytest.mark.control("POL-01")
 def test_a_new_database_or_another_role_is_a_widening_of_reach() -> None:
     old = load_members(
@@ -139,6 +163,26 @@ def test_a_new_database_or_another_role_is_a_widening_of_reach() -> None:
     other = load_members(files(credential=CREDENTIAL.replace("user: agent", "user: owner")))
     assert diff(new, other).widening
     assert not diff(new, load_members(files())).widening
+
+
+@pytest.mark.control("POL-01")
+@pytest.mark.parametrize(
+    ("changed", "wider", "narrower"),
+    [
+        (("[orders, stock]", "[stock, orders]"), False, False),
+        (("[orders, stock]", "[orders]"), False, True),
+        (("[orders, stock]", "[orders, stock, staff]"), True, False),
+        (("[orders, stock]", "[orders, staff]"), True, True),
+        (("user: agent, databases: [orders, stock]", "user: owner, databases: [orders]"), True, True),
+        (('ref: "file:db"', 'ref: "file:other"'), True, True),
+    ],
+    ids=["in another order", "fewer", "more", "others", "fewer for another role", "another secret"],
+)
+def test_databases_are_compared_as_sets(changed: tuple[str, str], wider: bool, narrower: bool) -> None:
+    credential = CREDENTIAL.replace("[orders]", "[orders, stock]")
+    old, new = load_members(files(credential=credential)), load_members(files(credential=credential.replace(*changed)))
+    found = diff(old, new)
+    assert (found.widening, bool(found.gained), bool(found.lost)) == (wider, wider, narrower)
 
 
 def test_a_case_file_names_a_session_by_its_url() -> None:
