@@ -68,7 +68,15 @@ def test_psycopg_asks_it_as_well_and_other_commands_keep_their_exit_status(
         "        \"SELECT repeat('x', 3000000)\").fetchone()[0]))\n"
     )
     done = helper(
-        workspace, f"{HOST}:5432", PYTHON, "-B", "-c", script, ROLE, DATABASE, variables={"PYTHONPATH": "/run/clients/python"}
+        workspace,
+        f"{HOST}:5432",
+        PYTHON,
+        "-B",
+        "-c",
+        script,
+        ROLE,
+        DATABASE,
+        variables={"PYTHONPATH": "/run/clients/python"},
     )
     assert (done.code, done.out) == (0, "5050 3000000\n"), done.words
     assert helper(workspace, HOST, "sh", "-c", "exit 7").code == 7
