@@ -147,10 +147,13 @@ def _endpoint(endpoint: Endpoint, where: str, findings: list[Finding], only_01: 
             for i, rule in enumerate(endpoint.rules)
         ]
     if endpoint.deny_rules and endpoint.protocol not in CALL_PROTOCOLS:
-        value["deny_rules"] = [
+        value["deny_rules"] = denied = [
             _match(match, f"{where}.deny_rules[{i}]", findings, only_01, deny=True)
             for i, match in enumerate(endpoint.deny_rules)
         ]
+        # What denies GET denies HEAD here; there each has to be said.
+        heads = [{**one, "method": "HEAD"} for one in denied if one["method"] == "GET"]
+        denied += [one for one in heads if one not in denied]
     if endpoint.allowed_ips:
         value["allowed_ips"] = list(endpoint.allowed_ips)
         reason = "there every address must lie in allowed_ips, here only private ones must"

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from secrets import token_urlsafe
 from typing import Any
 
 import msgspec
@@ -92,20 +93,20 @@ def test_from_opening_to_the_answer_both_sides_understand_each_other(
         assert (await link.view(first.id, "ws-a", 0)).id == first.id
         with pytest.raises(UnknownReview):
             await link.view(first.id, "ws-b", 0)
-        assert await link.claim(0) is None
+        assert await link.claim(0, token_urlsafe(32)) is None
         await link.close()
         return first.id
 
     async def ended(review: str) -> None:
         waiting = asyncio.create_task(link.view(review, "ws-a", 25))
-        claimed = await link.claim(20)
+        claimed = await link.claim(20, token_urlsafe(32))
         assert claimed is not None
         assert (claimed.id, claimed.call, claimed.binary) == (review, ASKED.call, ASKED.binary)
         assert claimed.rule == "", "only a rule about a budget is told"
         assert claimed.policy_digest == POLICY
         assert claimed.request_digest == request_digest("ws-a", ASKED.call)
         assert datetime.fromisoformat(claimed.claim_ends_at) > datetime.now(UTC) + timedelta(seconds=30)
-        assert await link.claim(0) is None
+        assert await link.claim(0, token_urlsafe(32)) is None
         result = ReviewResult(claim=claimed.claim, outcome="done", answer=ANSWER)
         with pytest.raises(ReviewRefused, match="wrong_claim"):
             await link.tell(review, msgspec.structs.replace(result, claim="A" * 43))

@@ -119,7 +119,7 @@ def test_the_lookup_explains_calls(template, folder):
     assert [one["verdict"] for one in both] == ["allow", "deny"]
     with pytest.raises(Refused) as wrong:
         template(f"lookup('{NAME}.policy_rule', 'git.example.com', {call})")
-    assert "is not an http, https, ws or wss URL (give absolute URLs)" in str(wrong.value)
+    assert "is not an http, https, ws, wss or postgres URL (give absolute URLs)" in str(wrong.value)
 
 
 def test_a_policy_with_faults_is_told_by_the_lookup(template, folder):

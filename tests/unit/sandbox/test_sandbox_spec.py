@@ -174,7 +174,7 @@ def test_missing_generation_names_the_cure(tmp_path):
 
 def test_shims_converge(tmp_path):
     paths = sandbox.RuntimePaths()
-    assert len(sandbox_prepare.write_shims(tmp_path, paths)) == 5
+    assert len(sandbox_prepare.write_shims(tmp_path, paths)) == 7
     assert sandbox_prepare.write_shims(tmp_path, paths) == []
     assert (tmp_path / "saw-run").stat().st_mode & 0o777 == 0o755
 
