@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import socket
+import ssl
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -124,30 +126,37 @@ class Door:
                 self.refused = rest
                 far.close()
                 return
-            self._back(rest, client)
-            pump = threading.Thread(target=self._pump, args=(far, client), daemon=True)
-            pump.start()
-            try:
-                while data := client.recv(65536):
-                    self.spoken += data
-                    far.sendall(data)
-            finally:
-                # A socket that is closed while a thread reads from it gives its number to the next one, whose bytes then go.
-                with contextlib.suppress(OSError):
-                    far.shutdown(socket.SHUT_RDWR)
-                pump.join()
-                far.close()
+            with contextlib.closing(far):
+                self._back(rest, client)
+                self._carry(far, client)
+
+    def _carry(self, far: socket.socket, client: socket.socket) -> None:
+        """Carry bytes until either side ends, in one thread: OpenSSL does not read and write one connection in two at once."""
+        assert isinstance(far, ssl.SSLSocket)
+        while True:
+            ready = [far] if far.pending() else select.select([far, client], [], [])[0]
+            if far in ready:
+                far.setblocking(False)
+                try:
+                    data = far.recv(65536)
+                except ssl.SSLWantReadError:  # a ticket of TLS, or a part of a record
+                    pass
+                else:
+                    if not data:
+                        return
+                    self._back(data, client)
+                finally:
+                    far.setblocking(True)
+            if client in ready:
+                data = client.recv(65536)
+                if not data:
+                    return
+                self.spoken += data
+                far.sendall(data)
 
     def _back(self, data: bytes, client: socket.socket) -> None:
         self.heard += data
         client.sendall(data)
-
-    def _pump(self, far: socket.socket, client: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := far.recv(65536):
-                self._back(data, client)
-        with contextlib.suppress(OSError):
-            client.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Take no more clients."""

@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ SESSIONS_GOVERNANCE = GOVERNANCE.replace(
 inference:""",
     1,
 ).replace("actions:", f"actions:\n  - {{match: {{host: {HOST}, method: [POSTGRES]}}, class: auto}}", 1)
+
+_marks = count(1)
 
 
 class Sessions:
@@ -84,6 +87,19 @@ class Sessions:
         rows = [item.event for item in self.rig.broker.events]
         return [row for row in rows if row.get("api", {}).get("operation") == f"postgres.{step}"]
 
+    def told(self) -> None:
+        """Wait until the broker knows all that happened so far: events come in order, and each session has its end."""
+        mark = f"/mark-{next(_marks)}"
+        context = self.rig.svid(NAME, digest=self.digest)
+        self.rig.call("GET", mark, host=f"{HOST}:5432", context=context, number=NUMBER)
+        wait_for(lambda: any(mark in repr(item.event) for item in self.rig.broker.events), "what was recorded before")
+
+        def ended() -> bool:
+            opened = [row for row in self.rows("connect") if row["status"] == "Success"]
+            return len(opened) == len(self.rows("end"))
+
+        wait_for(ended, "the ends of all sessions")
+
 
 def connected(door: Door, **words: Any) -> psycopg.Connection[Any]:
     """Connect as a client that knows no password."""
@@ -118,6 +134,7 @@ def sessions(rig: Rig, made: Sessions) -> Sessions:
 
     wait_for(ready, "ring 2 takes sessions of ws-6")
     door.close()
+    made.told()
     rig.broker.events.clear()
     return made
 
