@@ -89,7 +89,7 @@ def test_an_agent_that_is_ill_or_gone_is_red_and_a_finding(host, subjects):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"edr_provider": "falco"}, "value of edr_provider must be one of: embedded, vendor_package"),
+        ({"edr_provider": "acme"}, "value of edr_provider must be one of: embedded, falco, wazuh, vendor_package"),
         ({"edr_vendor_token": ""}, "edr_vendor_token is empty"),
         ({"edr_vendor": {"package": "acme-agent", "deb": "x.deb"}}, "needs a package or a deb, and not both"),
         ({"edr_vendor": {"enrolled": None}}, "edr_vendor.enrol needs edr_vendor.enrolled"),
