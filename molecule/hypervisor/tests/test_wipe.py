@@ -54,11 +54,13 @@ def test_a_gpu_that_cannot_be_reset_is_not_released_and_one_that_can_is(host):
     try:
         refused = play("wipe.yml")
         assert refused.returncode == 2
-        assert f"GPU {device} was not reset" in " ".join(refused.stdout.split()), refused.stdout
+        assert f"GPU {device} was not reset" in " ".join((refused.stdout + refused.stderr).split()), refused.stdout
         assert not host.file("/var/lib/saw/vms/ws-life/wiped.signed.json").exists
         kept = play("life.yml", life_steps=[{"state": "absent", "changed": True}], life_devices=[device])
         assert kept.returncode == 2
-        assert "has to be wiped before anything of it is released" in " ".join(kept.stdout.split()), kept.stdout
+        assert "has to be wiped before anything of it is released" in " ".join((kept.stdout + kept.stderr).split()), (
+            kept.stdout
+        )
         assert host.file("/var/lib/saw/vms/ws-life/data.img").exists
     finally:
         host.run_expect([0], f"touch {reset(device)}")

@@ -79,7 +79,7 @@ def test_a_module_that_is_not_ours_is_told_and_built_again(host):
     assert "nvidia-uvm is not signed" in forecast.stdout
     refused = converge("-e", f"gpu_driver_module_key={KEYS}/stranger.key")
     assert refused.returncode == 2
-    assert "does not belong to the certificate" in " ".join(refused.stdout.split()), refused.stdout
+    assert "does not belong to the certificate" in " ".join((refused.stdout + refused.stderr).split()), refused.stdout
     assert "PRIVATE KEY" not in refused.stdout + refused.stderr
     assert json.loads(host.run(LOOK).stdout)["ok"] is False
     mended = converge()
@@ -91,4 +91,4 @@ def test_a_module_that_is_not_ours_is_told_and_built_again(host):
 def test_a_package_of_the_toolkit_that_no_source_has_is_named():
     refused = converge("-e", "gpu_driver_toolkit_package=nvidia-container-toolkit")
     assert refused.returncode == 2
-    assert "no suite of Debian has NVIDIA's container toolkit" in " ".join(refused.stdout.split())
+    assert "no suite of Debian has NVIDIA's container toolkit" in " ".join((refused.stdout + refused.stderr).split())
