@@ -13,15 +13,14 @@ from sqlalchemy import Connection, Row, Table, func, select
 from saw.audit.workspace_usage import Usage, Used
 from saw.broker.clock import days, iso
 from saw.broker.context import Services
-from saw.broker.schema import delegations, resource_boots, resource_use
+from saw.broker.schema import RESOURCES, delegations, resource_boots, resource_use
 from saw.broker.store import Transaction
 
 MOST = 10**15
 """What one day of one workspace adds up to at most, so that no workspace makes sums of the database overflow."""
 MOST_DAYS = 366
 """Days that are told at a time."""
-_GROWING = ("cpu_ms", "read_bytes", "written_bytes", "oom_kills", "refused_tasks")
-_COLUMNS = (*_GROWING, "memory_peak")
+_COLUMNS = (*RESOURCES, "memory_peak")
 
 
 def count_use(tx: Transaction, workspace: Row[Any], usage: Usage, now: str) -> None:
@@ -30,8 +29,8 @@ def count_use(tx: Transaction, workspace: Row[Any], usage: Usage, now: str) -> N
     A report of the boot that was told last counts as far as it is beyond what was told; a report of another boot counts whole.
     """
     told = _row(tx.connection, resource_boots, workspace_id=workspace.id)
-    before = {name: getattr(told, name) if told is not None and told.boot == usage.boot else 0 for name in _GROWING}
-    kept = {name: max(before[name], min(getattr(usage.total, name), MOST)) for name in _GROWING}
+    before = {name: getattr(told, name) if told is not None and told.boot == usage.boot else 0 for name in RESOURCES}
+    kept = {name: max(before[name], min(getattr(usage.total, name), MOST)) for name in RESOURCES}
     _put(tx.connection, resource_boots, {"workspace_id": workspace.id}, {"boot": usage.boot, **kept})
     day = {
         "workspace_id": workspace.id,
@@ -40,7 +39,8 @@ def count_use(tx: Transaction, workspace: Row[Any], usage: Usage, now: str) -> N
     }
     known = _row(tx.connection, resource_use, **day)
     values = {
-        name: min(MOST, (0 if known is None else getattr(known, name)) + kept[name] - before[name]) for name in _GROWING
+        name: min(MOST, (0 if known is None else getattr(known, name)) + kept[name] - before[name])
+        for name in RESOURCES
     }
     peak = min(usage.total.memory_peak, MOST)
     _put(
@@ -86,7 +86,7 @@ class ResourceUse:
         """Return what each workspace used in this month (UTC); one that told nothing used nothing."""
         today = iso(self._s.clock())[:10]
         column = resource_use.c
-        sums = [func.sum(column[name]).label(name) for name in _GROWING]
+        sums = [func.sum(column[name]).label(name) for name in RESOURCES]
         query = (
             select(column.workspace_id, *sums, func.max(column.memory_peak).label("memory_peak"))
             .where(column.day >= f"{today[:7]}-01", column.day <= today, column.workspace_id.in_(wanted := list(ids)))

@@ -398,6 +398,9 @@ charges = Table(
     Column("day", String(10), nullable=False, index=True),
 )
 
+#: What a workspace counts since its boot and only grows (:class:`saw.audit.workspace_usage.Used`).
+RESOURCES = ("cpu_ms", "read_bytes", "written_bytes", "oom_kills", "refused_tasks")
+
 #: What agents used of their workspaces (:mod:`saw.broker.resource_use`), added up by day and engagement.
 resource_use = Table(
     "resource_use",
@@ -405,11 +408,7 @@ resource_use = Table(
     Column("workspace_id", String(64), primary_key=True),
     Column("day", String(10), primary_key=True, index=True),
     Column("engagement", String(64), primary_key=True),
-    Column("cpu_ms", _COUNTER, nullable=False),
-    Column("read_bytes", _COUNTER, nullable=False),
-    Column("written_bytes", _COUNTER, nullable=False),
-    Column("oom_kills", _COUNTER, nullable=False),
-    Column("refused_tasks", _COUNTER, nullable=False),
+    *(Column(name, _COUNTER, nullable=False) for name in RESOURCES),
     Column("memory_peak", _COUNTER, nullable=False),
 )
 
@@ -419,11 +418,7 @@ resource_boots = Table(
     metadata,
     Column("workspace_id", String(64), primary_key=True),
     Column("boot", String(32), nullable=False),
-    Column("cpu_ms", _COUNTER, nullable=False),
-    Column("read_bytes", _COUNTER, nullable=False),
-    Column("written_bytes", _COUNTER, nullable=False),
-    Column("oom_kills", _COUNTER, nullable=False),
-    Column("refused_tasks", _COUNTER, nullable=False),
+    *(Column(name, _COUNTER, nullable=False) for name in RESOURCES),
 )
 
 #: Rollbacks in escrow: publications that officers signed beforehand, for the release ``revision``.
