@@ -99,24 +99,8 @@ def operator_routes(broker: Broker, route: MakeRoute) -> list[Route]:
         *agent_routes(broker, route),
         *sponsor_routes(broker, route),
         *operator_delegation_routes(broker, route),
-        route(
-            "/v1/budgets",
-            "GET",
-            without_body(
-                lambda _c, r: broker.charges.show(
-                    r.query_params.get("first"), r.query_params.get("last"), r.query_params.get("workspace_id")
-                )
-            ),
-        ),
-        route(
-            "/v1/usage",
-            "GET",
-            without_body(
-                lambda _c, r: broker.resource_use.show(
-                    r.query_params.get("first"), r.query_params.get("last"), r.query_params.get("workspace_id")
-                )
-            ),
-        ),
+        route("/v1/budgets", "GET", without_body(lambda _c, r: broker.charges.show(*_days(r)))),
+        route("/v1/usage", "GET", without_body(lambda _c, r: broker.resource_use.show(*_days(r)))),
         *operator_review_routes(broker, route),
         *operator_session_routes(broker, route),
         *forward_routes(broker, route),
@@ -167,3 +151,9 @@ def described(broker: Broker) -> dict[str, Any]:
 
     operator_routes(broker, note)
     return document(calls, lambda method, path: tuple(ALLOWED.get((method, path), ())))
+
+
+def _days(request: Request) -> tuple[str | None, str | None, str | None]:
+    """Return the first day, the last day and the workspace that a call asks for."""
+    asked = request.query_params
+    return asked.get("first"), asked.get("last"), asked.get("workspace_id")
