@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from saw.cli.answers import Answer
-from saw.cli.image_scan import BILL, PACKAGE_BILLS, add_advisories
+from saw.cli.image_scan import BILL, PACKAGE_BILLS, add_advisories, span
 from saw.cli.operator_options import table
 from saw.errors import ConfigError
-from saw.policy.governance import duration
 
 if TYPE_CHECKING:
     from saw.image.advisories import Known
@@ -93,7 +92,7 @@ def judge_images(options: argparse.Namespace) -> Answer:
     from saw.image.vulnerabilities import scan
     from saw.patching.images import image_events, in_force, report_on, workspaces_of
 
-    longest = _span("--overdue", options.overdue)
+    longest = span("--overdue", options.overdue)
     gate = _gate(options)
     client = OperatorClient.from_context(options.context)
     with client.session():
@@ -153,7 +152,7 @@ def _packages(
     failed = ImageError("no bill of packages can be read", cure="look at the images")
     if components:
         try:
-            longest = _span("--max-age", options.max_age)
+            longest = span("--max-age", options.max_age)
             known = read(components, options.advisories, longest=longest, now=gate.now)
         except ImageError as error:
             failed = error
@@ -183,20 +182,13 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
 def _gate(options: argparse.Namespace) -> _Gate:
     from saw.image.vulnerabilities import URGENCIES, read_database, read_waivers
 
-    longest = _span("--max-age", options.max_age)
+    longest = span("--max-age", options.max_age)
     if options.fail_on not in URGENCIES:
         raise ConfigError(f"--fail-on {options.fail_on!r} is no urgency", cure=f"one of {', '.join(URGENCIES)}")
     now = datetime.now(UTC)
     waivers = read_waivers(options.waivers) if options.waivers else ()
     digest = read_database(options.database, options.suite, longest=longest, now=now)
     return _Gate(options.database, digest, options.suite, waivers, options.fail_on, now)
-
-
-def _span(name: str, text: str) -> timedelta:
-    try:
-        return timedelta(seconds=duration(text))
-    except ValueError as error:
-        raise ConfigError(f"{name} {text!r}: {error}", cure="write for example 7d") from error
 
 
 def _factory() -> Any:

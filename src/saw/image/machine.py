@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from saw.files import write_atomic, write_private
-from saw.image.disk import MIB, ImageError, digest_of, lay_out, run
+from saw.image.disk import MIB, ImageError, digest_of, kernel_release, lay_out, run
 from saw.image.settle import EXT4_ENVIRONMENT, space_of
 from saw.image.unpack import unpack_disk
 from saw.lab.nspawn import LightHost, host_key_of, login_key_of
@@ -83,11 +83,8 @@ def prepare(host: LightHost, folder: Path, accelerated: Path, say: Say) -> Machi
     Everything lies in ``folder``, which nobody else may read while keys are in it. Raises :class:`ImageError`.
     """
     folder.mkdir(mode=0o700)
-    kernels = sorted((host.root / "boot").glob("vmlinuz-*"))
-    if len(kernels) != 1:
-        raise ImageError(f"expected one kernel in {host.root}/boot, found {len(kernels)}", cure="build it again")
     kernel = folder / "vmlinuz"
-    shutil.copyfile(kernels[0], kernel)
+    shutil.copyfile(host.root / "boot" / f"vmlinuz-{kernel_release(host.root)}", kernel)
     found = probe(kernel, accelerated)
     say(f"  machine under {found.name}: {found.reason}{f' ({found.cure})' if found.cure else ''}")
     identity = str(uuid.uuid4())

@@ -7,7 +7,6 @@ version of a package of which an advisory names none.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,6 +15,7 @@ from typing import Any, Literal, cast
 import msgspec
 from cvss import CVSS2, CVSS3, CVSS4  # type: ignore[import-untyped]
 from cvss.exceptions import CVSSError  # type: ignore[import-untyped]
+from packaging.utils import canonicalize_name
 from packaging.version import Version as PythonVersion
 from semver import Version as NpmVersion
 
@@ -102,7 +102,7 @@ class Match:
 
 def normalised(ecosystem: Ecosystem, name: str) -> str:
     """Return the one form of a package's name: PEP 503 for PyPI, as it stands for npm."""
-    return re.sub(r"[-_.]+", "-", name).lower() if ecosystem == "pypi" else name
+    return canonicalize_name(name) if ecosystem == "pypi" else name
 
 
 def ecosystem_of(affected: Affected) -> Ecosystem | None:

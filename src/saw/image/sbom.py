@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,8 @@ import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+
+from packaging.utils import canonicalize_name
 
 from saw.files import write_atomic
 from saw.image.disk import ImageError, digest_of, run
@@ -91,7 +92,7 @@ def _python(wheels: Path, output: Path, serial: str) -> None:
     lines = []
     for wheel in sorted(wheels.glob("*.whl")):
         project, version = wheel.name.split("-")[:2]
-        lines.append(f"{re.sub(r'[-_.]+', '-', project).lower()}=={version} --hash=sha256:{digest_of(wheel)}\n")
+        lines.append(f"{canonicalize_name(project)}=={version} --hash=sha256:{digest_of(wheel)}\n")
     with tempfile.NamedTemporaryFile("w", suffix=".txt", dir=output.parent) as listing:
         listing.writelines(lines)
         listing.flush()
