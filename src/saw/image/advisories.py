@@ -31,7 +31,6 @@ from saw.image.disk import ImageError, digest_of
 from saw.image.osv import NAMES, Advisory, Component, Ecosystem, Match, ecosystem_of, latest, match, normalised
 from saw.image.vulnerabilities import URGENCIES, Finding, worst_first
 
-ECOSYSTEMS: tuple[Ecosystem, ...] = ("npm", "pypi")
 OWN = "secure-agent-workspace"
 """The distribution of this project; no registry has it."""
 LARGEST_RECORD = 16 * 1024 * 1024
@@ -71,7 +70,7 @@ def components_of(bills: Iterable[Path]) -> tuple[Component, ...]:
             urls = [PackageURL.from_string(one["purl"]) for one in listed if "purl" in one]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ImageError(f"{bill} cannot be read as a bill: {error}", cure="build the image again") from error
-        here = [url for url in urls if url.type in ECOSYSTEMS]
+        here = [url for url in urls if url.type in NAMES.values()]
         if len(here) != len(listed) or not here:
             raise ImageError(
                 f"{bill} lists {len(listed)} components, {len(here)} of them with the address of a package",

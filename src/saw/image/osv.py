@@ -177,11 +177,11 @@ def _concerned(version: Any, component: Component, affected: Affected) -> tuple[
 def in_range(ecosystem: Ecosystem, version: Any, about: Range) -> str | None:
     """Return the first fix after ``version`` (empty: none) where it lies in a range, else None."""
     try:
-        steps = sorted(_steps(ecosystem, about.events), key=lambda step: (step[0], step[1], step[2]))
+        steps = sorted(_steps(ecosystem, about.events), key=lambda step: step[:3])
     except ValueError:
         return ""
     inside = False
-    for _, _, order, point, _ in steps:
+    for _, point, order, _ in steps:
         if order == _INTRODUCED and (point is None or version >= point):
             inside = True
         elif (order == _FIXED and version >= point) or (
@@ -190,32 +190,21 @@ def in_range(ecosystem: Ecosystem, version: Any, about: Range) -> str | None:
             inside = False
     if not inside:
         return None
-    return next((text for _, _, order, point, text in steps if order == _FIXED and point > version), "")
+    return next((text for _, point, order, text in steps if order == _FIXED and point > version), "")
 
 
 _FIXED, _INTRODUCED, _LAST = range(3)
 """The order at one version: what is fixed and comes again there is there; what is there last was there."""
 
 
-@dataclass(frozen=True)
-class _Start:
-    """A key that sorts before all versions."""
-
-    def __lt__(self, other: object) -> bool:
-        return not isinstance(other, _Start)
-
-    def __gt__(self, other: object) -> bool:
-        return False
-
-
-def _steps(ecosystem: Ecosystem, events: Iterable[Event]) -> Iterable[tuple[int, Any, int, Any, str]]:
-    """Yield whether a step is after the start, its key, its kind, its version (None: the start) and that in words."""
+def _steps(ecosystem: Ecosystem, events: Iterable[Event]) -> Iterable[tuple[bool, Any, int, str]]:
+    """Yield whether a step is after the start, its version (None: the start), its kind, and the version in words."""
     for event in events:
         for text, kind in ((event.fixed, _FIXED), (event.introduced, _INTRODUCED), (event.last_affected, _LAST)):
             if text is None:
                 continue
             point = None if kind == _INTRODUCED and text == "0" else _version(ecosystem, text)
-            yield (0 if point is None else 1), _Start() if point is None else point, kind, point, text
+            yield point is not None, point, kind, text
 
 
 def _version(ecosystem: Ecosystem, text: str) -> Any:

@@ -134,7 +134,7 @@ def header(spec: VmSpec) -> luks2.Header:
     return found
 
 
-def erase(spec: VmSpec, now: datetime | None = None) -> Erasure | None:
+def erase(spec: VmSpec) -> Erasure | None:
     """Take the key slots of the data disk away for good; return the evidence, which stays on the hypervisor (0600).
 
     What is to be done is written down before the first byte goes, so that one that was cut off is known and gone on with. Where
@@ -154,15 +154,11 @@ def erase(spec: VmSpec, now: datetime | None = None) -> Erasure | None:
         planned = luks2.plan(disk, unreadable=True)
     if planned is None:
         return None
-    _keep(spec, found := Erasure("saw-erasure/1", spec.id, socket.gethostname(), _at(now), planned, "erasing"))
+    _keep(spec, found := Erasure("saw-erasure/1", spec.id, socket.gethostname(), datetime.now(UTC), planned, "erasing"))
     done = luks2.erase(disk, planned)
-    found = msgspec.structs.replace(found, at=_at(now), erased=done, state="erased")
+    found = msgspec.structs.replace(found, at=datetime.now(UTC), erased=done, state="erased")
     _keep(spec, found)
     return found
-
-
-def _at(now: datetime | None) -> datetime:
-    return now or datetime.now(UTC)
 
 
 def _keep(spec: VmSpec, found: Erasure) -> None:
