@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import yaml
 from google.protobuf import json_format
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from openshell._proto import sandbox_pb2
 
@@ -222,6 +222,7 @@ def openshell_allows(endpoint: dict[str, Any], method: str, path: str, query: st
 
 @settings(max_examples=examples(150), deadline=None)
 @given(ENDPOINTS, st.lists(CALLS, min_size=1, max_size=12))
+@example({"access": "full", "deny_rules": [{"method": "GET", "path": "/a"}]}, [("HEAD", "/a", "")])
 def test_openshell_allows_no_call_that_the_bundle_refuses_but_where_the_report_says_so(
     endpoint: dict[str, Any], calls: list[tuple[str, str, str]]
 ) -> None:
