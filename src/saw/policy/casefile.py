@@ -26,8 +26,9 @@ from saw.policy.yamltree import parse
 _ZERO = "0" * 40
 _DEFAULT_PORTS = {"https": 443, "http": 80}
 _STREAMS = {"wss": "https", "ws": "http"}
-_SESSION_PORT = 5432
 """Schemes of WebSockets (RFC 6455), and those of the request that opens one."""
+_SESSION_PORT = 5432
+"""Port of a ``postgres:`` URL that names none."""
 
 
 class Push(Part, frozen=True):
