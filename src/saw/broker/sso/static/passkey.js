@@ -7,7 +7,7 @@ const said = document.getElementById('said');
 const bytes = (text) => Uint8Array.from(atob(text.replace(/-/g, '+').replace(/_/g, '/')), (letter) => letter.charCodeAt(0));
 const text = (buffer) => btoa(String.fromCharCode(...new Uint8Array(buffer))).replace(/\+/g, '-').replace(/\//g, '_').replace(/=+$/, '');
 
-async function post(path, body) {
+async function post(path, body, decision) {
   const answer = await fetch(path, {
     method: 'POST',
     headers: { 'content-type': 'application/json', 'x-csrf-token': csrf },
@@ -17,7 +17,7 @@ async function post(path, body) {
   if (!answer.ok) {
     const error = new Error(told.cure ? `${told.message}. What helps: ${told.cure}.` : told.message);
     error.again = answer.status === 401 || told.code === 'sign_in_again' ? 'fresh=1' : '';
-    if (told.code === 'step_up_needed') error.again = `step_up=${encodeURIComponent(body.decision || 'approve')}`;
+    if (told.code === 'step_up_needed') error.again = `step_up=${encodeURIComponent(decision)}`;
     throw error;
   }
   return told;
@@ -61,7 +61,7 @@ if (decide) {
     const path = `/reviews/${encodeURIComponent(decide.dataset.review)}`;
     const asked = await post(`${path}/request`, {
       decision: button.value, comment: decide.elements.comment.value, render_digest: decide.dataset.render,
-    });
+    }, button.value);
     const found = await navigator.credentials.get({
       publicKey: {
         challenge: bytes(asked.challenge),
@@ -77,7 +77,7 @@ if (decide) {
       authenticator_data: text(found.response.authenticatorData),
       client_data: text(found.response.clientDataJSON),
       signature: text(found.response.signature),
-    });
+    }, button.value);
     location.reload();
   });
 }
