@@ -78,21 +78,6 @@ def workspace(number: int) -> str:
     return str(network(number)[2])
 
 
-def number_of(address: str) -> int | None:
-    """Return the workspace in whose network ``address`` is, None when there can be none."""
-    try:
-        parsed = ipaddress.IPv4Address(address)
-    except ValueError:
-        return None
-    for block, whole in enumerate(NETWORKS):
-        if parsed in whole:
-            column, rest = divmod(int(parsed) - int(whole.network_address), 256)
-            if not 1 <= column <= COLUMNS:
-                return None
-            return block * PER_NETWORK + (rest >> 2) * COLUMNS + column
-    return None
-
-
 def networks(band: Band | None = None) -> tuple[Network, ...]:
     """Return those of :data:`NETWORKS` that workspaces of ``band`` are in, with all between its ends, and always the first."""
     blocks = () if band is None else range((band.first - 1) // PER_NETWORK, (band.last - 1) // PER_NETWORK + 1)

@@ -77,19 +77,11 @@ def test_no_two_workspaces_share_anything() -> None:
 
 
 @given(NUMBERS, NUMBERS)
-def test_networks_do_not_meet_and_lead_back_to_their_number(one: int, other: int) -> None:
+def test_networks_do_not_meet(one: int, other: int) -> None:
     network = addressing.network(one)
     assert network.subnet_of(addressing.PLAN)
     assert network.overlaps(addressing.network(other)) == (one == other)
-    assert {addressing.number_of(str(address)) for address in network} == {one}
     assert any(network.subnet_of(whole) for whole in addressing.networks(Band(one, one)))
-
-
-@pytest.mark.parametrize(
-    "address", ["10.210.0.2", "10.210.251.1", "10.212.1.1", "10.207.1.1", "192.0.2.1", "::1", "x", ""]
-)
-def test_an_address_outside_the_plan_is_nobodys(address: str) -> None:
-    assert addressing.number_of(address) is None
 
 
 @pytest.mark.parametrize("number", [0, -1, HIGHEST + 1, True, 1.0, "1", None])
