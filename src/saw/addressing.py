@@ -109,6 +109,12 @@ def ingress_port(number: int, base: int = INGRESS_BASE) -> int:
     return base + 1 + (number - 1) % INGRESS_BLOCK
 
 
+def ingress_address(number: int, host: str, blocks: Mapping[str, str]) -> str | None:
+    """Return the address of the block of ``number``: that of ``blocks``, else ``host`` for the first one; None where there is none."""
+    block = ingress_block(number)
+    return blocks.get(str(block), host if block == 0 else None)
+
+
 def ingress(
     number: int, host: str, base: int = INGRESS_BASE, blocks: Mapping[str, str] | None = None
 ) -> tuple[str, int]:
@@ -116,12 +122,11 @@ def ingress(
 
     Raises :class:`ConfigError` where no address is known, rather than name the port of another workspace.
     """
-    block, port = ingress_block(number), ingress_port(number, base)
-    at = (blocks or {}).get(str(block), host if block == 0 else None)
+    at, port = ingress_address(number, host, blocks or {}), ingress_port(number, base)
     if at is None or port > 65535:
         raise ConfigError(
             f"there is no way in by a port for workspace number {number}",
-            cure=f"go through a bastion, or name the perimeter's address under {block} in ingress.blocks (docs/scale.md)",
+            cure=f"go through a bastion, or name the perimeter's address under {ingress_block(number)} in ingress.blocks (docs/scale.md)",
         )
     return at, port
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from saw.addressing import Band, ingress_block, problems_of_blocks
+from saw.addressing import Band, ingress_address, problems_of_blocks
 from saw.errors import ConfigError
 from saw.files import load_json
 from saw.secrets.settings import problems_of_vault
@@ -43,8 +43,7 @@ class Ring2Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     def ingress_of(self, number: int) -> str | None:
         """Return the address of the ingress of workspace ``number``, None where it has none."""
-        block = ingress_block(number)
-        return self.ingress_blocks.get(str(block), self.ingress_address if block == 0 else None)
+        return ingress_address(number, self.ingress_address, self.ingress_blocks)
 
 
 class ResolverConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
