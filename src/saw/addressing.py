@@ -110,7 +110,7 @@ def ingress_port(number: int, base: int = INGRESS_BASE) -> int:
 
 
 def ingress_address(number: int, host: str, blocks: Mapping[str, str]) -> str | None:
-    """Return the address of the block of ``number``: that of ``blocks``, else ``host`` for the first one; None where there is none."""
+    """Return the address of the block of ``number``: that of ``blocks``, else ``host`` for the first; None without either."""
     block = ingress_block(number)
     return blocks.get(str(block), host if block == 0 else None)
 
@@ -126,7 +126,8 @@ def ingress(
     if at is None or port > 65535:
         raise ConfigError(
             f"there is no way in by a port for workspace number {number}",
-            cure=f"go through a bastion, or name the perimeter's address under {ingress_block(number)} in ingress.blocks (docs/scale.md)",
+            cure="go through a bastion, or name the perimeter's address "
+            f"under {ingress_block(number)} in ingress.blocks (docs/scale.md)",
         )
     return at, port
 
