@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from saw.errors import ConfigError
 from saw.files import write_atomic, write_private
 from saw.gateway.config import GatekeeperConfig, load_config
 from saw.gateway.nft import render_nft
@@ -58,6 +59,11 @@ def main(argv: list[str]) -> int:
 def _render(config: GatekeeperConfig, numbers: list[int], *, check: bool) -> int:
     from saw.gateway.xds import XdsWriter, validate
 
+    if strays := [number for number in numbers if number not in config.numbers]:
+        raise ConfigError(
+            f"this perimeter does not serve number {strays[0]}",
+            cure=f"name numbers from {config.numbers.first} to {config.numbers.last}, or widen `numbers` in its configuration",
+        )
     files = XdsWriter(config).render(numbers, ())
     if check:
         validate(config, files)

@@ -105,6 +105,8 @@ def test_answers_of_mcp_servers_are_looked_at_whether_or_not_there_are_reviews(p
 def test_render_and_nft_print_what_they_are_asked_for(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["render", "--numbers", "1,7", "--config", str(path)]) == 0
     assert {"cds.json", "lds.json"} <= json.loads(capsys.readouterr().out).keys()
+    with pytest.raises(ConfigError, match="does not serve number 2000"):
+        main(["render", "--numbers", "1,2000", "--config", str(path)])
     assert main(["nft", "--config", str(path)]) == 0
     rules = capsys.readouterr().out
     assert "ip saddr { 10.77.0.0/24 } tcp dport 2222" in rules
