@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from saw.broker.errors import BrokerError
 from saw.broker.number_settings import NumberSettings, problems_of_numbers
 from saw.broker.numbers import first_gap
 from saw.broker.registry import CreateWorkspace, Step
-from saw.broker.schema import freed_numbers, workspaces
+from saw.broker.schema import freed_numbers, workspace_requests, workspaces
 from saw.broker.store import Store
 from saw.broker.wake import Waker
 from saw.errors import ConfigError
@@ -162,6 +163,12 @@ def test_one_place_is_part_of_the_request_and_none_is_as_before(world: World) ->
     with_numbers(world, NumberSettings(places={"east": Band(700, 800)}))
     number = add(world, "n1", "east", idempotency_key="key-1234")
     assert add(world, "n1", "east", idempotency_key="key-1234") == number == 700
+    add(world, "n2", idempotency_key="key-5678")
+    asked = {"id": "n2", "sponsor": "Ada", "blueprint": "coding", "ring": "stable", "image": "i"}
+    before = json.dumps(["create", "n2", {**asked, "agent": "", "idempotency_key": "key-5678"}], separators=(",", ":"))
+    with world.broker.services.store.read() as connection:
+        query = select(workspace_requests.c.request_sha256).where(workspace_requests.c.workspace_id == "n2")
+        assert connection.execute(query).scalar_one() == hashlib.sha256(before.encode()).hexdigest()
     with pytest.raises(BrokerError) as refused:
         add(world, "n1", idempotency_key="key-1234")
     assert refused.value.code == "idempotency_mismatch"
