@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 import msgspec
 
 from saw.broker.client import OperatorClient
 from saw.budget.focus import VERSION, Line, focus_csv
 from saw.budget.ledger import money
-from saw.cli.operator_options import add_options, show, table
+from saw.cli.operator_options import add_days, add_options, days_query, show, table
 from saw.errors import ConfigError
 from saw.files import write_atomic
 
@@ -23,10 +22,7 @@ _CHARGES = ("day", "workspace", "engagement", "model", "calls", "in", "out", "re
 def main(argv: list[str]) -> int:
     """Run ``saw budget show`` or ``export``."""
     options = _parser().parse_args(argv)
-    last = options.last or options.first
-    query = {"first": options.first, "last": last, "workspace_id": options.workspace}
-    stated = urlencode({name: value for name, value in query.items() if value})
-    answer = OperatorClient.from_context(options.context).request("GET", f"/v1/budgets?{stated}")
+    answer = OperatorClient.from_context(options.context).request("GET", f"/v1/budgets?{days_query(options)}")
     if options.command == "export":
         return _export(options, answer)
     text = table([_budget(row) for row in answer["budgets"]], _BUDGETS)
@@ -68,8 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     exported = commands.add_parser("export", help="write what was spent to a file for cost tools")
     exported.add_argument("--focus", required=True, metavar="FILE", help=f"CSV file in FOCUS {VERSION}")
     for command in (shown, exported):
-        command.add_argument("--first", metavar="DAY", help="first day in UTC, as 2026-11-29 (default: the last one)")
-        command.add_argument("--last", metavar="DAY", help="last day in UTC (default: the first one, or today)")
-        command.add_argument("--workspace", metavar="ID", help="only this workspace")
+        add_days(command)
         add_options(command)
     return parser

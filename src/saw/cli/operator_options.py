@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlencode
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +15,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--context", help="context file (default: the file named by SAW_CONTEXT, else this machine's broker)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_days(parser: argparse.ArgumentParser) -> None:
+    """Add ``--first``, ``--last`` and ``--workspace``, for :func:`days_query`."""
+    parser.add_argument("--first", metavar="DAY", help="first day in UTC, as 2026-11-29 (default: the last one)")
+    parser.add_argument("--last", metavar="DAY", help="last day in UTC (default: the first one, or today)")
+    parser.add_argument("--workspace", metavar="ID", help="only this workspace")
+
+
+def days_query(options: argparse.Namespace) -> str:
+    """Return the query of a call that takes days and a workspace, as far as they were named."""
+    query = {"first": options.first, "last": options.last or options.first, "workspace_id": options.workspace}
+    return urlencode({name: value for name, value in query.items() if value})
 
 
 def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from typing import Any
-from urllib.parse import urlencode
 
 from saw.broker.client import OperatorClient
-from saw.cli.operator_options import add_options, show, table
+from saw.cli.operator_options import add_days, add_options, days_query, show, table
 
 _COLUMNS = (
     "day", "workspace", "engagement", "cpu_s", "memory_peak_mib", "read_mib", "written_mib", "oom_kills", "refused_tasks",
@@ -17,13 +16,7 @@ _COLUMNS = (
 def main(argv: list[str]) -> int:
     """Run ``saw usage``."""
     options = _parser().parse_args(argv)
-    query = {
-        "first": options.first,
-        "last": options.last or options.first,
-        "workspace_id": options.workspace,
-    }
-    stated = urlencode({name: value for name, value in query.items() if value})
-    answer = OperatorClient.from_context(options.context).request("GET", f"/v1/usage?{stated}")
+    answer = OperatorClient.from_context(options.context).request("GET", f"/v1/usage?{days_query(options)}")
     show(answer, table([_row(row) for row in answer["usage"]], _COLUMNS), as_json=options.json)
     return 0
 
@@ -40,8 +33,6 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="saw usage", description="What agents used of their workspaces.")
-    parser.add_argument("--first", metavar="DAY", help="first day in UTC, as 2026-11-29 (default: the last one)")
-    parser.add_argument("--last", metavar="DAY", help="last day in UTC (default: the first one, or today)")
-    parser.add_argument("--workspace", metavar="ID", help="only this workspace")
+    add_days(parser)
     add_options(parser)
     return parser
