@@ -58,7 +58,6 @@ class Soak:
         self.lab = lab
         self.ledger = ledger
         self.kills = int(ledger.progress.get("kills", 0))
-        self.verified = 0
         self._chance = random.Random(seed + self.kills)  # noqa: S311 - chooses moments, keeps no secret
         head = ledger.progress.get("head", [0, Head().hash])
         self._reader = Reader(ledger, Head(head[0], head[1]), WORKSPACES)
@@ -125,7 +124,6 @@ class Soak:
         done = cli_here("audit", "verify", "--context", str(context), "--json")
         if done.returncode != 0:
             raise Forged(done.stdout + done.stderr)
-        self.verified += 1
 
     def renew_senders(self) -> None:
         """Kill the perimeters with whatever they have on its way, and start others on the same spools."""
@@ -247,6 +245,8 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="the figures as one JSON object")
     options = parser.parse_args(None if argv is None else list(argv))
+    if options.postgresql and options.directory:
+        parser.error("--directory is for SQLite: the server of --postgresql goes with the run")
     with ExitStack() as stack:
         directory = options.directory or Path(tempfile.mkdtemp(prefix="saw-soak-"))
         if options.directory is None:

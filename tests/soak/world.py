@@ -6,16 +6,14 @@ import json
 import os
 import secrets
 import signal
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import psycopg
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS / "integration/broker"), str(TESTS / "integration")]
@@ -23,6 +21,7 @@ sys.path[:0] = [str(TESTS / "integration/broker"), str(TESTS / "integration")]
 from broker_rig import Lab, image_record, ready_socket  # noqa: E402
 from sso_rig import free_port  # noqa: E402
 
+from databases import beside  # noqa: E402
 from saw.broker.client import BrokerContext, Context, OperatorClient  # noqa: E402
 from saw.broker.config import BrokerConfig, Listen  # noqa: E402
 from saw.identity.x509 import new_key_and_csr  # noqa: E402
@@ -88,12 +87,9 @@ def reopened(directory: Path) -> Lab:
 
 def run(lab: Lab, statement: str) -> list[tuple[Any, ...]]:
     """Run a statement in the broker's database, beside it."""
-    if lab.config.postgresql is not None:
-        with psycopg.connect(str(lab.config.postgresql)) as session:
-            found = session.execute(statement.encode())
-            return found.fetchall() if found.description else []
-    with closing(sqlite3.connect(lab.config.database, timeout=60)) as store, store:
-        return store.execute(statement).fetchall()
+    with beside(lab.config) as rows:
+        found = rows.execute(statement)
+        return found.fetchall() if found.description else []
 
 
 class Brokers:
