@@ -85,5 +85,7 @@ def test_psycopg_asks_it_as_well_and_other_commands_keep_their_exit_status(
     there = helper(workspace, HOST, "sh", "-c", 'test -S "$PGHOST/.s.PGSQL.5432" && echo "$PGHOST"')
     assert there.code == 0, there.words
     gone = 'for _ in $(seq 600); do [ -e "$1" ] || exit 0; sleep 0.1; done; exit 1'
-    assert workspace.client("sh", "-c", gone, "sh", there.out.strip()).code == 0, "the way is taken away with the command"
+    assert workspace.client("sh", "-c", gone, "sh", there.out.strip()).code == 0, (
+        "the way is taken away with the command"
+    )
     assert server.running
