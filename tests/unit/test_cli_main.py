@@ -88,6 +88,52 @@ def test_the_overview_imports_no_area() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+AS_ON_A_HOST = """
+import importlib, sys
+from importlib.metadata import distribution, packages_distributions
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+there, left = set(), [("secure-agent-workspace", ())]
+while left:  # the distribution, what it needs, and what that needs
+    name, extras = left.pop()
+    if canonicalize_name(name) in there:
+        continue
+    there.add(canonicalize_name(name))
+    for line in distribution(name).requires or ():
+        one = Requirement(line)
+        if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+            left.append((one.name, one.extras))
+refused = {
+    module for module, owners in packages_distributions().items() if not there & {canonicalize_name(one) for one in owners}
+}
+
+class Refuses:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in refused:
+            raise ModuleNotFoundError(f"No module named {name!r} on a host")
+
+for name in list(sys.modules):
+    if name.partition(".")[0] in refused:
+        del sys.modules[name]
+sys.meta_path.insert(0, Refuses())
+assert "packaging" in refused
+from saw.cli import main
+for area in main.AREAS:
+    try:
+        code = main.main([area, "--help"])
+    except SystemExit as ended:
+        code = ended.code
+    assert not code, area
+"""
+
+
+def test_every_area_is_there_with_what_the_distribution_itself_needs() -> None:
+    """Hosts get no groups: what makes images, and what tests, is on the machine that does it alone."""
+    done = subprocess.run([sys.executable, "-c", AS_ON_A_HOST], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_lab_verbs_reach_the_job_with_their_options(
     monkeypatch: pytest.MonkeyPatch, tmp_path, capsys: pytest.CaptureFixture[str]
 ) -> None:

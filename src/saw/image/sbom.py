@@ -20,8 +20,6 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from packaging.utils import canonicalize_name
-
 from saw.files import write_atomic
 from saw.image.disk import ImageError, digest_of, run
 from saw.image.settle import MOMENT
@@ -89,6 +87,8 @@ def _debian(root: Path, folder: Path, name: str, serial: str) -> None:
 
 def _python(wheels: Path, output: Path, serial: str) -> None:
     """The wheels themselves, not the list that was asked for: that names hashes of other platforms and markers, too."""
+    from packaging.utils import canonicalize_name  # hosts, which make no images, lack it
+
     lines = []
     for wheel in sorted(wheels.glob("*.whl")):
         project, version = wheel.name.split("-")[:2]
