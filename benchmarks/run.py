@@ -56,6 +56,13 @@ def sandbox(options: argparse.Namespace) -> list[results.Result]:
     return sandbox_start.measure(20 if options.quick else 100)
 
 
+def files(options: argparse.Namespace) -> list[results.Result]:
+    """Work on many files in the sandbox."""
+    import file_work
+
+    return file_work.measure(2 if options.quick else 10)
+
+
 def publish(options: argparse.Namespace) -> list[results.Result]:
     """From a publication to its enforcement."""
     import publish_enforced
@@ -138,6 +145,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[results.Result]]] = {
     "matcher": matcher,
     "calls": calls,
     "sandbox": sandbox,
+    "files": files,
     "publish": publish,
     "kill": kill,
     "broker": broker,
@@ -148,7 +156,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[results.Result]]] = {
     "workspace-publish": workspace_publish,
     "workspace-kill": workspace_kill,
 }
-NEEDS_ROOT = frozenset({"calls", "sandbox", "kill", "bastion"})
+NEEDS_ROOT = frozenset({"calls", "sandbox", "files", "kill", "bastion"})
 
 
 def measure(name: str, options: argparse.Namespace) -> tuple[list[results.Result], bool]:
