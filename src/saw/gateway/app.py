@@ -58,7 +58,7 @@ _NEXT_STEPS = {
     "gatekeeper_unavailable": "try again shortly; if it lasts, ask the platform team about saw-gatekeeper",
     "credential_unavailable": "ask the platform team to place the credential on the perimeter host",
     "placeholder_unbound": "leave the credential out of this call, or ask the policy's owner to bind one to it",
-    "record_unavailable": "ask the platform team for a perimeter that keeps calls, or the policy's owner for a route without record",
+    "record_unavailable": "ask the platform team for a perimeter that keeps calls, and has room for them",
     "resolution_failed": "check the host name",
     "destination_blocked": "this destination can never be reached from a workspace",
     "budget_unenforced": "ask the platform team for a perimeter that meters, or the policy's owner for a route without budget",

@@ -115,8 +115,8 @@ class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     service waits for news of its end before it counts as spent. ``authz_group`` owns the authorisation socket with the
     gatekeeper: whoever can write to it can obtain credentials. ``review_socket``, of the same group, is where calls
     that wait for a person are taken in; without it they are refused with ``review_required``. ``credentials_dir`` and ``vault``
-    are where credentials lie; without a vault, calls that need one from there are refused. ``records``: calls are kept where policy
-    says so; without it such calls are refused.
+    are where credentials lie; without a vault, calls that need one from there are refused. ``records``: where calls are kept that
+    policy has kept; without it such calls are refused.
     """
 
     name: str

@@ -26,7 +26,7 @@ MAX_ANSWER = 16 * 1024 * 1024
 MAX_LISTED = 500
 """Most records that one question lists."""
 Answered = Literal["none", "open", "whole", "cut"]
-"""What there is of an answer: none is kept, it goes on, all of it, or a part (the client left, it was too long, the store full)."""
+"""What there is of an answer: none is kept, it goes on, all of it, or a part (the client left, it was too long, no room)."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS record (id TEXT PRIMARY KEY, at REAL NOT NULL, until REAL NOT NULL, workspace TEXT NOT NULL,
   bytes INTEGER NOT NULL, answer TEXT NOT NULL, answer_bytes INTEGER NOT NULL, status INTEGER NOT NULL, pieces INTEGER,
@@ -212,7 +212,7 @@ class RecordStore:
         self._remove("id = ?", (record,))
 
     def purge(self, now: float, *, open_s: float = 86400.0) -> int:
-        """Remove what was kept long enough, and no longer wait for answers to calls older than ``open_s``; return how many went."""
+        """Remove what was kept long enough, and give up answers to calls older than ``open_s``; return how many went."""
         with self._writing() as database:
             database.execute("UPDATE record SET answer = 'cut' WHERE answer = 'open' AND at < ?", (now - open_s,))
         return self._remove("until <= ?", (now,))

@@ -342,7 +342,7 @@ class Gatekeeper:
             yield
         finally:
             server.close()
-            path.unlink(missing_ok=True)  # noqa: ASYNC240 - nothing is served any more
+            path.unlink(missing_ok=True)
 
     @contextlib.asynccontextmanager
     async def _beside(self, app: ReviewApp | McpRelay, path: Path, setting: str) -> AsyncIterator[None]:

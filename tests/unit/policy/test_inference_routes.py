@@ -277,10 +277,13 @@ def test_explain_points_at_the_classes_and_says_that_people_decide() -> None:
 
 def test_an_export_says_what_openshell_has_no_field_for() -> None:
     loaded = bundle(None, LOCAL, record={"content": "prompts", "keep": "30d"})
-    found = {finding.field: finding.reason for finding in export(loaded).findings}
+    found = {finding.field.removeprefix("governance."): finding.reason for finding in export(loaded).findings}
     assert "which service may see which class of data has no field" in found["inference.i.local.data_classes"]
     assert "prompts are kept for 30d" in found["inference.i.local.record"]
-    plain = {f.field for f in export(bundle({}, first={"upstream": "https://m.example.com/v1"})).findings}
+    plain = {
+        f.field.removeprefix("governance.")
+        for f in export(bundle({}, first={"upstream": "https://m.example.com/v1"})).findings
+    }
     assert not {"inference.i.local.data_classes", "inference.i.local.record"} & plain
 
 
