@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from examples import examples
+from saw.policy.casefile import as_request
 from saw.policy.delegation import Delegation, DelegationInvalid, Resource, check_delegation, wider
 from saw.policy.errors import PolicyError
 from saw.policy.explain import explain_call
@@ -20,9 +22,11 @@ from saw.policy.loader import Bundle, load_members
 from saw.policy.matcher import Matcher
 from saw.policy.model import Decision, Request
 from saw.policy.openshell import export
+from saw.policy.reach_calls import gains
 from saw.policy.reach_diff import ReachDiff, diff_bundles
 from saw.policy.reach_invariants import load_invariants
 from saw.policy.reach_prove import prove
+from saw.policy.reach_side import Side
 
 pytestmark = pytest.mark.control("INF-01")
 
@@ -306,3 +310,58 @@ def test_a_record_may_bring_classes_of_data_and_one_made_from_it_brings_them_too
     for wrong in (("Confidential",), ("",), tuple(f"c{n}" for n in range(17))):
         with pytest.raises(DelegationInvalid):
             check_delegation(handed(wrong))
+
+
+# -- every pair of bundles
+
+
+@st.composite
+def drawn(draw: st.DrawFn) -> Bundle:
+    def way(first: bool) -> dict[str, Any]:
+        told: dict[str, Any] = {
+            "upstream": draw(st.sampled_from(["https://a.example.com/v1", "https://b.example.com/v1"]))
+        }
+        classes = draw(st.none() | st.lists(st.sampled_from(_CLASSES), unique=True, min_size=1))
+        told |= {} if classes is None else {"data_classes": classes}
+        told |= draw(st.sampled_from([{}, {"credential": "cloud"}, {"credential": "local"}]))
+        models = draw(st.sampled_from([["demo-*"], ["local-*"], ["*"], []]))
+        return told | ({"models": models or ["demo-*"]} if first else {"models": models} if models else {})
+
+    handles = draw(st.lists(st.sampled_from(_CLASSES), unique=True, min_size=1))
+    assumed = draw(st.none() | st.lists(st.sampled_from(handles), unique=True))
+    data = {"handles": handles, **({} if assumed is None else {"assumed": assumed})}
+    others = [way(first=False) for _ in range(draw(st.integers(0, 3)))]
+    try:
+        return bundle(data, *others, first={"aliases": {}, **way(first=True)})
+    except PolicyError:
+        reject()
+
+
+_EVERY = [
+    asked(model, ",".join(held) if held else None)
+    for model in ("demo-1", "local-1", "other")
+    for size in range(len(_CLASSES) + 1)
+    for held in itertools.combinations(_CLASSES, size)
+]
+
+
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
+@given(drawn(), drawn())
+def test_whatever_services_may_newly_see_is_reported_and_nothing_else(before: Bundle, after: Bundle) -> None:
+    diff, old, new = diff_bundles(before, after), Side(before), Side(after)
+    common = set(before.governance.data_classes.handles)
+    reported = [item for item in diff.gained if item.subject == "call"]
+    for request in _EVERY:
+        kind = gains(old.decide(request)[1], new.decide(request)[1])
+        named = {*filter(None, request.headers.get(DATA_CLASS_HEADER, "").split(","))}
+        if kind is not None:
+            # A class that was not handled before is reported as that; what it is sent to need not be again.
+            assert diff.covers(request) or not named <= common, (request, kind)
+            assert diff.gained
+    for item in reported:
+        assert item.witness is not None
+        assert item.witness.call is not None
+        example = as_request(item.witness.call)
+        assert gains(old.decide(example)[1], new.decide(example)[1]) == item.kind
+        assert diff.covers(example)
+    assert diff_bundles(before, before).widening is False
