@@ -27,6 +27,7 @@ from ring2_policy import GOVERNANCE
 from ring2_rig import SECRET, Rig, wait_for
 from ring2_sponsor import Sponsor
 
+from saw.gateway.record_filter import PIECE_BYTES
 from saw.policy.delegation import Resource
 
 pytestmark = pytest.mark.control("INF-01")
@@ -275,6 +276,26 @@ def test_a_stream_is_kept_and_arrives_as_it_was_sent(rig: Rig) -> None:
     assert answer.body == b"".join(pieces)
     wait_for(lambda: newest(rig)["answer"] == "whole", "the whole answer")
     assert shown(rig, newest(rig)["id"])["answer"].encode() == answer.body
+
+
+def test_what_a_client_got_before_it_left_is_kept(rig: Rig) -> None:
+    use(rig, record=keep("prompts-and-responses"))
+    go_on = answering(rig, [b"x" * 5000], JSON, end=False)
+    body = json.dumps({"model": "demo-1", "messages": []}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: inference.local\r\ncontent-length: {len(body)}\r\n\r\n"
+    with context(rig).wrap_socket(rig.connect("10.210.5.1", 8443), server_hostname="ring2.saw.internal") as sock:
+        sock.settimeout(60)
+        sock.sendall(head.encode() + body)
+        got = b""
+        while got.count(b"x" * 1000) < 5:
+            piece = sock.recv(65536)
+            assert piece, got
+            got += piece
+    go_on.set()
+    wait_for(lambda: newest(rig)["answer_bytes"] > 5000 - PIECE_BYTES, "what was passed on")
+    one = newest(rig)
+    assert one["answer"] == "open", "nobody said that it is whole"
+    assert set(shown(rig, one["id"])["answer"]) == {"x"}
 
 
 def test_a_workspace_cannot_write_into_records_itself(rig: Rig) -> None:
