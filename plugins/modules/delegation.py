@@ -68,6 +68,12 @@ options:
         type: list
         elements: str
         default: ["*"]
+  data_classes:
+    description:
+      - Classes of data that the work brings. While the delegation counts, every call of a model holds them too.
+    type: list
+    elements: str
+    default: []
   duration:
     description: How long a new one counts, such as V(90m), V(8h) or V(2d).
     type: str
@@ -117,6 +123,14 @@ EXAMPLES = r"""
       - {host: tracker.example.com, paths: [/mcp]}
     tools:
       - {server: tracker, tools: [search, read_*]}
+
+- name: Hand out work on confidential data, which only services for it may see
+  secure_agent.workspace.delegation:
+    workspace: ws-demo
+    task: summarise the contracts
+    resources:
+      - {host: inference.local, methods: [POST]}
+    data_classes: [confidential]
 
 - name: Take it back
   secure_agent.workspace.delegation:
@@ -181,12 +195,14 @@ def ensure(module: AnsibleModule, client: Any) -> dict[str, Any]:
     tools = {}
     if wanted["tools"] is not None:
         tools["tools"] = [{key: part[key] for key in ("server", "tools")} for part in wanted["tools"]]
+    classes = {"data_classes": wanted["data_classes"]} if wanted["data_classes"] else {}
     until = datetime.now(tz=timezone.utc) + timedelta(seconds=seconds(module, "renew"))
     for found in mine:
         same = [found[name] for name in ("resources", "approval", "parent")]
         if (
             same == [resources, wanted["approval"], wanted["parent"]]
             and found.get("tools") == tools.get("tools")
+            and found.get("data_classes", []) == wanted["data_classes"]
             and datetime.fromisoformat(found["expires"]) > until
         ):
             others = [other for other in mine if other is not found]
@@ -200,6 +216,7 @@ def ensure(module: AnsibleModule, client: Any) -> dict[str, Any]:
         "approval": wanted["approval"],
         "parent": wanted["parent"],
         **tools,
+        **classes,
     }
     if module.check_mode:
         return result(mine, body, [], changed=True)
@@ -250,6 +267,7 @@ def main() -> None:
                     "tools": {"type": "list", "elements": "str", "default": ["*"]},
                 },
             },
+            data_classes={"type": "list", "elements": "str", "default": []},
             duration={"type": "str", "default": "8h"},
             renew={"type": "str", "default": "0s"},
             approval={"type": "str", "default": "policy", "choices": ["policy", "review", "read-only"]},

@@ -9,7 +9,8 @@ from saw.policy.delegation import Approval, Resource, Tools
 
 
 class HandedOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A delegation as it is answered. Times are RFC 3339; what is null was not. ``tools`` is there where the record names tools.
+    """A delegation as it is answered. Times are RFC 3339; what is null was not. ``tools`` is there where the record names tools,
+    ``data_classes`` where it brings classes of data.
 
     ``version`` is 1, and 2 once it is revoked: nothing else of a delegation changes.
     """
@@ -23,6 +24,7 @@ class HandedOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     task: str
     resources: tuple[Resource, ...]
     tools: tuple[Tools, ...] | msgspec.UnsetType = msgspec.UNSET
+    data_classes: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     not_before: str
     expires: str
     approval: Approval

@@ -57,6 +57,7 @@ class Issue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     approval: Approval = "policy"
     parent: Annotated[str, msgspec.Meta(max_length=64)] = ""
     tools: tuple[Tools, ...] | msgspec.UnsetType = msgspec.UNSET
+    data_classes: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     idempotency_key: IdempotencyKey | None = None
 
 
@@ -105,6 +106,7 @@ class Delegations:
                 resources=wanted.resources,
                 approval=wanted.approval,
                 tools=wanted.tools,
+                data_classes=wanted.data_classes,
                 not_before=now,
                 expires=now + timedelta(seconds=wanted.duration_s),
             )
@@ -287,6 +289,7 @@ def _detail(record: Delegation) -> dict[str, object]:
         "parent": record.parent,
         "resources": resources[:16],
         **_tools_told(record),
+        **({"data_classes": list(record.classes)} if record.classes else {}),
         "approval": record.approval,
         "expires": iso(record.expires),
     }

@@ -29,6 +29,7 @@ _OF_THE_POLICY = frozenset(
         "review_required",
         "action_denied",
         "model_not_allowed",
+        "data_class_not_allowed",
         "operation_not_allowed",
         "body_unreadable",
         "body_too_large",

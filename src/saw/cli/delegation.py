@@ -99,6 +99,8 @@ def _call(client: Any, options: argparse.Namespace) -> dict[str, Any]:
         tools = tools_of(options.tool)
         if tools is not None:
             body["tools"] = tools
+        if options.data_class:
+            body["data_classes"] = options.data_class
         return dict(client.request("POST", "/v1/delegations", body))
     path = f"/v1/delegations/{quote(options.id, safe='')}"
     if options.command == "revoke":
@@ -148,6 +150,12 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         metavar="'SERVER [TOOL …]'",
         help="tools of MCP servers that it may call; may be given several times; 'none': none (default: as policy says)",
+    )
+    issue.add_argument(
+        "--data-class",
+        action="append",
+        metavar="CLASS",
+        help="a class of data that the work brings: calls of models then hold it too; may be given several times",
     )
     issue.add_argument("--for", dest="duration", required=True, metavar="TIME", help="how long it counts, such as 8h")
     issue.add_argument(

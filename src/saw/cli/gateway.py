@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from saw.errors import ConfigError
 from saw.files import write_atomic, write_private
 from saw.gateway.config import GatekeeperConfig, load_config
 from saw.gateway.nft import render_nft
+from saw.identity.sealed import KEY_BYTES
 
 DEFAULT_CONFIG = "/etc/saw/gatekeeper.json"
 
@@ -106,6 +108,9 @@ def initialise(config: GatekeeperConfig) -> dict[str, list[str]]:
             write_private(key_file, key)
             write_atomic(csr_file, csr)
             changed += [str(key_file), str(csr_file)]
+    if config.records is not None and not config.records.key_file.exists():
+        write_private(config.records.key_file, os.urandom(KEY_BYTES))
+        changed.append(str(config.records.key_file))
     writer = XdsWriter(config)
     if writer.write_bootstrap():
         changed.append(str(ring2.xds_dir / "bootstrap.json"))

@@ -38,6 +38,7 @@ AREAS: dict[str, tuple[str, str]] = {
     "whoami": ("saw.cli.whoami", "tell who is signed in, and with which roles"),
     "usage": ("saw.cli.usage", "what agents used of their workspaces: processors, memory, disk"),
     "budget": ("saw.cli.budget", "what inference costs, what is left, and an export for cost tools"),
+    "inference": ("saw.cli.inference", "read what is kept of calls of models (on a perimeter host)"),
     "audit": ("saw.cli.audit", "read and verify the audit trail"),
     "image": ("saw.cli.image", "golden image records"),
     "baseline": ("saw.cli.baseline", "scores of hardening scans, their floor and waivers"),

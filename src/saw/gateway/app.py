@@ -15,10 +15,21 @@ from urllib.parse import unquote
 from saw.audit.events import EventFactory
 from saw.errors import SawError
 from saw.gateway.edit_filter import edit_value
-from saw.gateway.envoy_parts import EDIT_HEADER, MAX_AUTHZ_BODY, METER_HEADER, METER_SEAT, SEND_SEAT, SEND_TICKET
+from saw.gateway.envoy_parts import (
+    EDIT_HEADER,
+    MAX_AUTHZ_BODY,
+    METER_HEADER,
+    METER_SEAT,
+    RECORD_HEADER,
+    RECORD_SEAT,
+    SEND_SEAT,
+    SEND_TICKET,
+)
 from saw.gateway.events import event_of
 from saw.gateway.judge import Call, Dial, Judge, Verdict
 from saw.gateway.metering import Meter, Told, read_told
+from saw.gateway.recording import Recorder
+from saw.gateway.recording import read_told as read_piece
 from saw.gateway.redaction import WORDS_HEADER, words_value
 from saw.gateway.spool import Spool
 from saw.gateway.tickets import Tickets
@@ -47,6 +58,7 @@ _NEXT_STEPS = {
     "gatekeeper_unavailable": "try again shortly; if it lasts, ask the platform team about saw-gatekeeper",
     "credential_unavailable": "ask the platform team to place the credential on the perimeter host",
     "placeholder_unbound": "leave the credential out of this call, or ask the policy's owner to bind one to it",
+    "record_unavailable": "ask the platform team for a perimeter that keeps calls, and has room for them",
     "resolution_failed": "check the host name",
     "destination_blocked": "this destination can never be reached from a workspace",
     "budget_unenforced": "ask the platform team for a perimeter that meters, or the policy's owner for a route without budget",
@@ -132,7 +144,9 @@ class AuthorizationApp:
         relayed: Tickets[Verdict] | None = None,
         sessions: Tickets[Verdict] | None = None,
         meter: Meter | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
+        self._recorder = recorder
         self._judge = judge
         self._spool = spool
         self._factory = factory
@@ -151,6 +165,8 @@ class AuthorizationApp:
             return
         if (b"x-saw-listener", METER_SEAT.encode()) in scope["headers"]:
             status, headers, content = await self._settle(read_told(scope["headers"], body, TOLD_HEADERS, BETWEEN))
+        elif (b"x-saw-listener", RECORD_SEAT.encode()) in scope["headers"]:
+            status, headers, content = await self._take(scope["headers"], body)
         else:
             status, headers, content = await self.answer(read_call(scope["headers"], body))
         headers.append((b"content-length", str(len(content)).encode()))
@@ -199,6 +215,18 @@ class AuthorizationApp:
             return 503, [], b""
         return 200, [], b""
 
+    async def _take(self, headers: list[tuple[bytes, bytes]], body: bytes) -> Answer:
+        """Keep a piece of an answer, or note its end. Only Envoy's filter speaks in this way, as with charges."""
+        if self._recorder is None:
+            return 404, [], b""
+        told = read_piece(headers, body)
+        try:
+            kept = await self._recorder.take(told)
+        except SawError as error:
+            LOG.critical("the answer of record %s is not kept whole: %s", told.record[:64], error.message)
+            return 503, [], b""
+        return 200 if kept else 409, [], b""
+
     def _approved(self, call: Call) -> Answer:
         """Let an approved call go where its ticket says; without a good one nothing passes here."""
         bound = (call.method, call.authority, call.target)
@@ -218,6 +246,8 @@ def _onward(dial: Dial) -> Answer:
     ]
     if dial.charge:
         headers.append((METER_HEADER.encode(), dial.charge.encode("latin-1")))
+    if dial.record:
+        headers.append((RECORD_HEADER.encode(), dial.record.encode("latin-1")))
     if dial.edit is not None:
         headers.append((EDIT_HEADER.encode(), edit_value(dial.edit).encode("latin-1")))
     if dial.frames:

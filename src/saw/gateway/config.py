@@ -92,6 +92,18 @@ class CredentialVault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         )  # fmt: skip
 
 
+class RecordsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where calls of models are kept that policy has kept. ``key_file``: what they are encrypted under, 32 bytes, private.
+
+    ``limit_mib``: the most that they take; calls that must be kept and do not fit are refused. ``readers_group``: who may read
+    them, beside root, with `saw inference`; each reading is in the audit trail.
+    """
+
+    key_file: Path = Path("/etc/saw/gatekeeper-tls/records.key")
+    limit_mib: int = 10240
+    readers_group: str = ""
+
+
 class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything saw-gatekeeper is told.
 
@@ -103,7 +115,8 @@ class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     service waits for news of its end before it counts as spent. ``authz_group`` owns the authorisation socket with the
     gatekeeper: whoever can write to it can obtain credentials. ``review_socket``, of the same group, is where calls
     that wait for a person are taken in; without it they are refused with ``review_required``. ``credentials_dir`` and ``vault``
-    are where credentials lie; without a vault, calls that need one from there are refused.
+    are where credentials lie; without a vault, calls that need one from there are refused. ``records``: where calls are kept that
+    policy has kept; without it such calls are refused.
     """
 
     name: str
@@ -121,6 +134,7 @@ class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     numbers: Band = Band()
     credentials_dir: Path = Path("/etc/saw/credentials")
     vault: CredentialVault | None = None
+    records: RecordsConfig | None = None
     stale_after_s: float = 90.0
     release_grace_s: float = 120.0
     clock_bound_s: float = 5.0
@@ -134,6 +148,11 @@ class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     def postgres_socket(self) -> Path:
         """Return where sessions of PostgreSQL are brought: beside ``authz_socket``."""
         return self.authz_socket.with_name("postgres.sock")
+
+    @property
+    def records_socket(self) -> Path:
+        """Return where what is kept of calls is read: beside ``authz_socket``."""
+        return self.authz_socket.with_name("records.sock")
 
     @property
     def mcp_socket(self) -> Path:
@@ -212,6 +231,10 @@ def load_config(path: Path | str) -> GatekeeperConfig:
             problems.append(f"vault.cache_s must be 0 to {LONGEST_CACHE_S}")
         if problems:
             raise ConfigError(f"{path} is not valid: {'; '.join(problems)}", cure="correct the named field")
+    if config.records is not None and not 1 <= config.records.limit_mib <= 16 * 1024 * 1024:
+        raise ConfigError(
+            f"records.limit_mib is {config.records.limit_mib}", cure="write 1 or more MiB, for example 10240"
+        )
     if not 60 <= config.reservation_s <= 86400:
         raise ConfigError(f"reservation_s is {config.reservation_s}", cure="write 60 to 86400 whole seconds")
     if not 1 <= config.poll_wait_s <= 30:

@@ -160,6 +160,12 @@ def shown(engagement: Engagement, request: Request, path: str, server: str, now:
     return lambda tool: not engagement.required or any(scope.covers(server, tool) for scope in scopes)
 
 
+def brought(engagement: Engagement, now: datetime) -> tuple[str, ...]:
+    """Return the classes of data that everything handed to the agent brings now, whichever of it covers a call."""
+    live = (line.record for line in engagement.lines if line.not_before <= now < line.expires)
+    return tuple(sorted({name for record in live for name in record.classes}))
+
+
 def cover(
     engagement: Engagement,
     request: Request,

@@ -34,6 +34,7 @@ from saw.gateway.envoy_parts import (
     resource,
     socket_address,
 )
+from saw.gateway.record_filter import record_filter
 from saw.gateway.redaction import REDACTION_FILTER
 from saw.gateway.streams import Standing
 from saw.gateway.usage_filter import usage_filter
@@ -176,6 +177,8 @@ def _governed(
             "local_reply_config": _local_replies(),
             "http_filters": [
                 _authorisation(credential_headers, body=True),
+                # Answers pass the filters from the last one on: what is kept has no credential in it any more.
+                _script("answers that are kept", record_filter()),
                 _script("credentials that come back", REDACTION_FILTER),
                 _script("models that others stand for", EDIT_FILTER),
                 _script("what model services used", usage_filter(drop_mark=True)),
@@ -227,6 +230,8 @@ def _approved(path: Path, credential_headers: tuple[str, ...]) -> Json:
             },
             "http_filters": [
                 _authorisation(credential_headers, body=False),
+                # Answers pass the filters from the last one on: what is kept has no credential in it any more.
+                _script("answers that are kept", record_filter()),
                 _script("credentials that come back", REDACTION_FILTER),
                 _script("models that others stand for", EDIT_FILTER),
                 _script("what model services used", usage_filter(drop_mark=False)),

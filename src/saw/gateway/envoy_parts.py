@@ -35,6 +35,10 @@ METER_SEAT = "meter"
 """What stands for the workspace number where that filter tells the gatekeeper the end of a call."""
 EDIT_HEADER = "x-saw-edit"
 """The header in which the gatekeeper says what is written into the body of a call; a filter does it, and removes the header."""
+RECORD_HEADER = "x-saw-record"
+"""The header in which the gatekeeper names the record of a call whose answer is kept; a filter does that, and removes it."""
+RECORD_SEAT = "record"
+"""What stands for the workspace number where that filter tells the gatekeeper pieces of an answer."""
 ANSWER_HEADERS = (
     "x-saw-upstream",
     "x-saw-authority",
@@ -45,6 +49,7 @@ ANSWER_HEADERS = (
     WORDS_HEADER,
     METER_HEADER,
     EDIT_HEADER,
+    RECORD_HEADER,
 )
 """What the gatekeeper's answer sets, and a client may never bring."""
 STREAM_SECONDS = 600

@@ -36,6 +36,7 @@ def event_of(verdict: Verdict, factory: EventFactory) -> dict[str, Any]:
             "action_class": decision.action_class,
             "credential": decision.credential or "",
             "inference": decision.inference or "",
+            "data_classes": " ".join(decision.data_classes)[:_TEXT],
             "protocol": decision.protocol,
             "operations": "; ".join(asked.text() for asked in decision.operations)[:_TEXT],
         }
@@ -45,6 +46,8 @@ def event_of(verdict: Verdict, factory: EventFactory) -> dict[str, Any]:
         detail["budget"] = dict(verdict.budget)
     if verdict.limit is not None:
         detail["limit"] = dict(verdict.limit)
+    if verdict.record:
+        detail["record"] = verdict.record
     if verdict.offline:
         detail["offline"] = True
     if dial is not None:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from saw.gateway.credentials import CredentialStore, Injection
-from saw.gateway.delegations import NONE, Engagement, OutsideDelegation, cover, reach, shown
+from saw.gateway.delegations import NONE, Engagement, OutsideDelegation, brought, cover, reach, shown
 from saw.gateway.errors import (
     CallUnsignable,
     CredentialUnavailable,
@@ -27,6 +27,8 @@ from saw.gateway.paying import Unpaid, pay
 from saw.gateway.peer import PeerReader
 from saw.gateway.pg_login import Login
 from saw.gateway.placeholders import headers_with_placeholder, target_with_placeholder
+from saw.gateway.recording import Recorder
+from saw.gateway.records import RecordUnavailable
 from saw.gateway.releases import Release
 from saw.gateway.resolve import Resolver
 from saw.gateway.sigv4 import Outgoing
@@ -36,8 +38,9 @@ from saw.identity.x509 import Svid
 from saw.policy import databases
 from saw.policy.addresses import is_blocked_host
 from saw.policy.errors import NotCanonical
+from saw.policy.governance import InferenceRoute
 from saw.policy.grpc_calls import goes_unread, is_grpc
-from saw.policy.inference import Edit, edit_of
+from saw.policy.inference import DATA_CLASS_HEADER, Edit, edit_of
 from saw.policy.matcher import Matcher
 from saw.policy.mcp_servers import usable_tools
 from saw.policy.model import Decision, Request
@@ -79,6 +82,7 @@ class Dial(msgspec.Struct, frozen=True):
 
     ``frames`` is what the client may send on the WebSocket that the call opens, empty for every other call. ``charge`` is the
     reservation that pays for it, empty where nothing is paid. ``edit`` is what is written into its body, if anything is.
+    ``record`` names the record that its answer belongs to, empty where no answer is kept.
     ``login`` is as whom ring 2 opens the session that the call asks for, None for every other call; never logged.
     """
 
@@ -91,6 +95,7 @@ class Dial(msgspec.Struct, frozen=True):
     frames: str = ""
     charge: str = ""
     edit: Edit | None = None
+    record: str = ""
     login: Login | None = None
 
 
@@ -101,7 +106,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     ``review`` is the id of the review that the call belongs to. ``offline``: it rests on the time that policy grants without a
     broker. ``budget``: what was reserved for it, or what is left of the budget that does not pay for it. ``limit``: what is left
     of the limit that it would pass. ``cure``: what may be done about a refusal, where the reason alone does not say. ``server``:
-    the MCP server over HTTP that an allowed call goes to, whose answer is looked at.
+    the MCP server over HTTP that an allowed call goes to, whose answer is looked at. ``record``: what was kept of it, by name.
     """
 
     call: Call
@@ -126,6 +131,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     limit: Mapping[str, object] | None = None
     cure: str = ""
     server: str = ""
+    record: str = ""
 
 
 class Refused(Exception):
@@ -144,7 +150,7 @@ class Judge:
     ``offline`` says how many of the seconds that policy grants without a broker count now, and ``doubt`` is told them.
     ``reviews``: there is a review service, which answers the path that workspaces ask for their reviews under. ``meter``
     charges calls to budgets; without one, calls that a budget pays for are refused. ``definitions``: what is known of those of
-    MCP tools.
+    MCP tools. ``recorder`` keeps calls where policy says so; without one, such calls are refused.
     """
 
     def __init__(
@@ -161,7 +167,9 @@ class Judge:
         reviews: bool = False,
         meter: Meter | None = None,
         definitions: KnownDefinitions | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
+        self._recorder = recorder
         self._definitions = KnownDefinitions() if definitions is None else definitions
         self._view = view
         self._doubt = doubt
@@ -178,6 +186,8 @@ class Judge:
         """Release what was reserved for a call that is certainly not sent."""
         if self._meter is not None and verdict.dial is not None and verdict.dial.charge:
             await self._meter.give_back(verdict.dial.charge, why)
+        if self._recorder is not None and verdict.record:
+            await self._recorder.forget(verdict.record)
 
     async def decide(self, call: Call) -> Verdict:
         """Return the verdict; never raises for a refusal."""
@@ -286,7 +296,8 @@ class Judge:
             detail = why if asked.allowed else asked.detail
             case.held, problem = held_by(release, request, asked, case.delegation if why else "")
             raise Refused("review_required", problem or detail)
-        # The last step, so that nothing refused is ever charged.
+        kept = self._kept(request, release, decision)
+        # Near the end, so that nothing refused is ever charged.
         try:
             held = await pay(
                 self._meter, request, decision, release, entry,
@@ -298,6 +309,39 @@ class Judge:
             raise Refused(reason, error.detail, error.cure) from error
         if held is not None:
             case.budget, case.dial = held.detail, msgspec.structs.replace(case.dial, charge=held.id)
+        if kept is not None:
+            await self._keep(case, entry, request, decision, kept)
+
+    def _kept(self, request: Request, release: Release, decision: Decision) -> InferenceRoute | None:
+        """Return the route of a call that is to be kept, None for every other; refuse it where nothing is kept at all."""
+        if decision.inference is None or request.method != "POST":
+            return None
+        route = release.governance.way(decision.inference, request.port, decision.way)
+        if route.record is None:
+            return None
+        if self._recorder is None:
+            detail = f"the policy has {route.record.content} of {route.alias} kept, and this perimeter keeps none"
+            raise Refused("record_unavailable", detail)
+        return route
+
+    async def _keep(
+        self, case: _Case, entry: WorkspaceEntry, request: Request, decision: Decision, route: InferenceRoute
+    ) -> None:
+        """Write what is to be kept of a call; one that cannot be kept is refused, and what was reserved for it is given back."""
+        if self._recorder is None or case.dial is None:  # pragma: no cover - _kept refused it
+            raise Refused("record_unavailable", "this perimeter keeps no calls")
+        try:
+            case.record = await self._recorder.keep(
+                request, decision, route, entry,
+                policy_digest=case.digest, delegation=case.delegation, review=case.review, request_id=case.call.request_id,
+            )  # fmt: skip
+        except RecordUnavailable as error:
+            if self._meter is not None and case.dial.charge:
+                await self._meter.give_back(case.dial.charge, "the call could not be kept")
+            case.budget = None
+            raise Refused(error.code, error.message, error.cure) from error
+        if route.record is not None and route.record.content == "prompts-and-responses":
+            case.dial = msgspec.structs.replace(case.dial, record=case.record)
 
     def _pinned(self, case: _Case, request: Request, release: Release, decision: Decision) -> None:
         """Note which MCP server a call goes to; refuse a tool that the server defines in another way than the policy pins."""
@@ -324,14 +368,14 @@ class Judge:
         credential_id, call, edit = decision.credential, case.call, None
         exact, allowed = _reach(release.matcher, host, port)
         if decision.inference is not None:
-            route = release.governance.route(decision.inference, port)
+            route = release.governance.way(decision.inference, port, decision.way)
             (host, port), scheme = route.upstream_address, urlsplit(route.upstream).scheme or "https"
             exact, allowed = True, ()
             path = _upstream_path(path, route.upstream_prefix)
             credential_id = route.credential
             edit = edit_of(route, call.body) if call.method == "POST" else None
-            if edit is not None:
-                call = msgspec.structs.replace(call, body=edit.apply(call.body))
+            headers = {name: value for name, value in call.headers.items() if name != DATA_CLASS_HEADER}
+            call = msgspec.structs.replace(call, headers=headers, body=edit.apply(call.body) if edit else call.body)
         session = databases.is_session(call.upgrade)
         blocked = is_blocked_host(host)
         if blocked:
@@ -361,7 +405,7 @@ class Judge:
             else ("tls" if scheme == "https" else "plain") + _lasting(case.call, decision),
             path=path,
             inject=inject,
-            remove=_placeholders(case.call.headers, inject),
+            remove=_dropped(case.call.headers, inject, decision),
             frames=decision.frames,
             edit=edit,
             login=login,
@@ -417,6 +461,7 @@ class _Case:
         self.limit: Mapping[str, object] | None = None
         self.agreed = ""
         self.server = ""
+        self.record = ""
 
     def refused(self, refusal: Refused) -> Verdict:
         return self.verdict(allowed=False, reason=refusal.reason, detail=refusal.detail, cure=refusal.cure)
@@ -445,6 +490,7 @@ class _Case:
             limit=self.limit,
             cure=cure,
             server=self.server if allowed else "",
+            record=self.record if allowed else "",
         )
 
 
@@ -564,6 +610,7 @@ def _request(case: _Case) -> Request:
         body=call.body,
         body_complete=call.body_complete,
         upgrade=call.upgrade,
+        data_classes=brought(case.view.engagements.get(case.workspace_id, NONE), case.now),
     )
 
 
@@ -604,6 +651,12 @@ def _bound(call: Call, credential: str | None) -> None:
     if names and credential is None:
         detail = f"the header {min(names)[:64]} holds the placeholder of a credential, and none is bound to this call"
         raise Refused("placeholder_unbound", detail)
+
+
+def _dropped(headers: Mapping[str, str], inject: Injection | None, decision: Decision) -> tuple[str, ...]:
+    """Return the client's headers that must not go on; what a call of a model holds is not the service's to know."""
+    told = {DATA_CLASS_HEADER} & set(headers) if decision.inference is not None else set()
+    return tuple(sorted({*_placeholders(headers, inject), *told}))
 
 
 def _placeholders(headers: Mapping[str, str], inject: Injection | None) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ async def pay(
     """
     if decision.inference is None or request.method.upper() != "POST":
         return None
-    route = release.governance.route(decision.inference, request.port)
+    route = release.governance.way(decision.inference, request.port, decision.way)
     budget, limits = release.governance.paying(route), release.governance.counting(route)
     if budget is None and not limits:
         return None

@@ -35,6 +35,9 @@ from saw.gateway.peer import PeerReader
 from saw.gateway.pg_sessions import PostgresSessions
 from saw.gateway.ports import conflicts
 from saw.gateway.readable import may_read
+from saw.gateway.record_desk import LONGEST_QUESTION, RecordDesk
+from saw.gateway.recording import Recorder
+from saw.gateway.records import RecordStore, load_key
 from saw.gateway.releases import TrustRoot
 from saw.gateway.resolve import Resolver
 from saw.gateway.review_link import ReviewLink
@@ -135,6 +138,7 @@ class Gatekeeper:
             return await resolver.chosen(host, exact=True, allowed=())
 
         endpoint = HttpsTokenEndpoint(str(config.ring2.upstream_ca_file), TOKEN_STEP_S, address_of)
+        self._recorder, self._records = self._keeping(factory)
         judge = Judge(
             view=lambda: self._keeper.view,
             doubt=self._keeper.doubt,
@@ -148,6 +152,7 @@ class Gatekeeper:
             release_grace_s=config.release_grace_s,
             reviews=config.review_socket is not None,
             meter=self._meter,
+            recorder=self._recorder,
         )
         relayed, sending = Tickets[Verdict](time.monotonic), Tickets[Verdict](time.monotonic)
         self._relay = McpRelay(
@@ -162,8 +167,9 @@ class Gatekeeper:
         self._review_link = ReviewLink(config)
         if config.review_socket is None:
             self._app = AuthorizationApp(
-                judge, self._spool, factory, sending=sending, relayed=relayed, sessions=opening, meter=self._meter
-            )
+                judge, self._spool, factory, sending=sending, relayed=relayed, sessions=opening, meter=self._meter,
+                recorder=self._recorder,
+            )  # fmt: skip
             return
         waiting = Tickets[Verdict](time.monotonic)
         self._app = AuthorizationApp(
@@ -175,6 +181,7 @@ class Gatekeeper:
             relayed=relayed,
             sessions=opening,
             meter=self._meter,
+            recorder=self._recorder,
         )
         self._reviews = ReviewApp(
             waiting,
@@ -198,6 +205,17 @@ class Gatekeeper:
             now=clock.now,
             wait_s=config.poll_wait_s,
         )
+
+    def _keeping(self, factory: EventFactory) -> tuple[Recorder | None, RecordStore | None]:
+        """Return what keeps calls of models and where, or nothing where the configuration names no place."""
+        wanted = self._config.records
+        if wanted is None:
+            return None, None
+        store = RecordStore(
+            self._config.state_dir / "records.db", load_key(wanted.key_file), wanted.limit_mib * 1024 * 1024
+        )
+        recorder = Recorder(store, self._spool, factory, now=self._clock.now, new_id=lambda: str(uuid.uuid4()))
+        return recorder, store
 
     def _publish(self, view: View) -> None:
         streams = self._streams(view)
@@ -254,6 +272,8 @@ class Gatekeeper:
                 group.create_task(self._watch_streams(), name="streams"),
                 group.create_task(self._meter.run_forever(), name="charges"),
             ]
+            if self._recorder is not None:
+                tasks.append(group.create_task(self._recorder.run_forever(), name="records"))
             if self._sender is not None:
                 tasks.append(group.create_task(self._sender.run_forever(), name="send"))
             try:
@@ -276,6 +296,8 @@ class Gatekeeper:
             self._config.authz_socket.unlink(missing_ok=True)
             self._spool.close()
             self._ledger.close()
+            if self._records is not None:
+                self._records.close()
             if self._vault is not None:
                 self._vault.close()
 
@@ -285,6 +307,7 @@ class Gatekeeper:
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._beside(self._relay, self._config.mcp_socket, "authz_socket"))
             await stack.enter_async_context(self._open_sessions())
+            await stack.enter_async_context(self._open_desk())
             if self._config.review_socket is not None and self._reviews is not None:
                 await stack.enter_async_context(
                     self._beside(self._reviews, self._config.review_socket, "review_socket")
@@ -302,6 +325,23 @@ class Gatekeeper:
         finally:
             server.close()
             await self._sessions.close()
+            path.unlink(missing_ok=True)
+
+    @contextlib.asynccontextmanager
+    async def _open_desk(self) -> AsyncIterator[None]:
+        """Let auditors of this host read what is kept of calls."""
+        wanted, path = self._config.records, self._config.records_socket
+        if self._recorder is None or wanted is None:
+            yield
+            return
+        listener = listen(path, wanted.readers_group, "authz_socket")
+        server = await asyncio.start_unix_server(
+            RecordDesk(self._recorder).serve, sock=listener, limit=LONGEST_QUESTION
+        )
+        try:
+            yield
+        finally:
+            server.close()
             path.unlink(missing_ok=True)
 
     @contextlib.asynccontextmanager

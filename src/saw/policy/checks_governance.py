@@ -28,6 +28,12 @@ from saw.policy.checks_budgets import (
     repeated,
 )
 from saw.policy.checks_calls import check_action_match
+from saw.policy.checks_inference import (
+    check_classes,
+    check_classes_are_handled,
+    check_record,
+    check_upstreams,
+)
 from saw.policy.checks_policy import (
     check_absolute,
     check_flat_glob,
@@ -55,6 +61,8 @@ from saw.policy.governance import (
     Lease,
     Limit,
     Price,
+    Record,
+    Upstream,
     duration,
 )
 from saw.policy.linear_regex import LinearRegex, RegexError
@@ -168,6 +176,9 @@ def _data_classes(value: DataClasses, report: StructureReport) -> None:
     for index, name in enumerate(value.never):
         if name in handles:
             report(("never", index), f"{name} is handled as well", "remove it from one of the two")
+    for index, name in enumerate(value.assumed or ()):
+        if name not in handles:
+            report(("assumed", index), f"{name} is not handled", "add it to handles, or remove it here")
     for name, hosts in value.only_to.items():
         if name not in handles:
             report(("only_to", name), f"{name} is not handled", "add it to handles, or remove it here")
@@ -345,6 +356,12 @@ def _route_credentials(value: Governance, report: StructureReport) -> None:
         if name is not None and name not in ids:
             where = ("inference", "routes", index, "credential")
             report(where, f"it names the unknown credential {name}", "list it under credentials")
+    for index, route in enumerate(value.inference.routes):
+        with suppress(Unknown):
+            for place, name in each(route.upstreams, lambda way: way.credential):
+                if name is not None and name not in ids:
+                    at = ("inference", "routes", index, "upstreams", place, "credential")
+                    report(at, f"it names the unknown credential {name}", "list it under credentials")
 
 
 def _credentials_apart(value: Governance, report: StructureReport) -> None:
@@ -379,6 +396,7 @@ _GOVERNANCE = (
     _no_plain_credentials,
     routed_scope,
     secrets_apart,
+    check_classes_are_handled,
     *GOVERNANCE_BUDGETS,
 )
 
@@ -410,6 +428,10 @@ GOVERNANCE_CHECKS = Checks(
         (InferenceRoute, "port"): _route_port,
         (InferenceRoute, "max_input_tokens"): check_tokens,
         (InferenceRoute, "max_output_tokens"): check_tokens,
+        (InferenceRoute, "data_classes"): check_classes,
+        (Upstream, "upstream"): _upstream,
+        (Upstream, "data_classes"): check_classes,
+        (Record, "keep"): _duration,
         (Price, "models"): not_empty("the list is empty", "list at least one glob"),
         (Price, "input"): check_price,
         (Price, "output"): check_price,
@@ -454,6 +476,7 @@ GOVERNANCE_CHECKS = Checks(
         (Postgres, "databases"): check_name,
         (OAuth2, "scopes"): check_scope,
         (InferenceRoute, "models"): check_flat_glob,
+        (Upstream, "models"): check_flat_glob,
         (Price, "models"): check_flat_glob,
         (ActionMatch, "method"): _verb,
         (DataClasses, "handles"): _data_class,
@@ -469,7 +492,8 @@ GOVERNANCE_CHECKS = Checks(
         Persistence: (check_persistence,),
         Action: (_action_reviewers,),
         ActionMatch: (_git_or_method, check_action_match),
-        InferenceRoute: (check_priced, check_aliases),
+        InferenceRoute: (check_priced, check_aliases, check_upstreams),
+        Record: (check_record,),
         CallLimit: (check_limit,),
         OAuth2: (check_oauth2,),
         Credential: (check_provider,),
@@ -485,6 +509,7 @@ GOVERNANCE_CHECKS = Checks(
         (DataClasses, "only_to"): _data_class,
         (Persistence, "files"): check_place,
         (InferenceRoute, "aliases"): check_model,
+        (Upstream, "aliases"): check_model,
         (Sandbox, "agents"): check_agent_name,
         (Mcp, "servers"): _matches(_ID, "a server name", "use lower-case letters, digits and dashes"),
         (McpServer, "tools"): _tool_name,

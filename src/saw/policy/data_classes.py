@@ -1,7 +1,8 @@
 """Where data of a class may go: the destinations of a bundle held against host globs, by the texts that globs accept.
 
 ``data_classes`` says what a workspace works with, not what a call carries: nothing looks into calls for it. What it says of
-destinations holds all the same, because a bundle with a destination beyond them does not load.
+destinations holds all the same, because a bundle with a destination beyond them does not load. That a service of an inference
+route is for fewer classes does not widen ``only_to``: what a call holds is said by those who make it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from saw.policy import globs
 from saw.policy.decode import Steps, path_text
@@ -44,8 +46,16 @@ def destinations(policy: Policy, governance: Governance) -> Iterator[Destination
     with suppress(Unknown):
         for index, route in enumerate(governance.inference.routes):
             with suppress(Unknown):
-                way: Steps = ("inference", "routes", index, "upstream")
-                yield Destination(route.upstream_address[0].lower(), way, False)
+                at: Steps = ("inference", "routes", index)
+                yield Destination(host_of(route.upstream), (*at, "upstream"), False)
+                for place, way in enumerate(route.upstreams):
+                    with suppress(Unknown):
+                        yield Destination(host_of(way.upstream), (*at, "upstreams", place, "upstream"), False)
+
+
+def host_of(upstream: str) -> str:
+    """Return the host of a model service in lower case; empty where it has none."""
+    return (urlsplit(upstream).hostname or "").lower()
 
 
 def within(host: str, wholes: Sequence[str], budget: Budget) -> bool:

@@ -32,6 +32,9 @@ Approval = Literal["policy", "review", "read-only"]
 _BOUND: dict[str, int] = {"read-only": 0, "review": 1, "policy": 2}
 _METHOD = re.compile(r"[A-Z][A-Z-]{0,31}|WEBSOCKET_TEXT")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:-]{0,255}")
+_CLASS = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+MAX_CLASSES = 16
+"""Most classes of data that a record brings."""
 MAX_TOOLS = 64
 """Most entries of ``tools``, and most globs in one of them."""
 
@@ -64,7 +67,8 @@ class Delegation(Part, frozen=True):
     ``approval`` bounds what the agent may do on its own: ``policy`` as the policy's action classes say, ``review`` every
     write waits for a person, ``read-only`` no write at all. ``tools``, where it is there, names every tool of MCP servers that
     may be called, over HTTP and over stdio; absent it says nothing of tools, and an empty list is none. An absent one is not
-    written either, so that a record without it has the bytes, and the readers, that it always had.
+    written either, so that a record without it has the bytes, and the readers, that it always had. ``data_classes``, written in
+    the same way, are classes of data that the engagement brings: while the record counts, every call of a model holds them too.
     """
 
     format: Literal["saw-delegation/1"]
@@ -79,6 +83,12 @@ class Delegation(Part, frozen=True):
     approval: Approval = "policy"
     parent: str = ""
     tools: tuple[Tools, ...] | msgspec.UnsetType = msgspec.UNSET
+    data_classes: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return the classes of data that the engagement brings."""
+        return () if self.data_classes is msgspec.UNSET else self.data_classes
 
     def live(self, now: datetime) -> bool:
         """Return whether the record counts at ``now``."""
@@ -118,6 +128,9 @@ def check_delegation(record: Delegation) -> None:
         problems += [f"resources[{index}]: {text}" for text in _resource_problems(resource)]
     if record.tools is not msgspec.UNSET:
         problems += _tools_problems(record.tools)
+    if len(record.classes) > MAX_CLASSES:
+        problems.append(f"data_classes must be at most {MAX_CLASSES}")
+    problems += [f"{name[:64]!r} is not a class of data" for name in record.classes if not _CLASS.fullmatch(name)]
     if problems:
         raise DelegationInvalid(
             "the delegation cannot be used: " + "; ".join(problems),
@@ -237,6 +250,9 @@ def wider(child: Delegation, parent: Delegation) -> tuple[str, ...]:
         found.append("it ends later")
     if _BOUND[child.approval] > _BOUND[parent.approval]:
         found.append(f"its approval is {child.approval}, that of {parent.id} is {parent.approval}")
+    found += [
+        f"it leaves out the {name} data that {parent.id} brings" for name in parent.classes if name not in child.classes
+    ]
     budget = Budget()
     for index, resource in enumerate(child.resources):
         if not any(_within(resource, other, budget) for other in parent.resources):

@@ -67,6 +67,7 @@ _ROUTE_FIELDS: dict[str, Steps] = {
     "model_not_allowed": ("models",),
     "budget_unenforced": ("budget",),
     "price_unknown": ("prices",),
+    "data_class_not_allowed": ("data_classes",),
 }
 """Where in a route the cause of a refusal is written."""
 

@@ -143,11 +143,52 @@ class Price(Part, frozen=True):
     cache_write: Annotated[str | None, says("A million tokens written to the service's cache.", "0.30")] = None
 
 
+class Upstream(Part, frozen=True):
+    """A further model service of a route, for calls that the ones before it are not for. Prices are those of the route."""
+
+    upstream: Annotated[str, says("The model service, as in the route.", "https://models.internal.example.com/v1")]
+    data_classes: Annotated[
+        tuple[str, ...] | None,
+        says("Classes of data that may be sent there; absent: every class.", ["internal", "confidential"]),
+    ] = None
+    models: Annotated[
+        tuple[str, ...], says("Globs over the models that it serves; empty: those of the route.", ["local-*"])
+    ] = ()
+    aliases: Annotated[
+        dict[str, str],
+        says(
+            "Names that agents may ask for, and the model that is asked here in their place.", {"fast": "local-small"}
+        ),
+    ] = msgspec.field(default_factory=dict)
+    credential: Annotated[str | None, says("Id of the credential for the service.", "local-key")] = None
+
+
+Recorded = Literal["metadata", "prompts", "prompts-and-responses"]
+
+
+class Record(Part, frozen=True):
+    """What of a route's calls is kept at the perimeter, encrypted, for auditors. Without it nothing is."""
+
+    content: Annotated[
+        Recorded,
+        says(
+            "metadata: who asked which model, and how much; prompts: the call as well; or the answer, too.", "prompts"
+        ),
+    ]
+    keep: Annotated[str, says("How long it is kept; 1d to 3650d.", "30d")]
+
+    @property
+    def keep_s(self) -> int:
+        """Return how long it is kept in seconds."""
+        return duration(self.keep)
+
+
 class InferenceRoute(Part, frozen=True):
     """A local host name that stands for a model service; ``models`` are globs over the request's ``model``.
 
     A route with a budget needs ``prices``; a call of a model without a price is refused. A model under ``aliases`` is sent as the
-    model that it stands for, which is the one that must be allowed and has a price.
+    model that it stands for, which is the one that must be allowed and has a price. A call goes to the first of ``upstream`` and
+    ``upstreams`` that serves its model and is for every class of data that it holds.
     """
 
     alias: Annotated[str, says("The exact host name that the agent calls.", "inference.local")]
@@ -180,6 +221,38 @@ class InferenceRoute(Part, frozen=True):
         int | None,
         says("Most output that the service gives; set aside where a call does not say how much it wants.", 4096),
     ] = None
+    data_classes: Annotated[
+        tuple[str, ...] | None,
+        says("Classes of data that may be sent to the upstream; absent: every class.", ["public", "internal"]),
+    ] = None
+    upstreams: Annotated[
+        tuple[Upstream, ...],
+        says(
+            "Further services, in the order in which they are tried.",
+            [{"upstream": "https://models.internal.example.com/v1", "data_classes": ["internal", "confidential"]}],
+        ),
+    ] = ()
+    record: Annotated[
+        Record | None,
+        says("What of the calls is kept for auditors; absent: nothing.", {"content": "prompts", "keep": "30d"}),
+    ] = None
+
+    @property
+    def ways(self) -> tuple[InferenceRoute, ...]:
+        """Return the route once for each of its services, in order, as if that were its only one."""
+        others = [
+            msgspec.structs.replace(
+                self,
+                upstream=way.upstream,
+                data_classes=way.data_classes,
+                models=way.models or self.models,
+                aliases={**self.aliases, **way.aliases},
+                credential=way.credential,
+                upstreams=(),
+            )
+            for way in self.upstreams
+        ]
+        return (msgspec.structs.replace(self, upstreams=()), *others)
 
     def model(self, asked: str) -> str:
         """Return the model that a call which asks for ``asked`` is sent for."""
@@ -385,6 +458,18 @@ class DataClasses(Part, frozen=True):
             {"internal": ["**.example.com"]},
         ),
     ] = msgspec.field(default_factory=dict)
+    assumed: Annotated[
+        tuple[str, ...] | None,
+        says(
+            "Classes that a call of a model holds unless it, or a delegation, says more; absent: all handled.",
+            ["internal"],
+        ),
+    ] = None
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Return the classes that every call of a model holds."""
+        return self.handles if self.assumed is None else self.assumed
 
 
 class Governance(Part, frozen=True):
@@ -481,6 +566,10 @@ class Governance(Part, frozen=True):
     def counting(self, route: InferenceRoute) -> tuple[CallLimit, ...]:
         """Return the limits that count the calls of ``route``."""
         return tuple(limit for limit in self.limits if limit.id in route.limits)
+
+    def way(self, alias: str, port: int, place: int) -> InferenceRoute:
+        """Return the route at this alias and port as it is for its service at ``place``."""
+        return self.route(alias, port).ways[place]
 
     def route(self, alias: str, port: int) -> InferenceRoute:
         """Return the inference route at this alias and port; raise ``KeyError`` when there is none."""

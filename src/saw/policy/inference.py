@@ -9,13 +9,17 @@ from functools import lru_cache
 import msgspec
 
 from saw.policy import globs, strict_json
-from saw.policy.governance import Budget, InferenceRoute, Price
+from saw.policy.governance import Budget, DataClasses, InferenceRoute, Price
 from saw.policy.model import ALLOW, DENY, Decision, Request
 
 _POST = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1/responses"})
 _GET = frozenset({"/v1/models"})
 MAX_BODY = 64 * 1024 * 1024
 """Largest request body that is parsed (bytes)."""
+DATA_CLASS_HEADER = "saw-data-class"
+"""The header in which a call of a model says what it holds beyond what policy assumes: classes, separated by commas."""
+DATA_CLASS = "data_class_not_allowed"
+"""The reason of a refusal because no model service may see the data that a call holds."""
 
 
 class Unreadable(ValueError):
@@ -117,17 +121,48 @@ def passing(route: InferenceRoute, budget: Budget | None) -> object:
     return tuple(text for price in route.prices for text in price.models)
 
 
+class NotHandled(ValueError):
+    """A call or a delegation names a class of data that the workspace does not work with."""
+
+
+def held_classes(data: DataClasses, request: Request) -> tuple[str, ...]:
+    """Return the classes of data that a call of a model holds, in the order of ``handles``.
+
+    They are those that policy assumes, and what delegations and the call's own header add. Nothing takes one away: a header that
+    is empty or names fewer changes nothing. Raises :class:`NotHandled` for a class that the workspace does not work with.
+    """
+    named = [name.strip() for name in request.headers.get(DATA_CLASS_HEADER, "").split(",")]
+    added = {*request.data_classes, *filter(None, named)}
+    strange = sorted(added - set(data.handles))
+    if strange:
+        raise NotHandled(f"the call is said to hold {strange[0][:63]!r} data, which this workspace does not handle")
+    held = added | set(data.held)
+    return tuple(name for name in data.handles if name in held)
+
+
 class CompiledRoute(msgspec.Struct, frozen=True):
-    """One inference route, ready to decide; ``shut`` says why its budget refuses every call, if it does."""
+    """One inference route, ready to decide; ``shut`` says why its budget refuses every call, if it does.
+
+    ``ways`` has the route once for each of its services, with the patterns of its models and the classes it is for (None: all).
+    """
 
     route: InferenceRoute
-    models: tuple[re.Pattern[str], ...]
+    ways: tuple[tuple[InferenceRoute, tuple[re.Pattern[str], ...], frozenset[str] | None], ...]
     shut: str
+    data: DataClasses
 
     @classmethod
-    def compile(cls, route: InferenceRoute, budget: Budget | None) -> CompiledRoute:
-        """Return the compiled form of ``route``, which draws on ``budget``."""
-        return cls(route, tuple(globs.flat_glob(glob) for glob in route.models), unenforced(route, budget))
+    def compile(cls, route: InferenceRoute, budget: Budget | None, data: DataClasses) -> CompiledRoute:
+        """Return the compiled form of ``route``, which draws on ``budget``, in a bundle that says ``data`` of data."""
+        ways = tuple(
+            (
+                way,
+                tuple(globs.flat_glob(glob) for glob in way.models),
+                None if way.data_classes is None else frozenset(way.data_classes),
+            )
+            for way in route.ways
+        )
+        return cls(route, ways, unenforced(route, budget), data)
 
     def decide(self, request: Request, method: str, target: str) -> Decision:
         """Return the decision on a call to this alias; ``target`` is canonical, with the query."""
@@ -140,19 +175,30 @@ class CompiledRoute(msgspec.Struct, frozen=True):
                 )
             except Unreadable as error:
                 return self._deny("model_not_allowed", str(error), target, "send one plain JSON object with one model")
-            model = route.model(model)
-            if not any(pattern.fullmatch(model) for pattern in self.models):
-                allowed = ", ".join([*route.aliases, *route.models])
-                detail = f"the model {model[:80]!r} is not among {allowed}"
-                return self._deny("model_not_allowed", detail, target, f"use one of the models {allowed}")
         elif not (method == "GET" and path in _GET):
             detail = f"{method} {path} is not a call of an inference route"
             return self._deny("method_or_path_not_allowed", detail, target, f"use POST {', '.join(sorted(_POST))}")
+        serving = [place for place in range(len(self.ways)) if model is None or self._serves(place, model)]
+        if not serving:
+            allowed = ", ".join(dict.fromkeys(name for way, *_ in self.ways for name in (*way.aliases, *way.models)))
+            detail = f"the model {route.model(model or '')[:80]!r} is not among {allowed}"
+            return self._deny("model_not_allowed", detail, target, f"use one of the models {allowed}")
+        try:
+            held = held_classes(self.data, request)
+        except NotHandled as error:
+            handled = ", ".join(self.data.handles) or "no class"
+            step = f"name only classes of data that this workspace handles ({handled})"
+            return self._deny(DATA_CLASS, str(error), target, step)
+        place = next((one for one in serving if self._is_for(one, held)), None)
+        if place is None:
+            return self._unfit(serving, held, model, target)
+        way = self.ways[place][0]
         if self.shut:
             # A limit that nobody counts is no limit.
             return self._deny("budget_unenforced", self.shut, target, "ask the policy's owner for prices")
-        if route.budget is not None and model is not None and price_of(route, model) is None:
-            detail = f"the model {model[:80]!r} has no price, so the budget {route.budget} cannot pay for it"
+        sent = None if model is None else way.model(model)
+        if route.budget is not None and sent is not None and price_of(route, sent) is None:
+            detail = f"the model {sent[:80]!r} has no price, so the budget {route.budget} cannot pay for it"
             return self._deny(
                 "price_unknown", detail, target, "use a model with a price, or ask the policy's owner for one"
             )
@@ -160,10 +206,37 @@ class CompiledRoute(msgspec.Struct, frozen=True):
             verdict=ALLOW,
             policy="inference",
             rule=route.alias,
-            credential=route.credential,
+            credential=way.credential,
             inference=route.alias,
             canonical_path=target,
+            way=place,
+            data_classes=held,
+            model=sent or "",
         )
+
+    def _serves(self, place: int, model: str) -> bool:
+        way, patterns, _ = self.ways[place]
+        sent = way.model(model)
+        return any(pattern.fullmatch(sent) for pattern in patterns)
+
+    def _is_for(self, place: int, held: tuple[str, ...]) -> bool:
+        classes = self.ways[place][2]
+        return classes is None or classes.issuperset(held)
+
+    def _unfit(self, serving: list[int], held: tuple[str, ...], model: str | None, target: str) -> Decision:
+        """Return the refusal of a call that no service of its model may see."""
+        what = "the list of models" if model is None else f"the model {model[:80]!r}"
+        why = "; ".join(
+            f"{way.upstream_address[0]} is not for {', '.join(name for name in held if name not in classes)} data"
+            for way, _, classes in (self.ways[place] for place in serving)
+            if classes is not None
+        )
+        others = [self.ways[place][0] for place in range(len(self.ways)) if self._is_for(place, held)]
+        names = ", ".join(dict.fromkeys(name for way in others for name in (*way.aliases, *way.models)))
+        step = f"ask the policy's owner for a model service for {', '.join(held)} data"
+        if names:
+            step = f"use one of the models {names}, which {', '.join(held)} data may be sent to"
+        return self._deny(DATA_CLASS, f"{what} is not for this call: {why}", target, step)
 
     def _deny(self, reason: str, detail: str, target: str, step: str) -> Decision:
         return Decision(

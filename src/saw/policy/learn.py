@@ -41,6 +41,7 @@ _WHY: dict[str, tuple[str, str]] = {
     "body_unreadable": ("the body could not be read as what the endpoint speaks", "send it as the policy guide says"),
     "body_too_large": ("the body is longer than the endpoint reads", "send less, or raise max_body_bytes by hand"),
     "budget_unenforced": ("the route's budget cannot be counted", f"{_OWNER} for prices"),
+    "data_class_not_allowed": ("which service may see which data is not learned", "edit inference.routes by hand"),
     "price_unknown": ("what a model costs is not learned", "add its price to the route by hand"),
     "budget_exhausted": ("the budget was spent", "wait for the next period, or raise the limit by hand"),
     "rate_limited": ("too many calls or tokens in a short time", "wait, or raise the limit by hand"),

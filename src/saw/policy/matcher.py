@@ -138,10 +138,12 @@ class Matcher:
         self._plain = frozenset(parse_address(address) for address in governance.plaintext)
         routes = governance.inference.routes
         self._routes = {
-            (route.alias.lower(), route.port): CompiledRoute.compile(route, governance.paying(route))
+            (route.alias.lower(), route.port): CompiledRoute.compile(
+                route, governance.paying(route), governance.data_classes
+            )
             for route in routes
         }
-        self._upstreams = frozenset(route.upstream_address[0].lower() for route in routes)
+        self._upstreams = frozenset(way.upstream_address[0].lower() for route in routes for way in route.ways)
         self._actions = ActionTable(governance)
         self._servers = http_servers(policy, governance)
         credentials: dict[tuple[str, int], list[tuple[str, Credential]]] = {}

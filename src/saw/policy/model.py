@@ -305,7 +305,8 @@ class Request(msgspec.Struct, frozen=True):
     ``ancestors`` those of its parents, nearest first; both are unknown where a proxy cannot tell. ``headers`` has
     lower-case names. ``body`` is the start of the body as far as it was seen, ``body_complete`` whether that is all.
     ``upgrade`` is the protocol that the request asks to switch to, as received. ``message`` asks whether a client may send a
-    ``text`` or ``binary`` message on the WebSocket that the request opens.
+    ``text`` or ``binary`` message on the WebSocket that the request opens. ``data_classes`` are those that delegations say the
+    workspace holds; they only add to what policy and the call itself say.
     """
 
     scheme: str
@@ -320,6 +321,7 @@ class Request(msgspec.Struct, frozen=True):
     body_complete: bool = True
     upgrade: str = ""
     message: Literal["", "text", "binary"] = ""
+    data_classes: tuple[str, ...] = ()
 
     @property
     def reads(self) -> bool:
@@ -351,7 +353,9 @@ class Decision(msgspec.Struct, frozen=True):
     decided. ``action_class`` is ``auto``, ``staged``, ``review`` or ``deny``. ``credential`` and ``inference`` are ids
     out of ``governance.yaml``. ``canonical_path`` is the only path (with query) that may be sent on. ``frames`` is what the
     client may send on a WebSocket (:data:`saw.policy.websocket.FRAMES`), empty for every other call. ``protocol`` is one of
-    :data:`CALL_PROTOCOLS` where the body was judged, and ``operations`` what it asks for as far as it could be read.
+    :data:`CALL_PROTOCOLS` where the body was judged, and ``operations`` what it asks for as far as it could be read. ``way`` is
+    the place of the model service among those of the inference route, ``data_classes`` what a call of a model holds, and
+    ``model`` the one that it asks for, as it will be sent.
     """
 
     verdict: str
@@ -368,6 +372,9 @@ class Decision(msgspec.Struct, frozen=True):
     frames: str = ""
     protocol: str = ""
     operations: tuple[Operation, ...] = ()
+    way: int = 0
+    data_classes: tuple[str, ...] = ()
+    model: str = ""
 
     @property
     def allowed(self) -> bool:

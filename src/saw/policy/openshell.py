@@ -258,6 +258,12 @@ def _governance(bundle: Bundle) -> list[Finding]:
         where = f"inference.{route.alias}"
         reason = f"the alias and its models ({', '.join(route.models)}) have no field, so calls to it are denied"
         lost(where, "left_out", reason, "configure inference at OpenShell's gateway; it does not check the model name")
+        if any(way.data_classes is not None for way in route.ways):
+            reason = "which service may see which class of data has no field"
+            lost(f"{where}.data_classes", "left_out", reason, "keep ring 2 in front of it")
+        if route.record is not None:
+            reason = f"that {route.record.content} are kept for {route.record.keep} has no field"
+            lost(f"{where}.record", "left_out", reason, "keep ring 2 in front of it")
     for name, server in governance.mcp.servers.items():
         tools = ", ".join(sorted(server.tools)) or "none"
         if server.transport == "http":

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from saw.policy.databases import PROTOCOL, UPGRADE
-from saw.policy.governance import Action, Governance
+from saw.policy.governance import Action, Governance, InferenceRoute
 from saw.policy.model import Endpoint, Match, Policy
 from saw.policy.tool_rules import McpServer
 
@@ -115,8 +115,7 @@ def view_policy(digest: str, revision: int, policy: Policy, governance: Governan
         otherwise=OTHERWISE,
         mcp={name: _server(server) for name, server in list(governance.mcp.servers.items())[:MOST]},
         models=tuple(
-            Route(one.alias, one.port, (*one.aliases, *one.models)[:MOST_INSIDE])
-            for one in governance.inference.routes[:MOST]
+            Route(one.alias, one.port, _models(one)[:MOST_INSIDE]) for one in governance.inference.routes[:MOST]
         ),
         files=Files(files.read_only[:MOST], files.read_write[:MOST], files.include_workdir),
         budgets=tuple(budget.id for budget in governance.budgets[:MOST]),
@@ -125,6 +124,11 @@ def view_policy(digest: str, revision: int, policy: Policy, governance: Governan
         ask=ASK,
     )
     return _bounded(found)
+
+
+def _models(route: InferenceRoute) -> tuple[str, ...]:
+    """Return the names of models that some service of ``route`` answers to, each once."""
+    return tuple(dict.fromkeys(name for way in route.ways for name in (*way.aliases, *way.models)))
 
 
 def _is_cut(policy: Policy, governance: Governance) -> bool:
@@ -141,7 +145,7 @@ def _is_cut(policy: Policy, governance: Governance) -> bool:
         *(endpoint.rules or () for endpoint in endpoints),
         *(server.tools for server in servers),
         *(tool.args for server in servers for tool in server.tools.values()),
-        *((*route.aliases, *route.models) for route in routes),
+        *(_models(route) for route in routes),
     )
     return any(len(part) > MOST for part in whole) or any(len(part) > MOST_INSIDE for part in inside)
 

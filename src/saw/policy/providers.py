@@ -172,7 +172,8 @@ def routed_scope(value: Governance, report: StructureReport) -> None:
     """Refuse the parts of a credential's scope that nothing would ask for: a route takes it for each of its calls."""
     routed: set[str] = set()
     with suppress(Unknown):
-        routed = {route.credential for route in value.inference.routes if route.credential is not None}
+        for route in value.inference.routes:
+            routed |= {name for name in (route.credential, *(way.credential for way in route.upstreams)) if name}
     for index, credential in enumerate(value.credentials):
         with suppress(Unknown):
             if credential.id in routed and credential.postgres is not None:

@@ -98,7 +98,7 @@ class CallComparison:
         self.old = old
         self.new = new
         self.space = Space((old, new), budget)
-        self._upstreams = {route.upstream for route in old.governance.inference.routes}
+        self._upstreams = {way.upstream for route in old.governance.inference.routes for way in route.ways}
         self._gained: dict[tuple[object, ...], _Group] = {}
         self._lost: dict[tuple[object, ...], _Group] = {}
         self._unknown: dict[tuple[str, ...], Item] = {}
@@ -152,9 +152,7 @@ class CallComparison:
             ]
             credentials = [(glob, c.methods, side.secret_of(c)) for glob, c in side.credentials(host, port)]
             route = side.routes.get((host, port))
-            service = route and (
-                route.models, route.aliases, route.upstream, side.secret(route.credential), side.passing(route)
-            )  # fmt: skip
+            service = route and ([side.secret(way.credential) for way in route.ways], side.passing(route))
             actions = [action for _, action in side.actions(host, port)]
             tools = {path: server.tools for path, server in side.servers(host, port).items()}
             plain = (host, port) in side.plain
@@ -228,6 +226,8 @@ def _rule_of(side: Side, cell: Cell, decision: Decision) -> tuple[object, ...]:
     else:
         label = decision.rule.partition("; ")[2]
     host = cell.request.host if decision.inference else ""
+    if decision.way:
+        host = f"{host} {decision.way}"
     return (
         decision.policy,
         rule,
@@ -246,7 +246,7 @@ def _item(group: _Group, key: tuple[object, ...], side: Side, *, lost: bool) -> 
     decision = before if lost else after
     kind, risk, policy, rule, label = (part if part is None else str(part) for part in key[:5])
     if decision.inference is not None:
-        route = side.routes[cell.request.host, cell.request.port]
+        route = side.routes[cell.request.host, cell.request.port].ways[decision.way]
         region = Region(
             host=route.alias,
             port=route.port,

@@ -19,6 +19,15 @@ def compare_data_classes(old: Governance, new: Governance) -> list[Item]:
         _item(f"data_classes.never.{name}", f"{name} data is no longer ruled out", "was ruled out", "high")
         for name in sorted(set(before.never) - set(after.never))
     ]
+    items += [
+        _item(
+            "data_classes.assumed",
+            f"calls of models do not hold {name} data unless they or a delegation say so",
+            "every call of a model held it",
+            "high",
+        )
+        for name in sorted((set(before.held) - set(after.held)) & set(after.handles))
+    ]
     budget = Budget()
     for name, was in sorted(before.only_to.items()):
         if name not in after.handles:

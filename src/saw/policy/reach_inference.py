@@ -1,19 +1,27 @@
-"""Compare what counts calls of inference, and which models aliases stand for."""
+"""Compare what counts calls of inference, which models aliases stand for, and what is kept of calls."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from saw.policy import globs
-from saw.policy.governance import CallLimit, Governance, InferenceRoute
+from saw.policy.governance import CallLimit, Governance, InferenceRoute, Record
 from saw.policy.reach_item import Item, Region, Risk
 
 _UNITS = ("requests", "tokens")
+_CONTENTS = ("", "metadata", "prompts", "prompts-and-responses")
+"""What may be kept of calls, from nothing on."""
 
 
 def compare_inference(old: Governance, new: Governance) -> list[Item]:
-    """Return the limits that ``new`` loosens or takes away, and the models that it has others stand for."""
-    return [*_taken_away(old, new), *_limits(old, new), *_counted(old, new), *_aliases(old, new)]
+    """Return the limits that ``new`` loosens or takes away, the models that it has others stand for, and what else it keeps."""
+    return [
+        *_taken_away(old, new),
+        *_limits(old, new),
+        *_counted(old, new),
+        *_aliases(old, new),
+        *_recorded(old, new),
+    ]
 
 
 def _name(route: InferenceRoute) -> str:
@@ -94,14 +102,43 @@ def _counted(old: Governance, new: Governance) -> Iterator[Item]:
 
 def _aliases(old: Governance, new: Governance) -> Iterator[Item]:
     for index, was, route in _kept(old, new):
-        for name in dict.fromkeys((*route.aliases, *was.aliases)):
-            now, then = route.aliases.get(name), was.aliases.get(name)
-            if now == then:
-                continue
-            if now is None and not any(globs.flat_glob(glob).fullmatch(name) for glob in route.models):
-                continue  # Nobody may ask for it any more, and the diff of calls shows that.
-            what = f"{_name(route)}: {name} is sent as {name if now is None else now}"
-            why = "it stood for no other model" if then is None else f"was sent as {then}"
-            region = Region(host=route.alias.lower(), port=route.port, models=(name,), upstream=route.upstream)
-            rule = f"inference.routes[{index}].aliases"
-            yield Item("setting", "alias", what, why, region, "medium", (rule,), exact=False)
+        before = {way.upstream: way for way in reversed(was.ways)}
+        pairs = [(was, route, "")] + [
+            (before[way.upstream], way, f".upstreams[{place}]")
+            for place, way in enumerate(route.ways[1:])
+            if way.upstream in before
+        ]
+        for then_way, way, place in pairs:
+            for name in dict.fromkeys((*way.aliases, *then_way.aliases)):
+                now, then = way.aliases.get(name), then_way.aliases.get(name)
+                if now == then:
+                    continue
+                if now is None and not any(globs.flat_glob(glob).fullmatch(name) for glob in way.models):
+                    continue  # Nobody may ask for it any more, and the diff of calls shows that.
+                what = f"{_name(route)}: {name} is sent as {name if now is None else now}"
+                why = "it stood for no other model" if then is None else f"was sent as {then}"
+                region = Region(host=route.alias.lower(), port=route.port, models=(name,), upstream=way.upstream)
+                rule = f"inference.routes[{index}]{place}.aliases"
+                yield Item("setting", "alias", what, why, region, "medium", (rule,), exact=False)
+
+
+def _recorded(old: Governance, new: Governance) -> Iterator[Item]:
+    """Yield where less is kept of calls than before, or for a shorter time, and where more is kept, or for longer."""
+    for index, was, route in _kept(old, new):
+        now, then = _amount(route.record), _amount(was.record)
+        if now == then:
+            continue
+        region, rule = Region(host=route.alias.lower(), port=route.port), f"inference.routes[{index}].record"
+        what, why = f"{_name(route)}: {_said(route.record)}", f"was: {_said(was.record)}"
+        if now[0] < then[0] or (then[0] and now[1] < then[1]):
+            yield Item("setting", "unrecorded", what, why, region, "high", (rule,))
+        if now[0] > then[0] or (now[0] and now[1] > then[1]):
+            yield Item("setting", "recorded", what, why, region, "low", (rule,))
+
+
+def _amount(record: Record | None) -> tuple[int, int]:
+    return (0, 0) if record is None else (_CONTENTS.index(record.content), record.keep_s)
+
+
+def _said(record: Record | None) -> str:
+    return "nothing of calls is kept" if record is None else f"{record.content} are kept for {record.keep}"

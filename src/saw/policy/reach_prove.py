@@ -101,7 +101,7 @@ def _network_hit(invariant: Invariant, case: _Case) -> str | None:
     """Return an address of the invariant's networks that the gateway may dial for this call."""
     host, port = case.cell.request.host, case.cell.request.port
     route = case.side.routes.get((host, port))
-    name = route.upstream_address[0] if route is not None else host
+    name = route.ways[case.decision.way].upstream_address[0] if route is not None else host
     opened = case.side.addresses(host, port)
     for text in invariant.networks:
         network = ip_network(text)
@@ -212,7 +212,7 @@ def _strays(invariant: Invariant, case: _Case) -> str | None:
     identifier = case.decision.credential
     host, port = request.host, request.port
     if case.decision.inference is not None:
-        host, port = case.side.routes[host, port].upstream_address
+        host, port = case.side.routes[host, port].ways[case.decision.way].upstream_address
     elif case.level == REVIEW:
         at = case.side.credentials(host, port)
         identifier = next(

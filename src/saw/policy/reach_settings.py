@@ -47,7 +47,7 @@ _KNOWN: dict[type, frozenset[str]] = {
         sandbox_limits.Sandbox: "limits agents",
         sandbox_limits.SandboxLimits: "memory swap tasks cpu cpu_weight io_weight tmp shm inodes files",
         words.Blueprint: "name version owner incident_contact review_days",
-        words.DataClasses: "handles never only_to",
+        words.DataClasses: "handles never only_to assumed",
         persistence.Persistence: "files writable git_hooks git_settings",
         words.Lease: "ttl offline_ttl",
         words.LandlockFloor: "minimum_abi allow_best_effort",
@@ -58,8 +58,11 @@ _KNOWN: dict[type, frozenset[str]] = {
         words.Inject: "header format",
         words.Inference: "routes",
         words.InferenceRoute: (
-            "alias models aliases upstream credential port limits budget prices max_input_tokens max_output_tokens"
+            "alias models aliases upstream credential port limits budget prices max_input_tokens max_output_tokens "
+            "data_classes upstreams record"
         ),
+        words.Upstream: "upstream data_classes models aliases credential",
+        words.Record: "content keep",
         words.CallLimit: "id scope per requests tokens",
         words.Price: "models input output cache_read cache_write",
         words.Budget: "id scope period limit on_exhaust",

@@ -12,7 +12,7 @@ from saw.policy import globs
 from saw.policy.actions import ActionTable
 from saw.policy.checks_governance import parse_address
 from saw.policy.databases import Postgres
-from saw.policy.governance import Action, Credential, Governance, InferenceRoute
+from saw.policy.governance import Action, Credential, DataClasses, Governance, InferenceRoute
 from saw.policy.inference import passing
 from saw.policy.loader import Bundle
 from saw.policy.matcher import Matcher
@@ -116,6 +116,7 @@ class PathView(NamedTuple):
     route: InferenceRoute | None
     passing: object
     tools: Mapping[str, Tool] | None = None
+    data: DataClasses = DataClasses()
 
     def same_as(self, other: PathView) -> bool:
         """Return whether both decide alike whatever else is asked; labels do not matter."""
@@ -259,19 +260,23 @@ class Side:
             if globs.path_glob(glob).match(path)
         )
         if route:
-            routed = self.secret(route.credential)
-            secrets = () if routed is None else (((), routed),)
-        return PathView(tuple(endpoints), actions, secrets, route, paid, tools)
+            routed = [self.secret(way.credential) for way in route.ways]
+            secrets = tuple(((), secret) for secret in routed if secret is not None)
+        return PathView(tuple(endpoints), actions, secrets, route, paid, tools, self.governance.data_classes)
 
     def passing(self, route: InferenceRoute) -> object:
-        """Return what of the budget and prices of ``route`` bears on which calls pass."""
-        return passing(route, self.governance.paying(route))
+        """Return what of budget, prices and classes of data bears on which calls of ``route`` pass, and which way they go."""
+        data = self.governance.data_classes
+        ways = [(way.models, way.aliases, way.upstream, way.data_classes) for way in route.ways]
+        return passing(route, self.governance.paying(route)), ways, data.handles, data.held
 
     def decide(self, request: Request) -> tuple[Decision, Outcome]:
         """Return the matcher's decision and what it amounts to."""
         decision = self.matcher.decide(request)
         if decision.allowed:
-            route = self.routes[request.host.lower(), request.port] if decision.inference else None
+            route = None
+            if decision.inference:
+                route = self.routes[request.host.lower(), request.port].ways[decision.way]
             level = STAGED if decision.action_class == "staged" else AUTO
             return decision, Outcome(level, self.secret(decision.credential), route.upstream if route else "", None)
         if decision.reason != "review_required":

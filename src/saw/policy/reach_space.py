@@ -33,6 +33,7 @@ from saw.policy.reach_domains import (
     host_name,
     query_value,
 )
+from saw.policy.reach_models import holding
 from saw.policy.reach_side import PathView, Side
 from saw.policy.websocket import MESSAGES, OPEN, PROTOCOL, STREAM_METHODS
 
@@ -424,7 +425,7 @@ class _Local:
 
     def _models(self) -> Patterns:
         routes = [view.route for view in self.views if view.route is not None]
-        found = [glob for route in routes for glob in (*route.models, *route.aliases)]
+        found = [glob for route in routes for way in route.ways for glob in (*way.models, *way.aliases)]
         found += [glob for route in routes for price in route.prices for glob in price.models]
         return Patterns(found, Glob.flat, _flat_fits, any_text())
 
@@ -433,10 +434,13 @@ class _Local:
         if self.route and method == "POST" and self.path in _POST:
             models = self._models()
             return [
-                Shape(class_key(c), json.dumps({"model": c.text}).encode(), model=c.text)
+                Shape((class_key(c), key), json.dumps({"model": c.text}).encode(), model=c.text, headers=headers)
                 for c in self.space.classes("model", models)
+                for key, headers in holding(self.views)
             ]
         result = self.spoken.shapes(method)
+        if self.route:
+            result += [Shape(("holds", key), headers=headers) for key, headers in holding(self.views) if key]
         if self._constraints() and any(shape.query for shape in result):
             raise TooLarge
         if git_service(method, self.path) != RECEIVE_PACK:
@@ -459,7 +463,10 @@ class _Local:
                 model = requested_model(request.body, complete=request.body_complete, encoding=encoding)
             except Unreadable:
                 return []
-            return [self._models().key(model)]
+            return [(self._models().key(model), key) for key, _ in holding(self.views)]
+        if self.route:
+            more = [("holds", key) for key, _ in holding(self.views) if key]
+            return [*self.spoken.keys(request, method, query), *more]
         if git_service(method, self.path) != RECEIVE_PACK:
             return self.spoken.keys(request, method, query)
         try:

@@ -123,6 +123,8 @@ def _route_changes(governance: Governance, index: int, request: Request, decisio
         return tuple(removals)
     if decision.reason == "price_unknown":
         raise NoRemedy(f"only the owner knows what the model costs: {decision.detail}")
+    if decision.reason == "data_class_not_allowed":
+        raise NoRemedy(f"people decide which service may see which data: {decision.detail}")
     if decision.reason != "model_not_allowed":
         raise NoRemedy(f"an inference route takes no other calls: {decision.detail}")
     try:

@@ -178,6 +178,7 @@ class Rig:
             "authz_socket": str(directory / "authz.sock"),
             "review_socket": str(directory / "review.sock"),
             "credentials_dir": str(credentials),
+            "records": {"key_file": str(directory / "records.key"), "limit_mib": 64},
             "ring2": {
                 "xds_dir": str(xds),
                 "tls_dir": str(tls),

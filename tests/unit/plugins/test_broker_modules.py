@@ -367,6 +367,27 @@ def test_tools_are_handed_out_compared_and_left_to_policy_where_none_are_named(b
 
 
 @pytest.mark.control("DEL-01")
+def test_classes_of_data_are_handed_out_and_compared(broker_context, run_module):
+    context = broker_context.context
+    run_module(workspace_registration, context=context, id="ws-del-6", **PROFILE)
+    wanted = {"context": context, "workspace": "ws-del-6", **TASK}
+    plain = run_module(delegation, **wanted)["delegation"]
+    assert "data_classes" not in plain
+    raised = {**wanted, "data_classes": ["confidential"]}
+    assert run_module(delegation, check=True, **raised)["delegation"]["data_classes"] == ["confidential"]
+    made = run_module(delegation, **raised)
+    assert (made["delegation"]["data_classes"], made["revoked"]) == (["confidential"], [plain["id"]])
+    assert not run_module(delegation, **raised)["changed"]
+    lower = run_module(delegation, **{**wanted, "parent": made["delegation"]["id"], "task": "a part", "duration": "1h"})
+    assert "leaves out the confidential data" in str(lower["failure"]["details"]["problems"])
+    assert run_module(delegation, **{**raised, "parent": made["delegation"]["id"], "task": "a part", "duration": "1h"})[
+        "changed"
+    ]
+    refused = run_module(delegation, **{**wanted, "data_classes": ["Confidential"]})
+    assert refused["failure"]["code"] == "delegation_invalid"
+
+
+@pytest.mark.control("DEL-01")
 def test_beside_a_broker_of_before_which_knows_no_pages_and_no_states_only_what_counts_is_taken_back():
     task, calls = TASK["task"], []
     every = [{"id": f"dlg-{state}", "state": state, "task": task} for state in ("revoked", "ended", "active")]

@@ -14,7 +14,7 @@ from ansible.template import Templar, trust_as_template
 
 from saw.addressing import Band
 from saw.errors import ConfigError
-from saw.gateway.config import CredentialVault, GatekeeperConfig, load_config
+from saw.gateway.config import CredentialVault, GatekeeperConfig, RecordsConfig, load_config
 from saw.gateway.credential_sources import file_name
 from saw.gateway.pg_places import MOST, ROOM
 from saw.policy.references import parse_reference
@@ -69,6 +69,26 @@ def test_a_vault_is_told_as_it_is_and_a_wrong_one_is_refused(tmp_path: Path) -> 
     for bad in ({"url": "http://vault.example.com"}, {"token_file": "/t"}, {"cache_s": 301}, {"more": 1}):
         with pytest.raises(ConfigError):
             rendered(tmp_path, perimeter_vault={**told, **bad})
+
+
+@pytest.mark.control("INF-01")
+def test_calls_of_models_are_kept_where_somebody_says_so(tmp_path: Path) -> None:
+    assert rendered(tmp_path).records is None
+    told = rendered(tmp_path, perimeter_records=True, perimeter_records_readers="auditors")
+    key = Path("/etc/saw/gatekeeper-tls/records.key")
+    assert told.records == RecordsConfig(key_file=key, limit_mib=10240, readers_group="auditors")
+    with pytest.raises(ConfigError):
+        rendered(tmp_path, perimeter_records=True, perimeter_records_limit_mib=0)
+    owners = (ROLE / "templates/tmpfiles.conf.j2").read_text()
+    assert f"z {key} 0400 saw-gateway saw-gateway -" in owners
+    accounts = trust_as_template((ROLE / "templates/sysusers.conf.j2").read_text())
+    on = str(
+        templar_of(ansible_managed="", perimeter_records=True, perimeter_records_readers="auditors").template(accounts)
+    )
+    assert "g auditors -\nm saw-gateway auditors" in on
+    assert "auditors" not in str(
+        templar_of(ansible_managed="", perimeter_records_readers="auditors").template(accounts)
+    )
 
 
 @pytest.mark.control("CRED-01")

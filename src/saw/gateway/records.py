@@ -1,0 +1,289 @@
+"""Calls of model services that policy has kept: on the perimeter's disk, encrypted, for as long as policy says.
+
+One SQLite file (WAL, synchronous FULL). What a call said and who made it is under AES-256-GCM, bound to the record and to what of
+it it is; readable beside it are only when, how large, of which workspace and until when. A record is on disk before its call
+leaves. Where the store is full or cannot be written, :class:`RecordUnavailable` is raised, and the call is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from saw.errors import ConfigError, SawError
+from saw.identity.sealed import KEY_BYTES, SealBroken, SealKey
+
+MAX_ANSWER = 16 * 1024 * 1024
+"""How much of one answer is kept (bytes)."""
+MAX_LISTED = 500
+"""Most records that one question lists."""
+Answered = Literal["none", "open", "whole", "cut"]
+"""What there is of an answer: none is kept, it goes on, all of it, or a part (the client left, it was too long, no room)."""
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS record (id TEXT PRIMARY KEY, at REAL NOT NULL, until REAL NOT NULL, workspace TEXT NOT NULL,
+  bytes INTEGER NOT NULL, answer TEXT NOT NULL, answer_bytes INTEGER NOT NULL, status INTEGER NOT NULL, pieces INTEGER,
+  facts BLOB NOT NULL, body BLOB) STRICT;
+CREATE INDEX IF NOT EXISTS record_until ON record (until);
+CREATE INDEX IF NOT EXISTS record_at ON record (at);
+CREATE TABLE IF NOT EXISTS piece (record TEXT NOT NULL, place INTEGER NOT NULL, bytes INTEGER NOT NULL, sealed BLOB NOT NULL,
+  PRIMARY KEY (record, place)) STRICT;
+"""
+_ROW = 512
+"""What a row takes beside its contents (bytes), so that many small calls fill the store as well."""
+
+
+class RecordUnavailable(SawError):
+    """A call that must be kept cannot be, so it must not happen."""
+
+    code = "record_unavailable"
+
+
+class RecordUnknown(SawError):
+    """There is no such record (any more)."""
+
+    code = "record_unknown"
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """Who asked which model when, under what; times are RFC 3339. ``data_classes``: what the call held. ``size``: of its body."""
+
+    time: str
+    workspace: str
+    sponsor: str
+    agent: str
+    delegation: str
+    review: str
+    policy_digest: str
+    request_id: str
+    route: str
+    service: str
+    path: str
+    model: str
+    model_sent: str
+    data_classes: tuple[str, ...]
+    content: str
+    size: int
+
+
+class Listed(msgspec.Struct, frozen=True, kw_only=True):
+    """A record without what was said. ``until``: when it is removed (seconds since 1970). ``status`` 0: no answer was told."""
+
+    id: str
+    until: float
+    answer: Answered
+    answer_bytes: int
+    status: int
+    facts: Facts
+
+
+class Whole(msgspec.Struct, frozen=True, kw_only=True):
+    """A record with what was said; ``body`` is None where only the facts are kept."""
+
+    listed: Listed
+    body: bytes | None
+    answer: bytes
+
+
+def load_key(path: Path) -> bytes:
+    """Read the key of the store, which nobody else may read; raise :class:`ConfigError` otherwise."""
+    try:
+        mode = path.stat().st_mode
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}", cure="make it with `saw gateway init`, or put it back"
+        ) from error
+    if stat.S_IMODE(mode) & 0o077:
+        raise ConfigError(f"{path} can be read by others", cure=f"chmod 0600 {path}")
+    if len(raw) != KEY_BYTES:
+        raise ConfigError(f"{path} has {len(raw)} bytes, and a key has {KEY_BYTES}", cure="put the right file back")
+    return raw
+
+
+class RecordStore:
+    """The records in ``path``; they take ``limit`` bytes at most. Every method may be called from any thread."""
+
+    def __init__(self, path: Path, key: bytes, limit: int, *, random: Callable[[int], bytes] = os.urandom) -> None:
+        self._key = SealKey(key, random)
+        self._limit = limit
+        self._lock = threading.Lock()
+        try:
+            path.touch(0o600)
+            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            path.chmod(0o600)
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
+                self._database.execute(f"PRAGMA {pragma}")
+            self._database.executescript(_SCHEMA)
+            self._used = self._measured()
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(f"the records {path} cannot be opened: {error}", cure="look at the disk") from error
+
+    def _measured(self) -> int:
+        rows, held = self._database.execute(
+            "SELECT COUNT(*), COALESCE(SUM(bytes + answer_bytes), 0) FROM record"
+        ).fetchone()
+        return int(held) + _ROW * int(rows)
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                self._database.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._database
+                    self._database.execute("COMMIT")
+                except BaseException:
+                    self._database.execute("ROLLBACK")
+                    raise
+            except sqlite3.Error as error:
+                raise RecordUnavailable(f"the record cannot be written: {error}", cure="free disk space") from error
+
+    def keep(self, record: str, at: float, until: float, facts: Facts, body: bytes | None, *, answer: bool) -> None:
+        """Write a record of a call; ``answer``: what is answered belongs to it. Raises :class:`RecordUnavailable`."""
+        sealed = self._key.seal(_bound(record, "facts"), msgspec.json.encode(facts))
+        said = None if body is None else self._key.seal(_bound(record, "body"), body)
+        size = len(sealed) + len(said or b"")
+        with self._writing() as database:
+            self._make_room(size + _ROW)
+            database.execute(
+                "INSERT INTO record VALUES (?, ?, ?, ?, ?, ?, 0, 0, NULL, ?, ?)",
+                (record, at, until, facts.workspace, size, "open" if answer else "none", sealed, said),
+            )
+        with self._lock:
+            self._used += size + _ROW
+
+    def _make_room(self, size: int) -> None:
+        if self._used + size > self._limit:
+            raise RecordUnavailable(
+                "the records of calls are full",
+                cure="ask the platform team for more room, or the policy's owner to have less kept",
+            )
+
+    def add(self, record: str, place: int, text: bytes) -> bool:
+        """Write a piece of an answer; return whether it is on disk. One that does not fit leaves the answer cut."""
+        sealed = self._key.seal(_bound(record, f"answer:{place}"), text)
+        try:
+            with self._writing() as database:
+                row = database.execute("SELECT answer, answer_bytes FROM record WHERE id = ?", (record,)).fetchone()
+                if row is None or row[0] != "open":
+                    return False
+                if row[1] + len(sealed) > MAX_ANSWER:
+                    database.execute("UPDATE record SET answer = 'cut' WHERE id = ?", (record,))
+                    return False
+                self._make_room(len(sealed))
+                found = database.execute(
+                    "INSERT OR IGNORE INTO piece VALUES (?, ?, ?, ?)", (record, place, len(sealed), sealed)
+                )
+                if found.rowcount != 1:
+                    return False
+                database.execute(
+                    "UPDATE record SET answer_bytes = answer_bytes + ? WHERE id = ?", (len(sealed), record)
+                )
+                _complete(database, record)
+        except RecordUnavailable:
+            self._cut(record)
+            raise
+        with self._lock:
+            self._used += len(sealed)
+        return True
+
+    def _cut(self, record: str) -> None:
+        with self._writing() as database:
+            database.execute("UPDATE record SET answer = 'cut' WHERE id = ? AND answer = 'open'", (record,))
+
+    def end(self, record: str, pieces: int, status: int) -> None:
+        """Note that an answer came in ``pieces``, numbered from 0; it is whole once all of them are here, which may be later."""
+        with self._writing() as database:
+            database.execute(
+                "UPDATE record SET status = ?, pieces = ? WHERE id = ? AND pieces IS NULL", (status, pieces, record)
+            )
+            _complete(database, record)
+
+    def forget(self, record: str) -> None:
+        """Remove the record of a call that was refused after all."""
+        self._remove("id = ?", (record,))
+
+    def purge(self, now: float, *, open_s: float = 86400.0) -> int:
+        """Remove what was kept long enough, and give up answers to calls older than ``open_s``; return how many went."""
+        with self._writing() as database:
+            database.execute("UPDATE record SET answer = 'cut' WHERE answer = 'open' AND at < ?", (now - open_s,))
+        return self._remove("until <= ?", (now,))
+
+    def _remove(self, where: str, values: tuple[object, ...]) -> int:
+        with self._writing() as database:
+            database.execute(
+                f"DELETE FROM piece WHERE record IN (SELECT id FROM record WHERE {where})",  # noqa: S608 - our own words
+                values,
+            )
+            gone = database.execute(f"DELETE FROM record WHERE {where}", values).rowcount  # noqa: S608 - our own words
+        with self._lock:
+            self._used = self._measured()
+        return int(gone)
+
+    def listed(self, *, workspace: str = "", before: float | None = None, limit: int = 50) -> list[Listed]:
+        """Return records without what was said, the newest first: of one workspace, older than ``before``, at most ``limit``."""
+        with self._lock:
+            rows = self._database.execute(
+                "SELECT id, until, answer, answer_bytes, status, facts FROM record WHERE (? = '' OR workspace = ?) "
+                "AND (? IS NULL OR at < ?) ORDER BY at DESC, id LIMIT ?",
+                (workspace, workspace, before, before, min(limit, MAX_LISTED)),
+            ).fetchall()
+        return [self._as_listed(row) for row in rows]
+
+    def read(self, record: str) -> Whole:
+        """Return a whole record; raise :class:`RecordUnknown`, or :class:`RecordUnavailable` where it does not open."""
+        with self._lock:
+            row = self._database.execute(
+                "SELECT id, until, answer, answer_bytes, status, facts, body FROM record WHERE id = ?", (record,)
+            ).fetchone()
+            pieces = self._database.execute(
+                "SELECT place, sealed FROM piece WHERE record = ? ORDER BY place", (record,)
+            ).fetchall()
+        if row is None:
+            raise RecordUnknown(f"there is no record {record[:64]}", cure="list them with `saw inference log`")
+        body = None if row[6] is None else self._open(record, "body", row[6])
+        answer = b"".join(self._open(record, f"answer:{place}", sealed) for place, sealed in pieces)
+        return Whole(listed=self._as_listed(row), body=body, answer=answer)
+
+    def _as_listed(self, row: tuple[object, ...]) -> Listed:
+        record = str(row[0])
+        facts = msgspec.json.decode(self._open(record, "facts", row[5]), type=Facts)
+        return msgspec.convert(
+            {"id": record, "until": row[1], "answer": row[2], "answer_bytes": row[3], "status": row[4], "facts": facts},
+            Listed,
+        )
+
+    def _open(self, record: str, what: str, sealed: object) -> bytes:
+        try:
+            return self._key.open(_bound(record, what), sealed if isinstance(sealed, bytes) else b"")
+        except SealBroken as error:
+            raise RecordUnavailable(
+                f"the {what.partition(':')[0]} of record {record} cannot be opened",
+                cure="the file was changed, or the key is another one",
+            ) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._database.close()
+
+
+def _complete(database: sqlite3.Connection, record: str) -> None:
+    """Call an answer whole once there are as many pieces as it came in."""
+    database.execute(
+        "UPDATE record SET answer = 'whole' WHERE id = ? AND answer = 'open' "
+        "AND pieces = (SELECT COUNT(*) FROM piece WHERE record = ?)",
+        (record, record),
+    )
+
+
+def _bound(record: str, what: str) -> bytes:
+    return f"saw-record/1:{record}:{what}".encode()
