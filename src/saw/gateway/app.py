@@ -157,6 +157,7 @@ class AuthorizationApp:
         self._services = services
         self._health = health
         self._monotonic = monotonic
+        self._decided = 0
         self._judge = judge
         self._spool = spool
         self._factory = factory
@@ -189,7 +190,7 @@ class AuthorizationApp:
 
     def _well(self) -> Answer:
         """Say how this gatekeeper is: 503 while it would refuse every call, so that another one is asked where there is one."""
-        told = self._health()
+        told = {**self._health(), "decided": self._decided}
         return 503 if told.get("doubt") else 200, [(b"content-type", b"application/json")], json.dumps(told).encode()
 
     async def answer(self, call: Call, gone: Callable[[], bool] = lambda: False) -> Answer:
@@ -204,6 +205,7 @@ class AuthorizationApp:
                 if verdict.allowed and (gone() or self._monotonic() - came > LATEST_S):
                     raise NobodyWaits("nobody waits for the decision any more", cure="make the call again")
                 await self._spool.record(event_of(verdict, self._factory))
+                self._decided += 1
             except BaseException:
                 await self._judge.give_back(verdict, "the call could not be recorded")
                 raise

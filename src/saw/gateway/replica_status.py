@@ -19,7 +19,10 @@ PATIENCE_S = 5.0
 
 
 class Replica(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica: ``problem`` says why it decides nothing, empty where it decides. The rest is what it said, if it did."""
+    """One replica: ``problem`` says why it decides nothing, empty where it decides. The rest is what it said, if it did.
+
+    ``state`` is the number of the broker's state that it has, ``decided`` how many calls it decided on since it started.
+    """
 
     replica: int
     problem: str = ""
@@ -27,6 +30,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     pid: int = 0
     state: int = -1
     workspaces: int = 0
+    decided: int = 0
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +49,7 @@ class _Told(msgspec.Struct, frozen=True):
     state: int
     workspaces: int
     doubt: str
+    decided: int
 
 
 class _Connection(http.client.HTTPConnection):
@@ -77,6 +82,7 @@ def ask(path: Path, replica: int) -> Replica:
         pid=told.pid,
         state=told.state,
         workspaces=told.workspaces,
+        decided=told.decided,
     )
 
 
@@ -99,7 +105,10 @@ def print_status(config: GatekeeperConfig, *, as_json: bool) -> int:
         print(json.dumps({"ok": decides, **msgspec.to_builtins(found)}))
         return 0 if decides else 1
     for replica in found.replicas:
-        said = replica.problem or f"decides for {replica.workspaces} workspaces by state {replica.state}"
+        said = (
+            replica.problem
+            or f"knows {replica.workspaces} workspaces (state {replica.state}), decided {replica.decided} calls"
+        )
         pid = f" (pid {replica.pid})" if replica.pid else ""
         print(f"replica {replica.replica}{pid}{', leads' if replica.leads else ''}: {said}")
     for count, what in (
