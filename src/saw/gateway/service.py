@@ -54,6 +54,8 @@ LOG = logging.getLogger("saw.gateway")
 LEDGER_PATIENCE_S = 5.0
 """How long a charge waits for changes of other replicas (seconds). Envoy's filter tells the end of a call three times: one
 replica that was stopped in a change is ended by its watchdog meanwhile (``saw-gatekeeper@.service``)."""
+EVERY_S = 1.0
+"""How often what lapses with time is looked for, and the service manager is told that this process runs (seconds)."""
 TOKEN_STEP_S = 3.0
 """Time for each step of fetching an access token (seconds)."""
 
@@ -278,7 +280,7 @@ class Gatekeeper:
     async def _watch_streams(self) -> None:
         """Have what lapses with time alone (leases, delegations, silence) end WebSockets and gRPC calls, within a second."""
         while True:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(EVERY_S)
             notify("WATCHDOG=1")
             if self._published is not None:
                 self._publish(self._keeper.view)

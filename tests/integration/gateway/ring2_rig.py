@@ -256,16 +256,25 @@ class Rig:
         """Start the processes of the gatekeepers that do not run and wait for their sockets."""
         for replica in range(1, self.replicas + 1):
             if replica not in self.gatekeepers:
-                self.start_replica(replica)
+                self._start(replica)
+        for replica in self.gatekeepers:
+            self._started(replica)
 
     def start_replica(self, replica: int) -> None:
         """Start one gatekeeper and wait for its sockets."""
+        self._start(replica)
+        self._started(replica)
+
+    def _start(self, replica: int) -> None:
         sockets = self.config.sockets(replica)
         sockets.authz.parent.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "saw.cli.main", "gateway", "serve", "--config", str(self.config_path)]
         self.gatekeepers[replica] = self.namespace.popen(
             *command, "--replica", str(replica), stdout=self.log, stderr=self.log
         )
+
+    def _started(self, replica: int) -> None:
+        sockets = self.config.sockets(replica)
         for path in (sockets.authz, sockets.review):
             assert path is not None
             wait_for(path.exists, str(path))
