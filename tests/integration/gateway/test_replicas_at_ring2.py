@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -239,3 +240,24 @@ def test_a_call_whose_replica_dies_is_settled_by_the_other(paying: Rig) -> None:
         assert call.result().status == 200
         assert balances(paying) == [(0, 3)]
         assert governed(paying)
+
+
+def test_the_status_tells_of_each_replica(rig: Rig) -> None:
+    command = ("gateway", "status", "--json", "--config", str(rig.config_path))
+
+    def told() -> dict[int, dict[str, Any]]:
+        found = json.loads(rig.saw(*command))
+        assert found["ok"]
+        return {replica["replica"]: replica for replica in found["replicas"]}
+
+    both = told()
+    assert [both[replica]["problem"] for replica in (1, 2)] == ["", ""]
+    assert sorted(replica["leads"] for replica in both.values()) == [False, True]
+    assert {replica: both[replica]["pid"] for replica in both} == {
+        replica: process.pid for replica, process in rig.gatekeepers.items()
+    }
+    with without(rig, 1) as kill:
+        kill()
+        after = told()
+        assert "it is not there" in after[1]["problem"]
+        assert after[2]["problem"] == ""
