@@ -264,7 +264,7 @@ def test_a_kill_by_the_operator_refuses_everything_in_seconds(
 def test_a_killed_workspace_stays_refused_over_restarts_and_when_its_vm_is_run_again(
     rooted: Workspace, checkout: Path, log: Any
 ) -> None:
-    rooted.host("edge", "systemctl restart saw-gatekeeper saw-ring2")
+    rooted.host("edge", "systemctl restart 'saw-gatekeeper@*' saw-ring2")
     rooted.host("control", "systemctl restart saw-broker")
     wait_for_broker(rooted)
     assert rooted.show()["state"] == "quarantined"

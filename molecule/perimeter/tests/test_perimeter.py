@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 
 import pytest
 
@@ -11,11 +12,57 @@ testinfra_hosts = ["edge"]
 
 
 def test_gatekeeper_and_ring2_run_enabled_as_their_own_users(host):
-    for unit, user in (("saw-gatekeeper", "saw-gateway"), ("saw-ring2", "saw-ring2")):
+    for unit, user in (
+        ("saw-gatekeeper@1", "saw-gateway"),
+        ("saw-gatekeeper@2", "saw-gateway"),
+        ("saw-ring2", "saw-ring2"),
+    ):
         service = host.service(unit)
         assert service.is_running, host.run(f"journalctl -u {unit} --no-pager -n 50").stdout
         assert service.is_enabled
         assert host.run(f"systemctl show --property=User --value {unit}").stdout.strip() == user
+
+
+def replicas(host):
+    """What `saw gateway status` says of each gatekeeper."""
+    told = json.loads(host.run("/opt/saw/bin/saw gateway status --json").stdout)
+    return {replica["replica"]: replica for replica in told["replicas"]}
+
+
+def until(host, what, holds):
+    """Wait until ``holds`` says so of the gatekeepers."""
+    end = time.monotonic() + 120
+    while not holds(replicas(host)):
+        assert time.monotonic() < end, f"{what} did not happen: {replicas(host)}"
+        time.sleep(0.2)
+
+
+def test_no_other_gatekeeper_runs_and_the_unit_without_a_number_is_gone(host):
+    units = host.run("systemctl list-units --all --plain --no-legend 'saw-gatekeeper*.service'").stdout.split("\n")
+    assert sorted(line.split()[0] for line in units if " active " in line) == [
+        "saw-gatekeeper@1.service",
+        "saw-gatekeeper@2.service",
+    ]
+    assert not host.file("/etc/systemd/system/saw-gatekeeper.service").exists
+
+
+def test_both_gatekeepers_decide_and_one_of_them_leads(host):
+    until(host, "both decide", lambda found: not any(replica["problem"] for replica in found.values()))
+    assert sorted(replica["leads"] for replica in replicas(host).values()) == [False, True]
+
+
+def test_a_gatekeeper_that_stands_still_is_ended_and_another_one_leads(host):
+    """The watchdog of the real unit: a stopped process is killed, the other takes over, and both are there again."""
+    until(host, "both decide", lambda found: not any(replica["problem"] for replica in found.values()))
+    first = next(replica for replica in replicas(host).values() if replica["leads"])
+    assert host.run(f"kill -STOP {first['pid']}").rc == 0
+    until(host, "the other leads", lambda found: found[3 - first["replica"]]["leads"])
+    until(
+        host,
+        "the first one is back",
+        lambda found: not found[first["replica"]]["problem"] and found[first["replica"]]["pid"] != first["pid"],
+    )
+    assert not replicas(host)[first["replica"]]["leads"]
 
 
 def test_the_gatekeeper_is_in_touch_with_the_broker(host):
@@ -72,6 +119,6 @@ def test_only_operator_networks_get_in(host):
 
 
 def test_units_are_confined(host):
-    for unit, limit in (("saw-gatekeeper", 3.0), ("saw-ring2", 3.0)):
+    for unit, limit in (("saw-gatekeeper@1", 3.0), ("saw-ring2", 3.0)):
         report = host.run(f"systemd-analyze security --no-pager {unit}.service | tail -n 1").stdout
         assert float(report.split(":")[1].split()[0]) < limit, report

@@ -101,17 +101,26 @@ class Balance(msgspec.Struct, frozen=True):
 class Ledger:
     """The ledger in the file ``path``; ``life_s`` is how long a reservation stays open without news.
 
-    ``monotonic`` gives the seconds that truly pass.
+    ``monotonic`` gives the seconds that truly pass. ``patience_s`` is how long a change waits for those of others (seconds); one
+    that waited longer is not made.
     """
 
-    def __init__(self, path: Path, *, life_s: int = LIFE_S, monotonic: Callable[[], float] = clocks.monotonic) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        life_s: int = LIFE_S,
+        monotonic: Callable[[], float] = clocks.monotonic,
+        patience_s: float = 60.0,
+    ) -> None:
+        self._patience_s = patience_s
         self._path = path
         self._life_s = life_s
         self._monotonic = monotonic
         self._behind: tuple[int, float] | None = None
         self._lock = threading.Lock()
         try:
-            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=60.0)
+            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=patience_s)
             path.chmod(0o600)
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=FULL")
@@ -124,19 +133,20 @@ class Ledger:
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
         """Hold the only transaction that may write; whatever is raised inside undoes it."""
-        with self._lock:
+        if not self._lock.acquire(timeout=self._patience_s):
+            raise LedgerError(f"the ledger {self._path} is not free", cure="try again")
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
             try:
-                self._database.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._database
-                except BaseException:
-                    self._database.execute("ROLLBACK")
-                    raise
-                self._database.execute("COMMIT")
-            except sqlite3.Error as error:
-                raise LedgerError(
-                    f"the ledger {self._path} cannot be written: {error}", cure="free disk space"
-                ) from error
+                yield self._database
+            except BaseException:
+                self._database.execute("ROLLBACK")
+                raise
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise LedgerError(f"the ledger {self._path} cannot be written: {error}", cure="free disk space") from error
+        finally:
+            self._lock.release()
 
     def _time(self, now: datetime) -> datetime:
         """Return ``now``, or the latest time seen when that is later; inside a transaction.

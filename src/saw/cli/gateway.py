@@ -24,7 +24,11 @@ def main(argv: list[str]) -> int:
     common.add_argument("--config", default=DEFAULT_CONFIG, help=f"configuration file (default {DEFAULT_CONFIG})")
     common.add_argument("--json", action="store_true", help="print machine-readable results")
     commands.add_parser("init", parents=[common], help="make folders, keys, signing requests and Envoy's first files")
-    commands.add_parser("serve", parents=[common], help="run saw-gatekeeper")
+    serving = commands.add_parser("serve", parents=[common], help="run saw-gatekeeper")
+    serving.add_argument("--replica", type=int, default=1, help="which of the host's gatekeepers this is (default 1)")
+    commands.add_parser(
+        "status", parents=[common], help="tell how each gatekeeper of this host is; fails unless one decides"
+    )
     render = commands.add_parser("render", parents=[common], help="print Envoy's files for some workspace numbers")
     render.add_argument("--numbers", default="1", help="workspace numbers, separated by commas (default 1)")
     render.add_argument("--check", action="store_true", help="have Envoy validate them instead of printing them")
@@ -35,7 +39,16 @@ def main(argv: list[str]) -> int:
     if arguments.command == "serve":
         from saw.gateway.service import serve
 
-        return serve(config)
+        if not 1 <= arguments.replica <= config.replicas:
+            raise ConfigError(
+                f"there is no replica {arguments.replica}: replicas is {config.replicas}",
+                cure="start those that the configuration names, or raise `replicas` in it",
+            )
+        return serve(config, arguments.replica)
+    if arguments.command == "status":
+        from saw.gateway.replica_status import print_status
+
+        return print_status(config, as_json=arguments.json)
     if arguments.command == "ports":
         from saw.gateway.ports import require_free
 

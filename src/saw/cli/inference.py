@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import socket
 from datetime import datetime
@@ -12,7 +13,8 @@ from typing import Any
 from saw.cli.operator_options import show, table
 from saw.errors import ConfigError, SawError
 
-DEFAULT_SOCKET = Path("/run/saw/gatekeeper/records.sock")
+SOCKETS = Path("/run/saw/gatekeeper")
+"""Where each gatekeeper of a host has its sockets, in a folder of its own number."""
 _TIMEOUT_S = 60
 _COLUMNS = ("record", "time", "workspace", "route", "model", "classes", "kept", "bytes", "answer", "status")
 
@@ -30,12 +32,23 @@ def main(argv: list[str]) -> int:
         question: dict[str, object] = {"action": "list", "workspace": options.workspace, "limit": options.limit}
         if options.before is not None:
             question["before"] = _seconds(options.before)
-        answer = ask(options.socket, question)
+        answer = ask(options.socket or running(), question)
         show(answer, table([_row(one) for one in answer["records"]], _COLUMNS), as_json=options.json)
         return 0
-    answer = ask(options.socket, {"action": "show", "record": options.record})
+    answer = ask(options.socket or running(), {"action": "show", "record": options.record})
     show(answer["shown"], _text(answer["shown"]), as_json=options.json)
     return 0
+
+
+def running(folder: Path = SOCKETS) -> Path:
+    """Return the socket of a gatekeeper that answers; all of them have the same records."""
+    found = sorted(folder.glob("*/records.sock"))
+    for path in found:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock, contextlib.suppress(OSError):
+            sock.settimeout(_TIMEOUT_S)
+            sock.connect(str(path))
+            return path
+    return found[0] if found else folder / "1" / "records.sock"
 
 
 def ask(path: Path, question: dict[str, object]) -> dict[str, Any]:
@@ -115,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("record", help="its name, as `log` and the audit trail's `record` tell it")
     for command in (log, shown):
         command.add_argument(
-            "--socket", type=Path, default=DEFAULT_SOCKET, help=f"the gatekeeper's socket (default {DEFAULT_SOCKET})"
+            "--socket", type=Path, help=f"a gatekeeper's socket (default: one in {SOCKETS} that answers)"
         )
         command.add_argument("--json", action="store_true", help="print machine-readable results")
     return parser

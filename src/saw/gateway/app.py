@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
+import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import unquote
 
@@ -17,6 +18,7 @@ from saw.errors import SawError
 from saw.gateway.edit_filter import edit_value
 from saw.gateway.envoy_parts import (
     EDIT_HEADER,
+    HEALTH_PATH,
     MAX_AUTHZ_BODY,
     METER_HEADER,
     METER_SEAT,
@@ -45,6 +47,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
 
+LATEST_S = 7.0
+"""A call that is allowed later than this after it came is refused (seconds): Envoy may have given it up (``AUTHZ_TIMEOUT``)."""
 _CONTROL = frozenset({"x-forwarded-client-cert", "x-envoy-auth-partial-body"})
 _UNAVAILABLE = "the gatekeeper could not decide or record this call, so it is refused"
 _NEXT_STEPS = {
@@ -125,12 +129,19 @@ def refusal_body(verdict: Verdict) -> dict[str, object]:
     }
 
 
+class NobodyWaits(SawError):
+    """The call was given up by the one who asked, so it is not sent and must not be recorded as allowed."""
+
+    code = "gatekeeper_unavailable"
+
+
 class AuthorizationApp:
     """An ASGI application; every request to it is one check.
 
     ``waiting`` are the tickets for calls that the review service takes in, None where there is none; ``relayed`` those for calls
     whose answers are looked at; ``sessions`` those for sessions of PostgreSQL; ``sending`` those that such a call, or
-    an approved one, brings back, which was judged and recorded just before.
+    an approved one, brings back, which was judged and recorded just before. ``services`` says how the service of a transport is
+    named in Envoy's files. ``health`` says how this gatekeeper is, with what is in doubt under ``doubt``. ``monotonic``: seconds.
     """
 
     def __init__(
@@ -145,8 +156,15 @@ class AuthorizationApp:
         sessions: Tickets[Verdict] | None = None,
         meter: Meter | None = None,
         recorder: Recorder | None = None,
+        services: Callable[[str], str] = str,
+        health: Callable[[], Mapping[str, object]] = dict,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._recorder = recorder
+        self._services = services
+        self._health = health
+        self._monotonic = monotonic
+        self._decided = 0
         self._judge = judge
         self._spool = spool
         self._factory = factory
@@ -167,30 +185,45 @@ class AuthorizationApp:
             status, headers, content = await self._settle(read_told(scope["headers"], body, TOLD_HEADERS, BETWEEN))
         elif (b"x-saw-listener", RECORD_SEAT.encode()) in scope["headers"]:
             status, headers, content = await self._take(scope["headers"], body)
+        elif scope["path"] == HEALTH_PATH and all(name != b"x-saw-listener" for name, _ in scope["headers"]):
+            status, headers, content = self._well()
         else:
-            status, headers, content = await self.answer(read_call(scope["headers"], body))
+            gone = asyncio.create_task(_gone(receive))
+            try:
+                status, headers, content = await self.answer(read_call(scope["headers"], body), gone.done)
+            finally:
+                gone.cancel()
         headers.append((b"content-length", str(len(content)).encode()))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 
-    async def answer(self, call: Call) -> Answer:
-        """Judge and record one call; return status, headers and body."""
+    def _well(self) -> Answer:
+        """Say how this gatekeeper is: 503 while it would refuse every call, so that another one is asked where there is one."""
+        told = {**self._health(), "decided": self._decided}
+        return 503 if told.get("doubt") else 200, [(b"content-type", b"application/json")], json.dumps(told).encode()
+
+    async def answer(self, call: Call, gone: Callable[[], bool] = lambda: False) -> Answer:
+        """Judge and record one call; return status, headers and body. ``gone``: whether the one who asked has left."""
+        came = self._monotonic()
         if call.listener == SEND_SEAT:
             return self._approved(call)
         bound = (call.method, call.authority, call.target)
         try:
             verdict = await self._judge.decide(call)
             try:
+                if verdict.allowed and (gone() or self._monotonic() - came > LATEST_S):
+                    raise NobodyWaits("nobody waits for the decision any more", cure="make the call again")
                 await self._spool.record(event_of(verdict, self._factory))
+                self._decided += 1
             except BaseException:
                 await self._judge.give_back(verdict, "the call could not be recorded")
                 raise
             if self._waiting is not None and (verdict.held or verdict.poll):
-                return _to_service(call, self._waiting.issue(bound, verdict), "review")
+                return _to_service(call, self._waiting.issue(bound, verdict), self._services("review"))
             if verdict.dial is not None and verdict.dial.login is not None and self._sessions is not None:
-                return _to_service(call, self._sessions.issue(bound, verdict), "postgres")
+                return _to_service(call, self._sessions.issue(bound, verdict), self._services("postgres"))
             if verdict.server and self._relayed is not None:
-                return _to_service(call, self._relayed.issue(bound, verdict), "mcp")
+                return _to_service(call, self._relayed.issue(bound, verdict), self._services("mcp"))
         except asyncio.CancelledError:
             raise
         except SawError as error:
@@ -294,6 +327,11 @@ def _unavailable(call: Call) -> Answer:
             "request_id": call.request_id,
         }
     )
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _read_body(receive: Receive) -> bytes | None:

@@ -11,6 +11,7 @@ import msgspec
 from saw.addressing import Band, ingress_address, problems_of_blocks
 from saw.errors import ConfigError
 from saw.files import load_json
+from saw.gateway.replicas import MOST_REPLICAS, Sockets, problem_of_sockets, sockets_of
 from saw.secrets.settings import problems_of_vault
 from saw.secrets.vault_settings import AppRole, VaultSettings
 
@@ -116,7 +117,8 @@ class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     gatekeeper: whoever can write to it can obtain credentials. ``review_socket``, of the same group, is where calls
     that wait for a person are taken in; without it they are refused with ``review_required``. ``credentials_dir`` and ``vault``
     are where credentials lie; without a vault, calls that need one from there are refused. ``records``: where calls are kept that
-    policy has kept; without it such calls are refused.
+    policy has kept; without it such calls are refused. ``replicas`` is how many gatekeepers this host runs; with more than one,
+    ``{replica}`` in ``authz_socket``, ``review_socket`` and ``ring2.send_socket`` stands for the number of each.
     """
 
     name: str
@@ -131,6 +133,7 @@ class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     authz_group: str = ""
     review_socket: Path | None = None
     ring2: Ring2Config
+    replicas: int = 1
     numbers: Band = Band()
     credentials_dir: Path = Path("/etc/saw/credentials")
     vault: CredentialVault | None = None
@@ -144,20 +147,13 @@ class GatekeeperConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     resolver: ResolverConfig = ResolverConfig()
     nft: NftConfig = NftConfig()
 
-    @property
-    def postgres_socket(self) -> Path:
-        """Return where sessions of PostgreSQL are brought: beside ``authz_socket``."""
-        return self.authz_socket.with_name("postgres.sock")
+    def sockets(self, replica: int = 1) -> Sockets:
+        """Return the sockets of a replica, from 1 on."""
+        return sockets_of(replica, authz=self.authz_socket, review=self.review_socket, send=self.ring2.send_socket)
 
-    @property
-    def records_socket(self) -> Path:
-        """Return where what is kept of calls is read: beside ``authz_socket``."""
-        return self.authz_socket.with_name("records.sock")
-
-    @property
-    def mcp_socket(self) -> Path:
-        """Return where calls of MCP servers are brought whose answers are looked at: beside ``authz_socket``."""
-        return self.authz_socket.with_name("mcp.sock")
+    def all_sockets(self) -> tuple[Sockets, ...]:
+        """Return the sockets of every replica, the first one's first."""
+        return tuple(self.sockets(replica) for replica in range(1, self.replicas + 1))
 
 
 def split_address(text: str, name: str) -> tuple[str, int]:
@@ -235,6 +231,10 @@ def load_config(path: Path | str) -> GatekeeperConfig:
         raise ConfigError(
             f"records.limit_mib is {config.records.limit_mib}", cure="write 1 or more MiB, for example 10240"
         )
+    if not 1 <= config.replicas <= MOST_REPLICAS:
+        raise ConfigError(f"replicas is {config.replicas}", cure=f"write 1 to {MOST_REPLICAS}")
+    if problem := problem_of_sockets(config.all_sockets()):
+        raise ConfigError(problem, cure="see docs/perimeter.md")
     if not 60 <= config.reservation_s <= 86400:
         raise ConfigError(f"reservation_s is {config.reservation_s}", cure="write 60 to 86400 whole seconds")
     if not 1 <= config.poll_wait_s <= 30:

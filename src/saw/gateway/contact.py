@@ -15,6 +15,7 @@ import msgspec
 
 from saw.errors import ConfigError
 from saw.files import load_json, write_private
+from saw.gateway.replicas import named
 
 LOG = logging.getLogger("saw.gateway")
 
@@ -32,10 +33,11 @@ class Contact:
 
     ``stale_after_s`` is how long silence is borne without a grant (seconds). ``saved_at`` is when the state in the cache was
     taken in, if there is one: the broker answered then. Times are those of the gatekeeper's clock, which never runs back.
+    Each ``replica`` has a file of its own: what one heard says nothing of what another one knows.
     """
 
-    def __init__(self, directory: Path, stale_after_s: float, saved_at: datetime | None) -> None:
-        self._path = directory / "contact.json"
+    def __init__(self, directory: Path, stale_after_s: float, saved_at: datetime | None, replica: int = 1) -> None:
+        self._path = directory / f"{named('contact', replica)}.json"
         self._stale_after_s = stale_after_s
         self._lost = False
         kept = self._load()

@@ -7,10 +7,11 @@ every request, then dials exactly the address that the gatekeeper named. Nothing
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from saw.gateway.envoy_parts import (
+    HEALTH_PATH,
     HTTP,
     SSH_PORT,
     TLS,
@@ -23,6 +24,7 @@ from saw.gateway.envoy_parts import (
     resources,
     socket_address,
 )
+from saw.gateway.replicas import Sockets, named
 
 SDS_KIND = "envoy.extensions.transport_sockets.tls.v3.Secret"
 
@@ -68,15 +70,12 @@ def workspace_authority(version: str, tls_dir: Path) -> str:
 def clusters(
     version: str,
     *,
-    authz_socket: Path,
-    mcp_socket: Path,
-    postgres_socket: Path,
-    review_socket: Path | None,
+    replicas: Sequence[Sockets],
     broker: tuple[str, int],
     upstream_ca: Path,
     numbers: Iterable[int],
 ) -> str:
-    """Return the CDS file: the gatekeeper, its services, two ways to an upstream, the broker, each VM's SSH port."""
+    """Return the CDS file: gatekeepers, their services, two ways to an upstream, the broker, each VM's SSH port."""
     strip: Json = {
         "name": "envoy.filters.http.header_mutation",
         "typed_config": {
@@ -131,9 +130,7 @@ def clusters(
         }
     }
     items: list[Json] = [
-        _local_cluster("gatekeeper", authz_socket),
-        _local_cluster("mcp", mcp_socket),
-        _local_cluster("postgres", postgres_socket),
+        *_gatekeepers(replicas),
         upstream(
             "upstream-tls",
             {"auto_config": {"http_protocol_options": {}, "http2_protocol_options": {}}, **named},
@@ -148,10 +145,54 @@ def clusters(
         upstream("upstream-plain", {"explicit_http_config": {"http_protocol_options": {}}}, {}),
         _tcp_cluster("broker", *broker),
     ]
-    if review_socket is not None:
-        items.append(_local_cluster("review", review_socket))
     items += [_tcp_cluster(f"ssh-{seat.number}", seat.workspace, SSH_PORT) for seat in map(Seat, sorted(set(numbers)))]
     return resources(version, "envoy.config.cluster.v3.Cluster", items)
+
+
+def _gatekeepers(replicas: Sequence[Sockets]) -> Iterator[Json]:
+    """Yield what leads to the gatekeepers.
+
+    A workspace's own replica is asked first and the others stand by; which of them are well, Envoy asks each of them. The
+    services behind a decision, and what a replica sends, belong to the replica that decided: the tickets are in its memory.
+    """
+    for replica, own in enumerate(replicas, 1):
+        if len(replicas) == 1:
+            yield _local_cluster("gatekeeper", own.authz)
+        else:
+            others = [item.authz for item in [*replicas[replica:], *replicas[: replica - 1]]]
+            yield _watched_cluster(named("gatekeeper", replica), [own.authz, *others])
+            yield _local_cluster(named("alone", replica), own.authz)
+        yield _local_cluster(named("mcp", replica), own.mcp)
+        yield _local_cluster(named("postgres", replica), own.postgres)
+        if own.review is not None:
+            yield _local_cluster(named("review", replica), own.review)
+
+
+def _watched_cluster(name: str, paths: Sequence[Path]) -> Json:
+    """Return a cluster whose first socket is used as long as it is well, and then the next one that is."""
+    return {
+        "name": name,
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "wait_for_warm_on_init": False,
+        "health_checks": [
+            {
+                "timeout": "2s",
+                "interval": "1s",
+                "no_traffic_interval": "1s",
+                "unhealthy_threshold": 2,
+                "healthy_threshold": 2,
+                "http_health_check": {"host": "gatekeeper", "path": HEALTH_PATH},
+            }
+        ],
+        "load_assignment": {
+            "cluster_name": name,
+            "endpoints": [
+                {"priority": place, "lb_endpoints": [{"endpoint": {"address": pipe(path)}}]}
+                for place, path in enumerate(paths)
+            ],
+        },
+    }
 
 
 def _local_cluster(name: str, path: Path) -> Json:

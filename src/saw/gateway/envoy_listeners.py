@@ -6,7 +6,7 @@ Without the gatekeeper's answer no route leads anywhere: the only other route is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from saw.gateway.edit_filter import EDIT_FILTER
@@ -36,6 +36,7 @@ from saw.gateway.envoy_parts import (
 )
 from saw.gateway.record_filter import record_filter
 from saw.gateway.redaction import REDACTION_FILTER
+from saw.gateway.replicas import MOST_REPLICAS, home, named
 from saw.gateway.streams import Standing
 from saw.gateway.usage_filter import usage_filter
 from saw.policy.databases import UPGRADE
@@ -44,6 +45,19 @@ from saw.policy.websocket import FRAME_FILTER, PROTOCOL
 
 _LISTENER = "envoy.config.listener.v3.Listener"
 REFUSAL = {"error": "policy_denied", "layer": "ring2"}
+_UNASKED = {
+    "retry_on": "connect-failure,reset-before-request",
+    "num_retries": MOST_REPLICAS - 1,
+    # The longest pause is also the longest time of one try, in which nothing changes.
+    "retry_back_off": {"base_interval": "0.01s", "max_interval": AUTHZ_TIMEOUT},
+    "retry_priority": {
+        "name": "envoy.retry_priorities.previous_priorities",
+        "typed_config": {
+            "@type": TYPE + "envoy.extensions.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig",
+            "update_frequency": 1,
+        },
+    },
+}
 ACCESS_FIELDS = {
     "time": "%START_TIME%",
     "request_id": "%REQ(X-REQUEST-ID)%",
@@ -68,16 +82,16 @@ def listeners(
     credential_headers: Iterable[str],
     xds_dir: Path,
     ingress_of: Callable[[int], str | None],
-    send_socket: Path,
+    send_sockets: Sequence[Path],
     reviews: bool = False,
     streams: Mapping[int, Standing] | None = None,
     known: dict[object, str] | None = None,
 ) -> str:
-    """Return the LDS file: two or three listeners for each workspace number, and one that takes calls from the gatekeeper.
+    """Return the LDS file: two or three listeners for each workspace number, and one for each gatekeeper that brings calls.
 
     ``credential_headers`` are the names that the loaded releases' credentials use; no other header of the gatekeeper's
     answer is ever copied into a request. ``ingress_of``: the address of a
-    workspace's ingress, None where it has none. ``send_socket``: where the gatekeeper brings calls. ``reviews``: calls
+    workspace's ingress, None where it has none. ``send_sockets``: where each gatekeeper brings calls. ``reviews``: calls
     that wait for a person have a service.
     ``streams``: the workspaces that may open WebSockets or gRPC calls now, and a word for what that rests on. When the word
     changes, Envoy replaces the listener, which ends what is open. ``known``: texts of the last time, kept from call to call, so
@@ -86,23 +100,34 @@ def listeners(
     names = tuple(sorted({"authorization", *(name.lower() for name in credential_headers)} - set(HOP_HEADERS)))
     before: Mapping[object, str] = dict(known or {})
     texts: dict[object, str] = {}
+    replicas = len(send_sockets)
     for seat in map(Seat, sorted(set(numbers))):
         standing, address = (streams or {}).get(seat.number), ingress_of(seat.number)
-        key = (seat, names, xds_dir, address, reviews, standing)
+        key = (seat, names, xds_dir, address, reviews, standing, replicas)
         texts[key] = before.get(key) or ",\n".join(
             resource(_LISTENER, item)
-            for item in _of_workspace(seat, names, xds_dir, address, reviews=reviews, standing=standing)
+            for item in _of_workspace(
+                seat, names, xds_dir, address, reviews=reviews, standing=standing, replicas=replicas
+            )
         )
     if known is not None:
         known.clear()
         known.update(texts)
-    return file_of(version, [*texts.values(), resource(_LISTENER, _approved(send_socket, names))])
+    brought = (_approved(path, names, place, replicas) for place, path in enumerate(send_sockets, 1))
+    return file_of(version, [*texts.values(), *(resource(_LISTENER, item) for item in brought)])
 
 
 def _of_workspace(
-    seat: Seat, names: tuple[str, ...], xds_dir: Path, ingress: str | None, *, reviews: bool, standing: Standing | None
+    seat: Seat,
+    names: tuple[str, ...],
+    xds_dir: Path,
+    ingress: str | None,
+    *,
+    reviews: bool,
+    standing: Standing | None,
+    replicas: int,
 ) -> Iterator[Json]:
-    yield _governed(seat, names, xds_dir, reviews=reviews, standing=standing)
+    yield _governed(seat, names, xds_dir, reviews=reviews, standing=standing, replicas=replicas)
     yield _pass_through(f"broker-{seat.number}", seat.gateway, BROKER_PORT, "broker")
     if ingress is not None:
         yield _pass_through(f"ingress-{seat.number}", ingress, seat.ingress_port, f"ssh-{seat.number}")
@@ -132,8 +157,16 @@ def _listener(name: str, address: str, port: int, chain: Json) -> Json:
 
 
 def _governed(
-    seat: Seat, credential_headers: tuple[str, ...], xds_dir: Path, *, reviews: bool, standing: Standing | None
+    seat: Seat,
+    credential_headers: tuple[str, ...],
+    xds_dir: Path,
+    *,
+    reviews: bool,
+    standing: Standing | None,
+    replicas: int,
 ) -> Json:
+    own = home(seat.number, replicas)
+    asked = named("gatekeeper", own)
     websockets = standing is not None and standing.websockets
     sessions = standing is not None and standing.sessions
 
@@ -176,39 +209,51 @@ def _governed(
             },
             "local_reply_config": _local_replies(),
             "http_filters": [
-                _authorisation(credential_headers, body=True),
+                _authorisation(credential_headers, asked, body=True, others=replicas > 1),
                 # Answers pass the filters from the last one on: what is kept has no credential in it any more.
-                _script("answers that are kept", record_filter()),
+                _script("answers that are kept", record_filter(asked)),
                 _script("credentials that come back", REDACTION_FILTER),
                 _script("models that others stand for", EDIT_FILTER),
-                _script("what model services used", usage_filter(drop_mark=True)),
+                _script("what model services used", usage_filter(drop_mark=True, gatekeepers=_told(own, replicas))),
                 # The name of what open calls rest on is part of the filter: when it changes, the listener does.
                 *([_script(f"frames {standing.rests_on}", FRAME_FILTER)] if standing else []),
                 _router(),
             ],
             "route_config": {
-                **_routes(reviews=reviews, unread=standing is not None, streams=websockets, sessions=sessions),
+                **_routes(
+                    reviews=reviews,
+                    unread=standing is not None,
+                    streams=websockets,
+                    sessions=sessions,
+                    replicas=replicas,
+                ),
                 "response_headers_to_remove": [LOCAL_MARK],
             },
             # Envoy asks before the gatekeeper is asked, so it cannot tell routes apart here: what may not be opened, the
             # gatekeeper refuses, and its answer for any other call leads to no route that this matters for.
-            **({"upgrade_configs": upgrades} if (upgrades := _upgrades(credential_headers, standing)) else {}),
+            **(
+                {"upgrade_configs": upgrades}
+                if (upgrades := _upgrades(credential_headers, asked, standing, others=replicas > 1))
+                else {}
+            ),
         },
     }
     chain: Json = {"transport_socket": tls, "transport_socket_connect_timeout": "10s", "filters": [connection_manager]}
     return _listener(f"ring2-{seat.number}", seat.gateway, RING2_PORT, chain)
 
 
-def _approved(path: Path, credential_headers: tuple[str, ...]) -> Json:
-    """Return the listener on which the gatekeeper brings approved calls, and those whose answers it reads, each with a ticket.
+def _approved(path: Path, credential_headers: tuple[str, ...], replica: int, replicas: int) -> Json:
+    """Return the listener on which a gatekeeper brings approved calls, and those whose answers it reads, each with a ticket.
 
-    From here on such a call goes the way of every other one: the gatekeeper is asked, its answer names the address and
+    From here on such a call goes the way of every other one: the gatekeeper that
+    has the ticket, and no other, is asked, its answer names the address and
     the credential. Envoy says when it was Envoy that answered, so that "never sent" is told from "no answer".
     """
+    name = named("ring2-approved", replica)
     connection_manager: Json = {
         "name": "envoy.filters.network.http_connection_manager",
         "typed_config": {
-            **_connection("ring2-approved", SEND_SEAT),
+            **_connection(name, SEND_SEAT),
             "codec_type": "HTTP1",
             "use_remote_address": True,
             "skip_xff_append": True,
@@ -229,23 +274,32 @@ def _approved(path: Path, credential_headers: tuple[str, ...]) -> Json:
                 ]
             },
             "http_filters": [
-                _authorisation(credential_headers, body=False),
+                _authorisation(
+                    credential_headers, named("alone", replica) if replicas > 1 else "gatekeeper", body=False
+                ),
                 # Answers pass the filters from the last one on: what is kept has no credential in it any more.
-                _script("answers that are kept", record_filter()),
+                _script("answers that are kept", record_filter(named("gatekeeper", replica))),
                 _script("credentials that come back", REDACTION_FILTER),
                 _script("models that others stand for", EDIT_FILTER),
-                _script("what model services used", usage_filter(drop_mark=False)),
+                _script(
+                    "what model services used", usage_filter(drop_mark=False, gatekeepers=_told(replica, replicas))
+                ),
                 _router(),
             ],
             "route_config": {**_routes(reviews=False, answers=False), "response_headers_to_remove": [LOCAL_MARK]},
         },
     }
     return {
-        "name": "ring2-approved",
+        "name": name,
         "address": pipe(path, 0o660),
         "per_connection_buffer_limit_bytes": CONNECTION_BUFFER,
         "filter_chains": [{"filters": [connection_manager]}],
     }
+
+
+def _told(first: int, replicas: int) -> list[str]:
+    """Return the clusters that are told the end of a call, that of the gatekeeper ``first`` before the others."""
+    return [named("gatekeeper", (first - 1 + step) % replicas + 1) for step in range(replicas)]
 
 
 def _connection(name: str, place: str) -> Json:
@@ -316,7 +370,13 @@ def _early(place: str) -> Json:
     }
 
 
-def _authorisation(credential_headers: tuple[str, ...], *, body: bool) -> Json:
+def _authorisation(credential_headers: tuple[str, ...], asked: str, *, body: bool, others: bool = False) -> Json:
+    """Return the filter that has the cluster ``asked`` decide; ``others``: there are gatekeepers that stand by.
+
+    Another one is asked only when certainly nobody was: there was no connection, or it ended before the question was sent.
+    Whoever has the question may have decided, charged and recorded, so a second question would do that twice.
+    """
+
     def exactly(names: Iterable[str]) -> Json:
         return {"patterns": [{"exact": name, "ignore_case": True} for name in names]}
 
@@ -326,7 +386,8 @@ def _authorisation(credential_headers: tuple[str, ...], *, body: bool) -> Json:
             "@type": HTTP + "ext_authz.v3.ExtAuthz",
             "transport_api_version": "V3",
             "http_service": {
-                "server_uri": {"uri": "http://gatekeeper", "cluster": "gatekeeper", "timeout": AUTHZ_TIMEOUT},
+                "server_uri": {"uri": "http://gatekeeper", "cluster": asked, "timeout": AUTHZ_TIMEOUT},
+                **({"retry_policy": _UNASKED} if others else {}),
                 "authorization_response": {
                     "allowed_upstream_headers": exactly([*ANSWER_HEADERS, *credential_headers]),
                     "allowed_client_headers": exactly(["content-type", "retry-after", "x-request-id"]),
@@ -347,20 +408,30 @@ def _authorisation(credential_headers: tuple[str, ...], *, body: bool) -> Json:
     }
 
 
-def _upgrades(credential_headers: tuple[str, ...], standing: Standing | None) -> list[Json]:
+def _upgrades(
+    credential_headers: tuple[str, ...], asked: str, standing: Standing | None, *, others: bool
+) -> list[Json]:
     """Return what a client may switch to. A session has filters of its own: its bytes are not read, and not waited for."""
     found: list[Json] = []
     if standing is not None and standing.websockets:
         found.append({"upgrade_type": PROTOCOL})
     if standing is not None and standing.sessions:
-        filters = [_authorisation(credential_headers, body=False), _router()]
+        filters = [_authorisation(credential_headers, asked, body=False, others=others), _router()]
         found.append({"upgrade_type": UPGRADE, "filters": filters})
     return found
 
 
 def _routes(
-    *, reviews: bool, unread: bool = False, streams: bool = False, sessions: bool = False, answers: bool = True
+    *,
+    reviews: bool,
+    unread: bool = False,
+    streams: bool = False,
+    sessions: bool = False,
+    answers: bool = True,
+    replicas: int = 1,
 ) -> Json:
+    places = range(1, replicas + 1)
+
     def onward(transport: str, cluster: str, **more: object) -> Json:
         return {
             "match": {"prefix": "/", "headers": [{"name": "x-saw-transport", "string_match": {"exact": transport}}]},
@@ -402,14 +473,14 @@ def _routes(
                 "routes": [
                     onward("tls", "upstream-tls"),
                     onward("plain", "upstream-plain"),
-                    *([onward("mcp", "mcp")] if answers else []),
-                    *([onward("review", "review")] if reviews else []),
+                    *(onward(name, name) for name in (named("mcp", place) for place in places if answers)),
+                    *(onward(name, name) for name in (named("review", place) for place in places if reviews)),
                     *(
                         [lasting("tls-upgrade", "upstream-tls-1"), lasting("plain-upgrade", "upstream-plain")]
                         if streams
                         else []
                     ),
-                    *([lasting("postgres", "postgres")] if sessions else []),
+                    *(lasting(name, name) for name in (named("postgres", place) for place in places if sessions)),
                     *(
                         [lasting("tls-unread", "upstream-tls"), lasting("plain-unread", "upstream-plain")]
                         if unread

@@ -28,6 +28,8 @@ CONNECTION_BUFFER = 2 * MAX_AUTHZ_BODY
 DRAIN_SECONDS = 1
 """How long Envoy lets connections of a removed listener live; given on its command line."""
 AUTHZ_TIMEOUT = "8s"
+HEALTH_PATH = "/saw-health"
+"""Where Envoy asks a gatekeeper whether it is well; a call of a workspace names its listener, wherever it goes."""
 WORKSPACE_SAN = "spiffe://[^/]+/workspace/[^/]+"
 METER_HEADER = "x-saw-meter"
 """The header in which the gatekeeper names the charge of a call, and the filter that reads the answer tells it back."""

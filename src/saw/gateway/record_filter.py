@@ -18,13 +18,15 @@ MOST_BYTES = 65536
 """Most bytes of a piece."""
 
 _SOURCE = """
+local GATEKEEPER = "GATEKEEPER_NAME"
+
 local function tell(handle, id, body, headers, waits)
   headers[":method"], headers[":path"], headers[":authority"] = "POST", "/", "gatekeeper"
   headers["x-saw-listener"], headers["RECORD_HEADER"] = "RECORD_SEAT", id
   if waits then
-    handle:httpCall("gatekeeper", headers, body, 5000)
+    handle:httpCall(GATEKEEPER, headers, body, 5000)
   else
-    handle:httpCall("gatekeeper", headers, body, 5000, true)
+    handle:httpCall(GATEKEEPER, headers, body, 5000, true)
   end
 end
 
@@ -61,10 +63,11 @@ end
 """
 
 
-def record_filter() -> str:
-    """Return the source of the filter."""
+def record_filter(gatekeeper: str = "gatekeeper") -> str:
+    """Return the source of the filter; ``gatekeeper`` is the cluster that is told."""
     source = _SOURCE
     for name, value in (
+        ("GATEKEEPER_NAME", gatekeeper),
         ("RECORD_HEADER", RECORD_HEADER),
         ("RECORD_SEAT", RECORD_SEAT),
         ("PIECES_NUMBER", PIECES_HEADER),

@@ -35,6 +35,7 @@ CREATE INDEX IF NOT EXISTS record_until ON record (until);
 CREATE INDEX IF NOT EXISTS record_at ON record (at);
 CREATE TABLE IF NOT EXISTS piece (record TEXT NOT NULL, place INTEGER NOT NULL, bytes INTEGER NOT NULL, sealed BLOB NOT NULL,
   PRIMARY KEY (record, place)) STRICT;
+CREATE TABLE IF NOT EXISTS held (one INTEGER PRIMARY KEY CHECK (one = 1), bytes INTEGER NOT NULL) STRICT;
 """
 _ROW = 512
 """What a row takes beside its contents (bytes), so that many small calls fill the store as well."""
@@ -109,7 +110,11 @@ def load_key(path: Path) -> bytes:
 
 
 class RecordStore:
-    """The records in ``path``; they take ``limit`` bytes at most. Every method may be called from any thread."""
+    """The records in ``path``; they take ``limit`` bytes at most.
+
+    Every method may be called from any thread, and several processes may have the same file open: how much is held is counted in
+    the file, in the transaction of each change.
+    """
 
     def __init__(self, path: Path, key: bytes, limit: int, *, random: Callable[[int], bytes] = os.urandom) -> None:
         self._key = SealKey(key, random)
@@ -122,15 +127,19 @@ class RecordStore:
             for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
                 self._database.execute(f"PRAGMA {pragma}")
             self._database.executescript(_SCHEMA)
-            self._used = self._measured()
+            self._database.execute("BEGIN IMMEDIATE")
+            self._measure(self._database)
+            self._database.execute("COMMIT")
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"the records {path} cannot be opened: {error}", cure="look at the disk") from error
 
-    def _measured(self) -> int:
-        rows, held = self._database.execute(
-            "SELECT COUNT(*), COALESCE(SUM(bytes + answer_bytes), 0) FROM record"
-        ).fetchone()
-        return int(held) + _ROW * int(rows)
+    @staticmethod
+    def _measure(database: sqlite3.Connection) -> None:
+        """Count anew how much is held, inside a transaction."""
+        database.execute(
+            "INSERT OR REPLACE INTO held SELECT 1, COALESCE(SUM(bytes + answer_bytes), 0) + ? * COUNT(*) FROM record",
+            (_ROW,),
+        )
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
@@ -152,16 +161,16 @@ class RecordStore:
         said = None if body is None else self._key.seal(_bound(record, "body"), body)
         size = len(sealed) + len(said or b"")
         with self._writing() as database:
-            self._make_room(size + _ROW)
+            self._make_room(database, size + _ROW)
             database.execute(
                 "INSERT INTO record VALUES (?, ?, ?, ?, ?, ?, 0, 0, NULL, ?, ?)",
                 (record, at, until, facts.workspace, size, "open" if answer else "none", sealed, said),
             )
-        with self._lock:
-            self._used += size + _ROW
 
-    def _make_room(self, size: int) -> None:
-        if self._used + size > self._limit:
+    def _make_room(self, database: sqlite3.Connection, size: int) -> None:
+        """Count ``size`` bytes more as held, or raise :class:`RecordUnavailable`."""
+        taken = database.execute("UPDATE held SET bytes = bytes + ? WHERE bytes + ? <= ?", (size, size, self._limit))
+        if taken.rowcount != 1:
             raise RecordUnavailable(
                 "the records of calls are full",
                 cure="ask the platform team for more room, or the policy's owner to have less kept",
@@ -178,12 +187,12 @@ class RecordStore:
                 if row[1] + len(sealed) > MAX_ANSWER:
                     database.execute("UPDATE record SET answer = 'cut' WHERE id = ?", (record,))
                     return False
-                self._make_room(len(sealed))
                 found = database.execute(
                     "INSERT OR IGNORE INTO piece VALUES (?, ?, ?, ?)", (record, place, len(sealed), sealed)
                 )
                 if found.rowcount != 1:
                     return False
+                self._make_room(database, len(sealed))
                 database.execute(
                     "UPDATE record SET answer_bytes = answer_bytes + ? WHERE id = ?", (len(sealed), record)
                 )
@@ -191,8 +200,6 @@ class RecordStore:
         except RecordUnavailable:
             self._cut(record)
             raise
-        with self._lock:
-            self._used += len(sealed)
         return True
 
     def _cut(self, record: str) -> None:
@@ -224,8 +231,8 @@ class RecordStore:
                 values,
             )
             gone = database.execute(f"DELETE FROM record WHERE {where}", values).rowcount  # noqa: S608 - our own words
-        with self._lock:
-            self._used = self._measured()
+            if gone:
+                self._measure(database)
         return int(gone)
 
     def listed(self, *, workspace: str = "", before: float | None = None, limit: int = 50) -> list[Listed]:

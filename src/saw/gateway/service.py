@@ -39,6 +39,7 @@ from saw.gateway.record_desk import LONGEST_QUESTION, RecordDesk
 from saw.gateway.recording import Recorder
 from saw.gateway.records import RecordStore, load_key
 from saw.gateway.releases import TrustRoot
+from saw.gateway.replicas import LEAD_EVERY_S, Lead, named, one_at_a_time
 from saw.gateway.resolve import Resolver
 from saw.gateway.review_link import ReviewLink
 from saw.gateway.review_send import Sender
@@ -53,6 +54,11 @@ from saw.ports import require_own_socket
 
 LOG = logging.getLogger("saw.gateway")
 
+LEDGER_PATIENCE_S = 5.0
+"""How long a charge waits for changes of other replicas (seconds). Envoy's filter tells the end of a call three times: one
+replica that was stopped in a change is ended by its watchdog meanwhile (``saw-gatekeeper@.service``)."""
+EVERY_S = 1.0
+"""How often what lapses with time is looked for, and the service manager is told that this process runs (seconds)."""
 TOKEN_STEP_S = 3.0
 """Time for each step of fetching an access token (seconds)."""
 
@@ -100,15 +106,18 @@ class _Quiet(uvicorn.Server):
 
 
 class Gatekeeper:
-    """All parts of one gatekeeper; ``run`` serves until it is told to stop."""
+    """All parts of one gatekeeper, of which a perimeter host runs one or several; ``run`` serves until it is told to stop."""
 
-    def __init__(self, config: GatekeeperConfig) -> None:
+    def __init__(self, config: GatekeeperConfig, replica: int = 1) -> None:
         self._config = config
+        self._replica = replica
+        self._sockets = sockets = config.sockets(replica)
         config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file = StateFile(config.state_dir)
+        self._lead = Lead(config.state_dir)
+        self._file = file = StateFile(config.state_dir)
         self._cache = file.load()
         saved_at = self._cache.saved_at if self._cache else None
-        contact = Contact(config.state_dir, config.stale_after_s, saved_at)
+        contact = Contact(config.state_dir, config.stale_after_s, saved_at, replica)
         not_before = contact.not_before.timestamp() if contact.not_before else 0.0
         clock = Clock(time.time, time.monotonic, config.clock_bound_s, not_before=not_before)
         ca_pem = config.ca_file.read_bytes()
@@ -123,12 +132,17 @@ class Gatekeeper:
         )
         self._xds = XdsWriter(config)
         self._keeper.changed = self._publish
+        self._keeper.keeps = lambda: self._lead.held
+        self._written = False
         self._published: tuple[tuple[int, ...], frozenset[str], tuple[tuple[int, Standing], ...]] | None = None
         self._clock = clock
-        self._spool = Spool(config.state_dir, config.name, config.spool_limit)
+        with one_at_a_time(config.state_dir):
+            self._spool = Spool(config.state_dir, config.name, config.spool_limit)
+            self._ledger = Ledger(
+                config.state_dir / "budget.db", life_s=config.reservation_s, patience_s=LEDGER_PATIENCE_S
+            )
         self._link = BrokerLink(config, self._keeper, self._spool)
         factory = EventFactory("saw-gatekeeper", host=config.name, new_uid=lambda: str(uuid.uuid4()))
-        self._ledger = Ledger(config.state_dir / "budget.db", life_s=config.reservation_s)
         self._meter = Meter(self._ledger, self._spool, factory, now=clock.now, new_id=lambda: str(uuid.uuid4()))
         resolver = Resolver(config.resolver, time.monotonic, own=addressing.networks(config.numbers))
         self._vault = VaultSource(config.vault, time.monotonic) if config.vault is not None else None
@@ -155,9 +169,7 @@ class Gatekeeper:
             recorder=self._recorder,
         )
         relayed, sending = Tickets[Verdict](time.monotonic), Tickets[Verdict](time.monotonic)
-        self._relay = McpRelay(
-            judge.rules, relayed, sending, self._spool, factory, socket=config.ring2.send_socket, now=clock.now
-        )
+        self._relay = McpRelay(judge.rules, relayed, sending, self._spool, factory, socket=sockets.send, now=clock.now)
         opening = Tickets[Verdict](time.monotonic)
         self._sessions = PostgresSessions(
             opening, self._spool, factory, ca_file=config.ring2.upstream_ca_file, now=clock.now, told=self._told
@@ -165,13 +177,7 @@ class Gatekeeper:
         self._reviews: ReviewApp | None = None
         self._sender: Sender | None = None
         self._review_link = ReviewLink(config)
-        if config.review_socket is None:
-            self._app = AuthorizationApp(
-                judge, self._spool, factory, sending=sending, relayed=relayed, sessions=opening, meter=self._meter,
-                recorder=self._recorder,
-            )  # fmt: skip
-            return
-        waiting = Tickets[Verdict](time.monotonic)
+        waiting = None if sockets.review is None else Tickets[Verdict](time.monotonic)
         self._app = AuthorizationApp(
             judge,
             self._spool,
@@ -182,7 +188,11 @@ class Gatekeeper:
             sessions=opening,
             meter=self._meter,
             recorder=self._recorder,
+            services=lambda service: named(service, replica),
+            health=self.health,
         )
+        if waiting is None:
+            return
         self._reviews = ReviewApp(
             waiting,
             self._review_link,
@@ -200,7 +210,7 @@ class Gatekeeper:
             self._spool,
             factory,
             sending,
-            socket=config.ring2.send_socket,
+            socket=sockets.send,
             doubt=self._keeper.doubt,
             now=clock.now,
             wait_s=config.poll_wait_s,
@@ -211,19 +221,36 @@ class Gatekeeper:
         wanted = self._config.records
         if wanted is None:
             return None, None
-        store = RecordStore(
-            self._config.state_dir / "records.db", load_key(wanted.key_file), wanted.limit_mib * 1024 * 1024
-        )
+        path, key = self._config.state_dir / "records.db", load_key(wanted.key_file)
+        with one_at_a_time(self._config.state_dir):
+            store = RecordStore(path, key, wanted.limit_mib * 1024 * 1024)
         recorder = Recorder(store, self._spool, factory, now=self._clock.now, new_id=lambda: str(uuid.uuid4()))
         return recorder, store
 
+    def health(self) -> dict[str, object]:
+        """Return how this replica is: ``doubt`` says why it refuses every call, empty where it decides."""
+        view = self._keeper.view
+        return {
+            "replica": self._replica,
+            "leads": self._lead.held,
+            "pid": os.getpid(),
+            "state": view.seq,
+            "workspaces": len(view.workspaces),
+            "doubt": self._keeper.doubt(),
+        }
+
     def _publish(self, view: View) -> None:
+        """Have Envoy's files follow ``view``, where this replica leads; the others only know what they would write."""
         streams = self._streams(view)
         numbers = tuple(number for number in view.open_numbers() if number in self._config.numbers)
         wanted = (numbers, view.credential_headers(), tuple(sorted(streams.items())))
-        if wanted == self._published:
+        leads = self._lead.held
+        if wanted == self._published and (self._written or not leads):
             return
-        if self._published is not None:
+        if not leads:
+            self._published, self._written = wanted, False
+            return
+        if self._published is not None and self._written:
             added = sorted(set(wanted[0]) - set(self._published[0]))
             for place, holder in conflicts(self._config, added).items():
                 LOG.error(
@@ -236,7 +263,7 @@ class Gatekeeper:
         except OSError as error:
             LOG.critical("Envoy's files in %s cannot be written: %s", self._config.ring2.xds_dir, error)
             return
-        self._published = wanted
+        self._published, self._written = wanted, True
         if written:
             LOG.info("wrote %s for %d workspaces", ", ".join(written), len(wanted[0]))
 
@@ -254,28 +281,40 @@ class Gatekeeper:
             release_grace_s=self._config.release_grace_s,
         )
 
+    async def _leading(self) -> None:
+        """Wait for the lead, take over what its holder knew, and then do what only one replica may do, until cancelled."""
+        if not self._lead.held:
+            while not await asyncio.to_thread(self._lead.take):  # noqa: ASYNC110 - another process has it
+                await asyncio.sleep(LEAD_EVERY_S)
+            LOG.info("replica %d leads now", self._replica)
+            await self._keeper.succeed(await asyncio.to_thread(self._file.load))
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._link.ship_forever(), name="ship")
+            group.create_task(self._meter.run_forever(), name="charges")
+            if self._recorder is not None:
+                group.create_task(self._recorder.run_forever(), name="records")
+            if self._sender is not None:
+                group.create_task(self._sender.run_forever(), name="send")
+
     async def _watch_streams(self) -> None:
         """Have what lapses with time alone (leases, delegations, silence) end WebSockets and gRPC calls, within a second."""
         while True:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(EVERY_S)
+            notify("WATCHDOG=1")
             if self._published is not None:
                 self._publish(self._keeper.view)
 
     @contextlib.asynccontextmanager
     async def _linked(self) -> AsyncIterator[None]:
+        await asyncio.to_thread(self._lead.take)
         if self._cache is not None:
             await self._keeper.restore(self._cache)
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(self._link.poll_forever(), name="poll"),
-                group.create_task(self._link.ship_forever(), name="ship"),
                 group.create_task(self._watch_streams(), name="streams"),
-                group.create_task(self._meter.run_forever(), name="charges"),
+                group.create_task(self._leading(), name="lead"),
             ]
-            if self._recorder is not None:
-                tasks.append(group.create_task(self._recorder.run_forever(), name="records"))
-            if self._sender is not None:
-                tasks.append(group.create_task(self._sender.run_forever(), name="send"))
             try:
                 yield
             finally:
@@ -287,17 +326,18 @@ class Gatekeeper:
     async def run(self) -> None:
         """Serve until a signal (TERM, INT) ends it; then write what is queued and go."""
         server = _Server(_served(self._app))
-        listener = listen(self._config.authz_socket, self._config.authz_group)
+        listener = listen(self._sockets.authz, self._config.authz_group)
         try:
             async with self._linked(), self._serving():
                 await server.serve(sockets=[listener])
         finally:
             listener.close()
-            self._config.authz_socket.unlink(missing_ok=True)
+            self._sockets.authz.unlink(missing_ok=True)
             self._spool.close()
             self._ledger.close()
             if self._records is not None:
                 self._records.close()
+            self._lead.close()
             if self._vault is not None:
                 self._vault.close()
 
@@ -305,19 +345,17 @@ class Gatekeeper:
     async def _serving(self) -> AsyncIterator[None]:
         """Serve the sockets of the other services for as long as the authorisation socket is served."""
         async with contextlib.AsyncExitStack() as stack:
-            await stack.enter_async_context(self._beside(self._relay, self._config.mcp_socket, "authz_socket"))
+            await stack.enter_async_context(self._beside(self._relay, self._sockets.mcp, "authz_socket"))
             await stack.enter_async_context(self._open_sessions())
             await stack.enter_async_context(self._open_desk())
-            if self._config.review_socket is not None and self._reviews is not None:
-                await stack.enter_async_context(
-                    self._beside(self._reviews, self._config.review_socket, "review_socket")
-                )
+            if self._sockets.review is not None and self._reviews is not None:
+                await stack.enter_async_context(self._beside(self._reviews, self._sockets.review, "review_socket"))
             yield
 
     @contextlib.asynccontextmanager
     async def _open_sessions(self) -> AsyncIterator[None]:
         """Take sessions of PostgreSQL; at the end those that are open are ended, and that is recorded."""
-        path = self._config.postgres_socket
+        path = self._sockets.postgres
         listener = listen(path, self._config.authz_group)
         server = await asyncio.start_unix_server(self._sessions.serve, sock=listener)
         try:
@@ -330,7 +368,7 @@ class Gatekeeper:
     @contextlib.asynccontextmanager
     async def _open_desk(self) -> AsyncIterator[None]:
         """Let auditors of this host read what is kept of calls."""
-        wanted, path = self._config.records, self._config.records_socket
+        wanted, path = self._config.records, self._sockets.records
         if self._recorder is None or wanted is None:
             yield
             return
@@ -372,12 +410,12 @@ def _served(app: AuthorizationApp | ReviewApp | McpRelay) -> uvicorn.Config:
     )
 
 
-def serve(config: GatekeeperConfig) -> int:
-    """Run the gatekeeper on uvloop until it is told to stop; return the exit code."""
+def serve(config: GatekeeperConfig, replica: int = 1) -> int:
+    """Run one gatekeeper on uvloop until it is told to stop; return the exit code."""
     import uvloop
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
     logging.getLogger("tuf").setLevel(logging.WARNING)  # it reports every absent third signature of 2-of-3
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    uvloop.run(Gatekeeper(config).run())
+    uvloop.run(Gatekeeper(config, replica).run())
     return 0

@@ -9,6 +9,8 @@ told and the reservation stands.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from saw.gateway.envoy_parts import LOCAL_MARK, METER_HEADER, METER_SEAT
 
 STATUS_HEADER, FLAGS_HEADER = "x-saw-status", "x-saw-flags"
@@ -24,6 +26,7 @@ LONGEST_USAGE = 8192
 """A ``usage`` object that is longer is not told (bytes)."""
 
 _SOURCE = """
+local GATEKEEPERS = {NAMES}
 local ENDS = {["message_stop"] = true, ["response.completed"] = true, ["response.incomplete"] = true,
   ["response.failed"] = true}
 
@@ -130,8 +133,8 @@ local function tell(handle, known, found, whole)
     ["METER_HEADER"] = known.id, ["STATUS_HEADER"] = known.status, ["FLAGS_HEADER"] = known.flags,
     ["ENCODING_HEADER"] = known.encoding, ["WHOLE_HEADER"] = (whole and not found.bad) and "1" or "0",
   }
-  for _ = 1, 3 do
-    local answer = handle:httpCall("gatekeeper", headers, texts, 5000)
+  for attempt = 0, math.max(3, #GATEKEEPERS) - 1 do
+    local answer = handle:httpCall(GATEKEEPERS[attempt % #GATEKEEPERS + 1], headers, texts, 5000)
     if answer[":status"] == "200" then return end
   end
   handle:logWarn("a charge could not be told to the gatekeeper, so its reservation stands")
@@ -174,8 +177,12 @@ end
 """
 
 
-def usage_filter(*, drop_mark: bool) -> str:
-    """Return the source of the filter; ``drop_mark``: Envoy's word that it answered itself is for the filter alone."""
+def usage_filter(*, drop_mark: bool, gatekeepers: Sequence[str] = ("gatekeeper",)) -> str:
+    """Return the source of the filter; ``drop_mark``: Envoy's word that it answered itself is for the filter alone.
+
+    ``gatekeepers`` are the clusters that are told the end of a call, one after the other until one of them has it: it is in the
+    ledger once, however many of them were told.
+    """
     source = _SOURCE
     for name, value in (
         ("STATUS_HEADER", STATUS_HEADER),
@@ -187,6 +194,7 @@ def usage_filter(*, drop_mark: bool) -> str:
         ("LOCAL_MARK", LOCAL_MARK),
         ("LONGEST_USAGE", str(LONGEST_USAGE)),
         ("LONGEST_LINE", str(LONGEST_LINE)),
+        ("NAMES", ", ".join(f'"{name}"' for name in gatekeepers)),
         ("DROP_MARK", "true" if drop_mark else "false"),
     ):
         source = source.replace(name, value)

@@ -81,6 +81,10 @@ class ViewKeeper:
     ) -> None:
         self.view = EMPTY
         self.changed: Callable[[View], None] = lambda _view: None
+        self.keeps: Callable[[], bool] = lambda: True
+        """Whether this process saves what it takes in: of several replicas, the one that leads."""
+        self._state: PerimeterState | None = None
+        self._turn = asyncio.Lock()
         self._root = root
         self._ca_pem = ca_pem
         self.contact = contact
@@ -123,6 +127,31 @@ class ViewKeeper:
         return self.view.credential_headers()
 
     async def restore(self, cache: Cache) -> None:
+        """Start from what was saved (:meth:`_restore`)."""
+        async with self._turn:
+            await self._restore(cache)
+            self.changed(self.view)
+
+    async def succeed(self, cache: Cache | None) -> None:
+        """Take over from a replica that saved ``cache`` last: what is written next is never older than what it knew."""
+        async with self._turn:
+            if cache is not None:
+                known = self.view.floors
+                floors = {name: max(known.get(name, 0), cache.floors.get(name, 0)) for name in {*known, *cache.floors}}
+                if cache.state.seq > self.view.seq:
+                    await self._restore(cache)
+                self.view = msgspec.structs.replace(self.view, floors=floors)
+            if self.view is EMPTY or self._state is None:
+                return
+            self.changed(self.view)
+            await self._save()
+
+    async def _save(self) -> None:
+        if self._state is not None and self.keeps():
+            view, now = self.view, self._clock.now()
+            await asyncio.to_thread(self._file.save, self._state, view.graces, view.floors, now)
+
+    async def _restore(self, cache: Cache) -> None:
         """Start from what was saved; leases in it end when they said, whether or not the broker answers again.
 
         It may have been saved when this perimeter served other numbers, so the broker's first answer counts even if nothing
@@ -134,11 +163,15 @@ class ViewKeeper:
         self._tell(refused)
         held = engagements(workspaces.values(), handed)
         self.view = View(cache.state.seq, workspaces, releases, cache.graces, cache.floors, handed, held)
+        self._state = cache.state
         self._restored = True
-        self.changed(self.view)
 
     async def take(self, state: PerimeterState) -> None:
         """Make ``state`` the current one: workspaces at once, new releases as soon as they are verified."""
+        async with self._turn:
+            await self._take(state)
+
+    async def _take(self, state: PerimeterState) -> None:
         self._heard = self._monotonic()
         self._clock.confirm(state.now)
         self.contact.heard(self._clock.now())
@@ -164,9 +197,9 @@ class ViewKeeper:
             self._tell(refused)
             floors = raise_floors(floors, workspaces, releases)
             self.view = view = msgspec.structs.replace(view, releases=releases, floors=floors)
-        self._restored = False
+        self._restored, self._state = False, state
         self.changed(view)
-        await asyncio.to_thread(self._file.save, state, graces, floors, now)
+        await self._save()
 
     async def _hand(self, state: PerimeterState, known: Mapping[str, Handed]) -> dict[str, Handed]:
         verified, refused = await asyncio.to_thread(

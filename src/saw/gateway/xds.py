@@ -47,10 +47,7 @@ class XdsWriter:
             "cds.json": _versioned(
                 lambda version: envoy_config.clusters(
                     version,
-                    authz_socket=self._config.authz_socket,
-                    mcp_socket=self._config.mcp_socket,
-                    postgres_socket=self._config.postgres_socket,
-                    review_socket=self._config.review_socket,
+                    replicas=self._config.all_sockets(),
                     broker=broker,
                     upstream_ca=ring2.upstream_ca_file,
                     numbers=seats,
@@ -63,7 +60,7 @@ class XdsWriter:
                     credential_headers=names,
                     xds_dir=ring2.xds_dir,
                     ingress_of=ring2.ingress_of,
-                    send_socket=ring2.send_socket,
+                    send_sockets=[item.send for item in self._config.all_sockets()],
                     reviews=self._config.review_socket is not None,
                     streams=streams,
                     known=self._known,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,9 +13,13 @@ from ring2_rig import Rig
 
 @pytest.fixture(scope="session")
 def ring2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    """Return real Envoy and a real gatekeeper, with two active workspaces."""
+    """Return real Envoy and a real gatekeeper, with two active workspaces.
+
+    ``SAW_RING2_REPLICAS=2`` in the environment has all these tests go through that many gatekeepers.
+    """
     with ExitStack() as stack:
-        yield Rig(stack, Path(tmp_path_factory.mktemp("ring2")))
+        replicas = int(os.environ.get("SAW_RING2_REPLICAS", "1"))
+        yield Rig(stack, Path(tmp_path_factory.mktemp("ring2")), replicas)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from ring2_policy import Signer
 
 from saw.addressing import gateway
 from saw.gateway.config import load_config
+from saw.gateway.replica_status import Replica, ask
 from saw.gateway.xds import envoy_arguments
 from saw.identity.x509 import Authority, new_key_and_csr
 
@@ -61,10 +62,15 @@ class Answer:
 
 
 class Rig:
-    """Everything, ready to be called; ``ws-1`` (number 1) is active and may be changed through ``broker``."""
+    """Everything, ready to be called; ``ws-1`` (number 1) is active and may be changed through ``broker``.
 
-    def __init__(self, stack: ExitStack, directory: Path) -> None:
+    With ``replicas`` gatekeepers, ``gatekeepers`` has those that run, by their number.
+    """
+
+    def __init__(self, stack: ExitStack, directory: Path, replicas: int = 1) -> None:
         self.directory = directory
+        self.replicas = replicas
+        self.gatekeepers: dict[int, subprocess.Popen[bytes]] = {}
         self.namespace = Namespace("ring2")
         stack.callback(self.namespace.close)
         self._stack = stack
@@ -87,7 +93,6 @@ class Rig:
         self.envoy_log = (directory / "envoy.log").open("wb")
         stack.callback(self.log.close)
         stack.callback(self.envoy_log.close)
-        self.gatekeeper: subprocess.Popen[bytes] | None = None
         self.start_gatekeeper()
         command = [*envoy_arguments(self.config), "--concurrency", "1", "-l", "warning"]
         self.envoy = self.namespace.popen(*command, stdout=self.envoy_log, stderr=self.envoy_log)
@@ -175,8 +180,9 @@ class Rig:
             "key_file": str(client[1]),
             "tuf_root_file": str(self.signer.root_file),
             "state_dir": str(directory / "state"),
-            "authz_socket": str(directory / "authz.sock"),
-            "review_socket": str(directory / "review.sock"),
+            "authz_socket": str(self._place("authz.sock")),
+            "review_socket": str(self._place("review.sock")),
+            "replicas": self.replicas,
             "credentials_dir": str(credentials),
             "records": {"key_file": str(directory / "records.key"), "limit_mib": 64},
             "ring2": {
@@ -186,7 +192,7 @@ class Rig:
                 "ingress_address": FAR,
                 "broker_address": f"{BROKER}:8443",
                 "envoy": str(ENVOY),
-                "send_socket": str(directory / "send.sock"),
+                "send_socket": str(self._place("send.sock")),
             },
             "poll_wait_s": 5,
             "resolver": {"hosts_file": str(self.hosts)},
@@ -231,21 +237,61 @@ class Rig:
         seq = self.broker.seq
         state = self.directory / "state" / "state.json"
         wait_for(lambda: state.exists() and json.loads(state.read_text())["state"]["seq"] >= seq, f"state {seq}")
+        for replica in self.gatekeepers:
+            wait_for(lambda place=replica: self.told(place).state >= seq, f"state {seq} at replica {replica}")
+
+    def told(self, replica: int) -> Replica:
+        """Return how one gatekeeper says it is."""
+        return ask(self.config.sockets(replica).authz, replica)
+
+    def _place(self, name: str) -> Path:
+        """Return where a socket is configured: with several gatekeepers, each has a folder."""
+        return self.directory / name if self.replicas == 1 else self.directory / "{replica}" / name
+
+    @property
+    def gatekeeper(self) -> subprocess.Popen[bytes] | None:
+        """Return the process of the first gatekeeper, None where it does not run."""
+        return self.gatekeepers.get(1)
 
     def start_gatekeeper(self) -> None:
-        """Start the gatekeeper's process and wait for its socket."""
+        """Start the processes of the gatekeepers that do not run and wait for their sockets."""
+        for replica in range(1, self.replicas + 1):
+            if replica not in self.gatekeepers:
+                self._start(replica)
+        for replica in self.gatekeepers:
+            self._started(replica)
+
+    def start_replica(self, replica: int) -> None:
+        """Start one gatekeeper and wait for its sockets."""
+        self._start(replica)
+        self._started(replica)
+
+    def _start(self, replica: int) -> None:
+        sockets = self.config.sockets(replica)
+        sockets.authz.parent.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "saw.cli.main", "gateway", "serve", "--config", str(self.config_path)]
-        self.gatekeeper = self.namespace.popen(*command, stdout=self.log, stderr=self.log)
-        for name in ("authz.sock", "review.sock"):
-            wait_for((self.directory / name).exists, name)
+        self.gatekeepers[replica] = self.namespace.popen(
+            *command, "--replica", str(replica), stdout=self.log, stderr=self.log
+        )
+
+    def _started(self, replica: int) -> None:
+        sockets = self.config.sockets(replica)
+        for path in (sockets.authz, sockets.review):
+            assert path is not None
+            wait_for(path.exists, str(path))
 
     def stop_gatekeeper(self, number: int = signal.SIGTERM) -> None:
-        """End the gatekeeper's process."""
-        if self.gatekeeper is not None:
-            self._stop(self.gatekeeper, number)
-            self.gatekeeper = None
-            (self.directory / "authz.sock").unlink(missing_ok=True)
-            (self.directory / "review.sock").unlink(missing_ok=True)
+        """End the processes of all gatekeepers."""
+        for replica in list(self.gatekeepers):
+            self.stop_replica(replica, number)
+
+    def stop_replica(self, replica: int, number: int = signal.SIGTERM) -> None:
+        """End the process of one gatekeeper."""
+        self._stop(self.gatekeepers.pop(replica), number)
+        sockets = self.config.sockets(replica)
+        for path in (sockets.authz, sockets.review):
+            assert path is not None
+            path.unlink(missing_ok=True)
 
     @staticmethod
     def _stop(process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> None:

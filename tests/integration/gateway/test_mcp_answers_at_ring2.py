@@ -232,7 +232,7 @@ def test_a_server_that_says_no_or_is_not_there_is_told_as_such(rig: Rig) -> None
 def test_nothing_reaches_the_services_socket_without_the_gatekeepers_ticket(rig: Rig) -> None:
     import socket
 
-    path = str(rig.directory / "mcp.sock")
+    path = str(rig.config.sockets().mcp)
     with socket.socket(socket.AF_UNIX) as raw:
         raw.settimeout(60)
         raw.connect(path)

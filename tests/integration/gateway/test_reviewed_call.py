@@ -153,7 +153,8 @@ def test_what_a_caller_says_of_tickets_and_transports_counts_for_nothing(rig: Ri
 
 @pytest.mark.control("REV-01")
 def test_a_ticket_is_good_once_and_for_its_own_call(rig: Rig) -> None:
-    review_socket = rig.directory / "review.sock"
+    review_socket, authz_socket = rig.config.sockets().review, rig.config.sockets().authz
+    assert review_socket is not None
     certificate, _ = rig.svid_files()
     peer = peer_of(certificate)
     check = {
@@ -162,7 +163,7 @@ def test_a_ticket_is_good_once_and_for_its_own_call(rig: Rig) -> None:
     }  # fmt: skip
 
     def ticket() -> str:
-        answer = unix(rig.directory / "authz.sock", "POST", ITEM, check, BODY)
+        answer = unix(authz_socket, "POST", ITEM, check, BODY)
         assert (answer.status, answer.headers["x-saw-transport"]) == (200, "review")
         return answer.headers["x-saw-ticket"]
 
@@ -199,7 +200,7 @@ def peer_of(certificate: Path) -> str:
 def test_nothing_passes_the_socket_for_approved_calls_without_a_ticket(rig: Rig) -> None:
     for extra in ({}, {"x-saw-send": "A" * 43}, {"x-saw-transport": "tls", "x-saw-upstream": "10.99.0.1:443"}):
         headers = {"host": "api.example.com", "x-saw-binary": "/usr/bin/curl", **extra}
-        assert unix(rig.directory / "send.sock", "POST", ITEM, headers, BODY).status == 403
+        assert unix(rig.config.sockets().send, "POST", ITEM, headers, BODY).status == 403
     assert rig.far.arrived == []
 
 

@@ -96,7 +96,7 @@ def test_answers_of_mcp_servers_are_looked_at_whether_or_not_there_are_reviews(p
     files = XdsWriter(config).render((1,), ())
     listeners = {item["name"]: json.dumps(item) for item in json.loads(files["lds.json"])["resources"]}
     clusters = {item["name"]: json.dumps(item) for item in json.loads(files["cds.json"])["resources"]}
-    assert str(config.mcp_socket) in clusters["mcp"]
+    assert str(config.sockets().mcp) in clusters["mcp"]
     routed = '{"exact": "mcp"}' in listeners["ring2-1"], '{"exact": "mcp"}' in listeners["ring2-approved"]
     assert routed == (True, False), "what comes from the gatekeeper never comes back to it"
     assert ("review" in clusters) == reviews

@@ -15,7 +15,7 @@ from saw.gateway.streams import Standing
 def governed(standing: Standing | None) -> dict[str, Any]:
     text = listeners(
         "1", numbers=[1], credential_headers=(), xds_dir=Path("/x"), ingress_of=lambda _number: "192.0.2.1",
-        send_socket=Path("/s"), streams={} if standing is None else {1: standing},
+        send_sockets=[Path("/s")], streams={} if standing is None else {1: standing},
     )  # fmt: skip
     found = next(item for item in json.loads(text)["resources"] if item["name"] == "ring2-1")
     return dict(found["filter_chains"][0]["filters"][0]["typed_config"])

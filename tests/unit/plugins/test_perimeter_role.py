@@ -11,12 +11,14 @@ import pytest
 import yaml
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
+from msgspec.structs import astuple
 
 from saw.addressing import Band
 from saw.errors import ConfigError
 from saw.gateway.config import CredentialVault, GatekeeperConfig, RecordsConfig, load_config
 from saw.gateway.credential_sources import file_name
 from saw.gateway.pg_places import MOST, ROOM
+from saw.gateway.service import EVERY_S, LEDGER_PATIENCE_S
 from saw.policy.references import parse_reference
 from saw.secrets.vault_settings import AppRole
 
@@ -115,7 +117,7 @@ def test_what_is_not_given_any_more_leaves_the_host_and_ring_2_sees_none_of_it()
 
 
 def test_the_gatekeeper_may_open_as_many_files_as_sessions_need() -> None:
-    text = (ROLE / "templates/saw-gatekeeper.service.j2").read_text()
+    text = (ROLE / "templates/saw-gatekeeper@.service.j2").read_text()
     (limit,) = re.findall("^LimitNOFILE=([0-9]+)$", text, re.MULTILINE)
     # Two for each session, one for each connection that starts; the rest is for decisions, which must not lack any.
     assert int(limit) >= 8 * (2 * MOST + ROOM)
@@ -147,6 +149,65 @@ def test_a_value_lies_where_the_gatekeeper_looks_for_it(name: str) -> None:
         "0600",
         "saw-gateway",
     )
+
+
+def unit(name: str, **values: object) -> dict[str, str]:
+    """The settings of a unit that the role writes; of those that are there twice, the last one."""
+    text = (ROLE / "templates" / name).read_text()
+    text = str(templar_of(ansible_managed="x", **values).template(trust_as_template(text)))
+    return dict(line.split("=", 1) for line in text.splitlines() if re.match("[A-Z][A-Za-z]*=", line))
+
+
+def test_each_gatekeeper_has_sockets_of_its_own(tmp_path: Path) -> None:
+    two = rendered(tmp_path, perimeter_reviews=True, perimeter_replicas=2)
+    assert (two.replicas, rendered(tmp_path).replicas) == (2, 1)
+    places = {path for sockets in two.all_sockets() for path in astuple(sockets)}
+    assert len(places) == 12
+    own = unit("saw-gatekeeper@.service.j2")
+    for number, sockets in enumerate(two.all_sockets(), 1):
+        folder = Path("/run") / own["RuntimeDirectory"].replace("%i", str(number))
+        for path in (sockets.authz, sockets.mcp, sockets.postgres, sockets.records, sockets.review):
+            assert path is not None
+            assert path.parent == folder, "systemd makes the folder of each instance, and takes away no other's"
+        assert sockets.send.parent == Path("/run/saw/ring2")
+    assert own["ExecStart"].endswith(" --replica %i")
+    one = rendered(tmp_path, perimeter_replicas=1)
+    assert [item.authz for item in one.all_sockets()] == [Path("/run/saw/gatekeeper/1/authz.sock")]
+    for wrong in (0, 9):
+        with pytest.raises(ConfigError):
+            rendered(tmp_path, perimeter_replicas=wrong)
+
+
+def test_a_gatekeeper_that_stands_still_is_ended_and_started_again() -> None:
+    """What it holds, the others wait for; SIGKILL is the one signal that ends a process that was stopped."""
+    own = unit("saw-gatekeeper@.service.j2")
+    assert (own["Type"], own["NotifyAccess"], own["Restart"]) == ("notify", "main", "on-failure")
+    assert own["WatchdogSignal"] == "SIGKILL"
+    assert EVERY_S < int(own["WatchdogSec"]) <= 3 * LEDGER_PATIENCE_S, "the end of a call is told three times"
+
+
+@pytest.mark.parametrize("replicas", [1, 2, "3"])
+def test_the_wanted_gatekeepers_run_and_no_other(replicas: int | str) -> None:
+    found = files("perimeter_gatekeepers", perimeter_replicas=replicas)
+    assert [item["name"] for item in found] == [f"saw-gatekeeper@{number}.service" for number in range(1, 9)]
+    wanted = [True] * int(replicas) + [False] * (8 - int(replicas))
+    assert [item["enabled"] for item in found] == wanted
+    assert [item["state"] == "started" for item in found] == wanted
+    after = unit("saw-ring2.service.j2", perimeter_replicas=replicas)["After"].split()
+    assert [name for name in after if "gatekeeper" in name] == [
+        item["name"] for item in found if item["enabled"]
+    ]  # fmt: skip
+
+
+def test_the_unit_of_the_one_gatekeeper_ends_before_others_start_and_goes() -> None:
+    steps = yaml.safe_load((ROLE / "tasks/service.yml").read_text())
+    (step,) = (step for step in steps if "vars" in step)
+    before = step["vars"]["perimeter_units_before"]
+    assert before[-1] == {"name": "saw-gatekeeper.service", "enabled": False, "state": "stopped"}
+    units = step["secure_agent.workspace.component"]["units"]
+    assert units.index("perimeter_units_before") < units.index("perimeter_gatekeepers") < units.index("saw-ring2")
+    gone = {"path": "/etc/systemd/system/saw-gatekeeper.service", "state": "absent"}
+    assert steps[-1]["ansible.builtin.file"] == gone
 
 
 def test_numbers_and_ingress_addresses_are_told(tmp_path: Path) -> None:
