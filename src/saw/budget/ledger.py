@@ -98,6 +98,20 @@ class Balance(msgspec.Struct, frozen=True):
     spent: int = 0
 
 
+@contextmanager
+def undone(database: sqlite3.Connection) -> Iterator[None]:
+    """Leave no transaction open behind an exception.
+
+    SQLite ends one by itself after some errors, a full disk among them, and not after others, so it is asked.
+    """
+    try:
+        yield
+    except BaseException:
+        if database.in_transaction:
+            database.execute("ROLLBACK")
+        raise
+
+
 class Ledger:
     """The ledger in the file ``path``; ``life_s`` is how long a reservation stays open without news.
 
@@ -124,14 +138,10 @@ class Ledger:
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
         """Hold the only transaction that may write; whatever is raised inside undoes it."""
-        with self._lock:
+        with self._lock, undone(self._database):
             try:
                 self._database.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._database
-                except BaseException:
-                    self._database.execute("ROLLBACK")
-                    raise
+                yield self._database
                 self._database.execute("COMMIT")
             except sqlite3.Error as error:
                 raise LedgerError(

@@ -16,6 +16,7 @@ from saw.audit.events import EventFactory
 from saw.errors import SawError
 from saw.gateway.edit_filter import edit_value
 from saw.gateway.envoy_parts import EDIT_HEADER, MAX_AUTHZ_BODY, METER_HEADER, METER_SEAT, SEND_SEAT, SEND_TICKET
+from saw.gateway.errors import SpoolError
 from saw.gateway.events import event_of
 from saw.gateway.judge import Call, Dial, Judge, Verdict
 from saw.gateway.metering import Meter, Told, read_told
@@ -36,6 +37,9 @@ Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
 
 _CONTROL = frozenset({"x-forwarded-client-cert", "x-envoy-auth-partial-body"})
 _UNAVAILABLE = "the gatekeeper could not decide or record this call, so it is refused"
+LOOKS = 20
+"""How often the event loop looks at its sockets before a connection counts as open; two or three looks find its end."""
+_UNRECORDED = "the gatekeeper cannot write its audit record, so it allows nothing until it can"
 _NEXT_STEPS = {
     "no_identity": "attest again; if it lasts, the workspace is not registered on this network",
     "lease_expired": "wait for the next attestation",
@@ -118,7 +122,8 @@ class AuthorizationApp:
 
     ``waiting`` are the tickets for calls that the review service takes in, None where there is none; ``relayed`` those for calls
     whose answers are looked at; ``sessions`` those for sessions of PostgreSQL; ``sending`` those that such a call, or
-    an approved one, brings back, which was judged and recorded just before.
+    an approved one, brings back, which was judged and recorded just before. ``stood_still``: a call may have waited for so long
+    that Envoy has given it up, and one that is never sent is neither charged nor recorded as allowed.
     """
 
     def __init__(
@@ -132,8 +137,10 @@ class AuthorizationApp:
         relayed: Tickets[Verdict] | None = None,
         sessions: Tickets[Verdict] | None = None,
         meter: Meter | None = None,
+        stood_still: Callable[[], bool] = lambda: False,
     ) -> None:
         self._judge = judge
+        self._stood_still = stood_still
         self._spool = spool
         self._factory = factory
         self._waiting = waiting
@@ -147,7 +154,7 @@ class AuthorizationApp:
         if scope["type"] != "http":
             return
         body = await _read_body(receive)
-        if body is None:
+        if body is None or (self._stood_still() and await _gone(receive)):
             return
         if (b"x-saw-listener", METER_SEAT.encode()) in scope["headers"]:
             status, headers, content = await self._settle(read_told(scope["headers"], body, TOLD_HEADERS, BETWEEN))
@@ -179,7 +186,7 @@ class AuthorizationApp:
             raise
         except SawError as error:
             LOG.critical("call %s is refused: %s", call.request_id, error.message)
-            return _unavailable(call)
+            return _unavailable(call, _UNRECORDED if isinstance(error, SpoolError) else _UNAVAILABLE)
         except Exception as error:  # noqa: BLE001 - any fault of ours must end as a refusal, without its text
             LOG.critical("call %s is refused: internal fault %s", call.request_id, type(error).__name__)
             return _unavailable(call)
@@ -250,13 +257,13 @@ def _refuse(body: dict[str, object], retry_after: object = None) -> Answer:
     return 403 if retry_after is None else 429, headers, json.dumps(body).encode()
 
 
-def _unavailable(call: Call) -> Answer:
+def _unavailable(call: Call, detail: str = _UNAVAILABLE) -> Answer:
     return _refuse(
         {
             "error": "policy_denied",
             "layer": "ring2",
             "reason": "gatekeeper_unavailable",
-            "detail": _UNAVAILABLE,
+            "detail": detail,
             "host": call.authority,
             "method": call.method,
             "path": call.target,
@@ -264,6 +271,19 @@ def _unavailable(call: Call) -> Answer:
             "request_id": call.request_id,
         }
     )
+
+
+async def _gone(receive: Receive) -> bool:
+    """Return whether Envoy has closed the connection that a check came on; it does so when it gives the check up."""
+    waiting = asyncio.ensure_future(receive())
+    try:
+        for _ in range(LOOKS):
+            await asyncio.sleep(0)
+            if waiting.done():
+                return bool(waiting.result()["type"] == "http.disconnect")
+        return False
+    finally:
+        waiting.cancel()
 
 
 async def _read_body(receive: Receive) -> bytes | None:

@@ -34,6 +34,7 @@ from saw.gateway.oauth2 import HttpsTokenEndpoint, TokenKeeper
 from saw.gateway.peer import PeerReader
 from saw.gateway.pg_sessions import PostgresSessions
 from saw.gateway.ports import conflicts
+from saw.gateway.pulse import Pulse
 from saw.gateway.readable import may_read
 from saw.gateway.releases import TrustRoot
 from saw.gateway.resolve import Resolver
@@ -44,7 +45,7 @@ from saw.gateway.spool import Spool
 from saw.gateway.state import StateFile
 from saw.gateway.streams import Standing, standing_streams
 from saw.gateway.tickets import Tickets
-from saw.gateway.view import View, ViewKeeper
+from saw.gateway.view import EMPTY, View, ViewKeeper
 from saw.gateway.xds import XdsWriter
 from saw.ports import require_own_socket
 
@@ -121,6 +122,8 @@ class Gatekeeper:
         self._xds = XdsWriter(config)
         self._keeper.changed = self._publish
         self._published: tuple[tuple[int, ...], frozenset[str], tuple[tuple[int, Standing], ...]] | None = None
+        self._unwritten = ""
+        self._pulse = Pulse(time.monotonic)
         self._clock = clock
         self._spool = Spool(config.state_dir, config.name, config.spool_limit)
         self._link = BrokerLink(config, self._keeper, self._spool)
@@ -162,7 +165,14 @@ class Gatekeeper:
         self._review_link = ReviewLink(config)
         if config.review_socket is None:
             self._app = AuthorizationApp(
-                judge, self._spool, factory, sending=sending, relayed=relayed, sessions=opening, meter=self._meter
+                judge,
+                self._spool,
+                factory,
+                sending=sending,
+                relayed=relayed,
+                sessions=opening,
+                meter=self._meter,
+                stood_still=self._pulse.stood_still,
             )
             return
         waiting = Tickets[Verdict](time.monotonic)
@@ -175,6 +185,7 @@ class Gatekeeper:
             relayed=relayed,
             sessions=opening,
             meter=self._meter,
+            stood_still=self._pulse.stood_still,
         )
         self._reviews = ReviewApp(
             waiting,
@@ -216,9 +227,11 @@ class Gatekeeper:
         try:
             written = self._xds.write(wanted[0], wanted[1], streams)
         except OSError as error:
-            LOG.critical("Envoy's files in %s cannot be written: %s", self._config.ring2.xds_dir, error)
+            if str(error) != self._unwritten:
+                LOG.critical("Envoy's files in %s cannot be written: %s", self._config.ring2.xds_dir, error)
+            self._unwritten = str(error)
             return
-        self._published = wanted
+        self._published, self._unwritten = wanted, ""
         if written:
             LOG.info("wrote %s for %d workspaces", ", ".join(written), len(wanted[0]))
 
@@ -240,7 +253,7 @@ class Gatekeeper:
         """Have what lapses with time alone (leases, delegations, silence) end WebSockets and gRPC calls, within a second."""
         while True:
             await asyncio.sleep(1.0)
-            if self._published is not None:
+            if self._keeper.view is not EMPTY:  # also what could not be written the first time
                 self._publish(self._keeper.view)
 
     @contextlib.asynccontextmanager
@@ -253,6 +266,7 @@ class Gatekeeper:
                 group.create_task(self._link.ship_forever(), name="ship"),
                 group.create_task(self._watch_streams(), name="streams"),
                 group.create_task(self._meter.run_forever(), name="charges"),
+                group.create_task(self._pulse.run_forever(), name="pulse"),
             ]
             if self._sender is not None:
                 tasks.append(group.create_task(self._sender.run_forever(), name="send"))

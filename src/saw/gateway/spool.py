@@ -10,13 +10,15 @@ import asyncio
 import queue
 import sqlite3
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from saw.audit.chain import ChainedEvent, ChainError, Head, link
+from saw.budget.ledger import undone
 from saw.gateway.errors import SpoolError
 
 MAX_BATCH = 256
@@ -120,42 +122,51 @@ class Spool:
             rows.append(chained)
             good.append(entry)
         try:
-            with self._lock:
-                self._database.execute("BEGIN IMMEDIATE")
-                try:
-                    self._database.executemany(
-                        "INSERT INTO event VALUES (?, ?)", [(row.seq, msgspec.json.encode(row)) for row in rows]
-                    )
-                    self._database.execute("UPDATE head SET seq = ?, hash = ?", (head.seq, head.hash))
-                    self._database.execute("COMMIT")
-                except BaseException:
-                    self._database.execute("ROLLBACK")
-                    raise
-        except sqlite3.Error as error:
+            with self._change() as database:
+                database.executemany(
+                    "INSERT INTO event VALUES (?, ?)", [(row.seq, msgspec.json.encode(row)) for row in rows]
+                )
+                database.execute("UPDATE head SET seq = ?, hash = ?", (head.seq, head.hash))
+        except SpoolError as error:
             for entry in good:
-                _finish(entry, SpoolError(f"the audit spool cannot be written: {error}", cure="free disk space"))
+                _finish(entry, error)
             return
         self._head = head
         for entry, row in zip(good, rows, strict=True):
             _finish(entry, row.seq)
 
+    @contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        """Hold a transaction that is on disk when the block ends; raise :class:`SpoolError` when it is not, and undo it."""
+        with self._lock, undone(self._database):
+            try:
+                self._database.execute("BEGIN IMMEDIATE")
+                yield self._database
+                self._database.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise SpoolError(f"the audit spool cannot be written: {error}", cure="free disk space") from error
+
     def pending(self, limit: int = MAX_BATCH) -> list[ChainedEvent]:
-        """Return the oldest events that the broker has not acknowledged, in order."""
-        with self._lock:
-            rows: Iterable[tuple[bytes]] = self._database.execute(
-                "SELECT chained FROM event WHERE seq > ? ORDER BY seq LIMIT ?", (self._acknowledged, limit)
-            ).fetchall()
+        """Return the oldest events that the broker has not acknowledged, in order; raise :class:`SpoolError`."""
+        try:
+            with self._lock:
+                rows: Iterable[tuple[bytes]] = self._database.execute(
+                    "SELECT chained FROM event WHERE seq > ? ORDER BY seq LIMIT ?", (self._acknowledged, limit)
+                ).fetchall()
+        except sqlite3.Error as error:
+            raise SpoolError(f"the audit spool cannot be read: {error}", cure="look at the disk") from error
         return [msgspec.json.decode(row[0], type=ChainedEvent) for row in rows]
 
     def acknowledge(self, seq: int) -> None:
-        """Note that the broker has everything up to ``seq`` and drop those rows."""
+        """Note that the broker has everything up to ``seq`` and drop those rows.
+
+        Raises :class:`SpoolError` when that cannot be noted: then the rows stay, and are sent and acknowledged again.
+        """
         if not self._acknowledged < seq <= self._head.seq:
             return
-        with self._lock:
-            self._database.execute("BEGIN IMMEDIATE")
-            self._database.execute("UPDATE head SET acknowledged = ?", (seq,))
-            self._database.execute("DELETE FROM event WHERE seq <= ?", (seq,))
-            self._database.execute("COMMIT")
+        with self._change() as database:
+            database.execute("UPDATE head SET acknowledged = ?", (seq,))
+            database.execute("DELETE FROM event WHERE seq <= ?", (seq,))
         self._acknowledged = seq
 
     def close(self) -> None:

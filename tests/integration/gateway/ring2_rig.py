@@ -63,9 +63,17 @@ class Answer:
 class Rig:
     """Everything, ready to be called; ``ws-1`` (number 1) is active and may be changed through ``broker``."""
 
-    def __init__(self, stack: ExitStack, directory: Path) -> None:
+    def __init__(
+        self,
+        stack: ExitStack,
+        directory: Path,
+        namespace: Namespace | None = None,
+        disk: tuple[Path, Path] | None = None,
+    ) -> None:
+        """``disk``: where state and Envoy's files lie, as the processes see it and as this one does, when it is another one."""
         self.directory = directory
-        self.namespace = Namespace("ring2")
+        self.disk, self.seen = disk or (directory, directory)
+        self.namespace = namespace or Namespace("ring2")
         stack.callback(self.namespace.close)
         self._stack = stack
         self._network()
@@ -155,8 +163,8 @@ class Rig:
 
     def _configure(self) -> Path:
         directory = self.directory
-        tls, xds, credentials = directory / "tls", directory / "xds", directory / "credentials"
-        for folder in (tls, xds, credentials):
+        tls, xds, credentials = directory / "tls", self.disk / "xds", directory / "credentials"
+        for folder in (tls, self.seen / "xds", credentials):
             folder.mkdir()
         for name, value in SECRET.items():
             (credentials / name).write_text(value + "\n")
@@ -174,7 +182,7 @@ class Rig:
             "cert_file": str(client[0]),
             "key_file": str(client[1]),
             "tuf_root_file": str(self.signer.root_file),
-            "state_dir": str(directory / "state"),
+            "state_dir": str(self.disk / "state"),
             "authz_socket": str(directory / "authz.sock"),
             "review_socket": str(directory / "review.sock"),
             "credentials_dir": str(credentials),
@@ -228,7 +236,7 @@ class Rig:
     def settled(self) -> None:
         """Wait until the gatekeeper holds the broker's newest state."""
         seq = self.broker.seq
-        state = self.directory / "state" / "state.json"
+        state = self.seen / "state" / "state.json"
         wait_for(lambda: state.exists() and json.loads(state.read_text())["state"]["seq"] >= seq, f"state {seq}")
 
     def start_gatekeeper(self) -> None:
