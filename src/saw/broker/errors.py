@@ -74,3 +74,16 @@ class TooLargeError(BrokerError):
 
     code = "too_large"
     status = 413
+
+
+class StorageFull(BrokerError):
+    """There is no room for what the call would write. What was acknowledged before is kept."""
+
+    code = "storage_full"
+    status = 507
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the broker's disk takes no more, so the change is refused and nothing was changed",
+            cure="free space for its state directory, or for the database's server, and call again",
+        )

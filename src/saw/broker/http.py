@@ -13,8 +13,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from saw.broker.context import Caller, new_request_id
-from saw.broker.errors import BrokerError, MalformedError, NotAttestedError, TooLargeError
+from saw.broker.errors import BrokerError, MalformedError, NotAttestedError, StorageFull, TooLargeError
 from saw.errors import SawError
+from saw.files import storage_error
 
 T = TypeVar("T")
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -106,14 +107,25 @@ def guarded(identify: Identify, handle: Callable[[Request, Caller], Awaitable[An
             response = refusal(error, request_id)
         except ClientDisconnect:
             return Response(status_code=400)
-        except Exception:
-            logger.exception("request %s failed", request_id)
-            text = "the broker failed to handle the call"
-            response = refusal(_Internal(text, cure="see the broker's log for the request id"), request_id)
+        except OSError as error:
+            full = storage_error(error)
+            if full is None:
+                response = _failed(request_id)
+            else:
+                logger.error("request %s: %s", request_id, full)  # noqa: TRY400 - names places; callers get none
+                response = refusal(StorageFull(), request_id)
+        except Exception:  # noqa: BLE001 - a fault of ours is logged, and told without its text
+            response = _failed(request_id)
         response.headers["x-request-id"] = request_id
         return response
 
     return endpoint
+
+
+def _failed(request_id: str) -> Response:
+    logger.exception("request %s failed", request_id)
+    text = "the broker failed to handle the call"
+    return refusal(_Internal(text, cure="see the broker's log for the request id"), request_id)
 
 
 class BodyHandler(Generic[T]):

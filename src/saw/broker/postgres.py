@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from saw.broker.database_settings import PostgresPlace, require_safe
-from saw.broker.errors import BrokerError, MalformedError
+from saw.broker.errors import BrokerError, MalformedError, StorageFull
 from saw.errors import ConfigError
 
 logger = logging.getLogger("saw.broker")
@@ -187,6 +187,8 @@ def _meaning(error: psycopg.Error, *, lost: bool, unknown: bool) -> Exception:
         return MalformedError(
             "a value cannot be stored", cure="send shorter text, without NUL characters", code="not_storable"
         )
+    if state == "53100":
+        return StorageFull()
     away = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError) or state in {"25006", "25P03"}
     if not lost and not away:
         return error

@@ -57,6 +57,7 @@ class Releases:
     def __init__(self, services: Services, repository: Repository) -> None:
         self._s = services
         self._repository = repository
+        self._unrecorded = False
 
     def install_root(self, caller: Caller, body: TrustRoot) -> dict[str, Any]:
         """Take the first TUF root, once. The same root again changes nothing; any other is refused."""
@@ -113,7 +114,16 @@ class Releases:
                     )
                 )
             raise
-        return {"released": self.synchronise(caller), **self.state()}
+        self._unrecorded = True
+        released = self.synchronise(caller)
+        self._unrecorded = False
+        return {"released": released, **self.state()}
+
+    def catch_up(self) -> None:
+        """Record a publication that the repository has taken and the database had no room for, or did not answer to."""
+        if self._unrecorded:
+            self.synchronise()
+            self._unrecorded = False
 
     def synchronise(self, caller: Caller = BROKER) -> list[dict[str, Any]]:
         """Record every current target of the repository that the registry does not know yet; return the new ones."""

@@ -10,7 +10,7 @@ import hashlib
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, event, func, select, update
 
 from saw.audit import Chain, ChainedEvent, Head
-from saw.broker import postgres, schema
+from saw.broker import full_disk, postgres, schema
 from saw.broker.config import BrokerConfig
 from saw.broker.database_settings import PostgresPlace, parse_database
+from saw.broker.full_disk import Reserve
 from saw.broker.replica_wake import tell
 from saw.broker.wake import PERIMETER, TRAIL, Waker
 from saw.errors import SawError
@@ -66,8 +67,10 @@ class Transaction:
 class Store:
     """The database behind two doors: :meth:`read` and :meth:`write`."""
 
-    def __init__(self, engine: Engine, waker: Waker) -> None:
+    def __init__(self, engine: Engine, waker: Waker, reserve: Reserve | None = None) -> None:
         self._engine = engine
+        #: Room for kills on the disk of a SQLite file; the disk of a server is not ours.
+        self.reserve = reserve
         self._waker = waker
         self._writing = threading.Lock()
         self._shared = engine.dialect.name == "postgresql"
@@ -89,7 +92,7 @@ class Store:
         engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 10})
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
-        store = cls(engine, waker)
+        store = cls(engine, waker, Reserve(path.with_name("reserve")))
         store.migrate()
         return store
 
@@ -166,7 +169,7 @@ class Store:
     def _refusing(self, ending: Callable[[], bool] = lambda: False) -> AbstractContextManager[None]:
         if self._shut is not None:
             raise self._shut
-        return postgres.translated(ending) if self._shared else nullcontext()
+        return postgres.translated(ending) if self._shared else full_disk.translated()
 
 
 def read_head(connection: Connection, source: str) -> Head:

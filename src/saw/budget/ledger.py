@@ -98,6 +98,20 @@ class Balance(msgspec.Struct, frozen=True):
     spent: int = 0
 
 
+@contextmanager
+def undone(database: sqlite3.Connection) -> Iterator[None]:
+    """Leave no transaction open behind an exception.
+
+    SQLite ends one by itself after some errors, a full disk among them, and not after others, so it is asked.
+    """
+    try:
+        yield
+    except BaseException:
+        if database.in_transaction:
+            database.execute("ROLLBACK")
+        raise
+
+
 class Ledger:
     """The ledger in the file ``path``; ``life_s`` is how long a reservation stays open without news.
 
@@ -136,13 +150,10 @@ class Ledger:
         if not self._lock.acquire(timeout=self._patience_s):
             raise LedgerError(f"the ledger {self._path} is not free", cure="try again")
         try:
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
+            with undone(self._database):
+                self._database.execute("BEGIN IMMEDIATE")
                 yield self._database
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
+                self._database.execute("COMMIT")
         except sqlite3.Error as error:
             raise LedgerError(f"the ledger {self._path} cannot be written: {error}", cure="free disk space") from error
         finally:

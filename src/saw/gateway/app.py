@@ -27,6 +27,7 @@ from saw.gateway.envoy_parts import (
     SEND_SEAT,
     SEND_TICKET,
 )
+from saw.gateway.errors import SpoolError
 from saw.gateway.events import event_of
 from saw.gateway.judge import Call, Dial, Judge, Verdict
 from saw.gateway.metering import Meter, Told, read_told
@@ -51,6 +52,9 @@ LATEST_S = 7.0
 """A call that is allowed later than this after it came is refused (seconds): Envoy may have given it up (``AUTHZ_TIMEOUT``)."""
 _CONTROL = frozenset({"x-forwarded-client-cert", "x-envoy-auth-partial-body"})
 _UNAVAILABLE = "the gatekeeper could not decide or record this call, so it is refused"
+LOOKS = 20
+"""How often the event loop looks at its sockets before a connection counts as open; two or three looks find its end."""
+_UNRECORDED = "the gatekeeper cannot write its audit record, so it allows nothing until it can"
 _NEXT_STEPS = {
     "no_identity": "attest again; if it lasts, the workspace is not registered on this network",
     "lease_expired": "wait for the next attestation",
@@ -142,6 +146,8 @@ class AuthorizationApp:
     whose answers are looked at; ``sessions`` those for sessions of PostgreSQL; ``sending`` those that such a call, or
     an approved one, brings back, which was judged and recorded just before. ``services`` says how the service of a transport is
     named in Envoy's files. ``health`` says how this gatekeeper is, with what is in doubt under ``doubt``. ``monotonic``: seconds.
+    ``stood_still``: a call may have waited for so long that Envoy has given it up, and one that is never sent is neither charged
+    nor recorded as allowed.
     """
 
     def __init__(
@@ -159,6 +165,7 @@ class AuthorizationApp:
         services: Callable[[str], str] = str,
         health: Callable[[], Mapping[str, object]] = dict,
         monotonic: Callable[[], float] = time.monotonic,
+        stood_still: Callable[[], bool] = lambda: False,
     ) -> None:
         self._recorder = recorder
         self._services = services
@@ -166,6 +173,7 @@ class AuthorizationApp:
         self._monotonic = monotonic
         self._decided = 0
         self._judge = judge
+        self._stood_still = stood_still
         self._spool = spool
         self._factory = factory
         self._waiting = waiting
@@ -179,7 +187,7 @@ class AuthorizationApp:
         if scope["type"] != "http":
             return
         body = await _read_body(receive)
-        if body is None:
+        if body is None or (self._stood_still() and await _left(receive)):
             return
         if (b"x-saw-listener", METER_SEAT.encode()) in scope["headers"]:
             status, headers, content = await self._settle(read_told(scope["headers"], body, TOLD_HEADERS, BETWEEN))
@@ -228,7 +236,7 @@ class AuthorizationApp:
             raise
         except SawError as error:
             LOG.critical("call %s is refused: %s", call.request_id, error.message)
-            return _unavailable(call)
+            return _unavailable(call, _UNRECORDED if isinstance(error, SpoolError) else _UNAVAILABLE)
         except Exception as error:  # noqa: BLE001 - any fault of ours must end as a refusal, without its text
             LOG.critical("call %s is refused: internal fault %s", call.request_id, type(error).__name__)
             return _unavailable(call)
@@ -313,13 +321,13 @@ def _refuse(body: dict[str, object], retry_after: object = None) -> Answer:
     return 403 if retry_after is None else 429, headers, json.dumps(body).encode()
 
 
-def _unavailable(call: Call) -> Answer:
+def _unavailable(call: Call, detail: str = _UNAVAILABLE) -> Answer:
     return _refuse(
         {
             "error": "policy_denied",
             "layer": "ring2",
             "reason": "gatekeeper_unavailable",
-            "detail": _UNAVAILABLE,
+            "detail": detail,
             "host": call.authority,
             "method": call.method,
             "path": call.target,
@@ -332,6 +340,19 @@ def _unavailable(call: Call) -> Answer:
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _left(receive: Receive) -> bool:
+    """Return whether Envoy has closed the connection that a check came on; it does so when it gives the check up."""
+    waiting = asyncio.ensure_future(receive())
+    try:
+        for _ in range(LOOKS):
+            await asyncio.sleep(0)
+            if waiting.done():
+                return bool(waiting.result()["type"] == "http.disconnect")
+        return False
+    finally:
+        waiting.cancel()
 
 
 async def _read_body(receive: Receive) -> bytes | None:

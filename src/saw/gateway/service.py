@@ -34,6 +34,7 @@ from saw.gateway.oauth2 import HttpsTokenEndpoint, TokenKeeper
 from saw.gateway.peer import PeerReader
 from saw.gateway.pg_sessions import PostgresSessions
 from saw.gateway.ports import conflicts
+from saw.gateway.pulse import Pulse
 from saw.gateway.readable import may_read
 from saw.gateway.record_desk import LONGEST_QUESTION, RecordDesk
 from saw.gateway.recording import Recorder
@@ -48,7 +49,7 @@ from saw.gateway.spool import Spool
 from saw.gateway.state import StateFile
 from saw.gateway.streams import Standing, standing_streams
 from saw.gateway.tickets import Tickets
-from saw.gateway.view import View, ViewKeeper
+from saw.gateway.view import EMPTY, View, ViewKeeper
 from saw.gateway.xds import XdsWriter
 from saw.ports import require_own_socket
 
@@ -135,6 +136,8 @@ class Gatekeeper:
         self._keeper.keeps = lambda: self._lead.held
         self._written = False
         self._published: tuple[tuple[int, ...], frozenset[str], tuple[tuple[int, Standing], ...]] | None = None
+        self._unwritten = ""
+        self._pulse = Pulse(time.monotonic)
         self._clock = clock
         with one_at_a_time(config.state_dir):
             self._spool = Spool(config.state_dir, config.name, config.spool_limit)
@@ -190,6 +193,7 @@ class Gatekeeper:
             recorder=self._recorder,
             services=lambda service: named(service, replica),
             health=self.health,
+            stood_still=self._pulse.stood_still,
         )
         if waiting is None:
             return
@@ -261,9 +265,11 @@ class Gatekeeper:
         try:
             written = self._xds.write(wanted[0], wanted[1], streams)
         except OSError as error:
-            LOG.critical("Envoy's files in %s cannot be written: %s", self._config.ring2.xds_dir, error)
+            if str(error) != self._unwritten:
+                LOG.critical("Envoy's files in %s cannot be written: %s", self._config.ring2.xds_dir, error)
+            self._unwritten = str(error)
             return
-        self._published, self._written = wanted, True
+        self._published, self._written, self._unwritten = wanted, True, ""
         if written:
             LOG.info("wrote %s for %d workspaces", ", ".join(written), len(wanted[0]))
 
@@ -301,7 +307,7 @@ class Gatekeeper:
         while True:
             await asyncio.sleep(EVERY_S)
             notify("WATCHDOG=1")
-            if self._published is not None:
+            if self._keeper.view is not EMPTY:  # also what could not be written the first time
                 self._publish(self._keeper.view)
 
     @contextlib.asynccontextmanager
@@ -314,6 +320,7 @@ class Gatekeeper:
                 group.create_task(self._link.poll_forever(), name="poll"),
                 group.create_task(self._watch_streams(), name="streams"),
                 group.create_task(self._leading(), name="lead"),
+                group.create_task(self._pulse.run_forever(), name="pulse"),
             ]
             try:
                 yield

@@ -81,22 +81,22 @@ class Spool:
     @property
     def head(self) -> Head:
         """Return the end of the chain as it is on disk."""
-        with self._reading():
+        with self._using():
             return self._read_head()[0]
 
     @property
     def acknowledged(self) -> int:
         """Return the highest sequence number that the broker has."""
-        with self._reading():
+        with self._using():
             return self._read_head()[1]
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _using(self, how: str = "read", cure: str = "look at the disk") -> Iterator[None]:
         with self._lock:
             try:
                 yield
             except sqlite3.Error as error:
-                raise SpoolError(f"the audit spool {self._path} cannot be read: {error}") from error
+                raise SpoolError(f"the audit spool {self._path} cannot be {how}: {error}", cure=cure) from error
 
     async def record(self, event: Mapping[str, Any]) -> int:
         """Chain ``event`` and return its sequence number once it is on disk; raise :class:`SpoolError` when it is not."""
@@ -156,15 +156,18 @@ class Spool:
 
     def pending(self, limit: int = MAX_BATCH) -> list[ChainedEvent]:
         """Return the oldest events that the broker has not acknowledged, in order; raises :class:`SpoolError`."""
-        with self._reading():
+        with self._using():
             rows: Iterable[tuple[bytes]] = self._database.execute(
                 "SELECT chained FROM event WHERE seq > (SELECT acknowledged FROM head) ORDER BY seq LIMIT ?", (limit,)
             ).fetchall()
         return [msgspec.json.decode(row[0], type=ChainedEvent) for row in rows]
 
     def acknowledge(self, seq: int) -> None:
-        """Note that the broker has everything up to ``seq`` and drop those rows; raises :class:`SpoolError`."""
-        with self._reading(), _change(self._database) as database:
+        """Note that the broker has everything up to ``seq`` and drop those rows.
+
+        Raises :class:`SpoolError` when that cannot be noted: then the rows stay, and are sent and acknowledged again.
+        """
+        with self._using("written", cure="free disk space"), _change(self._database) as database:
             known = database.execute(
                 "UPDATE head SET acknowledged = ? WHERE acknowledged < ? AND seq >= ?", (seq, seq, seq)
             )

@@ -95,7 +95,7 @@ class ViewKeeper:
         self._heard: float | None = None
         self._told: dict[str, str] = {}
         self._started = monotonic()
-        self._restored = False
+        self._provisional = False
 
     def offline_s(self, granted_s: float, now: datetime) -> float:
         """Return by how many seconds the lease of a workspace is prolonged at ``now`` under a grant of ``granted_s``."""
@@ -119,8 +119,11 @@ class ViewKeeper:
 
     @property
     def after(self) -> int | None:
-        """The sequence number after which a state is news; None when any is, as what we have may be of other numbers or none."""
-        return None if self._restored or self.view is EMPTY else self.view.seq
+        """The sequence number after which a state is news; None when any is.
+
+        That is so while what we have may be of other numbers or none, and while it is not on disk.
+        """
+        return None if self._provisional or self.view is EMPTY else self.view.seq
 
     def credential_headers(self) -> frozenset[str]:
         """Return every header name that a release of the current view may inject."""
@@ -144,7 +147,11 @@ class ViewKeeper:
             if self.view is EMPTY or self._state is None:
                 return
             self.changed(self.view)
-            await self._save()
+            try:
+                await self._save()
+            except OSError as error:  # the broker is asked for the state again, and that one is saved
+                LOG.critical("the state cannot be saved: %s", error)
+                self._provisional = True
 
     async def _save(self) -> None:
         if self._state is not None and self.keeps():
@@ -164,7 +171,7 @@ class ViewKeeper:
         held = engagements(workspaces.values(), handed)
         self.view = View(cache.state.seq, workspaces, releases, cache.graces, cache.floors, handed, held)
         self._state = cache.state
-        self._restored = True
+        self._provisional = True
 
     async def take(self, state: PerimeterState) -> None:
         """Make ``state`` the current one: workspaces at once, new releases as soon as they are verified."""
@@ -197,9 +204,11 @@ class ViewKeeper:
             self._tell(refused)
             floors = raise_floors(floors, workspaces, releases)
             self.view = view = msgspec.structs.replace(view, releases=releases, floors=floors)
-        self._restored, self._state = False, state
+        # A state that the disk does not take is asked for again, so that no restart forgets a kill.
+        self._provisional, self._state = True, state
         self.changed(view)
         await self._save()
+        self._provisional = False
 
     async def _hand(self, state: PerimeterState, known: Mapping[str, Handed]) -> dict[str, Handed]:
         verified, refused = await asyncio.to_thread(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -95,8 +96,28 @@ class XdsWriter:
         path = self._directory / name
         if path.exists() and path.read_text("utf-8") == text:
             return False
-        write_atomic(path, text, mode=0o644)
+        try:
+            write_atomic(path, text, mode=0o644)
+        except OSError as error:
+            if error.errno not in {errno.ENOSPC, errno.EDQUOT} or len(text.encode()) > self._size(name):
+                raise
+            _rewrite(path, text.encode())
         return True
+
+
+def _rewrite(path: Path, raw: bytes) -> None:
+    """Replace a file by one that is no longer in the room that it has, so that a full disk stops no cut-off.
+
+    Meanwhile it has another name: a crash leaves no file, which Envoy takes for no listeners, and never half of one.
+    """
+    aside = path.with_name(f".{path.name}.full")
+    os.replace(path, aside)
+    with aside.open("r+b") as stream:
+        stream.write(raw)
+        stream.truncate()
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(aside, path)  # what Envoy watches for
 
 
 def envoy_arguments(config: GatekeeperConfig) -> list[str]:

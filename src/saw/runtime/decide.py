@@ -367,7 +367,10 @@ class DecideService:
             more = message.get("more_body", False)
         if scope["path"] == "/decide":
             answer = self._decider.decide(_asked(scope, b"".join(chunks)))
-            self._log(answer.log)
+            try:
+                self._log(answer.log)
+            except OSError:
+                answer = _unwritten(answer)
             await _respond(send, answer.status, answer.headers, answer.body)
         elif scope["path"] == "/status":
             body = json.dumps(self._decider.status()).encode()
@@ -399,6 +402,20 @@ def _asked(scope: Scope, body: bytes) -> Asked:
         body=body or None,
         body_complete=headers.get("x-envoy-auth-partial-body", "false") == "false" and not is_grpc(headers),
     )
+
+
+def _unwritten(answer: Answer) -> Answer:
+    """Return the refusal that takes the place of a decision that the log does not take (a full disk)."""
+    shown = {name: value for name, value in answer.log.items() if name not in {"event", "verdict", "reason"}}
+    body: dict[str, object] = {
+        "error": "policy_denied",
+        "layer": "ring1",
+        "reason": "gatekeeper_stale",
+        "detail": "the decision cannot be written down, so nothing is allowed: the workspace's disk takes no more",
+        **shown,
+        "next_steps": ["free space on the workspace's disk, or ask its sponsor to"],
+    }
+    return Answer(403, (("content-type", "application/json"),), json.dumps(body).encode() + b"\n", answer.log, body)
 
 
 async def _respond(send: Send, status: int, headers: tuple[tuple[str, str], ...], body: bytes) -> None:

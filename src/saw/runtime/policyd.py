@@ -419,7 +419,11 @@ class Policyd:
         self._reported = {mark for mark in self._reported if mark == keep or (kind == "finding") != (mark[0] == kind)}
 
     def _write_state(self, state: State) -> None:
+        """Say in the workspace how things are. Without room for it that is logged, and told the broker as ever."""
         raw = msgspec.json.encode(state)
         path = self._config.run / "policy" / "state.json"
-        if not path.exists() or path.read_bytes() != raw:
-            write_atomic(path, raw)
+        try:
+            if not path.exists() or path.read_bytes() != raw:
+                write_atomic(path, raw)
+        except OSError as error:
+            self._log(f"state not written: {error}")

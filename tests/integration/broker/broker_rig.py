@@ -159,13 +159,24 @@ class Lab:
         self.ca_file = self.config.keys / "x509" / "ca.pem"
         self.port = 0
         self.process: subprocess.Popen[bytes] | None = None
+        self.enter: tuple[str, ...] = ()
+        """What stands before the broker's command, for one that runs in a namespace."""
         self.operator = OperatorClient(Context(BrokerContext(socket=self.config.operator_socket)))
 
     def start(self) -> None:
         """Start the broker and wait until it tells (sd_notify) that it serves."""
         with ready_socket(self.directory / "run" / "notify.sock") as (name, wait):
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "saw.cli.main", "broker", "serve", "--config", str(self.config_file)],
+                [
+                    *self.enter,
+                    sys.executable,
+                    "-m",
+                    "saw.cli.main",
+                    "broker",
+                    "serve",
+                    "--config",
+                    str(self.config_file),
+                ],
                 env={**os.environ, "NOTIFY_SOCKET": name},
                 stderr=(self.directory / "broker.log").open("ab"),
             )

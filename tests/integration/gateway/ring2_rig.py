@@ -64,14 +64,24 @@ class Answer:
 class Rig:
     """Everything, ready to be called; ``ws-1`` (number 1) is active and may be changed through ``broker``.
 
-    With ``replicas`` gatekeepers, ``gatekeepers`` has those that run, by their number.
+    With ``replicas`` gatekeepers, ``gatekeepers`` has those that run, by their number. ``disk``: where state and Envoy's files
+    lie, as the processes see it and as this one does, when it is another one.
     """
 
-    def __init__(self, stack: ExitStack, directory: Path, replicas: int = 1) -> None:
+    def __init__(
+        self,
+        stack: ExitStack,
+        directory: Path,
+        replicas: int = 1,
+        *,
+        namespace: Namespace | None = None,
+        disk: tuple[Path, Path] | None = None,
+    ) -> None:
         self.directory = directory
+        self.disk, self.seen = disk or (directory, directory)
         self.replicas = replicas
         self.gatekeepers: dict[int, subprocess.Popen[bytes]] = {}
-        self.namespace = Namespace("ring2")
+        self.namespace = namespace or Namespace("ring2")
         stack.callback(self.namespace.close)
         self._stack = stack
         self._network()
@@ -160,8 +170,8 @@ class Rig:
 
     def _configure(self) -> Path:
         directory = self.directory
-        tls, xds, credentials = directory / "tls", directory / "xds", directory / "credentials"
-        for folder in (tls, xds, credentials):
+        tls, xds, credentials = directory / "tls", self.disk / "xds", directory / "credentials"
+        for folder in (tls, self.seen / "xds", credentials):
             folder.mkdir()
         for name, value in SECRET.items():
             (credentials / name).write_text(value + "\n")
@@ -179,7 +189,7 @@ class Rig:
             "cert_file": str(client[0]),
             "key_file": str(client[1]),
             "tuf_root_file": str(self.signer.root_file),
-            "state_dir": str(directory / "state"),
+            "state_dir": str(self.disk / "state"),
             "authz_socket": str(self._place("authz.sock")),
             "review_socket": str(self._place("review.sock")),
             "replicas": self.replicas,
@@ -235,7 +245,7 @@ class Rig:
     def settled(self) -> None:
         """Wait until the gatekeeper holds the broker's newest state."""
         seq = self.broker.seq
-        state = self.directory / "state" / "state.json"
+        state = self.seen / "state" / "state.json"
         wait_for(lambda: state.exists() and json.loads(state.read_text())["state"]["seq"] >= seq, f"state {seq}")
         for replica in self.gatekeepers:
             wait_for(lambda place=replica: self.told(place).state >= seq, f"state {seq} at replica {replica}")

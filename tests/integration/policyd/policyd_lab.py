@@ -175,10 +175,14 @@ class FarAttestd:
 
 
 class Lab:
-    def __init__(self) -> None:
+    def __init__(
+        self, run: Path | None = None, state: Path | None = None, netns: Path = Path("/proc/self/ns/net")
+    ) -> None:
+        """``run`` and ``state``: directories of the agent that lie elsewhere; ``netns``: where those are who call ring 1."""
+        self.netns = netns
         self.directory = Path(tempfile.mkdtemp(prefix="saw-pd-"))
-        self.run = self.directory / "run"
-        self.state = self.directory / "state"
+        self.run = run or self.directory / "run"
+        self.state = state or self.directory / "state"
         self.store = self.directory / "store"
         self.journal = self.directory / "journal"
         for path in (self.run / "attest", self.run / "decide", self.run / "svid", self.run / "policy"):
@@ -258,7 +262,7 @@ class Lab:
             Generations(self.run / "generations", time.monotonic),
             Lease(self.run / "svid" / "lease.json", lambda: datetime.now(UTC), boottime),
             self.heartbeat,
-            Attribution(Path("/proc/self/ns/net")),
+            Attribution(self.netns),
             Counts(time.monotonic()),
         )
         self.decisions = (self.directory / "decisions.log").open("w+", encoding="utf-8")

@@ -22,7 +22,7 @@ from saw.audit import Chain, EventFactory, Head, Subject
 from saw.broker.config import BrokerConfig, RolloutSettings
 from saw.broker.context import Caller
 from saw.broker.core import Broker
-from saw.broker.errors import BrokerError
+from saw.broker.errors import BrokerError, StorageFull
 from saw.broker.perimeter import Report, Shipment
 from saw.broker.releases import Publication as Body
 from saw.broker.rollout_calls import MAX_INSIDE
@@ -681,3 +681,24 @@ def test_a_row_lost_between_repository_and_register_does_not_begin_a_second_roll
     with world.broker.services.store.read() as connection:
         assert len(connection.execute(select(rollouts)).all()) == 2
     assert world.view().counts.offered == 1
+
+
+def test_a_publication_that_the_database_had_no_room_for_is_recorded_once_there_is(ring, monkeypatch):
+    world = ring()
+    releases = world.broker.releases
+    made = world.publication(3)
+
+    def full(_caller: object = None) -> None:
+        raise StorageFull
+
+    with monkeypatch.context() as patch:
+        patch.setattr(releases, "synchronise", full)
+        for call in (lambda: releases.publish(OPERATOR, as_body(made)), releases.catch_up):
+            with pytest.raises(StorageFull):
+                call()
+    assert world.view().revision == 2
+    releases.catch_up()
+    assert world.view().revision == 3
+    before = world.broker.trail.page("broker", 0, 1000)["events"]
+    releases.catch_up()
+    assert world.broker.trail.page("broker", 0, 1000)["events"] == before, "and once"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import os
 import subprocess
 import tempfile
@@ -10,6 +12,8 @@ import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import uvicorn
@@ -20,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import pkcs12
 from saw.errors import SawError
 from saw.policy.model import Decision
 from saw.runtime import generation, policyd_floor
-from saw.runtime.decide import Decider, DecideService
+from saw.runtime.decide import Answer, Decider, DecideService
 from saw.runtime.decide_counts import Counted, Counts
 from saw.runtime.leaf import LeafAuthority, publish_bundle, san_of
 from saw.runtime.policyd_calls import CallReports
@@ -325,3 +329,31 @@ def test_counts_of_another_start_or_another_policy_are_not_mixed_up(telling):
     for digest in "cde":
         telling.counts.add(digest, ALLOWED, tunnel=False)
     assert set(telling.counts.totals().policies) == {"d", "e"}
+
+
+@pytest.mark.control("RUN-01")
+@pytest.mark.parametrize("full", [True, False])
+def test_a_decision_that_cannot_be_written_down_is_a_refusal_that_says_so(full: bool) -> None:
+    log = {"event": "ring1_decision", "verdict": "allow", "reason": "", "host": "api.example.com", "request_id": "r"}
+    decider = SimpleNamespace(decide=lambda _: Answer(200, (("x-saw-ring1", "allow"),), b"", log))
+    sent: list[dict[str, Any]] = []
+
+    def write(_: object) -> None:
+        if full:
+            raise OSError(28, "No space left on device")
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    service = DecideService(decider, write)  # type: ignore[arg-type]
+    scope = {"type": "http", "path": "/decide", "method": "GET", "headers": []}
+    asyncio.run(service(scope, receive, send))
+    names = {name for name, _ in sent[0]["headers"]}
+    assert (sent[0]["status"], b"x-saw-ring1" in names) == ((403, False) if full else (200, True))
+    if full:
+        body = json.loads(sent[1]["body"])
+        assert (body["reason"], body["host"], body["request_id"]) == ("gatekeeper_stale", "api.example.com", "r")
+        assert "cannot be written down" in body["detail"]

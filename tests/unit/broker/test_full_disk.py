@@ -1,0 +1,80 @@
+"""A full disk under the broker's database: a refusal that says so, and room for kills."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import sqlite3
+from pathlib import Path
+
+import httpx
+import psycopg
+import pytest
+from sqlalchemy.exc import OperationalError
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from saw.broker import postgres
+from saw.broker.errors import StorageFull
+from saw.broker.full_disk import Reserve, translated
+from saw.broker.http import guarded
+
+
+def failing(code: int) -> OperationalError:
+    fault = sqlite3.OperationalError("database or disk is full")
+    fault.sqlite_errorcode = code
+    return OperationalError("INSERT", {}, fault)
+
+
+def test_the_word_of_the_database_for_a_full_disk_is_a_refusal_and_no_other_is() -> None:
+    with pytest.raises(StorageFull) as refused, translated():
+        raise failing(sqlite3.SQLITE_FULL)
+    assert (refused.value.status, refused.value.code, bool(refused.value.cure)) == (507, "storage_full", True)
+    with pytest.raises(OperationalError), translated():
+        raise failing(sqlite3.SQLITE_BUSY)
+
+
+@pytest.mark.parametrize(("number", "answer"), [(errno.ENOSPC, (507, "storage_full")), (errno.EIO, (500, "internal"))])
+def test_a_file_that_finds_no_room_is_refused_alike_and_names_no_place(number: int, answer: tuple[int, str]) -> None:
+    async def write(_request: object, _caller: object) -> None:
+        raise OSError(number, os.strerror(number), "/var/lib/saw/broker/tuf/x")
+
+    app = Starlette(routes=[Route("/", guarded(lambda _: None, write))])  # type: ignore[arg-type,return-value]
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://broker") as client:
+            return await client.get("/")
+
+    found = asyncio.run(ask())
+    assert (found.status_code, found.json()["code"]) == answer
+    assert "/var" not in found.text
+
+
+def test_room_is_set_aside_once_given_back_once_and_set_aside_again(tmp_path: Path) -> None:
+    reserve = Reserve(tmp_path / "reserve", 8192)
+    assert not reserve.spend(), "there is none yet"
+    for _ in range(2):
+        reserve.keep()
+        assert (tmp_path / "reserve").stat().st_blocks * 512 >= 8192
+    assert reserve.spend()
+    assert not reserve.spend()
+    assert list(tmp_path.iterdir()) == []
+    reserve.keep()
+    assert reserve.spend()
+
+
+def test_room_that_cannot_be_set_aside_is_said_and_holds_up_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reserve = Reserve(tmp_path / "gone" / "reserve")
+    reserve.keep()
+    assert "no room can be set aside for kills" in caplog.text
+    assert not reserve.spend()
+
+
+def test_postgresql_says_so_in_its_own_word() -> None:
+    with pytest.raises(StorageFull), postgres.translated():
+        raise psycopg.errors.DiskFull
+    with pytest.raises(postgres.DatabaseUnavailable), postgres.translated():
+        raise psycopg.errors.AdminShutdown
