@@ -255,6 +255,14 @@ certificates = Table(
     Column("name", String(64), nullable=False),
     Column("issued_at", String(32), nullable=False),
     Column("expires_at", String(32), nullable=False),
+    Index(
+        "certificates_of_parts",
+        "kind",
+        "name",
+        "issued_at",
+        sqlite_where=text("kind != 'svid'"),
+        postgresql_where=text("kind != 'svid'"),
+    ),
 )
 
 audit_events = Table(
