@@ -68,6 +68,7 @@ workspaces = Table(
     Column("reported_at", String(32)),
     # Counts changes of what operators decide about: state, image, agent and endorsement key.
     Column("version", Integer, nullable=False, server_default="1"),
+    Index("workspaces_watch_seq", "watch_seq", "id"),
     Index(
         "workspaces_number_in_use",
         "number",

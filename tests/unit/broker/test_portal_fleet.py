@@ -165,7 +165,7 @@ def test_the_overview_says_what_needs_a_look(world: World) -> None:
     world.workspace("ws-e", 5, "ada@example.com", lease_expires_at=lapsed, state="stopped")
     put_image(world.broker.services.store, "old", "2" * 64)
     world.broker.images.move(OPERATOR, "old", Move(to=fleet.ImageState.REVOKED, reason="CVE"))
-    for number, state in ((6, "stopped"), (7, "decommissioned")):
+    for number, state in ((6, "stopped"), (7, "decommissioned"), (8, "requested")):
         world.workspace(f"ws-{number}", number, "ada@example.com", image="old", image_sha256="2" * 64, state=state)
     for ring, revision, state in (("a", 1, "halted"), ("a", 2, "complete"), ("b", 1, "complete"), ("b", 2, "halted")):
         put(
@@ -181,7 +181,7 @@ def test_the_overview_says_what_needs_a_look(world: World) -> None:
     found = [" ".join(re.sub(r"<[^>]*>", "", one).split()) for one in re.findall(r"<li>(.*?)</li>", page)]
     assert found == [
         "2 active workspaces without a lease that counts: every call of theirs is refused",
-        "1 workspaces on a revoked image",
+        "2 workspaces on a revoked image",
         "1 rings whose newest release was halted: saw policy watch shows why",
         "2 jobs that failed or were interrupted in the last 24 hours",
     ]

@@ -1,4 +1,4 @@
-"""Certificates of perimeters, bastions and machines are found without reading those of every workspace."""
+"""Certificates of perimeters, bastions and machines, and workspaces that changed, are found without reading all there are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add the index."""
+    """Add the two indices."""
     others = sa.text("kind != 'svid'")
     op.create_index(
         "certificates_of_parts",
@@ -21,6 +21,7 @@ def upgrade() -> None:
         sqlite_where=others,
         postgresql_where=others,
     )
+    op.create_index("workspaces_watch_seq", "workspaces", ["watch_seq", "id"])
 
 
 def downgrade() -> None:
