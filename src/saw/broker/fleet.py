@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, exists, func, literal_column, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, exists, func, or_, select
 
 from saw.attest.image_record import parse_record
 from saw.broker.break_glass import OWED
+from saw.broker.certificates import KINDS
 from saw.broker.clock import iso
 from saw.broker.context import Services
 from saw.broker.images import ImageState, refusal
@@ -45,8 +46,6 @@ PARTS = 1000
 LATELY = timedelta(days=1)
 """How long ago a job may have failed to be one that somebody should look at."""
 _LIVES = workspaces.c.state != State.DECOMMISSIONED
-#: As it stands in the index: a value that is handed over would not be compared with it.
-_PART: ColumnElement[bool] = literal_column("certificates.kind != 'svid'")
 
 
 class Fleet:
@@ -207,7 +206,8 @@ def newest_certificates() -> Select[Any]:
     """Return the question for the newest certificate of each kind and name, but for those of workspaces."""
     kind, name = certificates.c.kind, certificates.c.name
     issued, expires = func.max(certificates.c.issued_at), func.max(certificates.c.expires_at)
-    return select(kind, name, issued, expires).where(_PART).group_by(kind, name).order_by(kind, name).limit(PARTS)
+    of_parts = select(kind, name, issued, expires).where(kind.in_(KINDS))
+    return of_parts.group_by(kind, name).order_by(kind, name).limit(PARTS)
 
 
 def _count(connection: Connection, where: ColumnElement[bool]) -> int:

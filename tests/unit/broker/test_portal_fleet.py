@@ -262,7 +262,7 @@ def test_certificates_of_parts_are_found_without_those_of_workspaces(shared: Wor
     with shared.broker.services.store.read() as connection:
         asked = str(fleet.newest_certificates().compile(connection, compile_kwargs={"literal_binds": True}))
         plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {asked}").all()
-    assert "certificates_of_parts" in str(plan)
+    assert "SEARCH certificates USING INDEX certificates_of_name (kind=?)" in str(plan)
 
 
 def test_images_are_searched_by_name_digest_and_state_and_say_whether_they_may_run(world: World) -> None:

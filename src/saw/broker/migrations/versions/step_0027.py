@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlalchemy as sa
 from alembic import op
 
 revision = "0027"
@@ -13,14 +12,7 @@ depends_on = None
 
 def upgrade() -> None:
     """Add the two indices."""
-    others = sa.text("kind != 'svid'")
-    op.create_index(
-        "certificates_of_parts",
-        "certificates",
-        ["kind", "name", "issued_at"],
-        sqlite_where=others,
-        postgresql_where=others,
-    )
+    op.create_index("certificates_of_name", "certificates", ["kind", "name", "expires_at"])
     op.create_index("workspaces_watch_seq", "workspaces", ["watch_seq", "id"])
 
 
