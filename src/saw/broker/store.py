@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +18,17 @@ import msgspec
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, event, func, select, update
-from sqlalchemy.exc import OperationalError
 
 from saw.audit import Chain, ChainedEvent, Head
 from saw.broker import postgres, schema
 from saw.broker.config import BrokerConfig
 from saw.broker.database_settings import PostgresPlace, parse_database
-from saw.broker.errors import BrokerError
 from saw.broker.replica_wake import tell
 from saw.broker.wake import PERIMETER, TRAIL, Waker
 from saw.errors import SawError
 
 #: The chain of the broker's own events.
 SOURCE = "broker"
-
-
-class RegisterFull(BrokerError):
-    """No change can be stored until there is room; what is stored can be read."""
-
-    code = "database_full"
-    status = 503
 
 
 class Transaction:
@@ -176,21 +166,7 @@ class Store:
     def _refusing(self, ending: Callable[[], bool] = lambda: False) -> AbstractContextManager[None]:
         if self._shut is not None:
             raise self._shut
-        return postgres.translated(ending) if self._shared else _full_disk()
-
-
-@contextmanager
-def _full_disk() -> Iterator[None]:
-    """Turn SQLite's word that its disk is full into a refusal; the transaction is undone by then."""
-    try:
-        yield
-    except OperationalError as error:
-        if getattr(error.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
-            raise
-        raise RegisterFull(
-            "the disk of the broker's register is full; nothing was changed",
-            cure="make room below state_dir on the control host, then call again",
-        ) from error
+        return postgres.translated(ending) if self._shared else nullcontext()
 
 
 def read_head(connection: Connection, source: str) -> Head:
