@@ -94,6 +94,19 @@ def beside(config: BrokerConfig) -> Iterator[Rows]:
             yield Rows(session)
 
 
+def at_rest(config: BrokerConfig) -> bytes:
+    """Return the bytes that a register holds: those of its files, or of every value of every table."""
+    if config.postgresql is None:
+        files = [path for path in config.state.glob("broker.db*") if path.is_file()]
+        assert files, "there is no register"
+        return b"".join(path.read_bytes() for path in files)
+    with beside(config) as session:
+        names = [str(row[0]) for row in session.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")]
+        rows = [row for name in names for row in session.execute(f'SELECT * FROM "{name}"')]  # noqa: S608
+    values = [value for row in rows for value in row]
+    return b"\n".join(bytes(one) if isinstance(one, bytes | memoryview) else str(one).encode() for one in values)
+
+
 def back_up(config: BrokerConfig, place: Path) -> None:
     """Write a copy of a register to the file ``place``, while a broker may serve it."""
     if config.postgresql is not None:

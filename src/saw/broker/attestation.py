@@ -27,6 +27,7 @@ from saw.attest.messages import (
     QuoteAnswer,
 )
 from saw.attest.verifier import Expectation, Verdict, make_credential, verify_evidence
+from saw.broker.certificates import note_svid
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.errors import ForbiddenError, MalformedError, NotAttestedError
@@ -35,7 +36,7 @@ from saw.broker.lifecycle import MAY_ATTEST, MAY_ENROL, State
 from saw.broker.registry import Registry, get_row, normal_ek, require_state
 from saw.broker.releases import offline_granted, released_digests
 from saw.broker.rollout import assigned_release
-from saw.broker.schema import certificates, challenges, nonces, workspaces
+from saw.broker.schema import challenges, nonces, workspaces
 from saw.errors import SawError
 from saw.identity.ssh import SshAuthority
 from saw.identity.x509 import Authority, parse_svid
@@ -243,11 +244,7 @@ class Attestation:
                     **({**moved, "version": workspaces.c.version + 1} if first else {}),
                 )
             )
-            tx.connection.execute(
-                certificates.insert().values(
-                    sha256=svid.sha256, kind="svid", name=row.id, issued_at=iso(now), expires_at=iso(svid.not_after)
-                )
-            )
+            note_svid(tx.connection, row.id, svid.sha256, now, svid.not_after)
             if first:
                 self._registry.activate(tx, caller, row)
                 tx.record(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from datetime import timedelta
-from typing import Annotated, Any, Literal
+from datetime import datetime, timedelta
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
+from sqlalchemy import Connection, select
 
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
@@ -23,6 +24,11 @@ from saw.identity.x509 import Authority
 
 PERIMETER_TTL = timedelta(days=30)
 Kind = Literal["perimeter", "ring2", "bastion", "machine"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+SVID = "svid"
+"""The kind of a workspace's own certificate."""
+FORGOTTEN = 500
+"""Most certificates that ended and that one attestation forgets."""
 
 
 class SshRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,6 +57,21 @@ class Renewal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     csr_pem: Annotated[str, msgspec.Meta(max_length=8192)]
     kind: Kind = "perimeter"
+
+
+def note_svid(connection: Connection, workspace_id: str, sha256: str, now: datetime, expires: datetime) -> None:
+    """Note a workspace's own certificate, and forget those of it that ended: there is a new one with each lease.
+
+    The trail has told of each. Old ones go some at a time, so that no attestation waits for many.
+    """
+    connection.execute(
+        certificates.insert().values(
+            sha256=sha256, kind=SVID, name=workspace_id, issued_at=iso(now), expires_at=iso(expires)
+        )
+    )
+    mine = (certificates.c.kind == SVID) & (certificates.c.name == workspace_id)
+    ended = select(certificates.c.sha256).where(mine, certificates.c.expires_at < iso(now)).limit(FORGOTTEN)
+    connection.execute(certificates.delete().where(certificates.c.sha256.in_(ended)))
 
 
 class Certificates:

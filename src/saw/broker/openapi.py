@@ -17,7 +17,7 @@ from saw.broker.agent_views import Agent, Changed, Changes, Page
 from saw.broker.delegation_views import DelegationChanges, DelegationPage, Issued, Revoked, Signed
 from saw.broker.policy_request_views import AnsweredRequest, JudgedRequest, PolicyRequestPage
 from saw.broker.sponsor_views import ChangedSponsor, Sponsor, SponsorPage
-from saw.broker.workspace_views import ChangedWorkspace, WayBack, Workspace, WorkspacePage
+from saw.broker.workspace_views import ChangedWorkspace, WayBack, Workspace, WorkspaceChanges, WorkspacePage
 
 
 class Call(NamedTuple):
@@ -40,6 +40,7 @@ _WAIT = "wait"
 _QUERY: Mapping[str, str] = {
     "after": "Where to go on: the `next` of the page before, or the number of the last event.",
     "limit": "Most entries of the answer.",
+    "behind": "The `behind` of the answer before: up to which id those of number `after` were told.",
     _WAIT: "Hold the answer back until there is something new, seconds, 30 at most.",
     "first": "First day, YYYY-MM-DD.",
     "last": "Last day, YYYY-MM-DD.",
@@ -52,6 +53,9 @@ _QUERY: Mapping[str, str] = {
 ABOUT: Mapping[str, Words] = {
     "GET /v1/workspaces": Words(
         "Workspaces by id, in pages", ("after", "limit", "state", "sponsor", "blueprint", "ring", "image", "text"), WorkspacePage
+    ),
+    "GET /v1/workspace-changes": Words(
+        "Workspaces that changed, the oldest change first", ("after", "behind", _WAIT), WorkspaceChanges
     ),
     "POST /v1/workspaces": Words("Register a workspace; the same idempotency key is the same workspace", (), ChangedWorkspace),
     "GET /v1/workspaces/{id}": Words("One workspace", (), Workspace),

@@ -15,6 +15,7 @@ _OPERATE: frozenset[Role] = frozenset({"operator"})
 ALLOWED: dict[tuple[str, str], frozenset[Role]] = {
     ("GET", "/v1/workspaces"): _LOOK,
     ("POST", "/v1/workspaces"): _OPERATE,
+    ("GET", "/v1/workspace-changes"): _LOOK,
     ("GET", "/v1/workspaces/{id}"): _LOOK,
     ("PUT", "/v1/workspaces/{id}/image"): _OPERATE,
     ("GET", "/v1/workspaces/{id}/way-back"): _LOOK,

@@ -12,7 +12,6 @@ from saw.attest.messages import MAX_EVIDENCE
 from saw.broker.agent_routes import agent_routes
 from saw.broker.audit_routes import audit_routes
 from saw.broker.certificates import SshRequest, X509Request
-from saw.broker.context import Caller
 from saw.broker.core import Broker
 from saw.broker.delegation_routes import operator_delegation_routes
 from saw.broker.drift import DriftFinding, record_drift
@@ -32,7 +31,7 @@ from saw.broker.review_routes import operator_review_routes
 from saw.broker.rollout_routes import operator_rollout_routes
 from saw.broker.session_routes import operator_session_routes
 from saw.broker.sponsor_routes import sponsor_routes
-from saw.broker.workspace_list import page, wanted
+from saw.broker.workspace_routes import workspace_list_routes
 from saw.policy.envelope import MAX_ENVELOPE, SignedEnvelope
 
 MAX_PUBLICATION = 32 * 1024 * 1024
@@ -42,14 +41,9 @@ MakeRoute = Callable[[str, str, Any], Route]
 def operator_routes(broker: Broker, route: MakeRoute) -> list[Route]:
     """Return the routes; ``route`` makes one that is open to whoever may call it."""
 
-    def listed(_caller: Caller, request: Request) -> Any:
-        asked = wanted(request.query_params)
-        with broker.services.store.read() as connection:
-            return page(connection, asked)
-
     registry, releases, certificates = broker.registry, broker.releases, broker.certificates
     return [
-        route("/v1/workspaces", "GET", without_body(listed)),
+        *workspace_list_routes(broker, route),
         route("/v1/workspaces", "POST", with_body(CreateWorkspace, lambda c, b, _r: registry.create(c, b))),
         route("/v1/workspaces/{id}", "GET", without_body(lambda _c, r: registry.show(r.path_params["id"]))),
         route(

@@ -199,6 +199,7 @@ class Registry:
                         now, subject, ("workspace", workspace_id), activity="enroll", comment="endorsement key recorded"
                     )
                 )
+                tx.touch(workspace_id)
         if conflict:
             raise ConflictError(
                 f"{workspace_id} already has another endorsement key",

@@ -68,6 +68,7 @@ workspaces = Table(
     Column("reported_at", String(32)),
     # Counts changes of what operators decide about: state, image, agent and endorsement key.
     Column("version", Integer, nullable=False, server_default="1"),
+    Index("workspaces_watch_seq", "watch_seq", "id"),
     Index(
         "workspaces_number_in_use",
         "number",
@@ -247,6 +248,8 @@ forward_grants = Table(
     Column("revoked_reason", String(256)),
 )
 
+#: Certificates that were issued. Of a workspace's own, made anew with each lease, those that ended go
+#: (:func:`saw.broker.certificates.note_svid`); the trail tells of all.
 certificates = Table(
     "certificates",
     metadata,
@@ -255,6 +258,7 @@ certificates = Table(
     Column("name", String(64), nullable=False),
     Column("issued_at", String(32), nullable=False),
     Column("expires_at", String(32), nullable=False),
+    Index("certificates_of_name", "kind", "name", "expires_at"),
 )
 
 audit_events = Table(

@@ -1,21 +1,23 @@
-"""Which workspaces somebody asks for, page by page: filters, and where the next page begins."""
+"""Which workspaces somebody asks for, page by page, and which have changed since a number of the register."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
-from sqlalchemy import Connection, func, or_, select
+from sqlalchemy import Connection, Row, func, or_, select
 from starlette.datastructures import QueryParams
 
 from saw.broker.http import filters_of
 from saw.broker.lifecycle import parse_state
 from saw.broker.registry import HIDDEN
-from saw.broker.schema import workspaces
+from saw.broker.schema import registry, workspaces
 
 LARGEST_PAGE = 10_000
 """Most workspaces in one page."""
+CHANGES = 1000
+"""Most workspaces in one answer about changes."""
 
 _Text = Annotated[str, msgspec.Meta(max_length=256)]
 #: Filter → column. Each may be given several times; one of the values must be met.
@@ -53,10 +55,12 @@ def wanted(query: QueryParams) -> Wanted:
 
 
 def page(connection: Connection, asked: Wanted) -> Mapping[str, Any]:
-    """Return ``{workspaces, next}`` in the order of ids; ``next`` is the ``after`` of the page that follows, None at the end.
+    """Return ``{workspaces, next, seq}`` in the order of ids; ``next`` is the ``after`` of the following page, None at the end.
 
-    Pages are read one after the other: a workspace that is registered meanwhile may be missing, none comes twice.
+    Pages are read one after the other: a workspace that is registered meanwhile may be missing, none comes twice. Behind ``seq``
+    of the first page :func:`changes` goes on.
     """
+    seq = connection.execute(select(registry.c.seq)).scalar_one()
     query = select(*_SHOWN).order_by(workspaces.c.id)
     for name, column in _COLUMNS.items():
         if values := getattr(asked, name):
@@ -73,8 +77,26 @@ def page(connection: Connection, asked: Wanted) -> Mapping[str, Any]:
     rows = connection.execute(query).all()
     more = asked.limit is not None and len(rows) > asked.limit
     rows = rows[: asked.limit]
+    return {"workspaces": _views(rows), "next": rows[-1].id if more else None, "seq": seq}
+
+
+def changes(connection: Connection, after: int, behind: str) -> dict[str, Any]:
+    """Return ``{workspaces, next, behind}``: those that changed behind number ``after``, as they are now, the oldest first.
+
+    A change of many workspaces has one number: ``behind`` is the id up to which those of number ``after`` were told, empty for
+    all of them. The answer has both for the next question. Besides changes of the version, releases and delegations that a
+    workspace has to hear of count as changes; renewals and reports of workspaces do not.
+    """
+    number = workspaces.c.watch_seq
+    later = number > after
+    if behind:
+        later = or_(later, (number == after) & (workspaces.c.id > behind))
+    rows = connection.execute(select(*_SHOWN).where(later).order_by(number, workspaces.c.id).limit(CHANGES)).all()
+    if not rows:
+        return {"workspaces": [], "next": after, "behind": behind}
+    return {"workspaces": _views(rows), "next": rows[-1].watch_seq, "behind": rows[-1].id}
+
+
+def _views(rows: Sequence[Row[Any]]) -> list[dict[str, Any]]:
     names = [column.key for column in _SHOWN]
-    return {
-        "workspaces": [dict(zip(names, row, strict=True)) for row in rows],
-        "next": rows[-1].id if more else None,
-    }
+    return [dict(zip(names, row, strict=True)) for row in rows]

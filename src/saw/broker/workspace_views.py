@@ -50,10 +50,22 @@ class ChangedWorkspace(Workspace, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 class WorkspacePage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Workspaces by id; ``next`` is the ``after`` of the page that follows, null at the end."""
+    """Workspaces by id; ``next`` is the ``after`` of the page that follows, null at the end.
+
+    Behind ``seq`` of the first page the feed of changes goes on.
+    """
 
     workspaces: tuple[Workspace, ...]
     next: str | None
+    seq: int
+
+
+class WorkspaceChanges(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Workspaces that changed, as they are now, the oldest change first; ``next`` and ``behind`` are what to ask with next."""
+
+    workspaces: tuple[Workspace, ...]
+    next: int
+    behind: str
 
 
 class ImageBinding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

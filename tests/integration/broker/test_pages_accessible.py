@@ -6,14 +6,24 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from chromium import Chromium, chromium
 from sso_rig import SsoLab, sso_lab
 
+from databases import beside
+from saw.addressing import Band
+from saw.broker.break_glass_settings import BreakGlassSettings
+from saw.broker.clock import iso
+from saw.broker.gate_settings import GateSettings, MachineSettings
 from saw.broker.job_settings import JobSettings
+from saw.broker.number_settings import NumberSettings
+from saw.broker.sso.fleet_pages import PARTS
+from saw.review.gate import BoundFile, BoundHost, GateStatement
 
 AXE = Path(__file__).parents[2] / "pages/node_modules/axe-core/axe.min.js"
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
@@ -24,7 +34,14 @@ _ID = re.compile(r"[0-9a-f]{8,}[0-9a-f-]*|[0-9A-HJKMNP-TV-Z]{26}|\d{4,}")
 @pytest.fixture(scope="module")
 def lab() -> Iterator[SsoLab]:
     directory = Path(tempfile.mkdtemp(prefix="saw-axe-"))
-    with sso_lab(directory, jobs=JobSettings(lease_s=600, worker_socket=str(directory / "worker.sock"))) as found:
+    with sso_lab(
+        directory,
+        jobs=JobSettings(lease_s=600, worker_socket=str(directory / "worker.sock")),
+        gates={"update": GateSettings(group="maintainers")},
+        machines={"awx": MachineSettings(scopes=("gate:update",))},
+        break_glass=BreakGlassSettings(group="break-glass"),
+        numbers=NumberSettings(places={"north": Band(300, 309)}),
+    ) as found:
         found.activate("ws-a", "ws-b")
         found.provider.change("u-ada", groups=["staff", "approvers", "maintainers", "operators", "auditors"])
         handed = {
@@ -41,7 +58,25 @@ def lab() -> Iterator[SsoLab]:
             "idempotency_key": "accessible",
         }
         found.operator.request("POST", "/v1/jobs", asked)
+        found.operator.request("POST", "/v1/holds", {"workspace": "ws-a", "reason": "case 7"})
+        stated = GateStatement(
+            gate="update", purpose="kernel of November", requested_by="ada", total=1, hosts=(BoundHost(name="ws-a"),),
+            files=(BoundFile(path="update.yml", kind="file", sha256="1" * 64),),
+        )  # fmt: skip
+        found.operator.request("POST", "/v1/gates", {"statement": msgspec.to_builtins(stated)})
+        break_glass_of(found, found.open_review())
         yield found
+
+
+def break_glass_of(lab: SsoLab, review: str) -> None:
+    """Leave what breaking the glass of a review leaves, and an event of a perimeter, for pages to show."""
+    now, later = (iso(datetime.now(UTC) + timedelta(hours=hours)) for hours in (0, 24))
+    with beside(lab.config) as store:
+        store.execute(
+            "UPDATE reviews SET broken_at = ?, broken_keys = 2, after_state = 'owed', after_due_at = ? WHERE id = ?",
+            (now, later, review),
+        )
+        store.execute("INSERT INTO audit_heads (source, seq, hash) VALUES ('north', 3, ?)", ("1" * 64,))
 
 
 @pytest.fixture
@@ -109,6 +144,14 @@ def test_every_page_is_accessible_in_light_and_dark(lab: SsoLab, page: Chromium)
             if told := violations(page):
                 found[f"{path} ({scheme})"] = told
         assert page.run("document.documentElement.scrollWidth <= innerWidth"), path
+    for path, _, _ in PARTS:
+        page.go(f"{lab.origin}{path}")
+        assert page.run("document.querySelectorAll('tbody tr').length"), (
+            f"{path} shows nothing, so nothing of it was tested"
+        )
+    for path in ("/fleet/images?q=none", "/fleet/people?q=none"):
+        page.go(f"{lab.origin}{path}")
+        found[path] = violations(page)
     page.go(f"{lab.origin}/reviews/none-such")
     found["an error"] = violations(page)
     assert {name: told for name, told in found.items() if told} == {}
@@ -120,6 +163,7 @@ def test_every_page_is_accessible_in_light_and_dark(lab: SsoLab, page: Chromium)
         "/agents",
         "/jobs",
         "/audit",
+        *(path for path, _, _ in PARTS),
         "/jobs/job-ID",
         "/workspaces/ws-b/jobs/stop",
     } <= set(paths), " ".join(paths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ import pytest
 from broker_rig import Lab, cli_here
 
 from saw.broker.client import BrokerRefusal
-from saw.broker.workspace_views import ChangedWorkspace, Workspace, WorkspacePage
+from saw.broker.workspace_views import ChangedWorkspace, Workspace, WorkspaceChanges, WorkspacePage
 
 pytestmark = pytest.mark.control("LIF-01")
 PROFILE = ("--sponsor", "ada@example.com", "--blueprint", "coding", "--ring", "canary", "--image", "workspace")
@@ -82,3 +83,23 @@ def test_answers_are_as_programs_are_told_and_other_fields_are_refused(broker: L
         with pytest.raises(BrokerRefusal) as caught:
             broker.operator.request("POST", f"{path}/{call}", body)
         assert (caught.value.code, caught.value.status) == ("malformed", 400)
+
+
+def test_the_feed_waits_for_a_change_and_tells_it(broker: Lab, saw: Any) -> None:
+    ask = broker.operator.request
+    since = msgspec.convert(ask("GET", "/v1/workspaces?limit=1"), WorkspacePage).seq
+    assert ask("GET", f"/v1/workspace-changes?after={since}") == {"workspaces": [], "next": since, "behind": ""}
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(ask, "GET", f"/v1/workspace-changes?after={since}&wait=30")
+        saw("create", "cmd-feed", *PROFILE)
+        found = msgspec.convert(waits.result(60), WorkspaceChanges)
+    assert [one.id for one in found.workspaces] == ["cmd-feed"]
+    again = ask("GET", f"/v1/workspace-changes?after={found.next}&behind={found.behind}")
+    assert again == {"workspaces": [], "next": found.next, "behind": "cmd-feed"}
+
+
+@pytest.mark.parametrize("query", ["after=x", "after=-1", "behind=" + "a" * 65])
+def test_a_feed_that_is_asked_wrongly_is_refused(broker: Lab, query: str) -> None:
+    with pytest.raises(BrokerRefusal) as refused:
+        broker.operator.request("GET", f"/v1/workspace-changes?{query}")
+    assert refused.value.code == "malformed"

@@ -87,13 +87,14 @@ class World:
         operate: bool = False,
         jobs: JobSettings | None = None,
         forwarding: ForwardingSettings | None = None,
+        **settings: Any,
     ) -> None:
         self.now = START
         provider = ProviderSettings(issuer="https://idp.example.com", client_id="saw")
         self.config = BrokerConfig(
             "saw.example", str(directory / "s"), str(directory / "o"), ("b.internal",),
             sso=SsoSettings(origin=ORIGIN, provider=provider, roles={"user": ("staff",)}, operate=operate),
-            jobs=jobs, forwarding=forwarding,
+            jobs=jobs, forwarding=forwarding, **settings,
         )  # fmt: skip
         self.config = installed(self.config, START)
         self.broker = Broker.open(self.config, lambda: self.now, os.urandom)

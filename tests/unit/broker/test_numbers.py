@@ -174,6 +174,7 @@ def test_one_place_is_part_of_the_request_and_none_is_as_before(world: World) ->
     assert refused.value.code == "idempotency_mismatch"
 
 
+@pytest.mark.sqlite("the plan of a question to its file")
 def test_no_registration_looks_at_every_workspace(world: World) -> None:
     with_numbers(world, NumberSettings(most=HIGHEST))
     fill(world, range(max(held(world)) + 1, 5001))

@@ -283,6 +283,8 @@ def test_a_broker_that_is_killed_has_removed_and_told_or_neither(world: Retentio
     end = world.size()
     told = {"trust_domain": "saw.example", "state_dir": world.config.state_dir, "server_names": ["b.saw.internal"]}
     told |= {"operator_socket": world.config.operator_socket, "audit": msgspec.to_builtins(world.config.audit)}
+    if world.config.postgresql is not None:
+        told["database"] = world.config.postgresql
     config = world.place / "broker.json"
     config.write_bytes(msgspec.json.encode(told))
     world.broker.close()

@@ -14,6 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from review_world import ANSWER, EDGE, OPERATOR, OTHER_EDGE, POLICY, SECRET, World, call, refused
 
+from databases import at_rest
 from saw.broker.clock import iso
 from saw.broker.delegations import Issue, Revoke
 from saw.broker.registry import Step
@@ -37,6 +38,11 @@ from saw.review.statement import encode_statement, sign_review
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     return World(tmp_path)
+
+
+def without_id(row: Any) -> dict[str, Any]:
+    """Return the values of a row that somebody copies; the database gives the copy a number of its own."""
+    return {name: value for name, value in row._mapping.items() if name != "id"}
 
 
 def tamper(world: World, identifier: str, table: Any = reviews, **values: Any) -> None:
@@ -452,9 +458,9 @@ def test_rows_that_somebody_wrote_into_the_database_are_no_approval(world: World
     identifier, good = world.open(b"forged").id, world.approved()
     said = world.statement(identifier, "cleo")
     with world.broker.services.store.write() as tx:
-        row = tx.connection.execute(review_decisions.select()).first()._mapping
+        row = without_id(tx.connection.execute(review_decisions.select()).first())
         for name, statement in (("ben", row["statement"]), ("cleo", msgspec.json.encode(said).decode())):
-            values = {**row, "id": None, "review_id": identifier, "approver": name, "statement": statement}
+            values = {**row, "review_id": identifier, "approver": name, "statement": statement}
             tx.connection.execute(review_decisions.insert().values(values))
     tamper(world, identifier, state="approved", approved_at=iso(world.now))
     assert world.claim().id == good
@@ -468,9 +474,9 @@ def test_a_sponsors_approval_does_not_count_however_it_got_there(world: World) -
     said = world.statement(identifier, "ada")
     values = {"statement": encode_statement(said).decode(), "signature": sign_review(said, world.keys["ada"])}
     with world.broker.services.store.write() as tx:
-        row = tx.connection.execute(review_decisions.select()).first()._mapping
+        row = without_id(tx.connection.execute(review_decisions.select()).first())
         tx.connection.execute(
-            review_decisions.insert().values({**row, "id": None, "review_id": identifier, "approver": "ada", **values})
+            review_decisions.insert().values({**row, "review_id": identifier, "approver": "ada", **values})
         )
     tamper(world, identifier, state="approved", approved_at=iso(world.now))
     assert world.claim().id == good
@@ -762,9 +768,7 @@ def test_calls_and_answers_are_encrypted_at_rest_under_a_private_key(world: Worl
     identifier = world.approved()
     world.tell(world.claim())
     world.broker.services.store.close()
-    files = [path for path in world.config.state.glob("broker.db*") if path.is_file()]
-    assert files
-    raw = b"".join(path.read_bytes() for path in files)
+    raw = at_rest(world.config)
     assert identifier.encode() in raw
     assert all(secret not in raw for secret in (SECRET, b"as the far end wrote it", b"account=team-a"))
     key = world.config.keys / REVIEWS

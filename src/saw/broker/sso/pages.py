@@ -24,6 +24,7 @@ from saw.broker.review_states import OPEN, UNENDED, unknown_review
 from saw.broker.signed_in import OPERATOR_PREFIX
 from saw.broker.sso.access import is_sponsor, sees_everything, sees_workspace
 from saw.broker.sso.agent_pages import AgentPages
+from saw.broker.sso.fleet_pages import FleetPages
 from saw.broker.sso.job_pages import JobPages
 from saw.broker.sso.operate import operate_app
 from saw.broker.sso.passkeys import Answered, NewCredential
@@ -300,6 +301,7 @@ def page_routes(pages: Pages, broker: Broker) -> list[Route]:
     jobs = JobPages(web, broker)
     agents = AgentPages(web, broker)
     ports, asked = PortPages(web, broker), PolicyRequestPages(web, broker)
+    fleet = FleetPages(web, broker)
     portal, trail, terminal = Portal(web, broker, jobs, agents, ports), TrailPages(web, broker), pages.terminal
 
     def page(path: str, handle: Any, method: str = "GET", *, limited: bool = False) -> Route:
@@ -323,6 +325,13 @@ def page_routes(pages: Pages, broker: Broker) -> list[Route]:
         page("/policy-requests", asked.requests),
         page("/policy-requests/{id}", asked.request),
         page("/policy-requests/{id}/answer", asked.answer, "POST"),
+        page("/fleet", fleet.overview),
+        page("/fleet/perimeters", fleet.perimeters),
+        page("/fleet/images", fleet.images),
+        page("/fleet/gates", fleet.gates),
+        page("/fleet/people", fleet.people),
+        page("/fleet/holds", fleet.holds),
+        page("/fleet/break-glass", fleet.break_glass),
         page("/jobs", jobs.listed),
         page("/jobs/{id}", jobs.job),
         data("/jobs/{id}/now", jobs.now, "GET"),
