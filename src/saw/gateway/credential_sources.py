@@ -230,5 +230,5 @@ class VaultSource:
 
 def _unusable(identifier: str, what: str) -> CredentialUnavailable:
     return CredentialUnavailable(
-        f"credential {identifier} is not at hand: the vault {what}", cure="see the journal of saw-gatekeeper"
+        f"credential {identifier} is not at hand: the vault {what}", cure="see the journal of saw-gatekeeper@*"
     )

@@ -223,7 +223,7 @@ def _granted(identifier: str, answer: Answer) -> _Granted:
 def _refusal(identifier: str, why: str) -> CredentialUnavailable:
     return CredentialUnavailable(
         f"credential {identifier} is not at hand: {why}",
-        cure="see the journal of saw-gatekeeper, and the client's secret",
+        cure="see the journal of saw-gatekeeper@*, and the client's secret",
     )
 
 
