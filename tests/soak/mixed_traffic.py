@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,8 @@ WARM = 0.25
 MORE_MEMORY, MORE_KIB, MORE_FILES = 0.10, 16 * 1024, 16
 """What the last quarter may have above the first quarter after the warm part: a share of it and KiB; descriptors."""
 GIT_EVERY_S = 5.0
+ENOUGH = 20
+"""From how many looks on growth is judged: fewer are of the start alone."""
 
 
 class Faulty(AssertionError):
@@ -142,15 +145,21 @@ class Run:
         pids, samples, begun = self.pids(), [], time.monotonic()
         thread.start()
         cloning.start()
-        while thread.is_alive():
-            thread.join(EVERY_S)
-            samples.append(looked_at(pids))
-            self.renewed()
-            if say:
-                left = max(0.0, seconds - time.monotonic() + begun) / 60
-                now = ", ".join(f"{name} {kib // 1024} MiB/{files}" for name, (kib, files) in samples[-1].items())
-                print(f"{now}; {len(self.ring2.broker.events)} rows, {left:.1f} min left", file=sys.stderr, flush=True)
-        self._over.set()
+        try:
+            while thread.is_alive():
+                thread.join(EVERY_S)
+                samples.append(looked_at(pids))
+                self.renewed()
+                if say:
+                    left = max(0.0, seconds - time.monotonic() + begun) / 60
+                    now = ", ".join(f"{name} {kib // 1024} MiB/{files}" for name, (kib, files) in samples[-1].items())
+                    print(
+                        f"{now}; {len(self.ring2.broker.events)} rows, {left:.1f} min left", file=sys.stderr, flush=True
+                    )
+        except FileNotFoundError as error:
+            raise Faulty(f"a process ended: {error.filename}") from error
+        finally:
+            self._over.set()
         cloning.join()
         done = answer[0]
         if isinstance(done, BaseException):
@@ -267,7 +276,7 @@ def soak(minutes: float, workers: int, *, say: bool) -> dict[str, object]:
             "seconds": round(seconds), "calls": sum(done.values()), "each": dict(by_kind), "clones": run.clones,
             **told, "processes": processes,
         }  # fmt: skip
-        if bad := grown(processes):
+        if len(samples) >= ENOUGH and (bad := grown(processes)):
             print(json.dumps(found), file=sys.stderr)
             raise Faulty("; ".join(bad))
         return found
@@ -280,6 +289,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="of each kind of call")
     parser.add_argument("--json", action="store_true", help="the figures as one JSON object")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it made is taken away then, too
     try:
         found = soak(options.minutes, options.workers, say=not options.json)
     except Faulty as error:

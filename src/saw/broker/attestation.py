@@ -30,9 +30,10 @@ from saw.attest.verifier import Expectation, Verdict, make_credential, verify_ev
 from saw.broker.certificates import note_svid
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
-from saw.broker.errors import ForbiddenError, MalformedError, NotAttestedError
+from saw.broker.errors import ForbiddenError, MalformedError, NotAttestedError, StorageFull
 from saw.broker.images import expected_boot
 from saw.broker.lifecycle import MAY_ATTEST, MAY_ENROL, State
+from saw.broker.postgres import DatabaseBusy, DatabaseUnavailable
 from saw.broker.registry import Registry, get_row, normal_ek, require_state
 from saw.broker.releases import offline_granted, released_digests
 from saw.broker.rollout import assigned_release
@@ -186,6 +187,8 @@ class Attestation:
             return self._grant(caller, row, evidence, verdict, release.lease_ttl_s)
         except NotAttestedError as error:
             self._reject(caller, row, error.failures)
+        except (StorageFull, DatabaseBusy, DatabaseUnavailable):
+            raise  # says nothing about the workspace
         except Exception as error:  # noqa: BLE001 - whatever goes wrong in granting must end as "not attested"
             self._reject(caller, row, [_failure("verifier_exception", "issue", type(error).__name__)])
 
@@ -277,8 +280,8 @@ class Attestation:
                     },
                 )
             )
-            # Watchers learn of the state; a renewed lease concerns perimeters alone.
-            tx.touch(*([row.id] if first else []))
+            # Watchers learn of the state and the policy; a renewed lease concerns perimeters alone.
+            tx.touch(*([row.id] if first or row.policy_digest != digest else []))
         return QuoteAnswer(
             svid_pem=svid_pem.decode(),
             ca_pem=self._authority.ca_pem.decode(),

@@ -27,7 +27,7 @@ Kind = Literal["perimeter", "ring2", "bastion", "machine"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SVID = "svid"
 """The kind of a workspace's own certificate."""
-FORGOTTEN = 500
+FORGOTTEN = 20
 """Most certificates that ended and that one attestation forgets."""
 
 

@@ -84,6 +84,6 @@ class StorageFull(BrokerError):
 
     def __init__(self) -> None:
         super().__init__(
-            "the broker's disk takes no more, so the change is refused and nothing was changed",
-            cure="free space for its state directory, or for the database's server, and call again",
+            "the broker's disk takes no more, so what was asked for is refused, or done in part",
+            cure="free space for its state directory, or for the database's server; see what is there, and call again",
         )

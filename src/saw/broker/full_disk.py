@@ -12,6 +12,7 @@ from pathlib import Path
 from sqlalchemy.exc import OperationalError
 
 from saw.broker.errors import StorageFull
+from saw.files import takes_no_more
 
 RESERVE = 1024 * 1024
 """How much is set aside (bytes): a kill writes far less."""
@@ -19,13 +20,22 @@ RESERVE = 1024 * 1024
 logger = logging.getLogger("saw.broker")
 
 
+#: What SQLite says beside ``SQLITE_FULL`` where room is missing, for its shared memory and when files are written through.
+_PERHAPS_FULL = frozenset({sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_FSYNC})
+
+
 @contextmanager
-def translated() -> Iterator[None]:
-    """Turn SQLite's word for a full disk (SQLITE_FULL) within the block into a refusal; other errors stay faults."""
+def translated(place: Path | None = None) -> Iterator[None]:
+    """Turn SQLite's words for a full disk within the block into a refusal; other errors stay faults.
+
+    An error of a write counts where the folder ``place`` takes no more.
+    """
     try:
         yield
     except OperationalError as error:
-        if isinstance(error.orig, sqlite3.Error) and getattr(error.orig, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+        code = getattr(error.orig, "sqlite_errorcode", 0) if isinstance(error.orig, sqlite3.Error) else 0
+        perhaps = place is not None and code in _PERHAPS_FULL
+        if code == sqlite3.SQLITE_FULL or (perhaps and place is not None and takes_no_more(place)):
             logger.error("the disk under the database is full")  # noqa: TRY400 - the line says all there is
             raise StorageFull from error
         raise

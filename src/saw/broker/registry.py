@@ -13,7 +13,7 @@ from saw.attest.verifier import load_ek
 from saw.broker.agent_states import AgentMoves, get_agent
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
-from saw.broker.errors import ConflictError, ForbiddenError, MalformedError, NotFoundError, StorageFull
+from saw.broker.errors import ConflictError, ForbiddenError, MalformedError, NotFoundError
 from saw.broker.forward_ends import revoke_of_workspace
 from saw.broker.idempotency import Version, require_version, take_request
 from saw.broker.images import admit, find_image, require_bootable
@@ -275,13 +275,7 @@ class Registry:
         No version is asked for: a kill goes before what others change. What was told under ``key`` is done once. On a full disk
         it takes the room that is set aside for it.
         """
-        try:
-            return self._kill(caller, workspace_id, reason, key)
-        except StorageFull:
-            reserve = self._s.store.reserve
-            if reserve is None or not reserve.spend():
-                raise
-            return self._kill(caller, workspace_id, reason, key)
+        return self._s.store.urgently(lambda: self._kill(caller, workspace_id, reason, key))
 
     def _kill(self, caller: Caller, workspace_id: str, reason: str, key: str | None) -> dict[str, Any]:
         now = self._s.clock()

@@ -122,8 +122,12 @@ class Releases:
     def catch_up(self) -> None:
         """Record a publication that the repository has taken and the database had no room for, or did not answer to."""
         if self._unrecorded:
-            self.synchronise()
-            self._unrecorded = False
+            self._unrecorded = False  # first, so that another publication meanwhile says so again
+            try:
+                self.synchronise()
+            except BaseException:
+                self._unrecorded = True
+                raise
 
     def synchronise(self, caller: Caller = BROKER) -> list[dict[str, Any]]:
         """Record every current target of the repository that the registry does not know yet; return the new ones."""

@@ -230,11 +230,10 @@ def upkeep_once(broker: Broker, context: ssl.SSLContext, clock: Clock, pages: ss
         _renew(broker, context, clock)
     except SawError as error:  # their place is away; there are days left, and all else goes on
         logger.warning("certificates cannot be renewed: %s; trying again in %s", error, UPKEEP)
-    if (reserve := broker.services.store.reserve) is not None:
-        reserve.keep()
+    broker.services.store.set_room_aside()
+    broker.releases.catch_up()  # of what this one took in, whichever of them does the rest
     if broker.upkeep.mine:
         broker.repository.refresh(clock())
-        broker.releases.catch_up()
         broker.rollouts.tick()
         broker.reviews.tick()
         broker.jobs.tick()

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from alembic import command
@@ -23,10 +23,13 @@ from saw.audit import Chain, ChainedEvent, Head
 from saw.broker import full_disk, postgres, schema
 from saw.broker.config import BrokerConfig
 from saw.broker.database_settings import PostgresPlace, parse_database
+from saw.broker.errors import StorageFull
 from saw.broker.full_disk import Reserve
 from saw.broker.replica_wake import tell
-from saw.broker.wake import PERIMETER, TRAIL, Waker
+from saw.broker.wake import PERIMETER, TRAIL, WORKSPACES, Waker
 from saw.errors import SawError
+
+T = TypeVar("T")
 
 #: The chain of the broker's own events.
 SOURCE = "broker"
@@ -56,7 +59,7 @@ class Transaction:
             self.connection.execute(
                 update(schema.workspaces).where(schema.workspaces.c.id.in_(workspace_ids)).values(watch_seq=row.seq)
             )
-        self.woken |= {PERIMETER, *workspace_ids}
+        self.woken |= {PERIMETER, *([WORKSPACES] if workspace_ids else []), *workspace_ids}
         return int(row.seq)
 
     def wake(self, *keys: str) -> None:
@@ -70,9 +73,10 @@ class Store:
     def __init__(self, engine: Engine, waker: Waker, reserve: Reserve | None = None) -> None:
         self._engine = engine
         #: Room for kills on the disk of a SQLite file; the disk of a server is not ours.
-        self.reserve = reserve
+        self._reserve = reserve
+        self._folder: Path | None = None
         self._waker = waker
-        self._writing = threading.Lock()
+        self._writing = threading.RLock()
         self._shared = engine.dialect.name == "postgresql"
         #: Who this is among those that share the database; what it tells the others carries it.
         self.replica = secrets.randbits(31)
@@ -92,8 +96,15 @@ class Store:
         engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 10})
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
-        store = cls(engine, waker, Reserve(path.with_name("reserve")))
-        store.migrate()
+        reserve = Reserve(path.with_name("reserve"))
+        store = cls(engine, waker, reserve)
+        store._folder = path.parent
+        try:
+            store.migrate()
+        except StorageFull:  # also to open it takes room, and a broker that does not run kills nothing
+            if not reserve.spend():
+                raise
+            store.migrate()
         return store
 
     @classmethod
@@ -150,6 +161,22 @@ class Store:
             ending = True
         self._waker.wake(keys)
 
+    def urgently(self, change: Callable[[], T]) -> T:
+        """Do ``change``, and on a full disk once more in the room that is set aside. Nobody of ours writes in between."""
+        with self._writing:
+            try:
+                return change()
+            except StorageFull:
+                if self._reserve is None or not self._reserve.spend():
+                    raise
+                return change()
+
+    def set_room_aside(self) -> None:
+        """Set room aside for :meth:`urgently`, as far as there is any."""
+        if self._reserve is not None:
+            with self._writing:
+                self._reserve.keep()
+
     @contextmanager
     def exclusively(self, what: str) -> Iterator[None]:
         """Let one replica at a time do ``what``; within one process this excludes nobody from a SQLite file."""
@@ -169,7 +196,7 @@ class Store:
     def _refusing(self, ending: Callable[[], bool] = lambda: False) -> AbstractContextManager[None]:
         if self._shut is not None:
             raise self._shut
-        return postgres.translated(ending) if self._shared else full_disk.translated()
+        return postgres.translated(ending) if self._shared else full_disk.translated(self._folder)
 
 
 def read_head(connection: Connection, source: str) -> Head:

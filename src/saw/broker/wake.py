@@ -11,6 +11,8 @@ T = TypeVar("T")
 
 #: The key of everything that perimeters see; a workspace's watchers use its id.
 PERIMETER = "*perimeter*"
+#: The key of changes of workspaces, whichever.
+WORKSPACES = "*workspaces*"
 #: The key of the audit trail: whoever reads it behind a position.
 TRAIL = "*trail*"
 

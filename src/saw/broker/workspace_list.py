@@ -9,6 +9,7 @@ import msgspec
 from sqlalchemy import Connection, Row, func, or_, select
 from starlette.datastructures import QueryParams
 
+from saw.broker.errors import ConflictError
 from saw.broker.http import filters_of
 from saw.broker.lifecycle import parse_state
 from saw.broker.registry import HIDDEN
@@ -85,8 +86,16 @@ def changes(connection: Connection, after: int, behind: str) -> dict[str, Any]:
 
     A change of many workspaces has one number: ``behind`` is the id up to which those of number ``after`` were told, empty for
     all of them. The answer has both for the next question. Besides changes of the version, releases and delegations that a
-    workspace has to hear of count as changes; renewals and reports of workspaces do not.
+    workspace has to hear of count as changes, and another policy that it runs; renewals and reports of workspaces do not.
+    Raises ``feed_restarted`` for a number that this register has not reached.
     """
+    now = connection.execute(select(registry.c.seq)).scalar_one()
+    if after > now:
+        raise ConflictError(
+            f"the register is at {now}, before {after}: it was restored, or is another one",
+            cure="read the list of workspaces again, and follow behind its seq",
+            code="feed_restarted",
+        )
     number = workspaces.c.watch_seq
     later = number > after
     if behind:

@@ -13,7 +13,7 @@ from saw.broker.context import Caller
 from saw.broker.core import Broker
 from saw.broker.errors import MalformedError
 from saw.broker.http import LONGEST_WAIT_S, whole_number, without_body
-from saw.broker.wake import PERIMETER
+from saw.broker.wake import WORKSPACES
 from saw.broker.workspace_list import changes, page, wanted
 
 MakeRoute = Callable[[str, str, Any], Route]
@@ -43,7 +43,7 @@ def workspace_list_routes(broker: Broker, route: MakeRoute) -> list[Route]:
             return await run_in_threadpool(look)
 
         wait = float(whole_number(request, "wait", 0, LONGEST_WAIT_S))
-        return await broker.waker.poll(PERIMETER, read, lambda found: bool(found["workspaces"]), wait)
+        return await broker.waker.poll(WORKSPACES, read, lambda found: bool(found["workspaces"]), wait)
 
     return [
         route("/v1/workspaces", "GET", without_body(listed)),

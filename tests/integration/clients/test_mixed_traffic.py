@@ -21,9 +21,13 @@ def test_every_call_of_mixed_traffic_is_answered_and_recorded_once() -> None:
     if abi() < 6:
         pytest.skip("this kernel's Landlock is older than ABI 6 (or switched off)")
     words = [sys.executable, str(SOAK / "mixed_traffic.py"), "--minutes", "0.15", "--workers", "1", "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as soak:
+        try:
+            out, words_of_it = soak.communicate(timeout=600)
+        finally:
+            soak.terminate()
+    assert soak.returncode == 0, words_of_it
+    found = json.loads(out)
     assert all(found["each"].values()), found["each"]
     assert (found["clones"] > 0, found["rows"] > 0, found["refusals"] > 0) == (True, True, True)
     assert set(found["processes"]) == {"ring 1", "decider", "ring 2", "gatekeeper"}

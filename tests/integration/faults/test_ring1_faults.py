@@ -79,19 +79,21 @@ def test_without_the_proxy_nothing_leaves_and_what_waits_is_decided_by_the_polic
         assert rig.curl(URL).code == REFUSED
         rig.start_envoy()
     else:
-        with stopped(rig, "ring1"):
-            assert rig.curl("-m", "3", URL).code == NO_ANSWER
-            curl = ("curl", "-s", "-m", "60", "-x", PROXY, URL)
-            with subprocess.Popen(["ip", "netns", "exec", rig.sandbox, *curl], stdout=subprocess.PIPE) as waiting:
-                narrower = rig.compile(POLICY.replace(READ, ELSEWHERE), GOVERNANCE, revision=2)
-                generation.switch(rig.generations, narrower)
-                until(lambda: (rig.decide_status() or {}).get("policy_digest") == narrower, "saw-decide follows")
-                rig.processes["ring1"].send_signal(signal.SIGCONT)
-                said = waiting.communicate(timeout=90)[0]
-        assert b"method_or_path_not_allowed" in said, said
-        until(lambda: rig.served() == narrower, "ring 1 follows")
-        assert len(rig.arrived()) == before
-        generation.switch(rig.generations, rig.base)
+        try:
+            with stopped(rig, "ring1"):
+                assert rig.curl("-m", "3", URL).code == NO_ANSWER
+                curl = ("curl", "-s", "-m", "60", "-x", PROXY, URL)
+                with subprocess.Popen(["ip", "netns", "exec", rig.sandbox, *curl], stdout=subprocess.PIPE) as waiting:
+                    narrower = rig.compile(POLICY.replace(READ, ELSEWHERE), GOVERNANCE, revision=2)
+                    generation.switch(rig.generations, narrower)
+                    until(lambda: (rig.decide_status() or {}).get("policy_digest") == narrower, "saw-decide follows")
+                    rig.processes["ring1"].send_signal(signal.SIGCONT)
+                    said = waiting.communicate(timeout=90)[0]
+            assert b"method_or_path_not_allowed" in said, said
+            until(lambda: rig.served() == narrower, "ring 1 follows")
+            assert len(rig.arrived()) == before
+        finally:
+            generation.switch(rig.generations, rig.base)
     assert len(rig.arrived()) == before
     works_again(rig)
 

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import sqlite3
+import threading
 from pathlib import Path
 
 import httpx
@@ -15,10 +16,12 @@ from sqlalchemy.exc import OperationalError
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from saw.broker import postgres
+from saw.broker import full_disk, postgres
 from saw.broker.errors import StorageFull
 from saw.broker.full_disk import Reserve, translated
 from saw.broker.http import guarded
+from saw.broker.store import Store
+from saw.broker.wake import Waker
 
 
 def failing(code: int) -> OperationalError:
@@ -33,6 +36,47 @@ def test_the_word_of_the_database_for_a_full_disk_is_a_refusal_and_no_other_is()
     assert (refused.value.status, refused.value.code, bool(refused.value.cure)) == (507, "storage_full", True)
     with pytest.raises(OperationalError), translated():
         raise failing(sqlite3.SQLITE_BUSY)
+
+
+@pytest.mark.parametrize("code", [sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_FSYNC])
+def test_a_write_that_fails_is_put_down_to_a_full_disk_where_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    with pytest.raises(OperationalError), translated(tmp_path):
+        raise failing(code)
+    monkeypatch.setattr(full_disk, "takes_no_more", lambda place: place == tmp_path)
+    with pytest.raises(StorageFull), translated(tmp_path):
+        raise failing(code)
+    with pytest.raises(OperationalError), translated(tmp_path):
+        raise failing(sqlite3.SQLITE_IOERR_READ)
+
+
+@pytest.mark.control("LIF-02")
+def test_what_is_urgent_is_done_in_the_room_that_is_set_aside_before_anybody_else_writes(tmp_path: Path) -> None:
+    store = Store.open_sqlite(tmp_path / "register.db", Waker())
+    store.set_room_aside()
+    order: list[str] = []
+
+    def another() -> None:
+        with store.write():
+            order.append("another")
+
+    other = threading.Thread(target=another)
+
+    def kill() -> str:
+        order.append("kill")
+        if len(order) == 1:
+            other.start()
+            raise StorageFull
+        assert not (tmp_path / "reserve").exists()
+        return "killed"
+
+    assert store.urgently(kill) == "killed"
+    other.join(60)
+    assert order == ["kill", "kill", "another"]
+    with pytest.raises(StorageFull):
+        store.urgently(lambda: (_ for _ in ()).throw(StorageFull()))
+    store.close()
 
 
 @pytest.mark.parametrize(("number", "answer"), [(errno.ENOSPC, (507, "storage_full")), (errno.EIO, (500, "internal"))])

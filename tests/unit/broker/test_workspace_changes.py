@@ -18,7 +18,9 @@ from starlette.datastructures import QueryParams
 from saw.broker import workspace_list
 from saw.broker.agents import RetireAgent, SucceedAgent
 from saw.broker.clock import iso
+from saw.broker.errors import ConflictError
 from saw.broker.registry import CreateWorkspace, RecordEk, Reprovision, Step
+from saw.broker.wake import WORKSPACES
 from saw.broker.workspace_views import WorkspaceChanges, WorkspacePage
 
 pytestmark = pytest.mark.control("LIF-01")
@@ -90,6 +92,24 @@ def test_the_same_again_and_what_a_workspace_reports_is_no_change(world: World) 
     world.broker.registry.transition(OPERATOR, "ws-a", Step("stopped", "night"))
     world.set("ws-a", lease_expires_at=iso(world.now + timedelta(hours=1)), reported_state="loaded")
     assert ask(world, since).workspaces == ()
+
+
+def test_a_number_that_the_register_has_not_reached_is_refused_and_the_newest_one_is_not(world: World) -> None:
+    since = start(world)
+    assert ask(world, since).workspaces == ()
+    with pytest.raises(ConflictError) as refused:
+        ask(world, since + 1)
+    assert (refused.value.code, refused.value.status) == ("feed_restarted", 409)
+
+
+def test_a_renewed_lease_wakes_no_follower_and_a_change_does(world: World) -> None:
+    woken: list[str] = []
+    world.broker.services.store._waker.wake = woken.extend  # type: ignore[method-assign]
+    with world.broker.services.store.write() as tx:
+        tx.touch()
+    assert WORKSPACES not in woken
+    world.broker.registry.transition(OPERATOR, "ws-a", Step("stopped", "night"))
+    assert WORKSPACES in woken
 
 
 def test_the_oldest_change_comes_first_and_one_that_changed_again_comes_once(world: World) -> None:

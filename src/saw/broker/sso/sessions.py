@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from sqlalchemy import Connection, Row, select
 from saw.audit import Subject
 from saw.broker.clock import iso, parse_iso
 from saw.broker.context import BROKER, Caller, Services
-from saw.broker.errors import BrokerError
+from saw.broker.errors import BrokerError, StorageFull
 from saw.broker.people import Person, PersonRefused, admit, disentitle, find_person, identity_of, no_role
 from saw.broker.schema import people, sso_logins, sso_logout_tokens, sso_sessions
 from saw.broker.session_ends import SessionEnds
@@ -31,6 +32,8 @@ from saw.broker.sso.sign_outs import PROTOCOL, end_sign_ins
 from saw.broker.sso_settings import SsoSettings
 from saw.broker.store import Transaction
 from saw.identity.oidc import IdToken, TokenRefused
+
+logger = logging.getLogger("saw.broker")
 
 Kind = Literal["browser", "cli"]
 SEEN_EVERY = timedelta(seconds=30)
@@ -195,8 +198,11 @@ class Sessions:
         with self._s.store.read() as connection:
             seen = connection.execute(select(sso_sessions.c.seen_at).where(mine)).scalar_one_or_none()
         if seen is not None and seen <= iso(now - SEEN_EVERY):
-            with self._s.store.write() as tx:
-                tx.connection.execute(sso_sessions.update().where(mine).values(seen_at=iso(now)))
+            try:
+                with self._s.store.write() as tx:
+                    tx.connection.execute(sso_sessions.update().where(mine).values(seen_at=iso(now)))
+            except StorageFull:  # people go on to read; without the stamp the session ends sooner, not later
+                logger.warning("no room to note that a session was used")
 
     def sign_out(self, caller: Caller, secret: str) -> None:
         """End the session of ``secret``; one that is not there is nothing to do."""
