@@ -16,6 +16,8 @@ from saw.errors import ConfigError, SawError
 SOCKETS = Path("/run/saw/gatekeeper")
 """Where each gatekeeper of a host has its sockets, in a folder of its own number."""
 _TIMEOUT_S = 60
+_LOOK_S = 5
+"""How long a gatekeeper has to show that it runs (seconds), before the next one is asked."""
 _COLUMNS = ("record", "time", "workspace", "route", "model", "classes", "kept", "bytes", "answer", "status")
 
 
@@ -42,12 +44,14 @@ def main(argv: list[str]) -> int:
 
 def running(folder: Path = SOCKETS) -> Path:
     """Return the socket of a gatekeeper that answers; all of them have the same records."""
-    found = sorted(folder.glob("*/records.sock"))
+    found = sorted([*folder.glob("records.sock"), *folder.glob("*/records.sock")])
     for path in found:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock, contextlib.suppress(OSError):
-            sock.settimeout(_TIMEOUT_S)
+            sock.settimeout(_LOOK_S)
             sock.connect(str(path))
-            return path
+            sock.sendall(b"{}\n")  # no question; one that stands still says nothing to it
+            if sock.recv(1):
+                return path
     return found[0] if found else folder / "1" / "records.sock"
 
 

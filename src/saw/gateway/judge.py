@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from saw.errors import SawError
 from saw.gateway.credentials import CredentialStore, Injection
 from saw.gateway.delegations import NONE, Engagement, OutsideDelegation, brought, cover, reach, shown
 from saw.gateway.errors import (
@@ -48,6 +50,7 @@ from saw.policy.paths import canonicalise_path
 from saw.policy.review_poll import Poll, may_poll, poll_of
 from saw.policy.websocket import TEXT
 
+LOG = logging.getLogger("saw.gateway")
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
 DEFAULT_PORT = {"https": 443, "http": 80}
 DIAL_DEADLINE_S = 6.0
@@ -150,7 +153,8 @@ class Judge:
     ``offline`` says how many of the seconds that policy grants without a broker count now, and ``doubt`` is told them.
     ``reviews``: there is a review service, which answers the path that workspaces ask for their reviews under. ``meter``
     charges calls to budgets; without one, calls that a budget pays for are refused. ``definitions``: what is known of those of
-    MCP tools. ``recorder`` keeps calls where policy says so; without one, such calls are refused.
+    MCP tools. ``recorder`` keeps calls where policy says so; without one, such calls are refused. ``at_home`` says whether this
+    is the gatekeeper of the workspace of a number, which alone has seen its lists of tools.
     """
 
     def __init__(
@@ -168,8 +172,10 @@ class Judge:
         meter: Meter | None = None,
         definitions: KnownDefinitions | None = None,
         recorder: Recorder | None = None,
+        at_home: Callable[[int], bool] = lambda _: True,
     ) -> None:
         self._recorder = recorder
+        self._at_home = at_home
         self._definitions = KnownDefinitions() if definitions is None else definitions
         self._view = view
         self._doubt = doubt
@@ -184,10 +190,12 @@ class Judge:
 
     async def give_back(self, verdict: Verdict, why: str) -> None:
         """Release what was reserved for a call that is certainly not sent."""
-        if self._meter is not None and verdict.dial is not None and verdict.dial.charge:
-            await self._meter.give_back(verdict.dial.charge, why)
-        if self._recorder is not None and verdict.record:
-            await self._recorder.forget(verdict.record)
+        try:
+            if self._meter is not None and verdict.dial is not None and verdict.dial.charge:
+                await self._meter.give_back(verdict.dial.charge, why)
+        finally:
+            if self._recorder is not None and verdict.record:
+                await self._recorder.forget(verdict.record)
 
     async def decide(self, call: Call) -> Verdict:
         """Return the verdict; never raises for a refusal."""
@@ -335,11 +343,16 @@ class Judge:
                 request, decision, route, entry,
                 policy_digest=case.digest, delegation=case.delegation, review=case.review, request_id=case.call.request_id,
             )  # fmt: skip
-        except RecordUnavailable as error:
+        except BaseException as error:
             if self._meter is not None and case.dial.charge:
-                await self._meter.give_back(case.dial.charge, "the call could not be kept")
+                try:
+                    await self._meter.give_back(case.dial.charge, "the call could not be kept")
+                except SawError as left:  # it ends by itself, as one of a call that nobody heard of again
+                    LOG.critical("charge %s is not given back: %s", case.dial.charge, left.message)
             case.budget = None
-            raise Refused(error.code, error.message, error.cure) from error
+            if isinstance(error, RecordUnavailable):
+                raise Refused(error.code, error.message, error.cure) from error
+            raise
         if route.record is not None and route.record.content == "prompts-and-responses":
             case.dial = msgspec.structs.replace(case.dial, record=case.record)
 
@@ -350,6 +363,16 @@ class Judge:
         if server is None:
             return
         case.server = server.name
+        if (
+            case.approved
+            and server.pins(decision)
+            and not self._at_home(case.view.workspaces[case.workspace_id].number)
+        ):
+            # Whether the server has changed its tools is known to the workspace's own gatekeeper alone.
+            detail = f"a tool of {server.name} is pinned, and the gatekeeper that sends approved calls does not see its lists"
+            raise Refused(
+                "gatekeeper_unavailable", detail, "set perimeter_replicas to 1, or make the call without a review"
+            )
         refused = server.redefined(decision, self._definitions.of(case.workspace_id, server.name))
         if refused is not None:
             case.decision = refused

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from typing import TypeVar
 
 import msgspec
 
@@ -18,7 +20,10 @@ from saw.policy.governance import InferenceRoute
 from saw.policy.inference import requested_model
 from saw.policy.model import Decision, Request
 
+T = TypeVar("T")
 LOG = logging.getLogger("saw.gateway")
+WAITING = 32 * 1024 * 1024
+"""Most bytes of answers that wait to be written; what comes beyond is not kept, and its answer is cut."""
 EVERY_S = 60.0
 """How often records are looked through for those that were kept long enough (seconds)."""
 
@@ -50,6 +55,16 @@ class Recorder:
         self._factory = factory
         self._now = now
         self._new_id = new_id
+        # Threads of their own: what is copied must not hold up ledger, names and state, which every call needs.
+        self._threads = ThreadPoolExecutor(2, "saw-records")
+        self._waiting = 0
+
+    async def _apart(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def close(self) -> None:
+        """Write what waits."""
+        self._threads.shutdown()
 
     async def keep(
         self,
@@ -107,10 +122,18 @@ class Recorder:
 
     async def take(self, told: Told) -> bool:
         """Keep what Envoy tells of an answer; return whether it is on disk."""
-        if told.piece >= 0:
-            return await asyncio.to_thread(self._store.add, told.record, told.piece, told.text)
-        await asyncio.to_thread(self._store.end, told.record, told.pieces, told.status)
-        return True
+        if told.piece < 0:
+            await self._apart(lambda: self._store.end(told.record, told.pieces, told.status))
+            return True
+        if self._waiting + len(told.text) > WAITING:
+            raise RecordUnavailable(
+                "more of answers waits to be written than may", cure="a faster disk, or less to keep"
+            )
+        self._waiting += len(told.text)
+        try:
+            return await self._apart(lambda: self._store.add(told.record, told.piece, told.text))
+        finally:
+            self._waiting -= len(told.text)
 
     async def listed(self, reader: str, *, workspace: str, before: float | None, limit: int) -> list[Listed]:
         """Return records for ``reader``, a user of this host, once the reading is in the audit trail."""

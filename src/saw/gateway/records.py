@@ -12,12 +12,13 @@ import sqlite3
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from saw.budget.ledger import undone
 from saw.errors import ConfigError, SawError
 from saw.identity.sealed import KEY_BYTES, SealBroken, SealKey
 
@@ -37,6 +38,10 @@ CREATE TABLE IF NOT EXISTS piece (record TEXT NOT NULL, place INTEGER NOT NULL, 
   PRIMARY KEY (record, place)) STRICT;
 CREATE TABLE IF NOT EXISTS held (one INTEGER PRIMARY KEY CHECK (one = 1), bytes INTEGER NOT NULL) STRICT;
 """
+PATIENCE_S = 1.0
+"""How long a change waits for another one (seconds), before the call that must be kept is refused."""
+LEFT_FREE = 64 * 1024 * 1024
+"""How much of the disk no record takes (bytes)."""
 _ROW = 512
 """What a row takes beside its contents (bytes), so that many small calls fill the store as well."""
 
@@ -109,6 +114,32 @@ def load_key(path: Path) -> bytes:
     return raw
 
 
+Room = Callable[[Path], int]
+
+
+def free_room(path: Path) -> int:
+    """Return how many bytes are free on the disk of ``path``."""
+    found = os.statvfs(path.parent)
+    return found.f_bavail * found.f_frsize
+
+
+def purge_file(path: Path, now: float) -> int:
+    """Remove from ``path`` what was kept long enough, where nothing is kept any more; this takes no key."""
+    if not path.exists():
+        return 0
+    try:
+        with closing(sqlite3.connect(path, isolation_level=None, timeout=PATIENCE_S)) as database, undone(database):
+            database.execute("PRAGMA secure_delete=ON")
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("DELETE FROM piece WHERE record IN (SELECT id FROM record WHERE until <= ?)", (now,))
+            gone = database.execute("DELETE FROM record WHERE until <= ?", (now,)).rowcount
+            database.execute("DELETE FROM held")  # counted anew when something is kept again
+            database.execute("COMMIT")
+    except sqlite3.Error as error:
+        raise RecordUnavailable(f"records in {path} cannot be removed: {error}", cure="look at the disk") from error
+    return int(gone)
+
+
 class RecordStore:
     """The records in ``path``; they take ``limit`` bytes at most.
 
@@ -116,44 +147,42 @@ class RecordStore:
     the file, in the transaction of each change.
     """
 
-    def __init__(self, path: Path, key: bytes, limit: int, *, random: Callable[[int], bytes] = os.urandom) -> None:
+    def __init__(
+        self, path: Path, key: bytes, limit: int, *, random: Callable[[int], bytes] = os.urandom, room: Room = free_room
+    ) -> None:
+        self._path = path
+        self._room = room
         self._key = SealKey(key, random)
         self._limit = limit
         self._lock = threading.Lock()
         try:
             path.touch(0o600)
-            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=PATIENCE_S)
             path.chmod(0o600)
             for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
                 self._database.execute(f"PRAGMA {pragma}")
             self._database.executescript(_SCHEMA)
-            self._database.execute("BEGIN IMMEDIATE")
-            self._measure(self._database)
-            self._database.execute("COMMIT")
+            if self._database.execute("SELECT COUNT(*) FROM held").fetchone() == (0,):
+                self._database.execute(
+                    "INSERT OR IGNORE INTO held SELECT 1, COALESCE(SUM(bytes + answer_bytes + ?), 0) FROM record",
+                    (_ROW,),
+                )
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"the records {path} cannot be opened: {error}", cure="look at the disk") from error
 
-    @staticmethod
-    def _measure(database: sqlite3.Connection) -> None:
-        """Count anew how much is held, inside a transaction."""
-        database.execute(
-            "INSERT OR REPLACE INTO held SELECT 1, COALESCE(SUM(bytes + answer_bytes), 0) + ? * COUNT(*) FROM record",
-            (_ROW,),
-        )
-
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            try:
+        if not self._lock.acquire(timeout=PATIENCE_S):
+            raise RecordUnavailable("the records are not free", cure="try again")
+        try:
+            with undone(self._database):
                 self._database.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._database
-                    self._database.execute("COMMIT")
-                except BaseException:
-                    self._database.execute("ROLLBACK")
-                    raise
-            except sqlite3.Error as error:
-                raise RecordUnavailable(f"the record cannot be written: {error}", cure="free disk space") from error
+                yield self._database
+                self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise RecordUnavailable(f"the record cannot be written: {error}", cure="free disk space") from error
+        finally:
+            self._lock.release()
 
     def keep(self, record: str, at: float, until: float, facts: Facts, body: bytes | None, *, answer: bool) -> None:
         """Write a record of a call; ``answer``: what is answered belongs to it. Raises :class:`RecordUnavailable`."""
@@ -168,7 +197,12 @@ class RecordStore:
             )
 
     def _make_room(self, database: sqlite3.Connection, size: int) -> None:
-        """Count ``size`` bytes more as held, or raise :class:`RecordUnavailable`."""
+        """Count ``size`` bytes more as held, or raise :class:`RecordUnavailable`.
+
+        The last of the disk's room is left to the audit spool and the ledger, without which no call at all is decided.
+        """
+        if self._room(self._path) < LEFT_FREE + size:
+            raise RecordUnavailable("the disk under the records of calls is nearly full", cure="free disk space")
         taken = database.execute("UPDATE held SET bytes = bytes + ? WHERE bytes + ? <= ?", (size, size, self._limit))
         if taken.rowcount != 1:
             raise RecordUnavailable(
@@ -230,9 +264,12 @@ class RecordStore:
                 f"DELETE FROM piece WHERE record IN (SELECT id FROM record WHERE {where})",  # noqa: S608 - our own words
                 values,
             )
+            freed = database.execute(
+                f"SELECT COALESCE(SUM(bytes + answer_bytes + ?), 0) FROM record WHERE {where}",  # noqa: S608 - our own words
+                (_ROW, *values),
+            ).fetchone()[0]
             gone = database.execute(f"DELETE FROM record WHERE {where}", values).rowcount  # noqa: S608 - our own words
-            if gone:
-                self._measure(database)
+            database.execute("UPDATE held SET bytes = MAX(0, bytes - ?)", (freed,))
         return int(gone)
 
     def listed(self, *, workspace: str = "", before: float | None = None, limit: int = 50) -> list[Listed]:

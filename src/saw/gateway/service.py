@@ -37,10 +37,11 @@ from saw.gateway.ports import conflicts
 from saw.gateway.pulse import Pulse
 from saw.gateway.readable import may_read
 from saw.gateway.record_desk import LONGEST_QUESTION, RecordDesk
+from saw.gateway.recording import EVERY_S as RECORDS_EVERY_S
 from saw.gateway.recording import Recorder
-from saw.gateway.records import RecordStore, load_key
+from saw.gateway.records import RecordStore, RecordUnavailable, load_key, purge_file
 from saw.gateway.releases import TrustRoot
-from saw.gateway.replicas import LEAD_EVERY_S, Lead, named, one_at_a_time
+from saw.gateway.replicas import LEAD_EVERY_S, Lead, home, named, one_at_a_time
 from saw.gateway.resolve import Resolver
 from saw.gateway.review_link import ReviewLink
 from saw.gateway.review_send import Sender
@@ -49,7 +50,7 @@ from saw.gateway.spool import Spool
 from saw.gateway.state import StateFile
 from saw.gateway.streams import Standing, standing_streams
 from saw.gateway.tickets import Tickets
-from saw.gateway.view import EMPTY, View, ViewKeeper
+from saw.gateway.view import EMPTY, View, ViewKeeper, offline_granted
 from saw.gateway.xds import XdsWriter
 from saw.ports import require_own_socket
 
@@ -116,8 +117,8 @@ class Gatekeeper:
         config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lead = Lead(config.state_dir)
         self._file = file = StateFile(config.state_dir)
-        self._cache = file.load()
-        saved_at = self._cache.saved_at if self._cache else None
+        cache = file.load()
+        saved_at = cache.saved_at if cache else None
         contact = Contact(config.state_dir, config.stale_after_s, saved_at, replica)
         not_before = contact.not_before.timestamp() if contact.not_before else 0.0
         clock = Clock(time.time, time.monotonic, config.clock_bound_s, not_before=not_before)
@@ -133,7 +134,9 @@ class Gatekeeper:
         )
         self._xds = XdsWriter(config)
         self._keeper.changed = self._publish
-        self._keeper.keeps = lambda: self._lead.held
+        # Later than the lock is held: first it has to know what the one before knew.
+        self._leads = False
+        self._keeper.keeps = lambda: self._leads
         self._written = False
         self._published: tuple[tuple[int, ...], frozenset[str], tuple[tuple[int, Standing], ...]] | None = None
         self._unwritten = ""
@@ -170,6 +173,7 @@ class Gatekeeper:
             reviews=config.review_socket is not None,
             meter=self._meter,
             recorder=self._recorder,
+            at_home=lambda number: home(number, config.replicas) == replica,
         )
         relayed, sending = Tickets[Verdict](time.monotonic), Tickets[Verdict](time.monotonic)
         self._relay = McpRelay(judge.rules, relayed, sending, self._spool, factory, socket=sockets.send, now=clock.now)
@@ -226,8 +230,12 @@ class Gatekeeper:
         if wanted is None:
             return None, None
         path, key = self._config.state_dir / "records.db", load_key(wanted.key_file)
-        with one_at_a_time(self._config.state_dir):
-            store = RecordStore(path, key, wanted.limit_mib * 1024 * 1024)
+        try:
+            with one_at_a_time(self._config.state_dir):
+                store = RecordStore(path, key, wanted.limit_mib * 1024 * 1024)
+        except ConfigError as error:  # calls that must be kept are refused; all others, and kills, do not depend on it
+            LOG.critical("calls cannot be kept: %s", error.message)
+            return None, None
         recorder = Recorder(store, self._spool, factory, now=self._clock.now, new_id=lambda: str(uuid.uuid4()))
         return recorder, store
 
@@ -236,19 +244,25 @@ class Gatekeeper:
         view = self._keeper.view
         return {
             "replica": self._replica,
-            "leads": self._lead.held,
+            "leads": self._leads,
             "pid": os.getpid(),
             "state": view.seq,
             "workspaces": len(view.workspaces),
-            "doubt": self._keeper.doubt(),
+            "doubt": self._keeper.doubt(self._offline_s()),
         }
+
+    def _offline_s(self) -> float:
+        """Return the longest time offline that counts for any workspace now: while there is one, calls are decided."""
+        view, now = self._keeper.view, self._clock.now()
+        granted = {offline_granted(view, name, entry.policy_digest or "") for name, entry in view.workspaces.items()}
+        return max((self._keeper.offline_s(seconds, now) for seconds in granted if seconds), default=0.0)
 
     def _publish(self, view: View) -> None:
         """Have Envoy's files follow ``view``, where this replica leads; the others only know what they would write."""
         streams = self._streams(view)
         numbers = tuple(number for number in view.open_numbers() if number in self._config.numbers)
         wanted = (numbers, view.credential_headers(), tuple(sorted(streams.items())))
-        leads = self._lead.held
+        leads = self._leads
         if wanted == self._published and (self._written or not leads):
             return
         if not leads:
@@ -293,14 +307,28 @@ class Gatekeeper:
             while not await asyncio.to_thread(self._lead.take):  # noqa: ASYNC110 - another process has it
                 await asyncio.sleep(LEAD_EVERY_S)
             LOG.info("replica %d leads now", self._replica)
-            await self._keeper.succeed(await asyncio.to_thread(self._file.load))
+            known = await asyncio.to_thread(self._file.load)
+            self._leads = True
+            await self._keeper.succeed(known)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._link.ship_forever(), name="ship")
             group.create_task(self._meter.run_forever(), name="charges")
             if self._recorder is not None:
                 group.create_task(self._recorder.run_forever(), name="records")
+            else:
+                group.create_task(self._purge_forever(), name="records")
             if self._sender is not None:
                 group.create_task(self._sender.run_forever(), name="send")
+
+    async def _purge_forever(self) -> None:
+        """Remove what was kept of calls while that was asked for, once it was kept long enough."""
+        path = self._config.state_dir / "records.db"
+        while True:
+            try:
+                await asyncio.to_thread(purge_file, path, self._clock.now().timestamp())
+            except RecordUnavailable as error:
+                LOG.error("records of calls cannot be removed: %s", error.message)  # noqa: TRY400 - the message says it
+            await asyncio.sleep(RECORDS_EVERY_S)
 
     async def _watch_streams(self) -> None:
         """Have what lapses with time alone (leases, delegations, silence) end WebSockets and gRPC calls, within a second."""
@@ -312,9 +340,11 @@ class Gatekeeper:
 
     @contextlib.asynccontextmanager
     async def _linked(self) -> AsyncIterator[None]:
-        await asyncio.to_thread(self._lead.take)
-        if self._cache is not None:
-            await self._keeper.restore(self._cache)
+        self._leads = await asyncio.to_thread(self._lead.take)
+        # Behind the lock: until then another one may have saved more.
+        cache = await asyncio.to_thread(self._file.load)
+        if cache is not None:
+            await self._keeper.restore(cache)
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(self._link.poll_forever(), name="poll"),
@@ -342,6 +372,8 @@ class Gatekeeper:
             self._sockets.authz.unlink(missing_ok=True)
             self._spool.close()
             self._ledger.close()
+            if self._recorder is not None:
+                self._recorder.close()
             if self._records is not None:
                 self._records.close()
             self._lead.close()

@@ -51,6 +51,11 @@ class HttpServer(NamedTuple):
                 return msgspec.structs.replace(decision, rule=f"mcp.servers.{self.name}", rule_missing=missing)
         return None
 
+    def pins(self, decision: Decision) -> bool:
+        """Tell whether a call of ``decision`` is of a tool whose definition is pinned."""
+        tools = (self.rules.tools.get(asked.name) for asked in decision.operations if asked.kind == CALL_TOOL)
+        return any(tool is not None and tool.definition for tool in tools)
+
     def redefined(self, decision: Decision, known: Definitions) -> Decision | None:
         """Return the refusal of an allowed call of a tool that the server is ``known`` to define anew, or None."""
         for asked in decision.operations:

@@ -309,3 +309,45 @@ def test_workspaces_of_one_ring_may_be_held_on_an_earlier_release_but_none_that_
     assert str(release_for(seen, back, OLDER, NOW, 60)).startswith("not_released")
     # What a workspace was merely offered does not bind it: a halt may take the offer back.
     assert raise_floors({}, {"ws-2": entry(id="ws-2", policy_digest=OLDER)}, releases) == {}
+
+
+TOOLS_POLICY = b"""
+version: 1
+network_policies:
+  tools:
+    endpoints:
+      - {host: api.example.com, port: 443, path: /mcp, protocol: mcp, mcp: {allow_all_known_mcp_methods: true}, rules: [
+          {allow: {method: tools/call, tool: search_web}}, {allow: {method: tools/call, tool: read_page}}]}
+    binaries: [{path: /usr/bin/curl}]
+"""
+TOOLS = (
+    GOVERNANCE
+    + b"""
+mcp:
+  servers:
+    web: {transport: http, url: "https://api.example.com/mcp", tools: {
+      search_web: {class: auto, definition: "sha256:%s"}, read_page: {class: auto}}}
+actions: [{match: {host: api.example.com, mcp: {}}, class: auto}]
+"""
+    % (b"ab" * 32)
+)
+
+
+@pytest.mark.control("POL-04")
+@pytest.mark.parametrize(("tool", "home", "reason"), [
+    ("search_web", True, ""), ("search_web", False, "gatekeeper_unavailable"), ("read_page", False, ""),
+])  # fmt: skip
+def test_an_approved_call_of_a_pinned_tool_is_sent_only_where_its_lists_are_seen(
+    bench: Bench, tool: str, home: bool, reason: str
+) -> None:
+    governance = load_governance(TOOLS)
+    matcher = Matcher.compile(load_policy(TOOLS_POLICY), governance)
+    bench.view = view(entry(), {DIGEST: Release(DIGEST, 2, "coding", NOW + timedelta(days=1), governance, matcher)})
+    bench.judge._at_home = lambda number: home and number == 1
+    asked = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": tool, "arguments": {}}}
+    call = msgspec.structs.replace(
+        bench.call(), method="POST", target="/mcp", body=msgspec.json.encode(asked),
+        headers={"content-type": "application/json"},
+    )  # fmt: skip
+    verdict = asyncio.run(bench.judge.decide_approved(call, "ws-1", DIGEST, "rv-1"))
+    assert (verdict.allowed, verdict.reason) == (not reason, reason), verdict.detail

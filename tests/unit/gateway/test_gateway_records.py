@@ -25,14 +25,16 @@ from saw.gateway.app import refusal_body
 from saw.gateway.errors import SpoolError
 from saw.gateway.record_desk import LONGEST_QUESTION, RecordDesk
 from saw.gateway.record_filter import record_filter
-from saw.gateway.recording import Recorder, Told, read_told
+from saw.gateway.recording import WAITING, Recorder, Told, read_told
 from saw.gateway.records import (
+    LEFT_FREE,
     MAX_ANSWER,
     Facts,
     RecordStore,
     RecordUnavailable,
     RecordUnknown,
     load_key,
+    purge_file,
 )
 from saw.policy.loader import load_members
 from saw.policy.matcher import Matcher
@@ -126,6 +128,72 @@ def test_a_full_store_refuses_and_an_answer_without_room_is_cut(tmp_path: Path) 
     with pytest.raises(RecordUnavailable, match="full"):
         for number in range(10):
             put(store(tmp_path, limit=3000), f"again-{number}")
+
+
+def test_the_last_of_the_disk_is_left_to_the_audit_spool(tmp_path: Path) -> None:
+    room = [LEFT_FREE]
+    held = RecordStore(tmp_path / "records.db", KEY, 10_000_000, room=lambda _: room[0])
+    with pytest.raises(RecordUnavailable, match="nearly full"):
+        put(held)
+    room[0] += 10_000
+    put(held)
+    held.close()
+
+
+def test_what_is_removed_makes_room_to_the_byte_and_two_stores_count_together(tmp_path: Path) -> None:
+    first, second = store(tmp_path, limit=3000), store(tmp_path, limit=3000)
+    for round_ in range(20):
+        put(first, f"a{round_}")
+        put(second, f"b{round_}")
+        with pytest.raises(RecordUnavailable, match="full"):
+            first.add(f"a{round_}", 0, bytes(2000))
+        first.forget(f"a{round_}")
+        second.forget(f"b{round_}")
+    first.close()
+    second.close()
+
+
+def test_records_end_also_where_nothing_is_kept_any_more(tmp_path: Path) -> None:
+    path = tmp_path / "records.db"
+    assert purge_file(path, 150.0) == 0, "there is no file, and none is made"
+    assert not path.exists()
+    held = store(tmp_path)
+    put(held, "old", until=100.0)
+    put(held, "young", until=200.0)
+    held.close()
+    assert purge_file(path, 150.0) == 1
+    held = store(tmp_path)
+    assert [one.id for one in held.listed()] == ["young"]
+    put(held, "next")
+    held.close()
+
+
+def test_pieces_that_wait_are_bounded_and_hold_up_no_other_thread(tmp_path: Path) -> None:
+    held, begun, go = store(tmp_path), threading.Event(), threading.Event()
+    put(held)
+    kept = recorder(held, Trail())
+    slow = held.add
+
+    def add(record: str, place: int, text: bytes) -> bool:
+        begun.set()
+        go.wait(60)
+        return slow(record, place, text)
+
+    held.add = add  # type: ignore[method-assign]
+
+    async def run() -> None:
+        piece = Told(record="r", piece=0, pieces=0, status=0, text=bytes(WAITING // 4))
+        taken = [asyncio.create_task(kept.take(piece)) for _ in range(4)]
+        await asyncio.to_thread(begun.wait, 60)
+        with pytest.raises(RecordUnavailable, match="waits to be written"):
+            await kept.take(piece)
+        assert await asyncio.to_thread(lambda: "decided") == "decided"
+        go.set()
+        await asyncio.gather(*taken)
+        assert kept._waiting == 0
+
+    asyncio.run(run())
+    kept.close()
 
 
 def test_one_answer_takes_no_more_than_its_share(tmp_path: Path) -> None:

@@ -125,13 +125,23 @@ def test_the_gatekeeper_may_open_as_many_files_as_sessions_need() -> None:
 
 @pytest.mark.parametrize(("name", "taken"), [("git/mia", True), ("git-token", True), ("git:mia", False)])
 def test_two_keys_are_never_one_file(name: str, taken: bool) -> None:
-    (check,) = (
-        step["ansible.builtin.assert"]
-        for step in yaml.safe_load((ROLE / "tasks/preflight.yml").read_text())
-        if "ansible.builtin.assert" in step
-    )
-    said = templar_of(perimeter_credentials={name: "x"}).template(trust_as_template("{{ " + check["that"] + " }}"))
+    said = preflight("Check the names of credentials", perimeter_credentials={name: "x"})
     assert said is taken
+
+
+@pytest.mark.parametrize(
+    ("group", "taken"), [("", True), ("model-auditors", True), ("sudo", False), ("saw-ring2", False)]
+)
+def test_who_reads_records_is_a_group_for_that_alone(group: str, taken: bool) -> None:
+    assert preflight("Check the group of those who read", perimeter_records_readers=group) is taken
+
+
+def preflight(name: str, **values: object) -> object:
+    """Return whether the check of the role whose name begins so is passed with these values."""
+    steps = yaml.safe_load((ROLE / "tasks/preflight.yml").read_text())
+    (step,) = (step for step in steps if step["name"].startswith(name))
+    check = step["ansible.builtin.assert"]
+    return templar_of(**values).template(trust_as_template("{{ " + check["that"] + " }}"))
 
 
 @pytest.mark.control("CRED-01")
