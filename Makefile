@@ -23,9 +23,13 @@ endif
 ifdef BASE_OS
 export SAW_IMAGE_BASE_OS := $(BASE_OS)
 endif
+# Whether its root file system is read-only and checked block by block (docs/images.md): ROOT_VERITY=1.
+ifdef ROOT_VERITY
+export SAW_IMAGE_ROOT_VERITY := $(ROOT_VERITY)
+endif
 # Where the packages of the golden image come from (docs/images.md): FRESH=1 insists on asking, REUSE=1 does not ask, PACKAGES=FILE
 # takes an earlier set; OLDER=1 lets packages be older than before. Other values of these switches are refused.
-$(foreach name,FRESH REUSE OLDER,$(if $(filter-out 1,$($(name))),$(error $(name)=$($(name)) means nothing: give $(name)=1, or leave it out)))
+$(foreach name,FRESH REUSE OLDER ROOT_VERITY,$(if $(filter-out 1,$($(name))),$(error $(name)=$($(name)) means nothing: give $(name)=1, or leave it out)))
 ifneq ($(words $(if $(FRESH),1) $(if $(REUSE),1) $(if $(PACKAGES),1)),0)
 ifneq ($(words $(if $(FRESH),1) $(if $(REUSE),1) $(if $(PACKAGES),1)),1)
 $(error choose one of FRESH=1, REUSE=1, PACKAGES=FILE)

@@ -23,6 +23,7 @@ build {
       "--extra-vars", "@${var.edr_variables}",
       "--extra-vars", "workspace_converge_patching=${var.patching}",
       "--extra-vars", "workspace_converge_gpu=${var.image_variant == "gpu"}",
+      "--extra-vars", "workspace_converge_root_verity=${var.root_verity}",
       "--extra-vars", "gpu_driver_module_key=${var.module_key}",
       "--extra-vars", "gpu_driver_module_certificate=${var.module_certificate}",
     ]
@@ -36,7 +37,7 @@ build {
       "SECURE_BOOT_CERTIFICATE=${var.secure_boot_certificate}",
     ]
     inline = [
-      "${var.python} -m saw.image.build assemble --root ${var.root_tree} --output ${var.output} --seed ${var.seed} --secure-boot-key \"$SECURE_BOOT_KEY\" --secure-boot-certificate \"$SECURE_BOOT_CERTIFICATE\"",
+      "${var.python} -m saw.image.build assemble --root ${var.root_tree} --output ${var.output} --seed ${var.seed} --root-verity=${var.root_verity} --secure-boot-key \"$SECURE_BOOT_KEY\" --secure-boot-certificate \"$SECURE_BOOT_CERTIFICATE\"",
     ]
   }
 
@@ -48,7 +49,7 @@ build {
       "SECURE_BOOT_CERTIFICATE=${var.secure_boot_certificate}",
     ]
     inline = [
-      "${var.python} -m saw.image.build assemble --machine-disk ${var.machine_output}/machine.qcow2 --root ${var.root_tree} --output ${var.output} --seed ${var.seed} --secure-boot-key \"$SECURE_BOOT_KEY\" --secure-boot-certificate \"$SECURE_BOOT_CERTIFICATE\"",
+      "${var.python} -m saw.image.build assemble --machine-disk ${var.machine_output}/machine.qcow2 --root ${var.root_tree} --output ${var.output} --seed ${var.seed} --root-verity=${var.root_verity} --secure-boot-key \"$SECURE_BOOT_KEY\" --secure-boot-certificate \"$SECURE_BOOT_CERTIFICATE\"",
     ]
   }
 }

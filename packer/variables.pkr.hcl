@@ -106,6 +106,17 @@ variable "secure_boot_certificate" {
   description = "Its certificate on this machine."
 }
 
+variable "root_verity" {
+  type        = string
+  default     = "false"
+  description = "Whether the root file system is read-only and checked against a hash that the boot image names (docs/images.md)."
+
+  validation {
+    condition     = contains(["true", "false"], var.root_verity)
+    error_message = "The variable root_verity has to be true or false."
+  }
+}
+
 variable "host_key_name" {
   type        = string
   default     = "image"

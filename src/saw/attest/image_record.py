@@ -105,7 +105,7 @@ def is_cve_report(name: str) -> bool:
     return re.fullmatch(r"vulnerabilities(-[0-9a-f]{12})?\.json", name) is not None
 
 
-Evidence = Literal["sbom", "provenance", "scan", "advisories", "secure_boot"]
+Evidence = Literal["sbom", "provenance", "scan", "advisories", "secure_boot", "root_verity"]
 """What a record may carry about how the image was made and boots, beside what its boot measures."""
 _FILES: dict[str, tuple[str, ...]] = {
     "sbom": (
@@ -138,11 +138,14 @@ class ReleaseRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the image is made for; ``gpu`` has NVIDIA's driver. Records of ``cpu`` do not state it."""
     secure_boot: SecureBoot | None = None
     """Of an image that is signed for secure boot; its PCR values come from a boot with the owner's keys."""
+    root_hash: Hex | None = None
+    """Of an image whose root is read-only and verified: the hash that it is checked against. It stands on the kernel's command
+    line, so PCR 4 and 11 have it; here people and programs read it."""
     edr: Literal["none", "embedded", "vendor_package"] = "none"
     """The endpoint detection in the image (docs/edr.md). Records of ``none`` do not state it."""
 
     def missing(self, required: Iterable[Evidence]) -> list[str]:
-        """Return what of ``required`` the record does not carry, by file name or as ``scan``, ``advisories``, ``secure_boot``.
+        """Return what of ``required`` the record does not carry, by file name or as the word in ``required``.
 
         A search counts with its report, and where it says that it was of this image.
         """
@@ -153,6 +156,7 @@ class ReleaseRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "scan": scan,
             "advisories": scan and scan.advisories,
             "secure_boot": self.secure_boot,
+            "root_verity": self.root_hash,
         }
         return [*lacking, *(name for name, value in held.items() if name in required and value is None)]
 

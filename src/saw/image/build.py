@@ -3,6 +3,7 @@
     python -m saw.image.build image --repository . --build build      # what the image_build playbook calls
     python -m saw.image.build image --variant gpu --module-key FILE --module-certificate FILE
     python -m saw.image.build image --secure-boot-key FILE --secure-boot-certificate FILE --secure-boot-variables FILE
+    python -m saw.image.build image --root-verity    # a root that is read-only and verified (saw.image.verified_root)
     python -m saw.image.build image --source qemu    # in a virtual machine, under KVM or emulation (docs/images.md)
     python -m saw.image.build assemble --root TREE --output FILE --seed DIGEST   # what Packer calls at its end
     python -m saw.image.build wheelhouse --repository . --build build [--group controller]
@@ -35,9 +36,9 @@ import msgspec
 from saw.errors import SawError
 from saw.files import write_atomic
 from saw.image import inputs as image_inputs
-from saw.image import machine, package_state, usage
+from saw.image import machine, package_state, usage, verified_root
 from saw.image.base_os import DEFAULT, base_os, variable_file
-from saw.image.disk import ImageError, assemble, digest_of, free_space_needed, run
+from saw.image.disk import ImageError, assemble, digest_of, free_space_needed, run, writable_root
 from saw.image.edr import NONE, PROVIDERS, VARIABLE, ImageEdr, chosen, variables_file
 from saw.image.finished import Finished, GoldenImage, finished_in, made_of, packages_of, why
 from saw.image.packages import FILE, PackageSet, write_set
@@ -68,7 +69,7 @@ class ImageBuild:
     ``source`` is where Packer provisions the tree, in a light host (``tree``) or in a virtual machine (``qemu``); it is no input,
     since both make the same image. ``system`` is the base operating system (``packer/pkrvars``). ``module_key`` is what the
     variant ``gpu`` signs its kernel modules with, ``owner`` what the boot image is signed with; ``choice`` says where packages
-    come from.
+    come from. ``root_verity`` makes the root read-only and verified.
     """
 
     repository: Path
@@ -82,12 +83,14 @@ class ImageBuild:
     owner: OwnerKey | None = None
     source: str = machine.SOURCES[0]
     system: str = DEFAULT
+    root_verity: bool = False
 
     @property
     def options(self) -> dict[str, str]:
         """What was chosen, as the record of the build names it."""
         signed = {"secure_boot": "signed"} if self.owner else {}
-        return {**self.edr.options, **signed, **({"system": self.system} if self.system != DEFAULT else {})}
+        verified = {verified_root.OPTION: "sha256"} if self.root_verity else {}
+        return {**self.edr.options, **signed, **verified, **({"system": self.system} if self.system != DEFAULT else {})}
 
     @property
     def images(self) -> Path:
@@ -201,7 +204,7 @@ class ImageBuild:
         image = GoldenImage(
             name, str(target), str(target / "image.qcow2"), disk["sha256"], inputs.digest,
             _now(), round(time.monotonic() - begin, 1), disk["kernel"], self.variant.name, evidence, packages.note(),
-            signed_by,
+            signed_by, disk["root_hash"],
         )  # fmt: skip
         write_atomic(work / "build.json", msgspec.json.format(msgspec.json.encode(image)))
         os.replace(work, target)  # from here on it is finished, and not before
@@ -267,6 +270,8 @@ class ImageBuild:
             }  # fmt: skip
         if self.owner:
             values |= {"secure_boot_key": self.owner.key, "secure_boot_certificate": self.owner.certificate}
+        if self.root_verity:
+            values["root_verity"] = "true"
         virtual = None
         if self.source == "qemu":
             virtual = machine.prepare(host, output.with_name(MACHINE), self.build / "cache/accel.json", self.say)
@@ -319,6 +324,10 @@ def main(argv: list[str] | None = None) -> int:
                 default=os.environ.get(SYSTEM) or DEFAULT,
                 help=f"base system, see packer/pkrvars (or {SYSTEM})",
             )
+            sub.add_argument(
+                "--root-verity", action="store_true", default=None,
+                help=f"make the root read-only and check each block of it ({verified_root.VARIABLE}=1)",
+            )  # fmt: skip
             sub.add_argument("--variant", default="cpu", help="cpu (the default), or gpu with NVIDIA's driver")
             sub.add_argument("--module-key", type=Path, help="owner's key (PEM) for kernel modules; with gpu")
             sub.add_argument("--module-certificate", type=Path, help="its certificate (PEM or DER)")
@@ -344,6 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     disk.add_argument("--seed", required=True)
     disk.add_argument("--secure-boot-key", default="", help="sign the boot image with it; empty: unsigned")
     disk.add_argument("--secure-boot-certificate", default="")
+    disk.add_argument("--root-verity", choices=("true", "false"), default="false", help="read-only and verified")
     options = parser.parse_args(argv)
     try:
         if options.verb == "assemble":
@@ -351,7 +361,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(
                     f"{options.root}: {machine.take_over(options.machine_disk, options.root)} paths out of the machine's disk"
                 )
-            made = assemble(options.root, options.output, seed=options.seed, sign=_signer(options))
+            layout = verified_root.layout if options.root_verity == "true" else writable_root
+            made = assemble(options.root, options.output, seed=options.seed, sign=_signer(options), layout=layout)
             print(f"{made.path}: sha256 {made.sha256}")
             return 0
         repository, build = options.repository.resolve(), options.build.resolve()
@@ -375,6 +386,7 @@ def main(argv: list[str] | None = None) -> int:
                 image, reason = ImageBuild(
                     repository, build, quiet, variant=variant, module_key=key, edr=edr, choice=choice, owner=owner,
                     source=machine.source_of(options.source), system=options.base_os,
+                    root_verity=options.root_verity or verified_root.chosen(),
                 ).ensure()  # fmt: skip
             answer = {
                 "ok": True,

@@ -1,7 +1,8 @@
 """What differs between two disk images, file by file, without mounting them and without being root.
 
-A disk is a GPT with an EFI system partition, which mtools reads, and an ext4 root, which :mod:`saw.image.ext4` reads (UEFI
-specification, "GUID Partition Table"). What differs and belongs to no file is named as such: nothing that differs goes unsaid.
+A disk is a GPT with an EFI system partition, which mtools reads, and ext4 for root and /var, which :mod:`saw.image.ext4` reads
+(UEFI specification, "GUID Partition Table"). What differs and belongs to no file is named as such: nothing that differs goes
+unsaid.
 """
 
 from __future__ import annotations
@@ -58,7 +59,11 @@ def compare_disks(one: Path, other: Path) -> Found:
             parts = _part(left, names[0][name]), _part(right, names[1][name])
             if same(*parts):
                 continue
-            here = _root(*parts) if name == "root" else _esp(*parts, scratch)
+            here: Found = {}
+            if name in {"root", "var"}:
+                here = _files(name, *parts)
+            elif name == "esp":
+                here = _esp(*parts, scratch)
             found |= here or {name: [REST]}
         return found or {"disk": [REST]}
 
@@ -134,15 +139,15 @@ def _guid(raw: bytes) -> str:
     return str(uuid.UUID(bytes_le=raw))
 
 
-def _root(one: memoryview, other: memoryview) -> Found:
+def _files(name: str, one: memoryview, other: memoryview) -> Found:
     """Compare two ext4 file systems: superblock, then every path."""
     systems = Ext4(one), Ext4(other)
     found: Found = {}
     fields = systems[0].fields(), systems[1].fields()
-    _differ(found, "root", {name: (fields[0][name], fields[1][name]) for name in fields[0]})
+    _differ(found, name, {field: (fields[0][field], fields[1][field]) for field in fields[0]})
     trees = dict(systems[0].walk()), dict(systems[1].walk())
     for path in sorted(trees[0].keys() | trees[1].keys()):
-        where = f"root:{path}"
+        where = f"{name}:{path}"
         left, right = trees[0].get(path), trees[1].get(path)
         if left is None or right is None:
             found[where] = ["only in B" if left is None else "only in A"]

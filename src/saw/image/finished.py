@@ -29,6 +29,8 @@ class GoldenImage(msgspec.Struct, frozen=True):
     packages: dict[str, str] = msgspec.field(default_factory=dict)
     """The package set: its ``digest``, when the archive was ``asked``, and the date of its ``index`` (RFC 3339)."""
     secure_boot: SignedBy | None = None
+    root_hash: str = ""
+    """The hash (lower-case hex) that a verified root is checked against; empty where the root is none."""
 
 
 Finished = tuple[GoldenImage, Inputs]

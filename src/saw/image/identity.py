@@ -36,8 +36,14 @@ TRACES = {
     "root/.*_history": "commands of whoever built the image",
     "home/*/.ssh/*": "SSH key of a user",
     "var/lib/saw/attest/*": "key or state of a workspace's attestation",
+    "var/lib/saw-host/*": "machine id and SSH host key of a workspace whose root is read-only",
 }
 """Where such things lie, by patterns relative to the root, and what they are."""
+ALIASES = {
+    "var/lib/dbus/machine-id": "/etc/machine-id",
+    **{f"etc/ssh/{name}": f"/var/lib/saw-host/{name}" for name in ("ssh_host_ed25519_key", "ssh_host_ed25519_key.pub")},
+}
+"""Links that may be there, with where they lead: what is there is looked for by itself."""
 EMPTY_BEFORE_BOOT = frozenset({"etc/machine-id"})
 """What has to be there and empty: systemd then makes it at the first boot and does not take that for a factory reset."""
 
@@ -55,9 +61,7 @@ def traces(root: Path) -> list[str]:
         for path in sorted(root.glob(pattern)):
             name = str(path.relative_to(root))
             empty = name in EMPTY_BEFORE_BOOT and not path.is_symlink() and path.stat().st_size == 0
-            alias = (
-                name == "var/lib/dbus/machine-id" and path.is_symlink() and str(path.readlink()) == "/etc/machine-id"
-            )
+            alias = path.is_symlink() and ALIASES.get(name) == str(path.readlink())
             if not empty and not alias:
                 found.append(f"{name}: {what}")
     if not all((root / name).is_file() for name in EMPTY_BEFORE_BOOT):

@@ -23,9 +23,10 @@ from saw.attest.verifier import RELEASED_PCRS
 from saw.errors import ConfigError
 from saw.files import write_atomic
 from saw.image.disk import ImageError, digest_of
-from saw.image.expected import differences, expected_pcrs, unified_kernel
+from saw.image.expected import differences, expected_pcrs, uki_sections, unified_kernel
 from saw.image.finished import GoldenImage
 from saw.image.inputs import Inputs
+from saw.image.verified_root import root_hash_of
 
 RECORD = "release.json"
 REFERENCE = "reference.json"
@@ -78,7 +79,9 @@ def make_record(
     file = folder / "image.qcow2"
     _unchanged(folder, image)
     owners = {"7": (image.secure_boot.pcr_7,)} if image.secure_boot else {}
-    expected = {**expected_pcrs(unified_kernel(file)), **owners}
+    program = unified_kernel(file)
+    _names_the_root(image, program)
+    expected = {**expected_pcrs(program), **owners}
     known = _known(folder / RECORD, image.image_sha256)
     earlier = None if again else _reference(folder / REFERENCE, image.image_sha256, firmware)
     if earlier is None or differences(owners, earlier.pcrs):  # a boot without the owner's keys is none of this image
@@ -104,6 +107,7 @@ def make_record(
         **({} if image.variant == "cpu" else {"variant": image.variant}),
         **({"edr": inputs.options["edr"]} if "edr" in inputs.options else {}),
         **({"secure_boot": msgspec.to_builtins(image.secure_boot)} if image.secure_boot else {}),
+        **({"root_hash": image.root_hash} if image.root_hash else {}),
         **{part: known[part] for part in ("scan", "baseline") if part in known},
     }  # fmt: skip
     if baseline:
@@ -152,6 +156,18 @@ def _unchanged(folder: Path, image: GoldenImage) -> None:
                 f"{folder / path} has SHA-256 {found}, built was {wanted}",
                 cure="find out who changed it, then build the image again",
             )
+
+
+def _names_the_root(image: GoldenImage, program: bytes) -> None:
+    """Hold the root hash that the build states against the one that the boot image hands to the kernel."""
+    line = uki_sections(program).get(".cmdline", b"").rstrip(b"\0").decode("utf-8", "replace")
+    found = root_hash_of(line)
+    if found != image.root_hash:
+        raise ImageError(
+            f"the boot image of {image.name} names the root hash {found or 'of no root'}, "
+            f"the build {image.root_hash or 'none'}",
+            cure="build the image again",
+        )
 
 
 def _checked(answer: dict[str, Any], image: GoldenImage) -> Measured:

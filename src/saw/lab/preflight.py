@@ -8,7 +8,7 @@ from pathlib import Path
 
 from saw.addressing import networks
 from saw.errors import UnavailableError
-from saw.image import secure_boot
+from saw.image import secure_boot, verified_root
 from saw.image.base import NEED_BYTES as NEED_BASE
 from saw.image.base_os import base_os
 from saw.image.build import NEED_BYTES as NEED_IMAGE
@@ -78,7 +78,9 @@ def still_needed(lab: Lab) -> dict[str, int]:
     """
     needed: dict[str, int] = {}
     cache, system = lab.build / "cache", base_os(lab.repository)
-    build = ImageBuild(lab.repository, lab.build, edr=chosen(), owner=secure_boot.chosen())
+    build = ImageBuild(
+        lab.repository, lab.build, edr=chosen(), owner=secure_boot.chosen(), root_verity=verified_root.chosen()
+    )
     if build.matching() is None:
         needed["golden image"] = NEED_MIB["image"]
         if not build.base.known():

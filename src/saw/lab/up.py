@@ -18,7 +18,7 @@ from typing import Any
 from saw.broker.client import OperatorClient
 from saw.datadisk.recovery import make_keys
 from saw.errors import SawError, UnavailableError
-from saw.image import package_state, secure_boot
+from saw.image import package_state, secure_boot, verified_root
 from saw.image.base_os import base_os
 from saw.image.build import ImageBuild
 from saw.image.edr import chosen
@@ -100,6 +100,7 @@ class Bringup:
             self.progress.say,
             edr=chosen(),
             owner=secure_boot.chosen(),
+            root_verity=verified_root.chosen(),
             choice=choice,
         )
         newest = build.latest() if keep else None

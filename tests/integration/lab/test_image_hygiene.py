@@ -108,3 +108,12 @@ def test_check_mode_tells_before_and_after_and_both_kernels_are_served(tree: Lig
     }
     assert changes() == 0
     assert changes("--check") == 0
+    # The same tree for a root that is read-only: what a workspace keeps of its own is linked to /var, and is there no identity.
+    verified = ("-e", "image_hygiene_root_verity=true")
+    assert changes("--check", *verified) == 2
+    assert changes(*verified) == 2
+    for name in ("ssh_host_ed25519_key", "ssh_host_ed25519_key.pub"):
+        assert str((tree.root / "etc/ssh" / name).readlink()) == f"/var/lib/saw-host/{name}"
+    assert "saw-root" not in (tree.root / "etc/fstab").read_text()
+    assert traces(tree.root) == []
+    assert changes(*verified) == changes("--check", *verified) == 0

@@ -58,9 +58,8 @@ def test_a_tree_without_the_empty_file_is_refused(tree: Path, name: str) -> None
 def test_no_disk_is_made_of_a_tree_with_an_identity(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def boot_program(root: Path, output: Path, root_partition: str) -> str:
+    def boot_program(root: Path, output: Path, command_line: str, initrd: Path | None) -> None:
         output.write_bytes(b"program")
-        return root_partition
 
     monkeypatch.setattr(disk, "build_uki", boot_program)
     monkeypatch.setattr(disk, "SPARE_BYTES", 32 * disk.MIB)

@@ -41,7 +41,8 @@ PACKER = """#!/bin/sh
 for word in "$@"; do case "$word" in output=*) output=${{word#output=}};; esac; done
 if [ "$HALT" = disk ]; then head -c 70000 /dev/zero > "$output"; : > {marker}; exec sleep infinity; fi
 qemu-img create -q -f qcow2 "$output" 1M
-printf '{{"kernel": "6.12.1", "sha256": "%s"}}' "$(sha256sum "$output" | cut -d' ' -f1)" > "${{output%.qcow2}}.disk.json"
+sum=$(sha256sum "$output" | cut -d' ' -f1)
+printf '{{"kernel": "6.12.1", "sha256": "%s", "root_hash": ""}}' "$sum" > "${{output%.qcow2}}.disk.json"
 """
 
 

@@ -47,7 +47,7 @@ def test_the_answer_of_a_build_is_that_of_one_run(checkout: Path) -> None:
     assert (checkout / "build/image.json").read_text() == "that of another run"
 
 
-@pytest.mark.parametrize("name", ["FRESH", "REUSE", "OLDER"])
+@pytest.mark.parametrize("name", ["FRESH", "REUSE", "OLDER", "ROOT_VERITY"])
 def test_a_switch_is_on_or_left_out(checkout: Path, name: str) -> None:
     assert make(checkout, f"{name}=1").returncode == 0
     assert make(checkout, f"{name}=").returncode == 0

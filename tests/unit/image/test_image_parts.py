@@ -453,8 +453,9 @@ def test_a_tree_without_a_kernel_is_refused_and_leaves_nothing(tmp_path: Path) -
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes a private mount namespace")
 def test_a_tree_whose_boot_image_cannot_be_built_leaves_neither_file_nor_mount(tmp_path: Path) -> None:
-    for name in ("boot", "proc", "tmp"):
+    for name in ("boot", "etc", "proc", "tmp"):
         (tmp_path / "root" / name).mkdir(parents=True)
+    (tmp_path / "root/etc/machine-id").touch()
     (tmp_path / "root/boot/vmlinuz-6.12.1").write_bytes(b"kernel")
     output = tmp_path / "out/image.qcow2"
     with pytest.raises(ImageError, match="`unshare` failed"):

@@ -61,9 +61,8 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Make a disk image of a tree; the boot program stands for itself."""
     words = {"text": b"command line"}
 
-    def boot_program(root: Path, output: Path, root_partition: str) -> str:
+    def boot_program(root: Path, output: Path, command_line: str, initrd: Path | None) -> None:
         output.write_bytes(program(words["text"]))
-        return root_partition
 
     monkeypatch.setattr(disk, "build_uki", boot_program)
     monkeypatch.setattr(disk, "SPARE_BYTES", 32 * MIB)

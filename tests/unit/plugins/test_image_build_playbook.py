@@ -47,3 +47,11 @@ def test_the_owners_keys_are_handed_on_one_by_one_and_left_out_where_none_is_nam
         for part, value in words.items():
             named = any(f"_{part}=" in word for word in given)
             assert (f'"--secure-boot-{part}", "{value}"' in " ".join(done.stdout.split())) is named, done.stdout
+
+
+def test_a_verified_root_is_asked_for_and_left_out_by_default(tmp_path: Path) -> None:
+    for told, asked in (([], False), (["-e", "image_build_root_verity=true"], True)):
+        (tmp_path / str(asked)).mkdir()
+        done = play(tmp_path / str(asked), "-v", "-e", f"image_build_repository={ROOT}", *told)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ('"--root-verity"' in done.stdout) is asked, done.stdout
