@@ -77,12 +77,12 @@ def test_a_second_broker_leaves_the_first_ones_operator_socket_alone(lab: Lab) -
     assert refused.returncode == 1
     assert f"the broker cannot listen on {lab.config.operator_socket}: " in refused.stderr
     assert f"(process {lab.process.pid}) listens there" in refused.stderr
-    assert lab.operator.request("GET", "/v1/workspaces") == {"workspaces": [], "next": None}
+    assert lab.operator.request("GET", "/v1/workspaces") == {"workspaces": [], "next": None, "seq": 0}
     lab.process.kill()
     lab.process.wait(15)
     assert Path(lab.config.operator_socket).is_socket(), "the dead one's socket"
     lab.start()
-    assert lab.operator.request("GET", "/v1/workspaces") == {"workspaces": [], "next": None}
+    assert lab.operator.request("GET", "/v1/workspaces") == {"workspaces": [], "next": None, "seq": 0}
 
 
 def test_the_preflight_tells_a_stranger_from_the_broker_itself(lab: Lab) -> None:

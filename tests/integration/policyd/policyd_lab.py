@@ -175,11 +175,12 @@ class FarAttestd:
 
 
 class Lab:
-    def __init__(
-        self, run: Path | None = None, state: Path | None = None, netns: Path = Path("/proc/self/ns/net")
-    ) -> None:
-        """``run`` and ``state``: directories of the agent that lie elsewhere; ``netns``: where those are who call ring 1."""
-        self.netns = netns
+    netns = Path("/proc/self/ns/net")
+    """Where those are who call ring 1."""
+
+    def __init__(self, run: Path | None = None, state: Path | None = None, netns: Path | None = None) -> None:
+        """``run`` and ``state``: directories of the agent that lie elsewhere; ``netns``: another one than that of the class."""
+        self.netns = netns or self.netns
         self.directory = Path(tempfile.mkdtemp(prefix="saw-pd-"))
         self.run = run or self.directory / "run"
         self.state = state or self.directory / "state"
