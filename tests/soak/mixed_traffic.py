@@ -194,8 +194,15 @@ class Run:
         def rows() -> Counter[str]:
             return Counter(_path(one.event) for one in list(self.ring2.broker.events) if _verdict(one.event) == "allow")
 
-        wait_for(lambda: not reads - set(rows()), "the last rows of the trail", 120)
-        if more := {path for path in reads if rows()[path] != 1}:
+        notes = sum(count for name, count in done.items() if name.startswith("write-"))
+
+        def complete() -> bool:
+            found = rows()
+            return found["/v1/notes"] >= notes and not reads - set(found)
+
+        wait_for(complete, "the last rows of the trail", 120)
+        recorded = rows()
+        if more := {path for path in reads if recorded[path] != 1}:
             raise Faulty(f"calls with several rows: {sorted(more)[:3]}")
         report = verify_chain(self.ring2.broker.events)
         if not report.complete:
@@ -203,9 +210,8 @@ class Run:
         told = Counter(self._refusals())
         if silent := {path for path in refused if told[path] != 1}:
             raise Faulty(f"refusals without a line of their own: {sorted(silent)[:3]}")
-        notes = sum(count for name, count in done.items() if name.startswith("write-"))
-        if (arrived["/v1/notes"], rows()["/v1/notes"]) != (notes, notes):
-            raise Faulty(f"{notes} notes, {arrived['/v1/notes']} arrived, {rows()['/v1/notes']} rows")
+        if (arrived["/v1/notes"], recorded["/v1/notes"]) != (notes, notes):
+            raise Faulty(f"{notes} notes, {arrived['/v1/notes']} arrived, {recorded['/v1/notes']} rows")
         return {"rows": len(self.ring2.broker.events), "refusals": len(refused)}
 
     def _refusals(self) -> list[str]:
