@@ -25,6 +25,7 @@ from saw.budget.counts import Count
 from saw.budget.errors import Exhausted, LedgerError
 from saw.budget.windows import Period, window
 from saw.errors import SawError
+from saw.sqlite import change
 
 LIFE_S = 3600
 """How long a reservation stays open without news, unless told otherwise (seconds)."""
@@ -98,20 +99,6 @@ class Balance(msgspec.Struct, frozen=True):
     spent: int = 0
 
 
-@contextmanager
-def undone(database: sqlite3.Connection) -> Iterator[None]:
-    """Leave no transaction open behind an exception.
-
-    SQLite ends one by itself after some errors, a full disk among them, and not after others, so it is asked.
-    """
-    try:
-        yield
-    except BaseException:
-        if database.in_transaction:
-            database.execute("ROLLBACK")
-        raise
-
-
 class Ledger:
     """The ledger in the file ``path``; ``life_s`` is how long a reservation stays open without news.
 
@@ -147,17 +134,11 @@ class Ledger:
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
         """Hold the only transaction that may write; whatever is raised inside undoes it."""
-        if not self._lock.acquire(timeout=self._patience_s):
-            raise LedgerError(f"the ledger {self._path} is not free", cure="try again")
         try:
-            with undone(self._database):
-                self._database.execute("BEGIN IMMEDIATE")
-                yield self._database
-                self._database.execute("COMMIT")
+            with change(self._database, self._lock, self._patience_s) as database:
+                yield database
         except sqlite3.Error as error:
             raise LedgerError(f"the ledger {self._path} cannot be written: {error}", cure="free disk space") from error
-        finally:
-            self._lock.release()
 
     def _time(self, now: datetime) -> datetime:
         """Return ``now``, or the latest time seen when that is later; inside a transaction.

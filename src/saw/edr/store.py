@@ -19,6 +19,7 @@ import msgspec
 
 from saw.audit.events import EventFactory
 from saw.edr.detection import AT_ONCE, WORST_AT_ONCE, Detection, EdrError, Render, bounded, event_of
+from saw.sqlite import change
 
 Way = Literal["broker", "syslog"]
 _GAP = "spool_full_since"
@@ -202,13 +203,8 @@ class Store:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         try:
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._database
-                self._database.execute("COMMIT")
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
+            with change(self._database) as database:
+                yield database
         except sqlite3.Error as error:
             raise EdrError(f"{self.path} cannot be written: {error}", cure="free space on its disk") from error
 

@@ -18,9 +18,9 @@ from typing import Literal
 
 import msgspec
 
-from saw.budget.ledger import undone
 from saw.errors import ConfigError, SawError
 from saw.identity.sealed import KEY_BYTES, SealBroken, SealKey
+from saw.sqlite import change
 
 MAX_ANSWER = 16 * 1024 * 1024
 """How much of one answer is kept (bytes)."""
@@ -128,13 +128,12 @@ def purge_file(path: Path, now: float) -> int:
     if not path.exists():
         return 0
     try:
-        with closing(sqlite3.connect(path, isolation_level=None, timeout=PATIENCE_S)) as database, undone(database):
+        with closing(sqlite3.connect(path, isolation_level=None, timeout=PATIENCE_S)) as database:
             database.execute("PRAGMA secure_delete=ON")
-            database.execute("BEGIN IMMEDIATE")
-            database.execute("DELETE FROM piece WHERE record IN (SELECT id FROM record WHERE until <= ?)", (now,))
-            gone = database.execute("DELETE FROM record WHERE until <= ?", (now,)).rowcount
-            database.execute("DELETE FROM held")  # counted anew when something is kept again
-            database.execute("COMMIT")
+            with change(database):
+                database.execute("DELETE FROM piece WHERE record IN (SELECT id FROM record WHERE until <= ?)", (now,))
+                gone = database.execute("DELETE FROM record WHERE until <= ?", (now,)).rowcount
+                database.execute("DELETE FROM held")  # counted anew when something is kept again
     except sqlite3.Error as error:
         raise RecordUnavailable(f"records in {path} cannot be removed: {error}", cure="look at the disk") from error
     return int(gone)
@@ -172,17 +171,11 @@ class RecordStore:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        if not self._lock.acquire(timeout=PATIENCE_S):
-            raise RecordUnavailable("the records are not free", cure="try again")
         try:
-            with undone(self._database):
-                self._database.execute("BEGIN IMMEDIATE")
-                yield self._database
-                self._database.execute("COMMIT")
+            with change(self._database, self._lock, PATIENCE_S) as database:
+                yield database
         except sqlite3.Error as error:
             raise RecordUnavailable(f"the record cannot be written: {error}", cure="free disk space") from error
-        finally:
-            self._lock.release()
 
     def keep(self, record: str, at: float, until: float, facts: Facts, body: bytes | None, *, answer: bool) -> None:
         """Write a record of a call; ``answer``: what is answered belongs to it. Raises :class:`RecordUnavailable`."""

@@ -19,6 +19,7 @@ import msgspec
 
 from saw.audit.chain import ChainedEvent, ChainError, Head, link
 from saw.gateway.errors import SpoolError
+from saw.sqlite import change
 
 MAX_BATCH = 256
 PATIENCE_S = 1.0
@@ -61,7 +62,7 @@ class Spool:
         self._path.chmod(0o600)
         database.execute("PRAGMA journal_mode=WAL")
         database.execute("PRAGMA synchronous=FULL")
-        with _change(database):
+        with change(database):
             for statement in _SCHEMA.split(";\n"):
                 database.execute(statement)
             first = Head()
@@ -81,22 +82,24 @@ class Spool:
     @property
     def head(self) -> Head:
         """Return the end of the chain as it is on disk."""
-        with self._using():
+        with self._reading():
             return self._read_head()[0]
 
     @property
     def acknowledged(self) -> int:
         """Return the highest sequence number that the broker has."""
-        with self._using():
+        with self._reading():
             return self._read_head()[1]
 
     @contextmanager
-    def _using(self, how: str = "read", cure: str = "look at the disk") -> Iterator[None]:
+    def _reading(self) -> Iterator[None]:
         with self._lock:
             try:
                 yield
             except sqlite3.Error as error:
-                raise SpoolError(f"the audit spool {self._path} cannot be {how}: {error}", cure=cure) from error
+                raise SpoolError(
+                    f"the audit spool {self._path} cannot be read: {error}", cure="look at the disk"
+                ) from error
 
     async def record(self, event: Mapping[str, Any]) -> int:
         """Chain ``event`` and return its sequence number once it is on disk; raise :class:`SpoolError` when it is not."""
@@ -126,7 +129,7 @@ class Spool:
         good: list[tuple[_Entry, int]] = []
         refused: list[tuple[_Entry, SpoolError]] = []
         try:
-            with self._lock, _change(self._database):
+            with change(self._database, self._lock):
                 head, acknowledged = self._read_head()
                 rows: list[ChainedEvent] = []
                 for entry in batch:
@@ -156,7 +159,7 @@ class Spool:
 
     def pending(self, limit: int = MAX_BATCH) -> list[ChainedEvent]:
         """Return the oldest events that the broker has not acknowledged, in order; raises :class:`SpoolError`."""
-        with self._using():
+        with self._reading():
             rows: Iterable[tuple[bytes]] = self._database.execute(
                 "SELECT chained FROM event WHERE seq > (SELECT acknowledged FROM head) ORDER BY seq LIMIT ?", (limit,)
             ).fetchall()
@@ -167,31 +170,23 @@ class Spool:
 
         Raises :class:`SpoolError` when that cannot be noted: then the rows stay, and are sent and acknowledged again.
         """
-        with self._using("written", cure="free disk space"), _change(self._database) as database:
-            known = database.execute(
-                "UPDATE head SET acknowledged = ? WHERE acknowledged < ? AND seq >= ?", (seq, seq, seq)
-            )
-            if known.rowcount:
-                database.execute("DELETE FROM event WHERE seq <= ?", (seq,))
+        try:
+            with change(self._database, self._lock) as database:
+                known = database.execute(
+                    "UPDATE head SET acknowledged = ? WHERE acknowledged < ? AND seq >= ?", (seq, seq, seq)
+                )
+                if known.rowcount:
+                    database.execute("DELETE FROM event WHERE seq <= ?", (seq,))
+        except sqlite3.Error as error:
+            raise SpoolError(
+                f"the audit spool {self._path} cannot be written: {error}", cure="free disk space"
+            ) from error
 
     def close(self) -> None:
         """Write what is queued and close the file."""
         self._queue.put(None)
         self._thread.join()
         self._database.close()
-
-
-@contextmanager
-def _change(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    """Hold the only transaction that may write; whatever is raised inside undoes it."""
-    database.execute("BEGIN IMMEDIATE")
-    try:
-        yield database
-        database.execute("COMMIT")
-    except BaseException:
-        if database.in_transaction:
-            database.execute("ROLLBACK")
-        raise
 
 
 def _finish(entry: _Entry, outcome: int | SpoolError) -> None:

@@ -21,6 +21,7 @@ import msgspec
 
 from saw.audit.chain import ChainedEvent, Head, link
 from saw.audit.ocsf import validate
+from saw.sqlite import change
 from saw.telemetry.config import TelemetryError, Way
 
 #: So many delivered events are kept to be read, while there is room.
@@ -203,13 +204,8 @@ class Spool:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         try:
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
+            with change(self._database):
                 yield
-                self._database.execute("COMMIT")
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
         except sqlite3.Error as error:
             raise TelemetryError(f"{self.path} cannot be written: {error}", cure="free space on its disk") from error
 

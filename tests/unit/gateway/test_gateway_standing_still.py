@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from saw.audit.events import EventFactory
-from saw.budget.ledger import undone
 from saw.gateway.app import AuthorizationApp
 from saw.gateway.clock import Clock
 from saw.gateway.contact import Contact
@@ -133,18 +132,6 @@ def test_an_acknowledgement_that_cannot_be_noted_is_an_error_and_holds_up_nothin
     spool.acknowledge(1)
     assert [event.seq for event in spool.pending()] == [2, 3]
     spool.close()
-
-
-@pytest.mark.parametrize("ends_by_itself", [True, False])
-def test_no_transaction_stays_open_behind_an_exception(ends_by_itself: bool) -> None:
-    database = sqlite3.connect(":memory:", isolation_level=None)
-    with pytest.raises(KeyError), undone(database):
-        database.execute("BEGIN")
-        if ends_by_itself:
-            database.execute("ROLLBACK")
-        raise KeyError
-    assert not database.in_transaction
-    database.close()
 
 
 @pytest.mark.control("LIF-02")
