@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
@@ -131,42 +132,31 @@ class Run:
         self, seconds: float, workers: int, say: bool
     ) -> tuple[dict[str, int], list[dict[str, tuple[int, int]]]]:
         """Let the clients work; return how many calls each worker made, and what the processes had meanwhile."""
-        answer: list[object] = []
         script = (HERE / "mixed_client.py").read_text(encoding="utf-8")
-
-        def clients() -> None:
-            try:
-                answer.append(self.workspace.python(script, str(seconds), str(workers), timeout=seconds + 300))
-            except BaseException as error:  # noqa: BLE001 - told by the thread that waits
-                answer.append(error)
-
-        cloning = _Thread(self.cloning)
-        thread = threading.Thread(target=clients)
         pids, samples, begun = self.pids(), [], time.monotonic()
-        thread.start()
-        cloning.start()
-        try:
-            while thread.is_alive():
-                thread.join(EVERY_S)
+        with ThreadPoolExecutor(2) as pool:
+            clients = pool.submit(self.workspace.python, script, str(seconds), str(workers), timeout=seconds + 300)
+            cloning = pool.submit(self.cloning)
+            try:
+                while not wait([clients], EVERY_S).done:
+                    samples.append(looked_at(pids))
+                    self.renewed()
+                    if say:
+                        left = max(0.0, seconds - time.monotonic() + begun) / 60
+                        now = ", ".join(
+                            f"{name} {kib // 1024} MiB/{files}" for name, (kib, files) in samples[-1].items()
+                        )
+                        print(f"{now}; {len(self.ring2.broker.events)} rows, {left:.1f} min left", file=sys.stderr)
                 samples.append(looked_at(pids))
-                self.renewed()
-                if say:
-                    left = max(0.0, seconds - time.monotonic() + begun) / 60
-                    now = ", ".join(f"{name} {kib // 1024} MiB/{files}" for name, (kib, files) in samples[-1].items())
-                    print(
-                        f"{now}; {len(self.ring2.broker.events)} rows, {left:.1f} min left", file=sys.stderr, flush=True
-                    )
-        except FileNotFoundError as error:
-            raise Faulty(f"a process ended: {error.filename}") from error
-        finally:
-            self._over.set()
-        cloning.join()
-        done = answer[0]
-        if isinstance(done, BaseException):
-            raise done
-        if done.code != 0:  # type: ignore[attr-defined]
-            raise Faulty(done.words)  # type: ignore[attr-defined]
-        told = json.loads(done.out)  # type: ignore[attr-defined]
+            except FileNotFoundError as error:
+                raise Faulty(f"a process ended: {error.filename}") from error
+            finally:
+                self._over.set()
+        cloning.result()
+        done = clients.result()
+        if done.code != 0:
+            raise Faulty(done.words)
+        told = json.loads(done.out)
         if told["wrong"]:
             raise Faulty("\n".join(told["wrong"]))
         return told["done"], samples
@@ -217,25 +207,6 @@ class Run:
     def _refusals(self) -> list[str]:
         with (self.workspace.directory / "decide.log").open(encoding="utf-8", errors="replace") as lines:
             return [json.loads(line[line.index("{") :])["path"] for line in lines if '"verdict":"deny"' in line]
-
-
-class _Thread(threading.Thread):
-    """A thread whose exception is raised where it is joined."""
-
-    def __init__(self, work: object) -> None:
-        super().__init__()
-        self._work, self._error = work, None
-
-    def run(self) -> None:
-        try:
-            self._work()  # type: ignore[operator]
-        except BaseException as error:  # noqa: BLE001 - raised again in join
-            self._error = error
-
-    def join(self, timeout: float | None = None) -> None:
-        super().join(timeout)
-        if self._error is not None:
-            raise self._error
 
 
 def _program(pid: int) -> int:
