@@ -30,17 +30,13 @@ from saw.vm.spec import VmSpec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import boot_images
+from boot_images import PATIENCE, PATIENT, WORDS
 
 IMAGES = sorted(finished_in(boot_images.ROOT / "build/images"), key=lambda item: item[0].created)
 pytestmark = pytest.mark.skipif(
     not IMAGES or any(not path.exists() for path in (secure_boot.FIRMWARE, uefi_keys.FACTORY)),
     reason="no golden image was built here (make image), or the package ovmf (with secboot) is missing",
 )
-PATIENCE = 3000.0
-"""Seconds that a boot may take: software emulation beside other tests."""
-WORDS = b" quiet systemd.show_status=no systemd.firstboot=off panic=10"
-PATIENT = b" systemd.firstboot=off systemd.default_timeout_start_sec=900"
-"""What a busy machine needs: guests whose services may take long, in as many letters."""
 REPORT = """\
 [Unit]
 Description=Report what became of the data disk, and go off

@@ -29,6 +29,7 @@ from saw.vm.spec import VmSpec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import boot_images
+from boot_images import PATIENCE, PATIENT, WORDS
 
 IMAGES = sorted(
     (image for image, _ in finished_in(boot_images.ROOT / "build/images") if image.root_hash),
@@ -41,11 +42,6 @@ pytestmark = [
     ),
     pytest.mark.control("IMG-01"),
 ]
-PATIENCE = 3000.0
-"""Seconds that a boot may take: software emulation beside other tests."""
-WORDS = b" quiet systemd.show_status=no systemd.firstboot=off panic=10"
-PATIENT = b" systemd.firstboot=off systemd.default_timeout_start_sec=900"
-"""What a busy machine needs: guests whose services may take long, in as many letters."""
 REPORT = """\
 [Unit]
 Description=Report what the root file system is, and go off
