@@ -4,9 +4,10 @@
 
 Real clients in the product's sandbox read, write, stream a model's answers, talk over WebSockets and gRPC, clone with git, and
 try what is refused. Memory and descriptors of ring 1, its decider, ring 2 and the gatekeeper are written down all along. At the
-end every call is looked for: one that was allowed arrived once and has one row in the trail, whose chain is whole; one that was
-refused arrived nowhere and has its line in ring 1's log. Exit status 1: a call was answered otherwise, stuck, lost or not
-recorded, or a process grew.
+end reads, notes and refused paths are looked for: what was allowed arrived once and has one row in the trail, whose chain is
+whole; what was refused arrived nowhere and has its line in ring 1's log. Calls of models are counted at the far end; WebSockets,
+gRPC and clones are judged by their answers. Exit status 1: a call was answered otherwise, stuck, lost or not recorded, or a
+process grew.
 """
 
 from __future__ import annotations
@@ -134,24 +135,23 @@ class Run:
         """Let the clients work; return how many calls each worker made, and what the processes had meanwhile."""
         script = (HERE / "mixed_client.py").read_text(encoding="utf-8")
         pids, samples, begun = self.pids(), [], time.monotonic()
-        with ThreadPoolExecutor(2) as pool:
-            clients = pool.submit(self.workspace.python, script, str(seconds), str(workers), timeout=seconds + 300)
-            cloning = pool.submit(self.cloning)
-            try:
-                while not wait([clients], EVERY_S).done:
-                    samples.append(looked_at(pids))
-                    self.renewed()
-                    if say:
-                        left = max(0.0, seconds - time.monotonic() + begun) / 60
-                        now = ", ".join(
-                            f"{name} {kib // 1024} MiB/{files}" for name, (kib, files) in samples[-1].items()
-                        )
-                        print(f"{now}; {len(self.ring2.broker.events)} rows, {left:.1f} min left", file=sys.stderr)
+        pool = ThreadPoolExecutor(2)
+        clients = pool.submit(self.workspace.python, script, str(seconds), str(workers), timeout=seconds + 300)
+        cloning = pool.submit(self.cloning)
+        try:
+            while not wait([clients], EVERY_S).done:
                 samples.append(looked_at(pids))
-            except FileNotFoundError as error:
-                raise Faulty(f"a process ended: {error.filename}") from error
-            finally:
-                self._over.set()
+                self.renewed()
+                if say:
+                    left = max(0.0, seconds - time.monotonic() + begun) / 60
+                    now = ", ".join(f"{name} {kib // 1024} MiB/{files}" for name, (kib, files) in samples[-1].items())
+                    print(f"{now}; {len(self.ring2.broker.events)} rows, {left:.1f} min left", file=sys.stderr)
+            samples.append(looked_at(pids))
+        except FileNotFoundError as error:
+            raise Faulty(f"a process ended: {error.filename}") from error
+        finally:
+            self._over.set()
+            pool.shutdown(wait=False)  # whoever ends this early stops the workspace first, and with it the clients
         cloning.result()
         done = clients.result()
         if done.code != 0:
@@ -184,7 +184,11 @@ class Run:
         def rows() -> Counter[str]:
             return Counter(_path(one.event) for one in list(self.ring2.broker.events) if _verdict(one.event) == "allow")
 
-        notes = sum(count for name, count in done.items() if name.startswith("write-"))
+        notes, models = (
+            sum(count for name, count in done.items() if name.startswith(kind)) for kind in ("write-", "model-")
+        )
+        if (reached := sum(host == "models.example.com" for _, host, _ in self.workspace.far.arrived)) != models:
+            raise Faulty(f"{models} calls of models that are allowed, {reached} arrived")
 
         def complete() -> bool:
             found = rows()

@@ -15,7 +15,7 @@ sys.path[:0] = [str(SOAK)]
 
 @pytest.mark.control("AUD-01")
 @pytest.mark.control("RUN-01")
-def test_every_call_of_mixed_traffic_is_answered_and_recorded_once() -> None:
+def test_mixed_traffic_is_answered_and_its_reads_notes_and_refusals_are_recorded_once() -> None:
     from saw.runtime.landlock import abi
 
     if abi() < 6:
