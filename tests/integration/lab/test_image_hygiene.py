@@ -39,7 +39,7 @@ def tree(tmp_path: Path) -> Iterator[LightHost]:
             (made.root / f"boot/initrd.img-{kernel}").touch()
         (made.root / "etc/machine-id").write_text("0" * 32 + "\n")
         for pattern in TRACES.keys() - {"etc/machine-id"}:
-            path = made.root / pattern.replace("ssh_host_*", "ssh_host_ed25519_key").replace("*", "some")
+            path = made.root / pattern.replace("ssh_host_*", "ssh_host_ed25519_key").replace("*", "some thing")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("an identity")
         yield made
