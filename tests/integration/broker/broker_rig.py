@@ -193,9 +193,16 @@ class Lab:
 
     @contextmanager
     def tls(
-        self, kind: str | None = None, name: str = "", pair: tuple[bytes, bytes] | None = None
+        self,
+        kind: str | None = None,
+        name: str = "",
+        pair: tuple[bytes, bytes] | None = None,
+        local: str | None = None,
     ) -> Iterator[httpx.Client]:
-        """A client of the TLS side; with ``kind`` it holds a certificate of that kind issued by the operator API."""
+        """A client of the TLS side; with ``kind`` it holds a certificate of that kind issued by the operator API.
+
+        ``local`` is the address that it calls from.
+        """
         context = ssl.create_default_context(cafile=str(self.ca_file))
         if kind is not None:
             key, csr = new_key_and_csr(name)
@@ -207,9 +214,9 @@ class Lab:
                 file.flush()
                 context.load_cert_chain(file.name)
         # The server's name is not in DNS: connect by address, check the certificate against the name.
-        with httpx.Client(
-            verify=context, timeout=40, trust_env=False, base_url=f"https://127.0.0.1:{self.port}"
-        ) as client:
+        transport = httpx.HTTPTransport(verify=context, trust_env=False, local_address=local)
+        url = f"https://127.0.0.1:{self.port}"
+        with httpx.Client(transport=transport, timeout=40, trust_env=False, base_url=url) as client:
             client.event_hooks = {"request": [_server_name]}
             yield client
 

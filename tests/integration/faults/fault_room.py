@@ -1,14 +1,19 @@
-"""A small disk that can be filled: a tmpfs of its own, in a mount namespace that goes with the process that holds it."""
+"""What the four daemons are put through: a small disk that can be filled, and a way that goes silent.
+
+The disk is a tmpfs in a mount namespace that goes with the process that holds it.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from netns import Namespace
+from netns import Namespace, sh
 
 MIB = 1024 * 1024
 
@@ -59,6 +64,19 @@ class Room:
         self._holder.wait(10)
         assert self._holder.stdout is not None
         self._holder.stdout.close()
+
+
+@contextmanager
+def partitioned(namespace: str, *matches: str) -> Iterator[None]:
+    """What matches (expressions of nftables) is dropped without a word in the network namespace of that name."""
+    nft = ("ip", "netns", "exec", namespace, "nft")
+    rules = " ".join(f"{match} drop;" for match in matches)
+    chain = f"chain out {{ type filter hook output priority 0; policy accept; {rules} }}"
+    sh(*nft, "-f", "-", stdin=f"table inet partition {{\n{chain}\n}}\n")
+    try:
+        yield
+    finally:
+        sh(*nft, "delete", "table", "inet", "partition")
 
 
 class RoomNamespace(Namespace):

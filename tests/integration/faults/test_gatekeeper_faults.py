@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from fault_room import MIB, Room, RoomNamespace
+from fault_room import MIB, Room, RoomNamespace, partitioned
 from ring2_rig import BROKER, Answer, Rig, wait_for
 
 from saw.audit.chain import verify_chain
@@ -48,19 +48,6 @@ def stopped(rig: Rig) -> Iterator[None]:
         yield
     finally:
         rig.gatekeeper.send_signal(signal.SIGCONT)
-
-
-@contextmanager
-def partitioned(rig: Rig) -> Iterator[None]:
-    """What goes to the broker, or comes from it, is dropped without a word."""
-    rules = f"""table inet partition {{
-        chain out {{ type filter hook output priority 0; policy accept; ip daddr {BROKER} drop; ip saddr {BROKER} drop; }}
-    }}"""
-    rig.namespace.sh("nft", "-f", "-", stdin=rules)
-    try:
-        yield
-    finally:
-        rig.namespace.sh("nft", "delete", "table", "inet", "partition")
 
 
 def then(rig: Rig, reason: str, what: str) -> Answer:
@@ -104,7 +91,7 @@ def test_a_stopped_gatekeeper_refuses_and_goes_on_where_the_state_is_by_then(rig
 @pytest.mark.control("AUD-01")
 def test_without_a_way_to_the_broker_a_lease_is_used_up_and_not_exceeded(rig: Rig) -> None:
     rig.settle(lease_expires_at=20)
-    with partitioned(rig):
+    with partitioned(rig.namespace.name, f"ip daddr {BROKER}", f"ip saddr {BROKER}"):
         ids = {rig.call("DELETE", "/v1/things").json["request_id"]}
         assert rig.call().status == 200, "on the lease that is left"
         # Nobody learns of this before the two are joined again; the lease bounds how long that matters.
@@ -148,7 +135,7 @@ def test_on_a_full_disk_nothing_is_allowed_that_is_not_recorded_and_a_kill_count
     assert report.complete, report.findings
     rig.settled()
     assert room.names() - before <= {"contact.json"}, "no part of a file is left"
-    with partitioned(rig):
+    with partitioned(rig.namespace.name, f"ip daddr {BROKER}", f"ip saddr {BROKER}"):
         rig.stop_gatekeeper(signal.SIGKILL)
         rig.start_gatekeeper()
         wait_for(lambda: rig.call().status == 200, "a call on what was kept")

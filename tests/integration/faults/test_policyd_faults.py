@@ -11,13 +11,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_room import MIB, Room
+from fault_room import MIB, Room, partitioned
 from netns import Namespace
 from policyd_lab import ENVOY, GOVERNANCE, Lab, until
 
@@ -100,18 +100,10 @@ class Workspace:
         """Tell whether the agent's process is there."""
         return self.process.poll() is None
 
-    @contextmanager
-    def partitioned(self) -> Iterator[None]:
+    def parted(self) -> AbstractContextManager[None]:
         """What goes to the broker, or comes from it, is dropped without a word."""
         port = self.lab.broker.port
-        rules = f"""table inet partition {{
-            chain out {{ type filter hook output priority 0; policy accept; tcp dport {port} drop; tcp sport {port} drop; }}
-        }}"""
-        self.namespace.sh("nft", "-f", "-", stdin=rules)
-        try:
-            yield
-        finally:
-            self.namespace.sh("nft", "delete", "table", "inet", "partition")
+        return partitioned(self.namespace.name, f"tcp dport {port}", f"tcp sport {port}")
 
 
 @pytest.fixture
@@ -123,7 +115,7 @@ def workspace() -> Iterator[Workspace]:
 @pytest.mark.control("POL-02")
 @pytest.mark.control("POL-05")
 def test_without_a_way_to_the_broker_the_policy_in_force_counts_until_the_lease_ends(workspace: Workspace) -> None:
-    with workspace.partitioned():
+    with workspace.parted():
         workspace.lease(20)
         second = workspace.publish("/v2/**")
         assert workspace.call() == "passed"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fault_room import MIB, Room
+from fault_room import MIB, Room, partitioned
 from ring1_rig import GOVERNANCE, POLICY, PROXY, RING2_PORT, Rig, start_rig, until
 
 from saw.runtime import generation
@@ -114,18 +114,10 @@ def test_without_the_decision_service_every_call_is_refused(rig: Rig, how: str) 
 
 @pytest.mark.control("RUN-01")
 def test_a_call_on_a_way_to_ring_2_that_went_silent_ends_with_the_reason(rig: Rig) -> None:
-    rules = f"""table inet partition {{
-        chain out {{ type filter hook output priority 0; policy accept;
-            tcp dport {RING2_PORT} drop; tcp sport {RING2_PORT} drop; }}
-    }}"""
-    nft = ["ip", "netns", "exec", rig.vm, "nft"]
-    subprocess.run([*nft, "-f", "-"], input=rules, text=True, check=True)
-    try:
+    with partitioned(rig.vm, f"tcp dport {RING2_PORT}", f"tcp sport {RING2_PORT}"):
         # The first call may go on a connection that was open, the second has to make one.
         for _ in range(2):
             refused(rig, "no_identity", "the perimeter is away")
-    finally:
-        subprocess.run([*nft, "delete", "table", "inet", "partition"], check=True)
     works_again(rig)
 
 
