@@ -183,13 +183,18 @@ def test_no_good_quote_no_identity_and_a_good_one_gives_identity_lease_and_sessi
         assert (watched["policy_digest"], watched["revision"]) == (newer, 2)
         assert failures(agent.quote(agent.evidence(agent.nonce(), digest))) == {"policy_not_current"}
         machine.tpm.extend_policy(newer)
+        seen = lab.operator.request("GET", "/v1/workspaces?limit=1")["seq"]
         assert agent.quote(agent.evidence(agent.nonce(), digest, newer)).status_code == 200
+        told = lab.operator.request("GET", f"/v1/workspace-changes?after={seen}")
+        assert [(one["id"], one["policy_digest"]) for one in told["workspaces"]] == [("ws-a", newer)]
 
         # An image that is deprecated still attests; a revoked one loses its grants at once and attests no more.
         lab.move_image("measured", "deprecated")
         counted = lab.operator.request("GET", "/v1/workspaces/ws-a")["version"]
+        seen = lab.operator.request("GET", "/v1/workspaces?limit=1")["seq"]
         renewed = agent.quote(agent.evidence(agent.nonce(), digest, newer))
         assert renewed.status_code == 200
+        assert lab.operator.request("GET", f"/v1/workspace-changes?after={seen}")["workspaces"] == [], "a lease alone"
         assert lab.operator.request("GET", "/v1/workspaces/ws-a")["version"] == counted, "a lease is not a change"
         assert (renewed.json()["lease"]["ttl_s"], renewed.json()["lease"]["offline_s"]) == (90, 300)
         key = agent.key
