@@ -85,14 +85,14 @@ class FleetPages:
 
     def overview(self, visit: Visit) -> Response:
         """The fleet in figures, and what needs a look."""
-        session = self._session(visit, "/fleet")
+        session = self._session(visit)
         visit.asked(Nothing)
         domain = self._broker.config.trust_domain
         return self._shown(visit, "fleet.html", session, trust_domain=domain, **self._fleet.figures())
 
     def perimeters(self, visit: Visit) -> Response:
         """Perimeters, bastions and machines: whose certificate counts, and who reports."""
-        session = self._session(visit, "/fleet/perimeters")
+        session = self._session(visit)
         visit.asked(Nothing)
         places = sorted(self._broker.config.numbers.places.items())
         return self._shown(
@@ -106,20 +106,20 @@ class FleetPages:
 
     def images(self, visit: Visit) -> Response:
         """Golden images, where each stands, and on how many workspaces it is."""
-        session = self._session(visit, "/fleet/images")
+        session = self._session(visit)
         wanted = visit.asked(WantedImages)
         found = self._fleet.images(wanted.q, wanted.state, wanted.page)
         return self._shown(visit, "fleet_images.html", session, wanted=wanted, states=list(ImageState), **found)
 
     def gates(self, visit: Visit) -> Response:
         """Gates, and what was asked at them."""
-        session = self._session(visit, "/fleet/gates")
+        session = self._session(visit)
         wanted = visit.asked(Numbered)
         return self._shown(visit, "fleet_gates.html", session, wanted=wanted, **self._fleet.gates(wanted.page))
 
     def people(self, visit: Visit) -> Response:
         """People with the roles in force, which groups give them, and the programs that may ask."""
-        session = self._session(visit, "/fleet/people")
+        session = self._session(visit)
         wanted = visit.asked(WantedPeople)
         found = self._people.listed(wanted.q, wanted.role, wanted.after)
         rules = self._people.rules()
@@ -127,23 +127,23 @@ class FleetPages:
 
     def holds(self, visit: Visit) -> Response:
         """Legal holds in force, or all there ever were."""
-        session = self._session(visit, "/fleet/holds")
+        session = self._session(visit)
         everything = visit.asked(WantedHolds).show == "all"
         found = self._broker.holds.listed(everything=everything)
         return self._shown(visit, "fleet_holds.html", session, everything=everything, **found)
 
     def break_glass(self, visit: Visit) -> Response:
         """Reviews whose glass was broken: by whom, why, and what became of the look afterwards."""
-        session = self._session(visit, "/fleet/break-glass")
+        session = self._session(visit)
         wanted = visit.asked(Numbered)
         return self._shown(
             visit, "fleet_break_glass.html", session, wanted=wanted, **self._fleet.broken_glass(wanted.page)
         )
 
-    def _session(self, visit: Visit, path: str) -> Session:
+    def _session(self, visit: Visit) -> Session:
         """Return the session behind a page of :data:`PARTS`; raise :class:`ForbiddenError` for roles that do not see it."""
         session = visit.session()
-        sees = next(sees for at, _, sees in PARTS if at == path)
+        sees = next(sees for path, _, sees in PARTS if path == visit.path)
         if not sees(session.person):
             wanted = _LOOK if sees is sees_everything else _EXAMINE
             raise ForbiddenError(f"this takes the role {wanted}", cure="ask somebody who has it", code="not_allowed")
