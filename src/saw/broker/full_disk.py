@@ -25,7 +25,7 @@ _PERHAPS_FULL = frozenset({sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMS
 
 
 @contextmanager
-def translated(place: Path | None = None) -> Iterator[None]:
+def translated(place: Path) -> Iterator[None]:
     """Turn SQLite's words for a full disk within the block into a refusal; other errors stay faults.
 
     An error of a write counts where the folder ``place`` takes no more.
@@ -34,8 +34,7 @@ def translated(place: Path | None = None) -> Iterator[None]:
         yield
     except OperationalError as error:
         code = getattr(error.orig, "sqlite_errorcode", 0) if isinstance(error.orig, sqlite3.Error) else 0
-        perhaps = place is not None and code in _PERHAPS_FULL
-        if code == sqlite3.SQLITE_FULL or (perhaps and place is not None and takes_no_more(place)):
+        if code == sqlite3.SQLITE_FULL or (code in _PERHAPS_FULL and takes_no_more(place)):
             logger.error("the disk under the database is full")  # noqa: TRY400 - the line says all there is
             raise StorageFull from error
         raise

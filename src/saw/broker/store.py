@@ -70,11 +70,11 @@ class Transaction:
 class Store:
     """The database behind two doors: :meth:`read` and :meth:`write`."""
 
-    def __init__(self, engine: Engine, waker: Waker, reserve: Reserve | None = None) -> None:
+    def __init__(self, engine: Engine, waker: Waker, folder: Path | None = None) -> None:
         self._engine = engine
-        #: Room for kills on the disk of a SQLite file; the disk of a server is not ours.
-        self._reserve = reserve
-        self._folder: Path | None = None
+        #: Of a SQLite file, with room for kills on its disk; the disk of a server is not ours.
+        self._folder = folder
+        self._reserve = None if folder is None else Reserve(folder / "reserve")
         self._waker = waker
         self._writing = threading.RLock()
         self._shared = engine.dialect.name == "postgresql"
@@ -96,15 +96,8 @@ class Store:
         engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 10})
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
-        reserve = Reserve(path.with_name("reserve"))
-        store = cls(engine, waker, reserve)
-        store._folder = path.parent
-        try:
-            store.migrate()
-        except StorageFull:  # also to open it takes room, and a broker that does not run kills nothing
-            if not reserve.spend():
-                raise
-            store.migrate()
+        store = cls(engine, waker, path.parent)
+        store.urgently(store.migrate)  # also to open it takes room, and a broker that does not run kills nothing
         return store
 
     @classmethod
@@ -196,7 +189,7 @@ class Store:
     def _refusing(self, ending: Callable[[], bool] = lambda: False) -> AbstractContextManager[None]:
         if self._shut is not None:
             raise self._shut
-        return postgres.translated(ending) if self._shared else full_disk.translated(self._folder)
+        return postgres.translated(ending) if self._folder is None else full_disk.translated(self._folder)
 
 
 def read_head(connection: Connection, source: str) -> Head:

@@ -8,16 +8,18 @@ import os
 import sqlite3
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psycopg
 import pytest
+from review_world import OPERATOR, World
 from sqlalchemy.exc import OperationalError
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from saw.broker import full_disk, postgres
-from saw.broker.errors import StorageFull
+from saw.broker import attestation, full_disk, postgres
+from saw.broker.errors import NotAttestedError, StorageFull
 from saw.broker.full_disk import Reserve, translated
 from saw.broker.http import guarded
 from saw.broker.store import Store
@@ -30,11 +32,11 @@ def failing(code: int) -> OperationalError:
     return OperationalError("INSERT", {}, fault)
 
 
-def test_the_word_of_the_database_for_a_full_disk_is_a_refusal_and_no_other_is() -> None:
-    with pytest.raises(StorageFull) as refused, translated():
+def test_the_word_of_the_database_for_a_full_disk_is_a_refusal_and_no_other_is(tmp_path: Path) -> None:
+    with pytest.raises(StorageFull) as refused, translated(tmp_path):
         raise failing(sqlite3.SQLITE_FULL)
     assert (refused.value.status, refused.value.code, bool(refused.value.cure)) == (507, "storage_full", True)
-    with pytest.raises(OperationalError), translated():
+    with pytest.raises(OperationalError), translated(tmp_path):
         raise failing(sqlite3.SQLITE_BUSY)
 
 
@@ -122,3 +124,30 @@ def test_postgresql_says_so_in_its_own_word() -> None:
         raise psycopg.errors.DiskFull
     with pytest.raises(postgres.DatabaseUnavailable), postgres.translated():
         raise psycopg.errors.AdminShutdown
+
+
+@pytest.mark.parametrize(
+    "error", [StorageFull(), postgres.DatabaseBusy("busy", cure="again"), RuntimeError("a fault")], ids=repr
+)
+def test_a_database_without_room_or_time_says_nothing_about_a_workspace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """What else goes wrong in granting ends as "not attested"."""
+    world = World(tmp_path)
+    found = SimpleNamespace(ok=True, policy_digest="d", clock=object(), failures=())
+    release = SimpleNamespace(policy_digest="d", lease_ttl_s=60)
+    for name, answer in (
+        ("_verify", found), ("assigned_release", release), ("released_digests", ()), ("expected_boot", ({}, "")),
+    ):  # fmt: skip
+        monkeypatch.setattr(attestation, name, lambda *_, answer=answer: answer)
+
+    def grant(*_: object) -> None:
+        raise error
+
+    part = world.broker.attestation
+    monkeypatch.setattr(part, "_precondition", lambda *_: None)
+    monkeypatch.setattr(part, "_grant", grant)
+    expected = NotAttestedError if isinstance(error, RuntimeError) else type(error)
+    with pytest.raises(expected):
+        part.quote(OPERATOR, SimpleNamespace(nonce=b"n", workspace_id="ws-a"))  # type: ignore[arg-type]
+    world.broker.close()
