@@ -481,6 +481,8 @@ GOVERNANCE_CHECKS = Checks(
         (ActionMatch, "method"): _verb,
         (DataClasses, "handles"): _data_class,
         (DataClasses, "never"): _data_class,
+        (InferenceRoute, "data_classes"): _data_class,
+        (Upstream, "data_classes"): _data_class,
         (Persistence, "files"): check_text,
         (Persistence, "writable"): check_writable,
         (Persistence, "git_settings"): check_git_setting,
