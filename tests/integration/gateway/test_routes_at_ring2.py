@@ -278,8 +278,8 @@ def test_a_stream_is_kept_and_arrives_as_it_was_sent(rig: Rig) -> None:
     assert shown(rig, newest(rig)["id"])["answer"].encode() == answer.body
 
 
-def test_what_a_client_got_before_it_left_is_kept(rig: Rig) -> None:
-    use(rig, record=keep("prompts-and-responses"))
+def left_open(rig: Rig) -> dict[str, Any]:
+    """Leave in the middle of an answer of 5000 times x; return its record."""
     go_on = answering(rig, [b"x" * 5000], JSON, end=False)
     body = json.dumps({"model": "demo-1", "messages": []}).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nhost: inference.local\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -293,26 +293,31 @@ def test_what_a_client_got_before_it_left_is_kept(rig: Rig) -> None:
             got += piece
     go_on.set()
     wait_for(lambda: newest(rig)["answer_bytes"] > 5000 - PIECE_BYTES, "what was passed on")
-    one = newest(rig)
+    return newest(rig)
+
+
+def test_what_a_client_got_before_it_left_is_kept(rig: Rig) -> None:
+    use(rig, record=keep("prompts-and-responses"))
+    one = left_open(rig)
     assert one["answer"] == "open", "nobody said that it is whole"
     assert set(shown(rig, one["id"])["answer"]) == {"x"}
 
 
 def test_a_workspace_cannot_write_into_records_itself(rig: Rig) -> None:
-    use(rig, record=keep("prompts"))
-    assert send(rig).status == 200
-    one = newest(rig)
+    use(rig, record=keep("prompts-and-responses"))
+    one = left_open(rig)
+    before = shown(rig, one["id"])
+    use(rig)  # the next call is not kept, so that whatever is written there is forged
+    answering(rig, [b"y" * 2000] * 200, JSON)
     headers = {
-        "x-saw-listener": "record",
-        "x-saw-record": one["id"],
-        "x-saw-piece": "0",
+        "x-saw-listener": "record", "x-saw-record": one["id"], "x-saw-piece": "900", "x-saw-pieces": "1",
         "content-type": "application/json",
-    }
+    }  # fmt: skip
     body = json.dumps({"model": "demo-1", "messages": []}).encode()
     answer = rig.call("POST", CHAT, host="inference.local", headers=headers, body=body, number=5, context=context(rig))
-    assert answer.status == 200
+    assert (answer.status, len(answer.body)) == (200, 400_000)
     assert "x-saw-record" not in arrived(rig)[2]
-    assert shown(rig, one["id"])["answer"] == ""
+    assert shown(rig, one["id"]) == before
 
 
 def test_a_call_that_cannot_be_kept_is_refused_and_costs_nothing(rig: Rig) -> None:
