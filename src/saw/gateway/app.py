@@ -187,7 +187,7 @@ class AuthorizationApp:
         if scope["type"] != "http":
             return
         body = await _read_body(receive)
-        if body is None or (self._stood_still() and await _left(receive)):
+        if body is None:
             return
         if (b"x-saw-listener", METER_SEAT.encode()) in scope["headers"]:
             status, headers, content = await self._settle(read_told(scope["headers"], body, TOLD_HEADERS, BETWEEN))
@@ -196,11 +196,13 @@ class AuthorizationApp:
         elif scope["path"] == HEALTH_PATH and all(name != b"x-saw-listener" for name, _ in scope["headers"]):
             status, headers, content = self._well()
         else:
-            gone = asyncio.create_task(_gone(receive))
+            left = asyncio.create_task(gone(receive))
             try:
-                status, headers, content = await self.answer(read_call(scope["headers"], body), gone.done)
+                if self._stood_still() and await _soon(left):
+                    return
+                status, headers, content = await self.answer(read_call(scope["headers"], body), left.done)
             finally:
-                gone.cancel()
+                left.cancel()
         headers.append((b"content-length", str(len(content)).encode()))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
@@ -337,22 +339,19 @@ def _unavailable(call: Call, detail: str = _UNAVAILABLE) -> Answer:
     )
 
 
-async def _gone(receive: Receive) -> None:
+async def gone(receive: Receive) -> None:
+    """Wait until whoever asked has closed the connection; Envoy does so when it gives a check up."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def _left(receive: Receive) -> bool:
-    """Return whether Envoy has closed the connection that a check came on; it does so when it gives the check up."""
-    waiting = asyncio.ensure_future(receive())
-    try:
-        for _ in range(LOOKS):
-            await asyncio.sleep(0)
-            if waiting.done():
-                return bool(waiting.result()["type"] == "http.disconnect")
-        return False
-    finally:
-        waiting.cancel()
+async def _soon(left: asyncio.Task[None]) -> bool:
+    """Return whether the connection is closed already; the event loop hears of that when it looks at its sockets."""
+    for _ in range(LOOKS):
+        await asyncio.sleep(0)
+        if left.done():
+            return True
+    return False
 
 
 async def _read_body(receive: Receive) -> bytes | None:

@@ -20,7 +20,7 @@ import httpx
 from saw.audit.events import EventFactory
 from saw.errors import SawError
 from saw.gateway.answer_audit import AnswerAudit
-from saw.gateway.app import Receive, Scope, Send
+from saw.gateway.app import Receive, Scope, Send, gone
 from saw.gateway.envoy_parts import HOP_HEADERS, LOCAL_MARK, MAX_AUTHZ_BODY, SEND_TICKET
 from saw.gateway.judge import Refused, Verdict
 from saw.gateway.mcp_exchange import AnswerRefused, Asked, Exchange, Finding, Rules, Sessions, questions
@@ -106,15 +106,15 @@ class McpRelay:
             return
         self._active[workspace] += 1
         relaying = asyncio.create_task(self._relay(verdict, headers, body, answer))
-        gone = asyncio.create_task(_gone(receive))
+        left = asyncio.create_task(gone(receive))
         try:
-            await asyncio.wait({relaying, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({relaying, left}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._active[workspace] -= 1
             self._active += Counter()
-            for task in (relaying, gone):
+            for task in (relaying, left):
                 task.cancel()
-            await asyncio.gather(relaying, gone, return_exceptions=True)
+            await asyncio.gather(relaying, left, return_exceptions=True)
 
     async def _relay(self, verdict: Verdict, headers: Headers, body: bytes, answer: _Sending) -> None:
         audit = AnswerAudit(verdict, self._spool, self._factory, self._now)
@@ -350,11 +350,6 @@ async def _all(response: httpx.Response) -> bytes:
         if len(body) > MAX_MESSAGE:
             raise AnswerRefused(f"it is longer than {MAX_MESSAGE} bytes")
     return bytes(body)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _read(receive: Receive) -> bytes | None:

@@ -15,6 +15,7 @@ from saw.audit.events import EventFactory
 from saw.gateway.app import AuthorizationApp
 from saw.gateway.clock import Clock
 from saw.gateway.contact import Contact
+from saw.gateway.envoy_parts import METER_HEADER, METER_SEAT
 from saw.gateway.errors import SpoolError
 from saw.gateway.pulse import AFTER_S, STILL_S, Pulse
 from saw.gateway.releases import TrustRoot
@@ -81,6 +82,32 @@ def test_after_a_standstill_a_call_is_decided_only_for_somebody_who_still_waits(
     spool.close()
     assert (judged.asked, bool(sent)) == (asked, bool(asked))
     assert not sent or b"cannot write its audit record" in sent[1]["body"]
+
+
+def test_what_is_told_of_a_charge_counts_also_after_a_standstill(tmp_path: Path) -> None:
+    """Envoy does not wait for that answer; what it told is here, and is settled once however often it is told."""
+    settled: list[str] = []
+
+    class Metered:
+        async def settle(self, told: Any) -> None:
+            settled.append(told.charge)
+
+    async def serve() -> None:
+        factory = EventFactory("saw-gatekeeper", host="edge", new_uid=lambda: "u")
+        app = AuthorizationApp(Judged(), None, factory, meter=Metered(), stood_still=lambda: True)  # type: ignore[arg-type]
+        messages = [{"type": "http.request", "body": b""}, {"type": "http.disconnect"}]
+
+        async def receive() -> Any:
+            return messages.pop(0)
+
+        async def send(message: Any) -> None:
+            assert message
+
+        headers = [(b"x-saw-listener", METER_SEAT.encode()), (METER_HEADER.encode(), b"c-1")]
+        await app({"type": "http", "path": "/", "headers": headers}, receive, send)
+
+    asyncio.run(serve())
+    assert settled == ["c-1"]
 
 
 @pytest.mark.control("LIF-02")
