@@ -158,16 +158,17 @@ class Recorder:
             )
         )
 
-    async def run_forever(self) -> None:
-        """Remove what was kept long enough, until cancelled."""
-        while True:
-            try:
-                gone = await asyncio.to_thread(self._store.purge, self._now().timestamp())
-                if gone:
-                    LOG.info("%d records of calls were kept long enough and are removed", gone)
-            except RecordUnavailable as error:
-                LOG.error("records of calls cannot be removed: %s", error.message)  # noqa: TRY400 - the message says it
-            await asyncio.sleep(EVERY_S)
+
+async def purge_forever(purge: Callable[[float], int], now: Callable[[], datetime]) -> None:
+    """Remove what was kept long enough by ``purge``, which is told the time, until cancelled."""
+    while True:
+        try:
+            gone = await asyncio.to_thread(purge, now().timestamp())
+            if gone:
+                LOG.info("%d records of calls were kept long enough and are removed", gone)
+        except RecordUnavailable as error:
+            LOG.error("records of calls cannot be removed: %s", error.message)  # noqa: TRY400 - the message says it
+        await asyncio.sleep(EVERY_S)
 
 
 def read_told(headers: Iterable[tuple[bytes, bytes]], body: bytes) -> Told:

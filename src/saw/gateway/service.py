@@ -11,6 +11,7 @@ import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -37,9 +38,8 @@ from saw.gateway.ports import conflicts
 from saw.gateway.pulse import Pulse
 from saw.gateway.readable import may_read
 from saw.gateway.record_desk import LONGEST_QUESTION, RecordDesk
-from saw.gateway.recording import EVERY_S as RECORDS_EVERY_S
-from saw.gateway.recording import Recorder
-from saw.gateway.records import RecordStore, RecordUnavailable, load_key, purge_file
+from saw.gateway.recording import Recorder, purge_forever
+from saw.gateway.records import RecordStore, load_key, purge_file
 from saw.gateway.releases import TrustRoot
 from saw.gateway.replicas import LEAD_EVERY_S, Lead, home, named, one_at_a_time
 from saw.gateway.resolve import Resolver
@@ -313,22 +313,12 @@ class Gatekeeper:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._link.ship_forever(), name="ship")
             group.create_task(self._meter.run_forever(), name="charges")
-            if self._recorder is not None:
-                group.create_task(self._recorder.run_forever(), name="records")
-            else:
-                group.create_task(self._purge_forever(), name="records")
+            # Also what was kept while that was asked for.
+            file = partial(purge_file, self._config.state_dir / "records.db")
+            purge = file if self._records is None else self._records.purge
+            group.create_task(purge_forever(purge, self._clock.now), name="records")
             if self._sender is not None:
                 group.create_task(self._sender.run_forever(), name="send")
-
-    async def _purge_forever(self) -> None:
-        """Remove what was kept of calls while that was asked for, once it was kept long enough."""
-        path = self._config.state_dir / "records.db"
-        while True:
-            try:
-                await asyncio.to_thread(purge_file, path, self._clock.now().timestamp())
-            except RecordUnavailable as error:
-                LOG.error("records of calls cannot be removed: %s", error.message)  # noqa: TRY400 - the message says it
-            await asyncio.sleep(RECORDS_EVERY_S)
 
     async def _watch_streams(self) -> None:
         """Have what lapses with time alone (leases, delegations, silence) end WebSockets and gRPC calls, within a second."""
