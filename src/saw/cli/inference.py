@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from saw.cli.operator_options import show, table
+from saw.cli.operator_options import fields, show, table
 from saw.errors import ConfigError, SawError
 
 SOCKETS = Path("/run/saw/gatekeeper")
@@ -105,8 +105,7 @@ def _row(one: dict[str, Any]) -> dict[str, Any]:
 def _text(shown: dict[str, Any]) -> str:
     """Return a record for a terminal: what programs and models wrote is escaped, so that it cannot act on it."""
     record = shown["record"]
-    lines = [f"{name}: {value}" for name, value in {"record": record["id"], **record["facts"]}.items()]
-    lines += [f"answer: {record['answer']}", ""]
+    lines = [fields({"record": record["id"], **record["facts"], "answer": record["answer"]}), ""]
     if shown["body"] is not None:
         lines += ["-- what was asked", _plain(shown["body"]), ""]
     if record["answer"] != "none":
