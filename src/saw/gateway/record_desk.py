@@ -45,7 +45,7 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RecordDesk:
-    """Serves one connection at a time for each reader; ends with its answer."""
+    """Answers one question on each connection, and ends it."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder

@@ -1,7 +1,8 @@
 """Calls of model services that policy has kept: on the perimeter's disk, encrypted, for as long as policy says.
 
 One SQLite file (WAL, synchronous FULL). What a call said and who made it is under AES-256-GCM, bound to the record and to what of
-it it is; readable beside it are only when, how large, of which workspace and until when. A record is on disk before its call
+it it is; readable beside it are only when, how large, of which workspace and until when, and of the answer its status, its pieces
+and whether all of it is there. A record is on disk before its call
 leaves. Where the store is full or cannot be written, :class:`RecordUnavailable` is raised, and the call is refused.
 """
 
@@ -34,7 +35,7 @@ CREATE TABLE IF NOT EXISTS record (id TEXT PRIMARY KEY, at REAL NOT NULL, until 
   facts BLOB NOT NULL, body BLOB) STRICT;
 CREATE INDEX IF NOT EXISTS record_until ON record (until);
 CREATE INDEX IF NOT EXISTS record_at ON record (at);
-CREATE TABLE IF NOT EXISTS piece (record TEXT NOT NULL, place INTEGER NOT NULL, bytes INTEGER NOT NULL, sealed BLOB NOT NULL,
+CREATE TABLE IF NOT EXISTS piece (record TEXT NOT NULL, place INTEGER NOT NULL, sealed BLOB NOT NULL,
   PRIMARY KEY (record, place)) STRICT;
 CREATE TABLE IF NOT EXISTS held (one INTEGER PRIMARY KEY CHECK (one = 1), bytes INTEGER NOT NULL) STRICT;
 """
@@ -214,9 +215,7 @@ class RecordStore:
                 if row[1] + len(sealed) > MAX_ANSWER:
                     database.execute("UPDATE record SET answer = 'cut' WHERE id = ?", (record,))
                     return False
-                found = database.execute(
-                    "INSERT OR IGNORE INTO piece VALUES (?, ?, ?, ?)", (record, place, len(sealed), sealed)
-                )
+                found = database.execute("INSERT OR IGNORE INTO piece VALUES (?, ?, ?)", (record, place, sealed))
                 if found.rowcount != 1:
                     return False
                 self._make_room(database, len(sealed))
@@ -265,10 +264,18 @@ class RecordStore:
             database.execute("UPDATE held SET bytes = MAX(0, bytes - ?)", (freed,))
         return int(gone)
 
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                yield self._database
+            except sqlite3.Error as error:
+                raise RecordUnavailable(f"the records cannot be read: {error}", cure="look at the disk") from error
+
     def listed(self, *, workspace: str = "", before: float | None = None, limit: int = 50) -> list[Listed]:
         """Return records without what was said, the newest first: of one workspace, older than ``before``, at most ``limit``."""
-        with self._lock:
-            rows = self._database.execute(
+        with self._reading() as database:
+            rows = database.execute(
                 "SELECT id, until, answer, answer_bytes, status, facts FROM record WHERE (? = '' OR workspace = ?) "
                 "AND (? IS NULL OR at < ?) ORDER BY at DESC, id LIMIT ?",
                 (workspace, workspace, before, before, min(limit, MAX_LISTED)),
@@ -277,11 +284,11 @@ class RecordStore:
 
     def read(self, record: str) -> Whole:
         """Return a whole record; raise :class:`RecordUnknown`, or :class:`RecordUnavailable` where it does not open."""
-        with self._lock:
-            row = self._database.execute(
+        with self._reading() as database:
+            row = database.execute(
                 "SELECT id, until, answer, answer_bytes, status, facts, body FROM record WHERE id = ?", (record,)
             ).fetchone()
-            pieces = self._database.execute(
+            pieces = database.execute(
                 "SELECT place, sealed FROM piece WHERE record = ? ORDER BY place", (record,)
             ).fetchall()
         if row is None:

@@ -196,6 +196,17 @@ def test_pieces_that_wait_are_bounded_and_hold_up_no_other_thread(tmp_path: Path
     kept.close()
 
 
+def test_a_file_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    held = store(tmp_path)
+    put(held)
+    with sqlite3.connect(tmp_path / "records.db") as other:
+        other.execute("DROP TABLE piece")
+    other.close()
+    with pytest.raises(RecordUnavailable, match="cannot be read"):
+        held.read("r")
+    held.close()
+
+
 def test_one_answer_takes_no_more_than_its_share(tmp_path: Path) -> None:
     held = store(tmp_path, limit=10 * MAX_ANSWER)
     put(held)
@@ -432,7 +443,9 @@ def test_the_command_shows_text_that_cannot_act_on_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     held = store(tmp_path)
-    held.keep("r", 1.0, 2e9, FACTS, b"a \x1b[31mprompt\nsecond", answer=False)
+    held.keep(
+        "r", 1.0, 2e9, msgspec.structs.replace(FACTS, model="demo-\x1b[2J"), b"a \x1b[31mprompt\nsecond", answer=False
+    )
     held.keep("raw", 2.0, 2e9, FACTS, b"\xff\x00", answer=True)
     keeper, path, ready, done = recorder(held, Trail()), tmp_path / "s", threading.Event(), threading.Event()
 
@@ -452,6 +465,7 @@ def test_the_command_shows_text_that_cannot_act_on_a_terminal(
         said = capsys.readouterr().out
         assert "a \\u001b[31mprompt\nsecond" in said
         assert "\x1b" not in said
+        assert "demo-?[2J" in said
         raw = ask(path, {"action": "show", "record": "raw"})["shown"]
         assert (raw["body"], raw["encoded"]) == ("/wA=", ["body"])
         with pytest.raises(NotRead, match="no record"):
