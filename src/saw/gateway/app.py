@@ -19,7 +19,6 @@ from saw.gateway.edit_filter import edit_value
 from saw.gateway.envoy_parts import (
     EDIT_HEADER,
     HEALTH_PATH,
-    MAX_AUTHZ_BODY,
     METER_HEADER,
     METER_SEAT,
     RECORD_HEADER,
@@ -37,7 +36,7 @@ from saw.gateway.redaction import WORDS_HEADER, words_value
 from saw.gateway.spool import Spool
 from saw.gateway.tickets import Tickets
 from saw.gateway.usage_filter import BETWEEN, TOLD_HEADERS
-from saw.policy.grpc_calls import is_grpc
+from saw.policy.seen_body import CUT_HEADER, LONGEST, is_whole
 from saw.policy.websocket import FRAMES_HEADER
 
 LOG = logging.getLogger("saw.gateway")
@@ -50,7 +49,7 @@ Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
 
 LATEST_S = 7.0
 """A call that is allowed later than this after it came is refused (seconds): Envoy may have given it up (``AUTHZ_TIMEOUT``)."""
-_CONTROL = frozenset({"x-forwarded-client-cert", "x-envoy-auth-partial-body"})
+_CONTROL = frozenset({"x-forwarded-client-cert", CUT_HEADER})
 _UNAVAILABLE = "the gatekeeper could not decide or record this call, so it is refused"
 LOOKS = 20
 """How often the event loop looks at its sockets before a connection counts as open; two or three looks find its end."""
@@ -99,7 +98,7 @@ def read_call(headers: list[tuple[bytes, bytes]], body: bytes) -> Call:
         request_id=values.get("x-request-id", ""),
         headers={k: v for k, v in values.items() if k not in _CONTROL and not k.startswith("x-saw-")},
         body=body,
-        body_complete=values.get("x-envoy-auth-partial-body", "false") == "false" and not is_grpc(values),
+        body_complete=is_whole(values, body),
         send_ticket=values.get(SEND_TICKET, ""),
         upgrade=values.get("x-saw-upgrade", ""),
     )
@@ -363,7 +362,7 @@ async def _read_body(receive: Receive) -> bytes | None:
             return None
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        if size > 2 * MAX_AUTHZ_BODY:
+        if size > 2 * LONGEST:
             return None
         if not message.get("more_body", False):
             return b"".join(parts)

@@ -18,7 +18,6 @@ from saw.gateway.envoy_parts import (
     HOP_HEADERS,
     HTTP,
     LOCAL_MARK,
-    MAX_AUTHZ_BODY,
     NETWORK,
     NOT_SENT,
     RING2_PORT,
@@ -41,6 +40,7 @@ from saw.gateway.streams import Standing
 from saw.gateway.usage_filter import usage_filter
 from saw.policy.databases import UPGRADE
 from saw.policy.grpc_calls import unread_route
+from saw.policy.seen_body import COLLECTED
 from saw.policy.websocket import FRAME_FILTER, PROTOCOL
 
 _LISTENER = "envoy.config.listener.v3.Listener"
@@ -395,11 +395,7 @@ def _authorisation(credential_headers: tuple[str, ...], asked: str, *, body: boo
             },
             "allowed_headers": {"patterns": [{"safe_regex": {"regex": ".*"}}]},
             "disallowed_headers": exactly(HOP_HEADERS),
-            **(
-                {"with_request_body": {"max_request_bytes": MAX_AUTHZ_BODY, "allow_partial_message": True}}
-                if body
-                else {}
-            ),
+            **(COLLECTED if body else {}),
             "failure_mode_allow": False,
             "status_on_error": {"code": "Forbidden"},
             "clear_route_cache": True,

@@ -10,6 +10,7 @@ import msgspec
 
 from saw import addressing
 from saw.gateway.redaction import WORDS_HEADER
+from saw.policy.seen_body import LONGEST
 from saw.policy.websocket import FRAMES_HEADER
 
 Json = dict[str, object]
@@ -22,9 +23,7 @@ TLS = TYPE + "envoy.extensions.transport_sockets.tls.v3."
 RING2_PORT = 8443
 BROKER_PORT = 8444
 SSH_PORT = 22
-MAX_AUTHZ_BODY = 1024 * 1024
-"""How much of a body the gatekeeper sees (bytes); longer bodies are streamed on after the decision."""
-CONNECTION_BUFFER = 2 * MAX_AUTHZ_BODY
+CONNECTION_BUFFER = 2 * LONGEST
 DRAIN_SECONDS = 1
 """How long Envoy lets connections of a removed listener live; given on its command line."""
 AUTHZ_TIMEOUT = "8s"

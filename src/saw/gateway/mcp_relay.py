@@ -21,7 +21,7 @@ from saw.audit.events import EventFactory
 from saw.errors import SawError
 from saw.gateway.answer_audit import AnswerAudit
 from saw.gateway.app import Receive, Scope, Send, gone
-from saw.gateway.envoy_parts import HOP_HEADERS, LOCAL_MARK, MAX_AUTHZ_BODY, SEND_TICKET
+from saw.gateway.envoy_parts import HOP_HEADERS, LOCAL_MARK, SEND_TICKET
 from saw.gateway.judge import Refused, Verdict
 from saw.gateway.mcp_exchange import AnswerRefused, Asked, Exchange, Finding, Rules, Sessions, questions
 from saw.gateway.review_answers import in_json, problem
@@ -30,6 +30,7 @@ from saw.gateway.spool import Spool
 from saw.gateway.tickets import Tickets
 from saw.policy.mcp_http import METHOD_HEADER, NAME_HEADER, SESSION_HEADER
 from saw.policy.mcp_messages import MAX_MESSAGE, MessageInvalid
+from saw.policy.seen_body import LONGEST
 
 LOG = logging.getLogger("saw.gateway")
 
@@ -359,7 +360,7 @@ async def _read(receive: Receive) -> bytes | None:
         if message["type"] == "http.disconnect":
             return None
         parts.append(message.get("body", b""))
-        if sum(map(len, parts)) > MAX_AUTHZ_BODY:
+        if sum(map(len, parts)) > LONGEST:
             return None
         if not message.get("more_body", False):
             return b"".join(parts)

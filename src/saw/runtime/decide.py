@@ -16,10 +16,10 @@ from urllib.parse import quote
 
 import msgspec
 
-from saw.policy.grpc_calls import is_grpc
 from saw.policy.matcher import Matcher
 from saw.policy.model import Decision, Request
 from saw.policy.review_poll import NOT_REACHED, may_poll, poll_of
+from saw.policy.seen_body import is_whole
 from saw.policy.websocket import FRAMES_HEADER
 from saw.runtime import ring1_settings as facts
 from saw.runtime.attribution import Attribution, Caller
@@ -400,7 +400,7 @@ def _asked(scope: Scope, body: bytes) -> Asked:
         request_id=headers.get("x-request-id", ""),
         headers={name: headers[name] for name in facts.POLICY_HEADERS if name in headers},
         body=body or None,
-        body_complete=headers.get("x-envoy-auth-partial-body", "false") == "false" and not is_grpc(headers),
+        body_complete=is_whole(headers, body),
     )
 
 

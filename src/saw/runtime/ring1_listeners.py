@@ -8,6 +8,7 @@ import msgspec
 
 from saw.policy.databases import UPGRADE
 from saw.policy.grpc_calls import unread_route
+from saw.policy.seen_body import COLLECTED, LONGEST
 from saw.policy.websocket import FRAME_FILTER
 from saw.runtime.ring1_local import FRAMES, SENDER, policy_host, probe_host
 from saw.runtime.ring1_settings import (
@@ -160,7 +161,7 @@ def _inspect_listener(settings: Ring1, generation: str, directory: Path) -> Conf
     return {
         "name": "inspect",
         "internal_listener": {},
-        "per_connection_buffer_limit_bytes": 2 * settings.body_limit,
+        "per_connection_buffer_limit_bytes": 2 * LONGEST,
         "listener_filters": [
             {
                 "name": "envoy.filters.listener.tls_inspector",
@@ -230,7 +231,7 @@ def _listener(settings: Ring1, chains: list[Config]) -> Config:
     return {
         "name": "sandbox",
         "address": {"socket_address": {"address": settings.listen_address, "port_value": settings.listen_port}},
-        "per_connection_buffer_limit_bytes": 2 * settings.body_limit,
+        "per_connection_buffer_limit_bytes": 2 * LONGEST,
         "filter_chains": chains,
     }
 
@@ -378,7 +379,7 @@ def _authorize(settings: Ring1, *, body: bool) -> Config:
         },
     }
     if body:
-        config["with_request_body"] = {"max_request_bytes": settings.body_limit, "allow_partial_message": True}
+        config |= COLLECTED
     return {"name": "envoy.filters.http.ext_authz", "typed_config": config}
 
 

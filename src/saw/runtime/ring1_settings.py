@@ -68,7 +68,6 @@ class Ring1(msgspec.Struct, frozen=True, kw_only=True):
     sds_file: Path = Path("/run/saw/svid/sds.json")
     ca_file: Path = Path("/run/saw/ca.pem")
     generations: Path = Path("/run/saw/generations")
-    body_limit: int = 1_048_576
     decide_timeout: int = 10
 
 

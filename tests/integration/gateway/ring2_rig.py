@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -12,7 +13,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,6 +32,8 @@ from saw.identity.x509 import Authority, new_key_and_csr
 FAR, TRAP, BROKER = "10.99.0.1", "10.99.0.2", "10.99.0.3"
 HOSTS = ("api.example.com", "git.example.com", "models.example.com")
 SECRET = {"api-token": "s3cret-api-value", "git-token": "s3cret-git-value", "model-key": "s3cret-model-value"}
+PIECE_SECONDS = 1
+"""How long an answer may come after a piece of a body, before the next one is sent."""
 ENVOY = Path(sys.executable).with_name("envoy")
 
 
@@ -354,10 +357,14 @@ class Rig:
         binary: str = "/usr/bin/curl",
         headers: dict[str, str] | list[tuple[str, str]] | None = None,
         body: bytes | None = None,
+        pieces: Sequence[bytes] = (),
         context: ssl.SSLContext | None = None,
         number: int = 1,
     ) -> Answer:
-        """Call ring 2 as ring 1 would, or as root in the VM would with headers of its own."""
+        """Call ring 2 as ring 1 would, or as root in the VM would with headers of its own.
+
+        ``pieces`` are a body of which each part is sent after ring 2 had time to answer to those before it.
+        """
         raw = self.connect(gateway(number), 8443)
         sock = (context or self.svid()).wrap_socket(raw, server_hostname="ring2.saw.internal")
         connection = http.client.HTTPConnection("ring2", timeout=20)
@@ -373,7 +380,13 @@ class Rig:
                 connection.putheader(name, value)
             if body is not None:
                 connection.putheader("content-length", str(len(body)))
+            elif pieces:
+                connection.putheader("content-length", str(sum(map(len, pieces))))
             connection.endheaders(body)
+            for piece in pieces:
+                connection.send(piece)
+                if select.select([sock], [], [], PIECE_SECONDS)[0]:
+                    break
             return Answer(connection.getresponse())
         finally:
             connection.close()

@@ -14,6 +14,8 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import ReadOnlyCredentials
 from ring2_rig import Rig, wait_for
 
+from saw.policy.seen_body import LONGEST
+
 KEY, KEY_SECRET, CLIENT_SECRET = "AKIAEXAMPLE", "key-secret-of-mia-0123456789", "client-secret-of-mia"
 TOKEN = "access-token-of-the-endpoint-"
 PLACEHOLDER = "openshell:resolve:env:STORE_KEYS"
@@ -123,6 +125,18 @@ def test_a_body_that_cannot_be_signed_is_refused_and_not_sent(rig: Rig) -> None:
     streamed = {"x-amz-content-sha256": "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"}
     assert rig.call("PUT", "/store/keys/long", body=b"x", headers=streamed).outcome == (403, "credential_unavailable")
     assert rig.far.arrived == []
+
+
+@pytest.mark.control("CRED-01")
+@pytest.mark.parametrize("first", [LONGEST, LONGEST + 1])
+def test_a_beginning_that_ends_at_the_bound_is_not_taken_for_the_whole(rig: Rig, first: int) -> None:
+    """Envoy marks what it cut; a beginning that came alone and fills its buffer to the byte it does not mark."""
+    answer = rig.call("PUT", "/store/keys/pieces", pieces=[b"x" * first, b"x" * 100])
+    assert answer.outcome == (403, "credential_unavailable")
+    assert answer.json["next_steps"] == ["send at most 1 MiB"]
+    assert rig.far.arrived == []
+    assert rig.call("PUT", "/store/keys/pieces", pieces=[b"x" * (LONGEST - 100), b"x" * 100]).status == 200
+    assert arrived(rig, "/store/keys/pieces")["size"] == LONGEST
 
 
 @pytest.mark.control("CRED-01")
