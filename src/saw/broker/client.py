@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 from urllib.parse import urlencode
@@ -136,13 +136,13 @@ def load_context(path: Path | str | None, environ: Mapping[str, str] = os.enviro
 
 
 class OperatorClient:
-    """Calls of the operator API. Each :meth:`request` opens and closes its own way to the broker; use :meth:`session`
-    around several calls to share one."""
+    """Calls of the operator API. Each :meth:`request` opens and closes its own way to the broker, so that several threads may
+    call; use :meth:`session` around several calls of one thread to share a way."""
 
     def __init__(self, context: Context, *, timeout_s: float = 60.0) -> None:
         self.context = context
         self._timeout = timeout_s
-        self._http: httpx.Client | None = None
+        self._shared: httpx.Client | None = None
 
     @classmethod
     def from_context(cls, path: Path | str | None = None) -> Self:
@@ -151,38 +151,45 @@ class OperatorClient:
 
     def request(self, method: str, path: str, json: object | None = None) -> dict[str, Any]:
         """Call the broker and return its answer; raise :class:`BrokerRefusal` or :class:`UnavailableError`."""
-        if self._http is None:
-            with self.session():
-                return self.request(method, path, json)
         content = None if json is None else msgspec.json.encode(json)
         headers = {"content-type": "application/json"} if content is not None else {}
-        try:
-            response = self._http.request(method, path, content=content, headers=headers)
-        except httpx.HTTPError as error:
-            raise silent(error) from error
-        return answer_of(response)
+        with self._way() as http:
+            try:
+                response = http.request(method, path, content=content, headers=headers)
+            except httpx.HTTPError as error:
+                raise silent(error) from error
+            return answer_of(response)
 
     def download(self, path: str, file: BinaryIO) -> None:
         """Write what the broker keeps under ``path`` into ``file``; raises as :meth:`request`."""
-        if self._http is None:
-            with self.session():
-                self.download(path, file)
-            return
-        try:
-            with self._http.stream("GET", path) as response:
-                if response.is_error:
-                    response.read()
-                    answer_of(response)
-                file.writelines(response.iter_bytes())
-        except httpx.HTTPError as error:
-            raise silent(error) from error
+        with self._way() as http:
+            try:
+                with http.stream("GET", path) as response:
+                    if response.is_error:
+                        response.read()
+                        answer_of(response)
+                    file.writelines(response.iter_bytes())
+            except httpx.HTTPError as error:
+                raise silent(error) from error
 
     @contextmanager
     def session(self) -> Iterator[Self]:
         """Keep one way to the broker open for several calls."""
+        with self._way() as http:
+            before, self._shared = self._shared, http
+            try:
+                yield self
+            finally:
+                self._shared = before
+
+    def _way(self) -> AbstractContextManager[httpx.Client]:
+        return self._opened() if (shared := self._shared) is None else nullcontext(shared)
+
+    @contextmanager
+    def _opened(self) -> Iterator[httpx.Client]:
         if self.context.broker.sign_in:
             with signed_in_client(self._timeout) as http:
-                yield from self._through(http)
+                yield http
             return
         with _socket_path(self.context.broker) as path:
             # No TLS on a Unix socket; without a context of ours httpx reads all root certificates, which takes 0.15 s.
@@ -190,14 +197,7 @@ class OperatorClient:
             with httpx.Client(
                 transport=transport, base_url="http://broker", timeout=self._timeout, trust_env=False
             ) as http:
-                yield from self._through(http)
-
-    def _through(self, http: httpx.Client) -> Iterator[Self]:
-        self._http = http
-        try:
-            yield self
-        finally:
-            self._http = None
+                yield http
 
 
 def answer_of(response: httpx.Response) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -46,3 +49,26 @@ def test_an_ssh_that_gives_up_is_told_in_its_own_words(ssh: Path) -> None:
     ssh.write_text(SILENT_SSH)
     with pytest.raises(UnavailableError, match="Permission denied"):
         OperatorClient(CONTEXT).request("GET", "/v1/workspaces")
+
+
+def test_threads_that_call_through_one_client_do_not_end_each_others_way(tmp_path: Path) -> None:
+    answer = b'HTTP/1.1 200 OK\r\ncontent-length: 11\r\n\r\n{"ok":true}'
+    client = OperatorClient(Context(broker=BrokerContext(socket=str(tmp_path / "broker.sock"))))
+    with closing(socket.socket(socket.AF_UNIX)) as broker, ThreadPoolExecutor(2) as pool:
+        broker.bind(str(tmp_path / "broker.sock"))
+        broker.listen(8)
+        broker.settimeout(60)
+        calls, ways = [], []
+        for _ in range(2):
+            calls.append(pool.submit(client.request, "GET", "/v1/workspaces"))
+            way, _address = broker.accept()
+            way.settimeout(60)
+            assert way.recv(65536)
+            ways.append(way)
+        ways[0].sendall(answer)
+        assert calls[0].result(60) == {"ok": True}
+        ways[1].sendall(answer)
+        assert calls[1].result(60) == {"ok": True}
+        for way in ways:
+            assert way.recv(1) == b""  # each was closed by who opened it
+            way.close()
