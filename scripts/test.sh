@@ -207,7 +207,10 @@ printf '{"total_seconds": %d, "lanes": [%s]}\n' $((SECONDS - started)) "$(IFS=, 
 banner "lanes: ${lanes[*]}; failed: ${failed[*]:-none}"
 printf '%s    %-10s %-7s %6d s\n' "$table" total "" $((SECONDS - started))
 for lane in "${failed[@]}"; do
-  case $lane in unit | e2e) python scripts/failures.py "$results/$lane.xml" ;; esac
+  case $lane in
+    unit | e2e) python scripts/failures.py "$results/$lane.xml" ;;
+    roles) python scripts/failures.py "$results/roles.log" ;;
+  esac
   [ -z "$(reports_of "$lane")" ] && [ -s "$results/$lane.out" ] && tail -n 5 "$results/$lane.out"
 done
 [ ${#failed[@]} -eq 0 ]

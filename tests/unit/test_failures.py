@@ -54,3 +54,33 @@ def test_long_messages_and_many_failures_are_cut(tmp_path: Path, capsys: pytest.
     assert len(lines) == failures.MOST + 1
     assert lines[-1] == "    and 3 more"
     assert all(len(line) < failures.WIDTH + 40 for line in lines)
+
+
+MOLECULE = """\
+INFO     [edr > check] Executing
+TASK [saw.core.edr : A program is tried] ***************************************
+fatal: [host]: FAILED! => {"msg": "not there"}
+...ignoring
+INFO     [edr > converge] Executing
+TASK [saw.core.edr : Rules are loaded] *****************************************
+changed: [other]
+fatal: [host]: FAILED! => {"msg": "no room"}
+ERROR    [edr > converge] Executed: Failed
+INFO     [edr > verify] Executing
+FAILED molecule/edr/tests/test_edr.py::test_rules - AssertionError
+"""
+
+
+def test_failed_tasks_and_tests_of_molecule_are_named_with_scenario_and_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "roles.log"
+    log.write_text(MOLECULE, encoding="utf-8")
+    assert failures.main([str(log), str(tmp_path / "gone.log")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[:3] == [
+        '    [edr > converge] saw.core.edr : Rules are loaded: fatal: [host]: FAILED! => {"msg": "no room"}',
+        "    [edr > converge] ERROR [edr > converge] Executed: Failed",
+        "    [edr > verify] FAILED molecule/edr/tests/test_edr.py::test_rules - AssertionError",
+    ]
+    assert "no log of this lane" in told[3]
