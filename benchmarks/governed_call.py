@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 INTEGRATION = ROOT / "tests" / "integration"
-sys.path[:0] = [str(Path(__file__).parent), str(INTEGRATION / "gateway"), str(INTEGRATION / "ring1")]
+sys.path[:0] = [str(Path(__file__).parent), str(INTEGRATION), str(INTEGRATION / "gateway"), str(INTEGRATION / "ring1")]
 
 import ring1_rig  # noqa: E402 - the rigs lie with the tests
 import ring2_rig  # noqa: E402
@@ -216,27 +216,33 @@ def ask(namespace: str, paths: list[dict[str, Any]], calls: int) -> dict[str, li
     return {label: [float(each) for each in values] for label, values in json.loads(done.stdout).items()}
 
 
+def world(stack: ExitStack) -> tuple[ring2_rig.Rig, Chain, str]:
+    """Return ring 2, the chain before it and the file with the far end's authority, once a call arrives on both paths."""
+    folders = [Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saw-bench-"))) for _ in range(2)]
+    outer = ring2_rig.Rig(stack, folders[0])
+    binaries = 'binaries: [{path: /usr/bin/curl}, {path: "/**/python3*"}]'
+    policy = POLICY.replace("binaries: [{path: /usr/bin/curl}]", binaries)
+    outer.digest, outer.bundle = outer.signer.release(2, policy=policy)
+    outer.reset()
+    outer.settle(lease_expires_at=900)
+    chain = Chain(folders[1], outer)
+    stack.callback(chain.stop)
+    chain.start()
+    chain.enforce(outer.bundle)
+    start_plain(chain)
+    url = f"https://{HOST}{PATH}"
+    ring1_rig.until(lambda: chain.curl(url).status == 200, "the first governed call")
+    corporate = str(outer.directory / "corporate" / "ca.pem")
+    plain_url = ("curl", "-s", "-o", "/dev/null", "--cacert", corporate, "--noproxy", "*")
+    resolve = ("--resolve", f"{HOST}:{FIRST[1]}:{FIRST[0]}", f"https://{HOST}:{FIRST[1]}{PATH}")
+    ring1_rig.until(lambda: chain.inside(*plain_url, *resolve, check=False).returncode == 0, "the first plain call")
+    return outer, chain, corporate
+
+
 def measure(calls: int) -> list[Result]:
     """Measure ``calls`` calls on every path."""
     with ExitStack() as stack:
-        folders = [Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saw-bench-"))) for _ in range(2)]
-        outer = ring2_rig.Rig(stack, folders[0])
-        binaries = 'binaries: [{path: /usr/bin/curl}, {path: "/**/python3*"}]'
-        policy = POLICY.replace("binaries: [{path: /usr/bin/curl}]", binaries)
-        outer.digest, outer.bundle = outer.signer.release(2, policy=policy)
-        outer.reset()
-        outer.settled()
-        chain = Chain(folders[1], outer)
-        stack.callback(chain.stop)
-        chain.start()
-        chain.enforce(outer.bundle)
-        start_plain(chain)
-        url = f"https://{HOST}{PATH}"
-        ring1_rig.until(lambda: chain.curl(url).status == 200, "the first governed call")
-        corporate = str(outer.directory / "corporate" / "ca.pem")
-        plain_url = ("curl", "-s", "-o", "/dev/null", "--cacert", corporate, "--noproxy", "*")
-        resolve = ("--resolve", f"{HOST}:{FIRST[1]}:{FIRST[0]}", f"https://{HOST}:{FIRST[1]}{PATH}")
-        ring1_rig.until(lambda: chain.inside(*plain_url, *resolve, check=False).returncode == 0, "the first plain call")
+        outer, chain, corporate = world(stack)
         both = ask(
             chain.sandbox,
             [

@@ -49,6 +49,20 @@ def calls(options: argparse.Namespace) -> list[results.Result]:
     return governed_call.measure(200 if options.quick else 1000)
 
 
+def kinds(options: argparse.Namespace) -> list[results.Result]:
+    """Streams, tools, calls at a time and large answers through both rings."""
+    import call_kinds
+
+    return call_kinds.measure(20 if options.quick else 300)
+
+
+def crowd(options: argparse.Namespace) -> list[results.Result]:
+    """Connections of many workspaces on one ring 2."""
+    import many_workspaces
+
+    return many_workspaces.measure(60 if options.quick else 1000)
+
+
 def sandbox(options: argparse.Namespace) -> list[results.Result]:
     """Start of a command in the sandbox."""
     import sandbox_start
@@ -144,6 +158,8 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[results.Result]]] = {
     "quotes": quotes,
     "matcher": matcher,
     "calls": calls,
+    "kinds": kinds,
+    "crowd": crowd,
     "sandbox": sandbox,
     "files": files,
     "publish": publish,
@@ -156,7 +172,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[results.Result]]] = {
     "workspace-publish": workspace_publish,
     "workspace-kill": workspace_kill,
 }
-NEEDS_ROOT = frozenset({"calls", "sandbox", "files", "kill", "bastion"})
+NEEDS_ROOT = frozenset({"calls", "kinds", "crowd", "sandbox", "files", "kill", "bastion"})
 
 
 def measure(name: str, options: argparse.Namespace) -> tuple[list[results.Result], bool]:

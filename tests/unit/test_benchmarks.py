@@ -289,3 +289,10 @@ def test_make_workspace_notes_whole_runs_and_keeps_their_exit_code(checkout):
 
 def test_an_interrupted_run_is_not_noted(checkout):
     assert bring_up(checkout, 40.0, 130) == (130, [])
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_each_finds_what_it_imports(name):
+    script = f"import runpy; runpy.run_path({str(BENCHMARKS / name)!r} + '.py', run_name='looked_at')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
