@@ -19,7 +19,6 @@ from saw.gateway.envoy_parts import (
     HTTP,
     LOCAL_MARK,
     NETWORK,
-    NOT_SENT,
     RING2_PORT,
     SEND_SEAT,
     STREAM_SECONDS,
@@ -33,6 +32,7 @@ from saw.gateway.envoy_parts import (
     resource,
     socket_address,
 )
+from saw.gateway.envoy_replies import REFUSAL, local_replies, marked
 from saw.gateway.record_filter import record_filter
 from saw.gateway.redaction import REDACTION_FILTER
 from saw.gateway.replicas import MOST_REPLICAS, home, named
@@ -44,7 +44,6 @@ from saw.policy.seen_body import COLLECTED
 from saw.policy.websocket import FRAME_FILTER, PROTOCOL
 
 _LISTENER = "envoy.config.listener.v3.Listener"
-REFUSAL = {"error": "policy_denied", "layer": "ring2"}
 _UNASKED = {
     "retry_on": "connect-failure,reset-before-request",
     "num_retries": MOST_REPLICAS - 1,
@@ -207,7 +206,7 @@ def _governed(
                 "max_concurrent_streams": 128,
                 **({"allow_connect": True} if websockets or sessions else {}),
             },
-            "local_reply_config": _local_replies(),
+            "local_reply_config": local_replies(),
             "http_filters": [
                 _authorisation(credential_headers, asked, body=True, others=replicas > 1),
                 # Answers pass the filters from the last one on: what is kept has no credential in it any more.
@@ -269,7 +268,7 @@ def _approved(path: Path, credential_headers: tuple[str, ...], replica: int, rep
                                 }
                             }
                         },
-                        "headers_to_add": [_mark()],
+                        "headers_to_add": [marked()],
                     }
                 ]
             },
@@ -487,45 +486,4 @@ def _routes(
                 ],
             }
         ],
-    }
-
-
-def _local_replies() -> Json:
-    body = {
-        **REFUSAL,
-        "reason": "gatekeeper_unavailable",
-        "detail": "the gatekeeper did not answer, so nothing is allowed",
-        "host": "%REQ(:AUTHORITY)%",
-        "method": "%REQ(:METHOD)%",
-        "path": "%PATH(NQ)%",
-        "request_id": "%REQ(X-REQUEST-ID)%",
-        "next_steps": ["try again shortly; if it lasts, ask the platform team about saw-gatekeeper"],
-    }
-    return {
-        "mappers": [
-            {
-                "filter": {
-                    "extension_filter": {
-                        "name": "envoy.access_loggers.extension_filters.cel",
-                        "typed_config": {
-                            "@type": TYPE + "envoy.extensions.access_loggers.filters.cel.v3.ExpressionFilter",
-                            "expression": "response.code_details == 'ext_authz_error'",
-                        },
-                    }
-                },
-                "body_format_override": {"json_format": body, "content_type": "application/json"},
-            },
-            {
-                # So that the filter that reads answers can tell a call that never left from one without an answer.
-                "filter": {"response_flag_filter": {"flags": sorted(NOT_SENT - {"UAEX"})}},
-                "headers_to_add": [_mark()],
-            },
-        ]
-    }
-
-
-def _mark() -> Json:
-    return {
-        "header": {"key": LOCAL_MARK, "value": "%RESPONSE_FLAGS%"},
-        "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
     }

@@ -278,7 +278,7 @@ def _local_replies(*, absolute: bool = False) -> Config:
     form without TLS, which no filter ever sees.
     """
 
-    def mapper(status: int, reason: str, detail: str, flags: list[str] | None = None, to: int | None = None) -> Config:
+    def mapper(status: int, reason: str, detail: str, step: str, flags: list[str] | None = None) -> Config:
         test: Config = {
             "status_code_filter": {
                 "comparison": {"op": "EQ", "value": {"default_value": status, "runtime_key": "ring1.reply"}}
@@ -288,7 +288,6 @@ def _local_replies(*, absolute: bool = False) -> Config:
             test = {"and_filter": {"filters": [test, {"response_flag_filter": {"flags": flags}}]}}
         return {
             "filter": test,
-            **({"status_code": to} if to else {}),
             "body_format_override": {
                 "json_format": {
                     "error": "policy_denied",
@@ -299,19 +298,21 @@ def _local_replies(*, absolute: bool = False) -> Config:
                     "method": "%REQ(:METHOD)%",
                     "host": "%REQ(:AUTHORITY)%",
                     "request_id": "%REQ(X-REQUEST-ID)%",
+                    "next_steps": [step],
                 }
             },
         }
 
     of_service: Config = {"filter": {"response_flag_filter": {"flags": ["UAEX"]}}}
-    no_tunnel = mapper(403, "method_or_path_not_allowed", "an https address in absolute form would travel in plain text: open a "
-                       "tunnel with CONNECT host:443 and speak TLS in it")  # fmt: skip
+    no_tunnel = mapper(403, "method_or_path_not_allowed", "an https address in absolute form would travel in plain text",
+                       "open a tunnel with CONNECT host:443 and speak TLS in it")  # fmt: skip
     return {
         "mappers": [
-            mapper(503, "gatekeeper_stale", "the decision service of ring 1 does not answer", ["UAEX"]),
+            mapper(503, "gatekeeper_stale", "the decision service of ring 1 does not answer",
+                   "try again shortly; if it lasts, ask the platform team about saw-decide in this workspace", ["UAEX"]),
             mapper(503, "no_identity", "ring 2 cannot be reached with this workspace's identity: none was issued yet, it "
-                   "ended, or the perimeter is away"),
-            mapper(400, "not_canonical", "the request is not well-formed HTTP"),
+                   "ended, or the perimeter is away", "wait for the next attestation; if it lasts, ask the platform team"),
+            mapper(400, "not_canonical", "the request is not well-formed HTTP", "send it as HTTP/1.1 or HTTP/2 has it"),
             *([of_service, no_tunnel] if absolute else []),
         ]
     }  # fmt: skip

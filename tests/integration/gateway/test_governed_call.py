@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import ssl
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from ring2_policy import POLICY
-from ring2_rig import BROKER, FAR, SECRET, TRAP, Rig, wait_for
+from ring2_rig import BROKER, FAR, SECRET, TRAP, Answer, Rig, wait_for
 
 from saw.audit.chain import verify_chain
 
@@ -258,9 +260,38 @@ def test_a_name_that_leads_elsewhere_at_the_next_call_is_checked_again(rig: Rig)
     assert (len(rig.far.arrived), rig.trap.arrived) == (2, [])
 
 
+def failed(answer: Answer) -> tuple[int, str]:
+    """Return status and reason of a call that was allowed and came to nothing, as the agent reads them."""
+    told = answer.json
+    assert (told["error"], told["layer"]) == ("service_failed", "ring2")
+    assert told["detail"]
+    assert told["next_steps"]
+    assert told["host"] == "api.example.com"
+    return answer.status, told["reason"]
+
+
+def test_a_service_that_is_away_or_does_not_answer_is_told_apart(rig: Rig) -> None:
+    rig.name_hosts(api_example_com=BROKER)  # nobody listens there on port 443
+    assert failed(rig.call()) == (503, "service_unreachable")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(rig.directory / "far.pem", rig.directory / "far.key")
+
+    def hang_up(listening: socket.socket) -> bytes:
+        with context.wrap_socket(listening.accept()[0], server_side=True) as link:
+            return link.recv(65536)
+
+    with rig.listen(BROKER, 443) as listening, ThreadPoolExecutor(1) as pool:
+        listening.settimeout(60)
+        read = pool.submit(hang_up, listening)
+        assert failed(rig.call()) == (503, "service_gave_no_answer")
+        assert read.result(60).startswith(b"GET /v1/things HTTP/1.1")
+    rig.name_hosts()
+    assert rig.call().status == 200
+
+
 def test_an_upstream_that_cannot_prove_its_name_gets_nothing(rig: Rig) -> None:
     rig.name_hosts(api_example_com=TRAP)
-    assert rig.call().status == 503
+    assert failed(rig.call()) == (503, "service_unreachable")
     assert rig.trap.arrived == []
     rig.name_hosts()
     assert rig.call().status == 200

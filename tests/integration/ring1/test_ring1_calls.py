@@ -202,7 +202,7 @@ print(b"".join(iter(lambda: sock.recv(65536), b"")).decode())
     assert head.startswith("HTTP/1.1 403") and "content-type: application/json" in head.lower()
     told = json.loads(body)
     assert (told["error"], told["layer"], told["reason"]) == ("policy_denied", "ring1", "method_or_path_not_allowed")
-    assert "CONNECT host:443" in told["detail"]
+    assert told["next_steps"] == ["open a tunnel with CONNECT host:443 and speak TLS in it"]
     assert len(rig.arrived()) == before
     assert rig.curl(f"{API}/v1/x").status == 200
 
@@ -450,6 +450,7 @@ def test_without_ring_2_the_answer_says_so(rig):
     rig.stop_process("ring2")
     reply = rig.curl("http://plain.example.com/")
     assert (reply.status, reply.json()["reason"]) == (503, "no_identity")
+    assert reply.json()["next_steps"] == ["wait for the next attestation; if it lasts, ask the platform team"]
     rig.start_ring2_proxy()
     until(lambda: rig.curl("http://plain.example.com/").status == 200, "ring 2 is back")
 
