@@ -45,6 +45,7 @@ from saw.broker.perimeter import Report, Shipment
 from saw.broker.policy_request_routes import workspace_request_routes
 from saw.broker.review_routes import perimeter_review_routes
 from saw.broker.session_routes import bastion_session_routes
+from saw.broker.source_clocks import sent_at
 from saw.broker.tool_review_routes import tool_review_routes
 from saw.broker.tree_files import tree_routes
 from saw.broker.wake import PERIMETER
@@ -179,7 +180,7 @@ def public_app(broker: Broker) -> Starlette:
             route(
                 "/v1/perimeter/events",
                 "POST",
-                with_body(Shipment, lambda c, b, _r: views.accept_events(c, b), limit=MAX_SHIPMENT),
+                with_body(Shipment, lambda c, b, r: views.accept_events(c, b, sent_at(r.headers)), limit=MAX_SHIPMENT),
                 perimeter,
             ),
             route(
