@@ -185,8 +185,14 @@ class Releases:
             return
         tx.connection.execute(registry.update().values(root_version=newest))
         for version in range(known + 1, newest + 1):
-            entity, step = ("tuf-root", str(version)), "create" if version == 1 else "update"
-            tx.record(self._s.events.entity_management(self._s.clock(), caller.subject(), entity, activity=step))
+            tx.record(
+                self._s.events.entity_management(
+                    self._s.clock(),
+                    caller.subject(),
+                    ("tuf-root", str(version)),
+                    activity="create" if version == 1 else "update",
+                )
+            )
         tx.touch()
 
     def _take_signatures(self, tx: Transaction, ring: str, bundle: VerifiedBundle, raw: bytes, caller: Caller) -> None:

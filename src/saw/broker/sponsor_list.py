@@ -37,5 +37,5 @@ def changes(connection: Connection, after: int, behind: str) -> dict[str, Any]:
         return {"sponsors": [], "next": after, "behind": behind}
     found = found[:CHANGES]
     known = views_of(connection)
-    number, key = found[-1]
-    return {"sponsors": [{**known[name], "seq": seq} for seq, name in found], "next": number, "behind": key}
+    told = [{**known[key], "seq": seq} for seq, key in found]
+    return {"sponsors": told, "next": found[-1][0], "behind": found[-1][1]}
