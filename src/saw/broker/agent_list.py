@@ -10,13 +10,12 @@ from sqlalchemy import ColumnElement, Connection, func, or_, select
 from starlette.datastructures import QueryParams
 
 from saw.broker.agent_states import STATES, AgentState, agent_view
+from saw.broker.feeds import CHANGES, require_reached
 from saw.broker.http import filters_of
 from saw.broker.schema import agents, registry
 
 LARGEST_PAGE = 10_000
 """Most agents in one page."""
-CHANGES = 1000
-"""Most agents in one answer about changes."""
 
 _Text = Annotated[str, msgspec.Meta(max_length=256)]
 #: Filter → column. Each may be given several times; one of the values must be met.
@@ -77,7 +76,8 @@ def page(connection: Connection, asked: Wanted, sponsor: str | None = None) -> M
 
 def changes(connection: Connection, after: int) -> dict[str, Any]:
     """Return ``{agents, next}``: those that have changed behind number ``after``, as they are now, the oldest change first,
-    and the number to ask behind next."""
+    and the number to ask behind next. Raises ``feed_restarted`` for a number that this register has not reached."""
+    require_reached(connection, after, "agents")
     query = select(agents).where(agents.c.seq > after).order_by(agents.c.seq, agents.c.id).limit(CHANGES)
     found = [agent_view(row) for row in connection.execute(query).all()]
     return {"agents": found, "next": found[-1]["seq"] if found else after}

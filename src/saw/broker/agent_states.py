@@ -18,6 +18,7 @@ from saw.broker.review_states import Moves
 from saw.broker.schema import agents, workspaces
 from saw.broker.sponsor_states import require_enabled
 from saw.broker.store import Transaction
+from saw.broker.wake import SPONSORS
 
 AgentState = Literal["registered", "active", "suspended", "retired"]
 STATES: tuple[AgentState, ...] = ("registered", "active", "suspended", "retired")
@@ -212,7 +213,7 @@ class AgentMoves:
             raise _conflict(f"{used} has the name {name}", "choose another name", "name_taken")
 
     def _news(self, tx: Transaction, *workspace: str) -> int:
-        tx.wake(AGENTS)
+        tx.wake(AGENTS, SPONSORS)
         return tx.touch(*(name for name in workspace if name))
 
     def _record(

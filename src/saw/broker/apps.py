@@ -38,12 +38,14 @@ from saw.broker.http import (
 )
 from saw.broker.job_routes import job_routes, worker_routes
 from saw.broker.limits import RateLimit
+from saw.broker.local_changes import LocalChanges, changes
 from saw.broker.operator_routes import operator_routes
 from saw.broker.peer import SCOPE_KEY, Peer
 from saw.broker.perimeter import Report, Shipment
 from saw.broker.policy_request_routes import workspace_request_routes
 from saw.broker.review_routes import perimeter_review_routes
 from saw.broker.session_routes import bastion_session_routes
+from saw.broker.source_clocks import sent_at
 from saw.broker.tool_review_routes import tool_review_routes
 from saw.broker.tree_files import tree_routes
 from saw.broker.wake import PERIMETER
@@ -54,13 +56,24 @@ MAX_SHIPMENT = 8 * 1024 * 1024
 
 
 def operator_app(broker: Broker) -> Starlette:
-    """Return the operator API. Only root and members of the operator group may use it, by peer credentials."""
+    """Return the operator API. Only root and members of the operator group may use it, by peer credentials.
+
+    Where people sign in, changes that are asked for here are an alarm (:mod:`saw.broker.local_changes`).
+    """
 
     def identify(request: Request) -> Caller:
         return socket_caller(request, broker.config.operator_group, "operator", "operate the broker", "not_an_operator")
 
+    local = LocalChanges(broker.services, broker.notifications)
+
     def route(path: str, method: str, handler: Any) -> Route:
-        return Route(path, guarded(identify, handler), methods=[method])
+        async def told(request: Request, caller: Caller) -> Any:
+            workspace = str(request.path_params["id"])[:64] if path.startswith("/v1/workspaces/{id}") else ""
+            peer: Peer = request.scope.get(SCOPE_KEY, Peer())
+            await run_in_threadpool(local.note, caller, peer, f"{method} {path}", workspace)
+            return await handler(request, caller)
+
+        return Route(path, guarded(identify, told if changes(method, path) else handler), methods=[method])
 
     return Starlette(
         routes=[Route("/healthz", _health(broker), methods=["GET"]), *operator_routes(broker, route)],
@@ -167,7 +180,7 @@ def public_app(broker: Broker) -> Starlette:
             route(
                 "/v1/perimeter/events",
                 "POST",
-                with_body(Shipment, lambda c, b, _r: views.accept_events(c, b), limit=MAX_SHIPMENT),
+                with_body(Shipment, lambda c, b, r: views.accept_events(c, b, sent_at(r.headers)), limit=MAX_SHIPMENT),
                 perimeter,
             ),
             route(

@@ -12,6 +12,7 @@ from starlette.datastructures import QueryParams
 from saw.broker.clock import iso
 from saw.broker.delegation_ends import record_of
 from saw.broker.errors import MalformedError
+from saw.broker.feeds import require_reached
 from saw.broker.http import filters_of
 from saw.broker.registry import get_row
 from saw.broker.schema import delegations, registry
@@ -75,8 +76,10 @@ def count(connection: Connection, asked: Wanted, now: datetime) -> int:
 
 def changes(connection: Connection, after: int, now: datetime) -> dict[str, Any]:
     """Return ``{delegations, next}``: those issued or revoked behind number ``after``, as they are now, the oldest change first,
-    and the number to ask behind next. Changes that came at once are never torn apart.
+    and the number to ask behind next. Changes that came at once are never torn apart. Raises ``feed_restarted`` for a number that
+    this register has not reached.
     """
+    require_reached(connection, after, "delegations")
     query = select(delegations).order_by(delegations.c.seq, delegations.c.id)
     rows = list(connection.execute(query.where(delegations.c.seq > after).limit(LARGEST_PAGE)).all())
     if len(rows) == LARGEST_PAGE:

@@ -36,6 +36,7 @@ class Kind(enum.StrEnum):
     BREAK_GLASS_REJECTED = "break_glass_rejected"
     AFTER_REVIEW_OWED = "after_review_owed"
     AFTER_REVIEW_OVERDUE = "after_review_overdue"
+    LOCAL_CHANGE = "local_change"
     TEST = "test"
 
 

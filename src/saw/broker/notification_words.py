@@ -6,6 +6,7 @@ The body of a webhook is as Standard Webhooks recommends (``{type, timestamp, da
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from email.headerregistry import Address
@@ -13,6 +14,7 @@ from email.message import EmailMessage
 from email.policy import SMTP
 from email.utils import format_datetime
 from typing import Any
+from urllib.parse import urlencode
 
 import msgspec
 
@@ -47,6 +49,7 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     method: str = ""
     host: str = ""
     gate: str = ""
+    account: str = ""
     state: str = ""
     link: str = ""
     command: str = ""
@@ -121,6 +124,18 @@ def request_message(config: BrokerConfig, kind: Kind, workspace_id: str, request
     return Message(kind, iso(at), facts)
 
 
+def account_message(config: BrokerConfig, kind: Kind, account: str, at: datetime) -> Message:
+    """Return what is said about an account of the control host that changed things without signing in."""
+    facts = Facts(
+        title=f"{_plain(account)} changes things over the control host's socket, without signing in",
+        urgent=kind in URGENT,
+        account=_plain(account),
+        link=_link(config, "audit?" + urlencode({"person": f"operator:{account}"})),
+        command="saw audit search --principal " + shlex.quote(f"operator:{_plain(account)}"),
+    )
+    return Message(kind, iso(at), facts)
+
+
 def trial_message(config: BrokerConfig, channel: str, at: datetime) -> Message:
     """Return what a test of ``channel`` says."""
     facts = Facts(title=f"A test of the channel {channel}", link=_link(config, ""), command="saw notify list")
@@ -155,6 +170,7 @@ def text(message: Message) -> str:
             ("Review", facts.review),
             ("Workspace", facts.workspace),
             ("Gate", facts.gate),
+            ("Account", facts.account),
             ("State", facts.state),
             ("Needs", needed),
             ("Until", facts.expires_at if message.type in {Kind.REVIEW_OPENED, *_AFTER} else ""),

@@ -17,7 +17,14 @@ from saw.broker.context import BROKER, Caller, Services
 from saw.broker.errors import ConflictError, MalformedError, NotFoundError
 from saw.broker.notification_queue import UNENDED, NotDelivered, Queue, channel_key, record
 from saw.broker.notification_settings import Channel, Kind
-from saw.broker.notification_words import Message, request_message, review_message, trial_message, workspace_message
+from saw.broker.notification_words import (
+    Message,
+    account_message,
+    request_message,
+    review_message,
+    trial_message,
+    workspace_message,
+)
 from saw.broker.schema import notifications
 from saw.broker.store import Transaction
 
@@ -56,11 +63,12 @@ class Notifications:
         review: Row[Any] | None = None,
         workspace: str = "",
         request: str = "",
+        account: str = "",
     ) -> int:
         """Have those told whom the configuration names for ``kind``, when ``tx`` succeeds; return how many messages that makes.
 
-        ``review``: the row that it is about; without one it is about ``workspace``, or the policy ``request`` of its agent.
-        Raises ValueError for an unknown kind.
+        ``review``: the row that it is about; without one it is about ``workspace``, or the policy ``request`` of its agent,
+        or the ``account`` of the control host. Raises ValueError for an unknown kind.
         """
         kind = Kind(kind)
         group = "" if review is None else str(review.group_name)
@@ -72,6 +80,8 @@ class Notifications:
             message = review_message(self._s.config, kind, review, now)
         elif request:
             message = request_message(self._s.config, kind, workspace, request, now)
+        elif account:
+            message = account_message(self._s.config, kind, account, now)
         else:
             message = workspace_message(self._s.config, kind, workspace, now)
         return sum(len(self._put(tx, one, one.recipients(group), message)) for one in wanted)

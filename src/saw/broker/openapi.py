@@ -16,7 +16,7 @@ from saw import __version__
 from saw.broker.agent_views import Agent, Changed, Changes, Page
 from saw.broker.delegation_views import DelegationChanges, DelegationPage, Issued, Revoked, Signed
 from saw.broker.policy_request_views import AnsweredRequest, JudgedRequest, PolicyRequestPage
-from saw.broker.sponsor_views import ChangedSponsor, Sponsor, SponsorPage
+from saw.broker.sponsor_views import ChangedSponsor, Sponsor, SponsorChanges, SponsorPage
 from saw.broker.workspace_views import ChangedWorkspace, WayBack, Workspace, WorkspaceChanges, WorkspacePage
 
 
@@ -40,7 +40,7 @@ _WAIT = "wait"
 _QUERY: Mapping[str, str] = {
     "after": "Where to go on: the `next` of the page before, or the number of the last event.",
     "limit": "Most entries of the answer.",
-    "behind": "The `behind` of the answer before: up to which id those of number `after` were told.",
+    "behind": "The `behind` of the answer before: up to which id, or name, those of number `after` were told.",
     _WAIT: "Hold the answer back until there is something new, seconds, 30 at most.",
     "first": "First day, YYYY-MM-DD.",
     "last": "Last day, YYYY-MM-DD.",
@@ -104,6 +104,11 @@ ABOUT: Mapping[str, Words] = {
     "POST /v1/agents/{id}/retire": Words("End an agent for good", (), Changed),
     "POST /v1/agents/{id}/succeed": Words("Put another agent in its place", (), Changed),
     "GET /v1/sponsors": Words("Sponsors by name, in pages", ("after", "limit", "state", "text"), SponsorPage),
+    "GET /v1/sponsor-changes": Words(
+        "Sponsors that changed, or whose workspaces or agents did, the oldest change first",
+        ("after", "behind", _WAIT),
+        SponsorChanges,
+    ),
     "GET /v1/sponsors/{name}": Words("One sponsor, with workspaces and agents", (), Sponsor),
     "POST /v1/sponsors/{name}/disable": Words(
         "End everything on behalf of a sponsor at once, and let nothing begin", (), ChangedSponsor

@@ -42,6 +42,7 @@ ALLOWED: dict[tuple[str, str], frozenset[Role]] = {
     ("POST", "/v1/agents/{id}/retire"): _INTERVENE,
     ("POST", "/v1/agents/{id}/succeed"): _OPERATE,
     ("GET", "/v1/sponsors"): _LOOK,
+    ("GET", "/v1/sponsor-changes"): _LOOK,
     ("GET", "/v1/sponsors/{name}"): _LOOK,
     ("POST", "/v1/sponsors/{name}/disable"): _INTERVENE,
     ("POST", "/v1/sponsors/{name}/enable"): _OPERATE,

@@ -27,6 +27,7 @@ from saw.broker.rollout import Assignments, assigned_release
 from saw.broker.rollout_calls import Tally, count_inside
 from saw.broker.rollout_control import Rollouts, Said
 from saw.broker.schema import audit_events, registry, workspaces
+from saw.broker.source_clocks import SourceClocks
 from saw.broker.store import SOURCE, Transaction, append_chained, insert_chained, read_head
 
 Text = Annotated[str, msgspec.Meta(max_length=2048)]
@@ -72,6 +73,7 @@ class Views:
         self._s = services
         self._releases = releases
         self._rollouts = rollouts
+        self._clocks = SourceClocks(services)
 
     def perimeter_state(self, first: int = 1, last: int = HIGHEST) -> dict[str, Any]:
         """Return the whole state, of workspaces with these numbers, for gatekeepers (docs/architecture.md)."""
@@ -260,8 +262,8 @@ class Views:
             tx.record(event_of(self._s.events, now, subject, report.usage))
         return {"recorded": True, "verified": verified}
 
-    def accept_events(self, caller: Caller, shipment: Shipment) -> dict[str, Any]:
-        """Store a gatekeeper's events: at-least-once, keyed by (source, seq).
+    def accept_events(self, caller: Caller, shipment: Shipment, sent: int | None = None) -> dict[str, Any]:
+        """Store a gatekeeper's events: at-least-once, keyed by (source, seq). ``sent``: what time it has, milliseconds.
 
         What is stored already is skipped. A gap is accepted and becomes a finding; late events may still fill it. An event
         that contradicts what is stored is refused with a finding.
@@ -276,6 +278,7 @@ class Views:
         conflict = 0
         tally, charged = Tally(), ChargeTally()
         with self._s.store.write() as tx:
+            self._clocks.judge(tx, caller, shipment.source, shipment.events, sent)
             head = read_head(tx.connection, shipment.source)
             for item in shipment.events:
                 outcome = self._store_event(tx, caller, item, head, (tally, charged))

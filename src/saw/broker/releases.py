@@ -2,7 +2,7 @@
 
 The repository on disk is the truth about what is published; :meth:`Releases.synchronise` makes the registry equal to it, in
 one transaction with the audit rows, after each publication and at each start. A crash between the two is healed by the
-next start, and until then an unrecorded release is refused at attestation.
+next start, a full disk as soon as there is room; until then an unrecorded release is refused at attestation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from saw.broker.errors import ConflictError, MalformedError
 from saw.broker.lifecycle import State
 from saw.broker.repository import Repository
 from saw.broker.rollout import open_rollout
-from saw.broker.schema import releases, workspaces
+from saw.broker.schema import registry, releases, workspaces
 from saw.broker.store import Transaction
 from saw.errors import SawError
 from saw.policy.bundle import VerifiedBundle, check_signatures, describe, read_content, verify_bundle
@@ -57,7 +57,8 @@ class Releases:
     def __init__(self, services: Services, repository: Repository) -> None:
         self._s = services
         self._repository = repository
-        self._unrecorded = False
+        #: Who put into the repository what the register does not have yet.
+        self._unrecorded: Caller | None = None
 
     def install_root(self, caller: Caller, body: TrustRoot) -> dict[str, Any]:
         """Take the first TUF root, once. The same root again changes nothing; any other is refused."""
@@ -74,12 +75,11 @@ class Releases:
         return {"version": self._repository.root_version(), "changed": True}
 
     def _install(self, caller: Caller, raw: bytes) -> None:
-        now = self._s.clock()
-        self._repository.install_root(raw, now)
+        self._repository.install_root(raw, self._s.clock())
+        self._unrecorded = caller
         with self._s.store.write() as tx:
-            version = str(self._repository.root_version())
-            tx.record(self._s.events.entity_management(now, caller.subject(), ("tuf-root", version), activity="create"))
-            tx.touch()
+            self._record_roots(tx, caller)
+        self._unrecorded = None
 
     def publish(self, caller: Caller, body: Publication) -> dict[str, Any]:
         """Verify and take officer-signed metadata, sign snapshot and timestamp, and record the releases."""
@@ -114,23 +114,24 @@ class Releases:
                     )
                 )
             raise
-        self._unrecorded = True
+        self._unrecorded = caller
         released = self.synchronise(caller)
-        self._unrecorded = False
+        self._unrecorded = None
         return {"released": released, **self.state()}
 
     def catch_up(self) -> None:
-        """Record a publication that the repository has taken and the database had no room for, or did not answer to."""
-        if self._unrecorded:
-            self._unrecorded = False  # first, so that another publication meanwhile says so again
+        """Record a root or publication that the repository has taken and the database had no room for, or did not answer to."""
+        caller = self._unrecorded
+        if caller is not None:
+            self._unrecorded = None  # first, so that another publication meanwhile says so again
             try:
-                self.synchronise()
+                self.synchronise(caller)
             except BaseException:
-                self._unrecorded = True
+                self._unrecorded = caller
                 raise
 
     def synchronise(self, caller: Caller = BROKER) -> list[dict[str, Any]]:
-        """Record every current target of the repository that the registry does not know yet; return the new ones."""
+        """Record every root and current target of the repository that the registry does not know yet; return the new targets."""
         root = self._repository.root()
         if root is None:
             return []
@@ -138,6 +139,7 @@ class Releases:
         keys, threshold = trusted_policy_keys(root)
         new: list[dict[str, Any]] = []
         with self._s.store.write() as tx:
+            self._record_roots(tx, caller)
             for path, raw in self._repository.current_targets():
                 ring, blueprint = _split(path)
                 bundle = self._read(raw, keys, threshold, now)
@@ -174,6 +176,24 @@ class Releases:
                     {"ring": ring, "blueprint": blueprint, "revision": bundle.revision, "policy_digest": bundle.digest}
                 )
         return new
+
+    def _record_roots(self, tx: Transaction, caller: Caller) -> None:
+        """Record roots of the repository that the trail does not tell of yet: the first one, and each that followed."""
+        known = tx.connection.execute(select(registry.c.root_version)).scalar_one()
+        newest = self._repository.root_version()
+        if newest <= known:
+            return
+        tx.connection.execute(registry.update().values(root_version=newest))
+        for version in range(known + 1, newest + 1):
+            tx.record(
+                self._s.events.entity_management(
+                    self._s.clock(),
+                    caller.subject(),
+                    ("tuf-root", str(version)),
+                    activity="create" if version == 1 else "update",
+                )
+            )
+        tx.touch()
 
     def _take_signatures(self, tx: Transaction, ring: str, bundle: VerifiedBundle, raw: bytes, caller: Caller) -> None:
         """Serve the same release with the signatures that count now; perimeters verify them under the newest root."""

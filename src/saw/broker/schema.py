@@ -33,6 +33,8 @@ registry = Table(
     Column("seq", _COUNTER, nullable=False),
     # The authority (SHA-256 of its certificate) whose brokers share a database of PostgreSQL.
     Column("installation", String(64)),
+    # The newest root of the TUF repository of which the trail tells.
+    Column("root_version", Integer, nullable=False, server_default="0"),
 )
 
 workspaces = Table(
@@ -103,6 +105,9 @@ sponsors = Table(
     Column("changed_at", String(32), nullable=False),
     Column("changed_by", String(256), nullable=False),
     Column("version", Integer, nullable=False),
+    # The register's number as of the last decision.
+    Column("seq", _COUNTER, nullable=False, server_default="0"),
+    Index("sponsors_seq", "seq"),
 )
 
 #: Agents (:mod:`saw.broker.agents`): those of all workspaces, past ones too. A row never goes, so no id comes back.

@@ -32,7 +32,23 @@ class ChangedSponsor(Sponsor, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class SponsorPage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Sponsors by name; ``next`` is the ``after`` of the page that follows, null at the end."""
+    """Sponsors by name; ``next`` is the ``after`` of the page that follows, null at the end. Behind ``seq`` the feed
+    of changes goes on."""
 
     sponsors: tuple[Sponsor, ...]
     next: str | None
+    seq: int
+
+
+class FollowedSponsor(Sponsor, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A sponsor as it is now; ``seq``: the number of what changed last, a decision, a workspace or an agent."""
+
+    seq: int
+
+
+class SponsorChanges(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Sponsors that changed, the oldest change first; ``next`` and ``behind`` are ``after`` and ``behind`` of the next call."""
+
+    sponsors: tuple[FollowedSponsor, ...]
+    next: int
+    behind: str

@@ -23,11 +23,12 @@ from saw.broker.idempotency import Version
 from saw.broker.lifecycle import State
 from saw.broker.people import disentitle
 from saw.broker.registry import Registry
-from saw.broker.schema import agents, delegations, people, reviewers, sponsors, sso_sessions, workspaces
+from saw.broker.schema import agents, delegations, people, registry, reviewers, sponsors, sso_sessions, workspaces
 from saw.broker.session_ends import SessionEnds
 from saw.broker.sponsor_states import SponsorState, sponsor_key
 from saw.broker.sso.sign_outs import end_sign_ins
 from saw.broker.store import Transaction
+from saw.broker.wake import SPONSORS
 
 LARGEST_PAGE = 1000
 _TOLD = 64
@@ -67,9 +68,13 @@ class Sponsors:
         self._sessions = SessionEnds(services)
 
     def listed(self, asked: Wanted) -> dict[str, Any]:
-        """Return ``{sponsors, next}`` in the order of names: everybody whom a workspace, an agent or a decision names."""
+        """Return ``{sponsors, next, seq}`` in the order of names: everybody whom a workspace, an agent or a decision names.
+
+        Behind ``seq`` :func:`saw.broker.sponsor_list.changes` goes on.
+        """
         with self._s.store.read() as connection:
-            found = sorted(_views(connection).items())
+            seq = connection.execute(select(registry.c.seq)).scalar_one()
+            found = sorted(views_of(connection).items())
         text = asked.text.casefold()
         chosen = [
             view
@@ -78,7 +83,7 @@ class Sponsors:
         ]
         more = len(chosen) > asked.limit
         chosen = chosen[: asked.limit]
-        return {"sponsors": chosen, "next": chosen[-1]["name"] if more else None}
+        return {"sponsors": chosen, "next": chosen[-1]["name"] if more else None, "seq": seq}
 
     def show(self, name: str) -> dict[str, Any]:
         """Return one sponsor; raise :class:`NotFoundError` for a name that nothing names."""
@@ -135,12 +140,14 @@ class Sponsors:
 
     def _set(self, tx: Transaction, caller: Caller, present: dict[str, Any], state: SponsorState, reason: str) -> None:
         key, version = sponsor_key(present["name"]), present["version"]
-        values = {
+        tx.wake(SPONSORS)
+        values: dict[str, Any] = {
             "state": state,
             "reason": reason,
             "changed_at": iso(self._s.clock()),
             "changed_by": caller.principal,
             "version": version + 1,
+            "seq": tx.touch(),
         }
         if present["changed_at"] is None:
             tx.connection.execute(sponsors.insert().values(name=key, **values))
@@ -190,7 +197,7 @@ def _people(connection: Connection) -> set[str]:
 def _one(connection: Connection, name: str) -> dict[str, Any]:
     """Return one sponsor; somebody who signed in or reviews and sponsors nothing (yet) is one, too."""
     key = sponsor_key(name)
-    found = _views(connection).get(key)
+    found = views_of(connection).get(key)
     if found is None and key in _people(connection):
         found = {**_NEW, "name": key, "workspaces": {}, "agents": ()}
     if found is None:
@@ -202,7 +209,7 @@ def _one(connection: Connection, name: str) -> dict[str, Any]:
     return found
 
 
-def _views(connection: Connection) -> dict[str, dict[str, Any]]:
+def views_of(connection: Connection) -> dict[str, dict[str, Any]]:
     """Return every sponsor by key. Names are compared in one place, here: databases fold case each in a way of its own."""
     found: dict[str, dict[str, Any]] = {}
     for row in connection.execute(select(sponsors)).all():

@@ -16,6 +16,8 @@ from saw.identity.oidc import ALGORITHMS, MAX_SKEW_S
 Role = Literal["user", "approver", "security", "operator", "auditor"]
 ROLES: tuple[Role, ...] = ("user", "approver", "security", "operator", "auditor")
 
+#: What Linux takes as the name of an account, and of directories such as ``ada@example.com`` or ``EXAMPLE\\ada``.
+_ACCOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@\\+-]{0,255}\Z")
 _HOST = re.compile(r"[a-z0-9]([a-z0-9-]{0,62})(\.[a-z0-9]([a-z0-9-]{0,62}))*\Z")
 
 
@@ -60,6 +62,7 @@ class SsoSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """``origin`` is what people type, such as ``https://saw.example.com:8445``; ``rp_id`` the domain of passkeys (default: its
     host). ``roles`` gives roles to groups of the provider. ``operate``: the operators' calls are also served to those who
     signed in, as far as their roles go. ``step_up``: which decisions want a stronger or newer sign-in.
+    ``automation``: accounts of the control host that programs have, whose changes over the socket are no alarm.
     ``certificate_file``/``key_file``: for the pages, instead of the broker's own certificate.
     """
 
@@ -69,6 +72,7 @@ class SsoSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     listen: Listen = Listen()
     rp_id: str | None = None
     operate: bool = False
+    automation: tuple[str, ...] = ()
     session: SessionSettings = SessionSettings()
     step_up: StepUpSettings = StepUpSettings()
     certificate_file: str | None = None
@@ -112,6 +116,8 @@ def problems_of(settings: SsoSettings) -> Iterator[str]:
     if not settings.provider.algorithms or not ALGORITHMS.issuperset(settings.provider.algorithms):
         yield f"sso.provider.algorithms must be some of {', '.join(sorted(ALGORITHMS))}"
     yield from problems_of_step_up(settings.step_up)
+    if not all(_ACCOUNT.match(name) for name in settings.automation):
+        yield "sso.automation must list names of accounts"
     if not any(settings.roles.values()):
         yield "sso.roles must give a role to a group"
     if (settings.certificate_file is None) != (settings.key_file is None):

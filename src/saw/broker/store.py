@@ -26,7 +26,7 @@ from saw.broker.database_settings import PostgresPlace, parse_database
 from saw.broker.errors import StorageFull
 from saw.broker.full_disk import Reserve
 from saw.broker.replica_wake import tell
-from saw.broker.wake import PERIMETER, TRAIL, WORKSPACES, Waker
+from saw.broker.wake import PERIMETER, SPONSORS, TRAIL, WORKSPACES, Waker
 from saw.errors import SawError
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class Transaction:
             self.connection.execute(
                 update(schema.workspaces).where(schema.workspaces.c.id.in_(workspace_ids)).values(watch_seq=row.seq)
             )
-        self.woken |= {PERIMETER, *([WORKSPACES] if workspace_ids else []), *workspace_ids}
+        self.woken |= {PERIMETER, *([WORKSPACES, SPONSORS] if workspace_ids else []), *workspace_ids}
         return int(row.seq)
 
     def wake(self, *keys: str) -> None:

@@ -13,6 +13,8 @@ T = TypeVar("T")
 PERIMETER = "*perimeter*"
 #: The key of changes of workspaces, whichever.
 WORKSPACES = "*workspaces*"
+#: The key of changes of sponsors, whichever: a workspace's or an agent's is one, too.
+SPONSORS = "*sponsors*"
 #: The key of the audit trail: whoever reads it behind a position.
 TRAIL = "*trail*"
 

@@ -9,7 +9,7 @@ import msgspec
 from sqlalchemy import Connection, Row, func, or_, select
 from starlette.datastructures import QueryParams
 
-from saw.broker.errors import ConflictError
+from saw.broker.feeds import CHANGES, require_reached
 from saw.broker.http import filters_of
 from saw.broker.lifecycle import parse_state
 from saw.broker.registry import HIDDEN
@@ -17,8 +17,6 @@ from saw.broker.schema import registry, workspaces
 
 LARGEST_PAGE = 10_000
 """Most workspaces in one page."""
-CHANGES = 1000
-"""Most workspaces in one answer about changes."""
 
 _Text = Annotated[str, msgspec.Meta(max_length=256)]
 #: Filter → column. Each may be given several times; one of the values must be met.
@@ -89,13 +87,7 @@ def changes(connection: Connection, after: int, behind: str) -> dict[str, Any]:
     workspace has to hear of count as changes, and another policy that it runs; renewals and reports of workspaces do not.
     Raises ``feed_restarted`` for a number that this register has not reached.
     """
-    now = connection.execute(select(registry.c.seq)).scalar_one()
-    if after > now:
-        raise ConflictError(
-            f"the register is at {now}, before {after}: it was restored, or is another one",
-            cure="read the list of workspaces again, and follow behind its seq",
-            code="feed_restarted",
-        )
+    require_reached(connection, after, "workspaces")
     number = workspaces.c.watch_seq
     later = number > after
     if behind:

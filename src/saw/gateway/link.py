@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -40,10 +41,13 @@ def tls_context(config: GatekeeperConfig) -> ssl.SSLContext:
 class BrokerLink:
     """Two endless tasks over one HTTP client, which is renewed when a certificate file changes."""
 
-    def __init__(self, config: GatekeeperConfig, keeper: ViewKeeper, spool: Spool) -> None:
+    def __init__(
+        self, config: GatekeeperConfig, keeper: ViewKeeper, spool: Spool, clock: Callable[[], float] = time.time
+    ) -> None:
         self._config = config
         self._keeper = keeper
         self._spool = spool
+        self._clock = clock
         self._client: httpx.AsyncClient | None = None
         self._stamps: tuple[int, ...] = ()
 
@@ -94,7 +98,7 @@ class BrokerLink:
         await self._keeper.take(parse_state(response.content))
 
     async def ship_once(self) -> bool:
-        """Send the oldest waiting events; return whether there were any."""
+        """Send the oldest waiting events, and what time it is here; return whether there were any."""
         events = await asyncio.to_thread(self._spool.pending)
         if not events:
             return False
@@ -102,7 +106,11 @@ class BrokerLink:
         response = await client.post(
             "/v1/perimeter/events",
             content=msgspec.json.encode({"source": self._config.name, "events": events}),
-            headers={"host": self._config.broker_name, "content-type": "application/json"},
+            headers={
+                "host": self._config.broker_name,
+                "content-type": "application/json",
+                "x-saw-time": str(int(self._clock() * 1000)),
+            },
             extensions={"sni_hostname": self._config.broker_name},
         )
         _check(response)

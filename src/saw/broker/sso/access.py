@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from saw.broker.people import Person
+from saw.broker.sso_settings import Role
 
 _EVERYTHING = frozenset({"security", "operator", "auditor"})
-_INTERVENE = frozenset({"security", "operator"})
+INTERVENE: frozenset[Role] = frozenset({"security", "operator"})
+"""Roles that cut a workspace off."""
 _EXAMINE = frozenset({"security", "auditor"})
 
 
@@ -36,7 +38,7 @@ def may_attach(person: Person, sponsor: str) -> bool:
 
 def may_intervene(person: Person) -> bool:
     """Cut a workspace off, or end what others have begun."""
-    return bool(_INTERVENE & set(person.roles))
+    return bool(INTERVENE & set(person.roles))
 
 
 def may_revoke(person: Person, sponsor: str) -> bool:

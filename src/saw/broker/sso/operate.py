@@ -27,6 +27,8 @@ from saw.broker.sso.refused import record_refused
 from saw.broker.sso.sessions import NotSignedIn
 from saw.broker.sso.web import Web
 
+_KILL = ("POST", "/v1/workspaces/{id}/kill")
+
 
 def operate_app(web: Web, broker: Broker) -> Starlette:
     """Return the calls as an application to be mounted below the pages."""
@@ -41,12 +43,14 @@ def operate_app(web: Web, broker: Broker) -> Starlette:
         kind, _, secret = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer":
             raise NotSignedIn("nobody is signed in", cure="saw login")
-        session = web.sso.sessions.current(caller, secret, fresh=request.method != "GET")
+        wanted = ALLOWED[request.method, path]
+        session = web.sso.sessions.current(
+            caller, secret, fresh=request.method != "GET", urgent_for=wanted if (request.method, path) == _KILL else ()
+        )
         if session.kind != "cli":
             raise NotSignedIn("this is no session of a command line", cure="saw login")
         web.sso.sessions.seen(session.secret)
         known = Caller(session.principal, caller.address, caller.request_id)
-        wanted = ALLOWED[request.method, path]
         roles = set(session.person.roles)
         if (request.method, path) in OWN and "user" in roles and not wanted & roles:
             request.state.only_sponsor = session.person.name

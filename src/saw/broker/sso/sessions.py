@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from saw.broker.sso.claims import person_claims
 from saw.broker.sso.provider import Provider, ProviderRefused, ProviderUnavailable, Tokens
 from saw.broker.sso.sealed import Seal, SealBroken
 from saw.broker.sso.sign_outs import PROTOCOL, end_sign_ins
-from saw.broker.sso_settings import SsoSettings
+from saw.broker.sso_settings import Role, SsoSettings
 from saw.broker.store import Transaction
 from saw.identity.oidc import IdToken, TokenRefused
 
@@ -176,8 +176,14 @@ class Sessions:
             )
         )
 
-    def current(self, caller: Caller, secret: str, *, fresh: bool = False) -> Session:
+    def current(
+        self, caller: Caller, secret: str, *, fresh: bool = False, urgent_for: Collection[Role] = ()
+    ) -> Session:
         """Return the live session of ``secret``. The provider is asked again when its word is old, always with ``fresh``.
+
+        On a full disk its word is noted in the room that is set aside (:meth:`saw.broker.store.Store.urgently`) when somebody
+        asks who had one of the roles ``urgent_for`` until now: a kill must not fail for want of the note, and nobody else may use
+        that room.
 
         Raises :class:`NotSignedIn`; :class:`PersonRefused` when the person has no role any more;
         :class:`saw.broker.sso.provider.ProviderUnavailable` when the provider has to be asked and does not answer.
@@ -188,7 +194,8 @@ class Sessions:
         old = now - session.checked_at >= timedelta(seconds=self._settings.session.recheck_s)
         if old or fresh:
             with self._alone(digest_of(secret)):
-                session = self._recheck(caller, secret, fresh=fresh)
+                urgent = not set(urgent_for).isdisjoint(session.person.roles)
+                session = self._recheck(caller, secret, fresh=fresh, urgent=urgent)
         return session
 
     def seen(self, secret: str) -> None:
@@ -292,12 +299,12 @@ class Sessions:
             raise NotSignedIn("nobody is signed in, or the session has ended", cure="sign in again")
         return row
 
-    def _recheck(self, caller: Caller, secret: str, *, fresh: bool) -> Session:
-        self._recheck_row(caller, digest_of(secret), fresh=fresh)
+    def _recheck(self, caller: Caller, secret: str, *, fresh: bool, urgent: bool) -> Session:
+        self._recheck_row(caller, digest_of(secret), fresh=fresh, urgent=urgent)
         with self._s.store.read() as connection:
             return self._find(connection, secret)
 
-    def _recheck_row(self, caller: Caller, digest: str, *, fresh: bool) -> None:
+    def _recheck_row(self, caller: Caller, digest: str, *, fresh: bool, urgent: bool = False) -> None:
         """Ask the provider whether somebody still has a role. Raises as :meth:`current` does; the session then has ended."""
         now = self._s.clock()
         limit = timedelta(seconds=self._settings.session.recheck_s)
@@ -322,14 +329,16 @@ class Sessions:
             lost = error
         except SealBroken as error:
             lost = NotSignedIn(error.message, cure=error.cure)
-        gone: PersonRefused | None = None
-        with self._s.store.write() as tx:
-            if lost is not None:
-                self._end(tx, caller, mine, lost.code)
-                others = select(sso_sessions.c.id).where(sso_sessions.c.person == row.person)
-                if tx.connection.execute(others).first() is None:
-                    disentitle(tx.connection, row.person, now)
-            else:
+
+        def note() -> PersonRefused | None:
+            gone: PersonRefused | None = None
+            with self._s.store.write() as tx:
+                if lost is not None:
+                    self._end(tx, caller, mine, lost.code)
+                    others = select(sso_sessions.c.id).where(sso_sessions.c.person == row.person)
+                    if tx.connection.execute(others).first() is None:
+                        disentitle(tx.connection, row.person, now)
+                    return None
                 try:
                     who = identity_of(self._settings, token.sub, claims)
                     person = admit(tx, self._settings, who, now)
@@ -344,11 +353,14 @@ class Sessions:
                     self._without_user(tx, caller, person)
                 if gone is not None:
                     self._end(tx, caller, sso_sessions.c.person == row.person, gone.code)
-                else:
-                    sealed = row.refresh
-                    if tokens.refresh_token is not None:
-                        sealed = self._seal.close(row.id, tokens.refresh_token.encode())
-                    tx.connection.execute(sso_sessions.update().where(mine).values(checked_at=iso(now), refresh=sealed))
+                    return gone
+                sealed = row.refresh
+                if tokens.refresh_token is not None:
+                    sealed = self._seal.close(row.id, tokens.refresh_token.encode())
+                tx.connection.execute(sso_sessions.update().where(mine).values(checked_at=iso(now), refresh=sealed))
+            return None
+
+        gone = self._s.store.urgently(note) if urgent else note()
         if lost is not None:
             raise NotSignedIn(
                 "the provider has ended the session", cure="sign in again", code="session_ended"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, urlsplit
 
@@ -22,6 +22,7 @@ from saw.broker.limits import RateLimit
 from saw.broker.peer import SCOPE_KEY, Peer
 from saw.broker.sso.service import SingleSignOn
 from saw.broker.sso.sessions import NotSignedIn, Session
+from saw.broker.sso_settings import Role
 from saw.budget.ledger import money
 from saw.errors import SawError
 from saw.review.escapes import escape
@@ -70,12 +71,15 @@ class Visit:
         """Whoever calls, as long as nobody is known."""
         return Caller("anonymous:", self.address, self.request_id)
 
-    def session(self, *, fresh: bool = False, used: bool = True) -> Session:
-        """Return the session of the browser; raise :class:`NotSignedIn`. ``fresh`` asks the provider now.
+    def session(self, *, fresh: bool = False, used: bool = True, urgent_for: Collection[Role] = ()) -> Session:
+        """Return the session of the browser; raise :class:`NotSignedIn`. ``fresh`` asks the provider now; ``urgent_for`` as of
+        :meth:`saw.broker.sso.sessions.Sessions.current`.
 
         What a page asks by itself is no use of the session (``used``): it ends as if nobody had asked.
         """
-        return require_session(self._web, self.caller, self.cookies.get(SESSION_COOKIE, ""), fresh=fresh, used=used)
+        return require_session(
+            self._web, self.caller, self.cookies.get(SESSION_COOKIE, ""), fresh=fresh, used=used, urgent_for=urgent_for
+        )
 
     def command_session(self) -> Session:
         """Return the session of a command line, which has its secret in ``Authorization: Bearer``."""
@@ -209,12 +213,14 @@ class Web:
         return page if page not in {"/callback", "/sign-in"} else "/"
 
 
-def require_session(web: Web, caller: Caller, secret: str, *, fresh: bool = False, used: bool = True) -> Session:
+def require_session(
+    web: Web, caller: Caller, secret: str, *, fresh: bool = False, used: bool = True, urgent_for: Collection[Role] = ()
+) -> Session:
     """Return the session of a browser whose cookie is ``secret``; raise :class:`NotSignedIn`. ``fresh`` asks the provider now.
 
     With ``used`` its idle time begins anew.
     """
-    session = web.sso.sessions.current(caller, secret, fresh=fresh)
+    session = web.sso.sessions.current(caller, secret, fresh=fresh, urgent_for=urgent_for)
     if session.kind != "browser":
         raise NotSignedIn("this is no session of a browser", cure="sign in")
     if used:

@@ -1,0 +1,121 @@
+"""Roots of the TUF repository are in the audit trail: each once, under whoever brought it, later where there was no room."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from test_rollout import OPERATOR, World, as_body
+
+from saw.broker.errors import StorageFull
+from saw.broker.releases import Publication as Published
+from saw.broker.releases import TrustRoot
+from saw.broker.store import Store
+from saw.policy.tuf_changes import RootChange, change_root
+from saw.policy.tuf_draft import contribute
+
+pytestmark = [pytest.mark.control("AUD-01"), pytest.mark.control("POL-02")]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    found = World(tmp_path)
+    yield found
+    found.broker.close()
+
+
+@contextmanager
+def no_room(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every write finds the disk full."""
+
+    def full(_store: Store) -> Any:
+        raise StorageFull
+
+    with patch.context() as now:
+        now.setattr(Store, "write", full)
+        yield
+
+
+def told(world: World) -> list[tuple[str, str, str]]:
+    """Return version, activity and principal of every root in the trail."""
+    return [
+        (event["entity"]["uid"], event["activity_name"], event["unmapped"]["saw"]["principal"])
+        for item in world.broker.trail.page("broker", 0, 1000)["events"]
+        if (event := item.event).get("entity", {}).get("type") == "tuf-root"
+    ]
+
+
+def root_of(world: World) -> TrustRoot:
+    return TrustRoot(msgspec.Raw(msgspec.json.encode(base64.b64encode(world.root).decode())))
+
+
+def first_publication(world: World) -> Published:
+    body = as_body(world.publication(1))
+    return Published(metadata={**body.metadata, "root.json": root_of(world).root}, targets=body.targets)
+
+
+def test_a_root_is_recorded_once(world: World) -> None:
+    assert world.broker.releases.install_root(OPERATOR, root_of(world))["changed"]
+    assert told(world) == [("1", "Create", OPERATOR.principal)]
+    assert not world.broker.releases.install_root(OPERATOR, root_of(world))["changed"]
+    world.publish(1)
+    world.restart()
+    world.broker.releases.catch_up()
+    assert told(world) == [("1", "Create", OPERATOR.principal)]
+
+
+def test_a_root_for_which_there_was_no_room_is_recorded_later_under_whoever_brought_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with no_room(monkeypatch):
+        with pytest.raises(StorageFull):
+            world.broker.releases.install_root(OPERATOR, root_of(world))
+        with pytest.raises(StorageFull):
+            world.broker.releases.catch_up()
+    assert told(world) == []
+    world.broker.releases.catch_up()
+    assert told(world) == [("1", "Create", OPERATOR.principal)]
+    world.broker.releases.catch_up()
+    world.restart()
+    assert len(told(world)) == 1
+
+
+def test_a_root_that_came_with_the_first_publication_is_recorded_later_too(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with no_room(monkeypatch), pytest.raises(StorageFull):
+        world.broker.releases.publish(OPERATOR, first_publication(world))
+    world.broker.releases.catch_up()
+    assert told(world) == [("1", "Create", OPERATOR.principal)]
+    world.broker.releases.publish(OPERATOR, first_publication(world))
+    assert len(told(world)) == 1
+    assert [one["revision"] for one in world.broker.releases.state()["releases"]] == [1]
+
+
+def test_a_root_that_a_broker_which_died_took_is_recorded_by_the_next_start(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with no_room(monkeypatch), pytest.raises(StorageFull):
+        world.broker.releases.install_root(OPERATOR, root_of(world))
+    world.restart()
+    assert told(world) == [("1", "Create", "service:saw-broker")]
+
+
+def test_a_root_that_follows_is_recorded_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.broker.releases.install_root(OPERATOR, root_of(world))
+    world.publish(1)
+    dora = Ed25519PrivateKey.generate()
+    made = contribute(
+        change_root(world.officers, RootChange(add=(dora.public_key(),)), world.now), [*world.keys[:2], dora]
+    ).publication
+    with no_room(monkeypatch), pytest.raises(StorageFull):
+        world.broker.releases.publish(OPERATOR, as_body(made))
+    assert len(told(world)) == 1
+    world.broker.releases.catch_up()
+    assert told(world)[1:] == [("2", "Update", OPERATOR.principal)]
