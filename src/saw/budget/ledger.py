@@ -317,12 +317,12 @@ class Ledger:
             return len(due)
 
     def untold(self, most: int = 256) -> list[Charge]:
-        """Return ended charges that :meth:`told` was not called for since they ended."""
+        """Return ended charges that :meth:`told` was not called for since they ended, the oldest end first."""
         with self._lock:
             try:
                 rows = self._database.execute(
                     "SELECT id, account, reserved, coalesce(actual, reserved), state, detail, outcome FROM charge"
-                    " WHERE told = 0 LIMIT ?",
+                    " WHERE told = 0 ORDER BY ended_at, rowid LIMIT ?",
                     (most,),
                 ).fetchall()
             except sqlite3.Error as error:
