@@ -267,6 +267,11 @@ class Ledger:
         """Give an open reservation back, because the call certainly cost nothing."""
         return self._end(identifier, "released", ("open",), lambda _reserved: 0, now=now, outcome=outcome, tokens=0)
 
+    def uncount(self, identifier: str) -> bool:
+        """Count the request of a call no more that was never sent; return whether it was counted until now."""
+        with self._change() as database:
+            return counting.take_back(database, identifier)
+
     def _end(
         self,
         identifier: str,

@@ -318,7 +318,7 @@ class Judge:
         if held is not None:
             case.budget, case.dial = held.detail, msgspec.structs.replace(case.dial, charge=held.id)
         if kept is not None:
-            await self._keep(case, entry, request, decision, kept)
+            await self._keep(case, entry, request, decision, kept, counted="" if held is None else held.counted)
 
     def _kept(self, request: Request, release: Release, decision: Decision) -> InferenceRoute | None:
         """Return the route of a call that is to be kept, None for every other; refuse it where nothing is kept at all."""
@@ -333,9 +333,19 @@ class Judge:
         return route
 
     async def _keep(
-        self, case: _Case, entry: WorkspaceEntry, request: Request, decision: Decision, route: InferenceRoute
+        self,
+        case: _Case,
+        entry: WorkspaceEntry,
+        request: Request,
+        decision: Decision,
+        route: InferenceRoute,
+        *,
+        counted: str,
     ) -> None:
-        """Write what is to be kept of a call; one that cannot be kept is refused, and what was reserved for it is given back."""
+        """Write what is to be kept of a call; one that cannot be kept is refused, and what was reserved for it is given back.
+
+        ``counted`` is the name under which its request was counted, which it is no more then; empty where it was not.
+        """
         if self._recorder is None or case.dial is None:  # pragma: no cover - _kept refused it
             raise Refused("record_unavailable", "this perimeter keeps no calls")
         try:
@@ -344,17 +354,25 @@ class Judge:
                 policy_digest=case.digest, delegation=case.delegation, review=case.review, request_id=case.call.request_id,
             )  # fmt: skip
         except BaseException as error:
-            if self._meter is not None and case.dial.charge:
-                try:
-                    await self._meter.give_back(case.dial.charge, "the call could not be kept")
-                except SawError as left:  # it ends by itself, as one of a call that nobody heard of again
-                    LOG.critical("charge %s is not given back: %s", case.dial.charge, left.message)
+            await self._unkept(case.dial.charge, counted)
             case.budget = None
             if isinstance(error, RecordUnavailable):
                 raise Refused(error.code, error.message, error.cure) from error
             raise
         if route.record is not None and route.record.content == "prompts-and-responses":
             case.dial = msgspec.structs.replace(case.dial, record=case.record)
+
+    async def _unkept(self, charge: str, counted: str) -> None:
+        """Give back what was reserved and counted for a call that cannot be kept."""
+        if self._meter is None:
+            return
+        try:
+            if charge:
+                await self._meter.give_back(charge, "the call could not be kept")
+            if counted:
+                await self._meter.uncount(counted)
+        except SawError as left:  # it ends by itself, as one of a call that nobody heard of again
+            LOG.critical("charge %s is not given back: %s", charge or counted, left.message)
 
     async def _pinned(self, case: _Case, request: Request, release: Release, decision: Decision) -> None:
         """Note which MCP server a call goes to; refuse a tool that the server defines in another way than the policy pins."""

@@ -169,7 +169,9 @@ class Gatekeeper:
             peers=PeerReader(ca_pem),
             resolver=resolver,
             credentials=CredentialStore(
-                config.credentials_dir, vault=self._vault, tokens=TokenKeeper(endpoint, time.monotonic)
+                config.credentials_dir,
+                vault=self._vault,
+                tokens=TokenKeeper(endpoint, time.monotonic, several=config.replicas > 1),
             ),
             release_grace_s=config.release_grace_s,
             reviews=config.review_socket is not None,

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import pytest
 from ring2_inference import JSON, answering, ask, governed, networks, release, unused, usage
-from ring2_rig import Answer, Rig, wait_for
+from ring2_rig import DRAIN_S, Answer, Rig, wait_for
 from test_budgets_at_ring2 import balances, governance
 from test_mcp_answers_at_ring2 import DONE, HEADERS, saying
 from test_mcp_answers_at_ring2 import JSON as MESSAGE
@@ -30,7 +30,7 @@ AWAY: Outcome = (403, "gatekeeper_unavailable")
 def ring2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     """Two gatekeepers: the first is the own one of workspaces 1 and 5, the second that of 2 and 6."""
     with ExitStack() as stack:
-        yield Rig(stack, Path(tmp_path_factory.mktemp("replicas")), 2)
+        yield Rig(stack, Path(tmp_path_factory.mktemp("replicas")), 2, drain_s=DRAIN_S)
 
 
 @pytest.fixture(autouse=True)
