@@ -33,7 +33,7 @@ FAR, TRAP, BROKER = "10.99.0.1", "10.99.0.2", "10.99.0.3"
 HOSTS = ("api.example.com", "git.example.com", "models.example.com")
 SECRET = {"api-token": "s3cret-api-value", "git-token": "s3cret-git-value", "model-key": "s3cret-model-value"}
 DRAIN_S = 5
-"""How long a test's Envoy leaves open what is on a listener that it replaces (seconds), so that a slow machine's call comes to its end."""
+"""How long a test's Envoy leaves open what is on a listener that it replaces (seconds): a slow machine's call comes to its end."""
 PIECE_SECONDS = 1
 """How long an answer may come after a piece of a body, before the next one is sent."""
 ENVOY = Path(sys.executable).with_name("envoy")
@@ -81,8 +81,8 @@ class Rig:
     """Everything, ready to be called; ``ws-1`` (number 1) is active and may be changed through ``broker``.
 
     With ``replicas`` gatekeepers, ``gatekeepers`` has those that run, by their number. ``disk``: where state and Envoy's files
-    lie, as the processes see it and as this one does, when it is another one. ``drain_s``: seconds that Envoy leaves open what is on
-    a listener that it replaces, when that is to be another time than the product's.
+    lie, as the processes see it and as this one does, when it is another one. ``drain_s``: seconds that Envoy leaves open what is
+    on a listener that it replaces, where that is to be another time than the product's.
     """
 
     def __init__(
