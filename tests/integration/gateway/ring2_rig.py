@@ -33,7 +33,7 @@ FAR, TRAP, BROKER = "10.99.0.1", "10.99.0.2", "10.99.0.3"
 HOSTS = ("api.example.com", "git.example.com", "models.example.com")
 SECRET = {"api-token": "s3cret-api-value", "git-token": "s3cret-git-value", "model-key": "s3cret-model-value"}
 DRAIN_S = 5
-"""How long a test's Envoy leaves open what is on a listener that it replaces (seconds): a slow machine's call comes to its end."""
+"""How long a test's Envoy leaves open what is on a listener that it replaces (seconds): a slow call comes to its end."""
 PIECE_SECONDS = 1
 """How long an answer may come after a piece of a body, before the next one is sent."""
 ENVOY = Path(sys.executable).with_name("envoy")
