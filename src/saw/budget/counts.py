@@ -3,8 +3,8 @@
 A window that slides counts what was admitted in its last seconds, so no stretch of that length ever holds more than the limit.
 It is added up from one sum for each second, however many calls it holds.
 The ledger's time has whole seconds, so what was admitted leaves a window up to a second late and never early. A calendar period
-is counted in the ledger's accounts, as money is. A request counts once it is admitted, whatever becomes of it. Tokens count as
-many as the call may use at most, until its answer says how many it used.
+is counted in the ledger's accounts, as money is. A request counts once it is admitted, whatever becomes of it; only one that must
+be kept and cannot be counts no more. Tokens count as many as the call may use at most, until its answer says how many it used.
 """
 
 from __future__ import annotations
@@ -114,6 +114,20 @@ def finish(database: sqlite3.Connection, charge: str, tokens: int | None, *, was
                 "UPDATE slid SET amount = amount + ? WHERE key = ? AND at = ?", (actual - counted, key, at)
             )
         database.execute("UPDATE counted SET amount = ? WHERE charge = ? AND key = ?", (actual, charge, key))
+
+
+def take_back(database: sqlite3.Connection, charge: str) -> bool:
+    """Count the request of ``charge`` no more; return whether it was counted. A second time changes nothing."""
+    rows = database.execute(
+        "SELECT key, calendar, at, amount FROM counted WHERE charge = ? AND unit = 'requests' AND amount > 0", (charge,)
+    ).fetchall()
+    for key, calendar, at, amount in rows:
+        if calendar:
+            database.execute("UPDATE account SET spent = max(0, spent - ?) WHERE key = ?", (amount, key))
+        else:
+            database.execute("UPDATE slid SET amount = max(0, amount - ?) WHERE key = ? AND at = ?", (amount, key, at))
+        database.execute("UPDATE counted SET amount = 0 WHERE charge = ? AND key = ?", (charge, key))
+    return bool(rows)
 
 
 def forget(database: sqlite3.Connection, now: int, keep_s: int) -> None:

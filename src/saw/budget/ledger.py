@@ -267,6 +267,11 @@ class Ledger:
         """Give an open reservation back, because the call certainly cost nothing."""
         return self._end(identifier, "released", ("open",), lambda _reserved: 0, now=now, outcome=outcome, tokens=0)
 
+    def uncount(self, identifier: str) -> bool:
+        """Count the request of a call no more that was never sent; return whether it was counted until now."""
+        with self._change() as database:
+            return counting.take_back(database, identifier)
+
     def _end(
         self,
         identifier: str,
@@ -317,12 +322,12 @@ class Ledger:
             return len(due)
 
     def untold(self, most: int = 256) -> list[Charge]:
-        """Return ended charges that :meth:`told` was not called for since they ended."""
+        """Return ended charges that :meth:`told` was not called for since they ended, the oldest end first."""
         with self._lock:
             try:
                 rows = self._database.execute(
                     "SELECT id, account, reserved, coalesce(actual, reserved), state, detail, outcome FROM charge"
-                    " WHERE told = 0 LIMIT ?",
+                    " WHERE told = 0 ORDER BY ended_at, rowid LIMIT ?",
                     (most,),
                 ).fetchall()
             except sqlite3.Error as error:

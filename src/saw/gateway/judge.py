@@ -14,6 +14,7 @@ import msgspec
 
 from saw.errors import SawError
 from saw.gateway.credentials import CredentialStore, Injection
+from saw.gateway.definitions import DefinitionsUnavailable, KeptDefinitions
 from saw.gateway.delegations import NONE, Engagement, OutsideDelegation, brought, cover, reach, shown
 from saw.gateway.errors import (
     CallUnsignable,
@@ -23,7 +24,7 @@ from saw.gateway.errors import (
     ResolutionFailed,
 )
 from saw.gateway.held import Held, held_by
-from saw.gateway.mcp_exchange import KnownDefinitions, Rules
+from saw.gateway.mcp_exchange import Rules
 from saw.gateway.metering import Meter
 from saw.gateway.paying import Unpaid, pay
 from saw.gateway.peer import PeerReader
@@ -44,6 +45,7 @@ from saw.policy.governance import InferenceRoute
 from saw.policy.grpc_calls import goes_unread, is_grpc
 from saw.policy.inference import DATA_CLASS_HEADER, Edit, edit_of
 from saw.policy.matcher import Matcher
+from saw.policy.mcp_answers import Definitions
 from saw.policy.mcp_servers import usable_tools
 from saw.policy.model import Decision, Request
 from saw.policy.paths import canonicalise_path
@@ -153,8 +155,8 @@ class Judge:
     ``offline`` says how many of the seconds that policy grants without a broker count now, and ``doubt`` is told them.
     ``reviews``: there is a review service, which answers the path that workspaces ask for their reviews under. ``meter``
     charges calls to budgets; without one, calls that a budget pays for are refused. ``definitions``: what is known of those of
-    MCP tools. ``recorder`` keeps calls where policy says so; without one, such calls are refused. ``at_home`` says whether this
-    is the gatekeeper of the workspace of a number, which alone has seen its lists of tools.
+    MCP tools; without it, calls of pinned tools are refused. ``recorder`` keeps calls where policy says so; without one, such
+    calls are refused.
     """
 
     def __init__(
@@ -170,13 +172,11 @@ class Judge:
         release_grace_s: float,
         reviews: bool = False,
         meter: Meter | None = None,
-        definitions: KnownDefinitions | None = None,
+        definitions: KeptDefinitions | None = None,
         recorder: Recorder | None = None,
-        at_home: Callable[[int], bool] = lambda _: True,
     ) -> None:
         self._recorder = recorder
-        self._at_home = at_home
-        self._definitions = KnownDefinitions() if definitions is None else definitions
+        self._definitions = definitions
         self._view = view
         self._doubt = doubt
         self._offline = offline
@@ -258,7 +258,7 @@ class Judge:
         held, path = case.view.engagements.get(entry.id, NONE), decision.canonical_path.partition("?")[0]
         return Rules(
             lambda: usable_tools(lambda call: release.matcher.decide(call, approved=True), request, server),
-            self._definitions.of(verdict.workspace_id, server.name),
+            Definitions() if self._definitions is None else self._definitions.of(verdict.workspace_id, server.name),
             shown(held, request, path, server.name, case.now),
         )
 
@@ -295,7 +295,7 @@ class Judge:
             decision = release.matcher.decide(request, approved=True)
         if not decision.allowed:
             raise Refused(decision.reason, decision.detail)
-        self._pinned(case, request, release, decision)
+        await self._pinned(case, request, release, decision)
         if decision.canonical_path != call.target:
             raise Refused("not_canonical", "the path is not in the form in which it was decided")
         case.delegation, why = _delegated(case, entry, request, release, decision)
@@ -318,7 +318,7 @@ class Judge:
         if held is not None:
             case.budget, case.dial = held.detail, msgspec.structs.replace(case.dial, charge=held.id)
         if kept is not None:
-            await self._keep(case, entry, request, decision, kept)
+            await self._keep(case, entry, request, decision, kept, counted="" if held is None else held.counted)
 
     def _kept(self, request: Request, release: Release, decision: Decision) -> InferenceRoute | None:
         """Return the route of a call that is to be kept, None for every other; refuse it where nothing is kept at all."""
@@ -333,9 +333,19 @@ class Judge:
         return route
 
     async def _keep(
-        self, case: _Case, entry: WorkspaceEntry, request: Request, decision: Decision, route: InferenceRoute
+        self,
+        case: _Case,
+        entry: WorkspaceEntry,
+        request: Request,
+        decision: Decision,
+        route: InferenceRoute,
+        *,
+        counted: str,
     ) -> None:
-        """Write what is to be kept of a call; one that cannot be kept is refused, and what was reserved for it is given back."""
+        """Write what is to be kept of a call; one that cannot be kept is refused, and what was reserved for it is given back.
+
+        ``counted`` is the name under which its request was counted, which it is no more then; empty where it was not.
+        """
         if self._recorder is None or case.dial is None:  # pragma: no cover - _kept refused it
             raise Refused("record_unavailable", "this perimeter keeps no calls")
         try:
@@ -344,11 +354,7 @@ class Judge:
                 policy_digest=case.digest, delegation=case.delegation, review=case.review, request_id=case.call.request_id,
             )  # fmt: skip
         except BaseException as error:
-            if self._meter is not None and case.dial.charge:
-                try:
-                    await self._meter.give_back(case.dial.charge, "the call could not be kept")
-                except SawError as left:  # it ends by itself, as one of a call that nobody heard of again
-                    LOG.critical("charge %s is not given back: %s", case.dial.charge, left.message)
+            await self._unkept(case.dial.charge, counted)
             case.budget = None
             if isinstance(error, RecordUnavailable):
                 raise Refused(error.code, error.message, error.cure) from error
@@ -356,24 +362,36 @@ class Judge:
         if route.record is not None and route.record.content == "prompts-and-responses":
             case.dial = msgspec.structs.replace(case.dial, record=case.record)
 
-    def _pinned(self, case: _Case, request: Request, release: Release, decision: Decision) -> None:
+    async def _unkept(self, charge: str, counted: str) -> None:
+        """Give back what was reserved and counted for a call that cannot be kept."""
+        if self._meter is None:
+            return
+        try:
+            if charge:
+                await self._meter.give_back(charge, "the call could not be kept")
+            if counted:
+                await self._meter.uncount(counted)
+        except SawError as left:  # it ends by itself, as one of a call that nobody heard of again
+            LOG.critical("charge %s is not given back: %s", charge or counted, left.message)
+
+    async def _pinned(self, case: _Case, request: Request, release: Release, decision: Decision) -> None:
         """Note which MCP server a call goes to; refuse a tool that the server defines in another way than the policy pins."""
         path = decision.canonical_path.partition("?")[0]
         server = release.matcher.mcp_server(request.host, request.port, path) if decision.protocol == "mcp" else None
         if server is None:
             return
         case.server = server.name
-        if (
-            case.approved
-            and server.pins(decision)
-            and not self._at_home(case.view.workspaces[case.workspace_id].number)
-        ):
-            # Whether the server has changed its tools is known to the workspace's own gatekeeper alone.
-            detail = f"a tool of {server.name} is pinned, and the gatekeeper that sends approved calls does not see its lists"
+        if not server.pins(decision):
+            return
+        if self._definitions is None:
             raise Refused(
-                "gatekeeper_unavailable", detail, "set perimeter_replicas to 1, or make the call without a review"
+                "gatekeeper_unavailable", f"a tool of {server.name} is pinned, and nothing is kept of those here"
             )
-        refused = server.redefined(decision, self._definitions.of(case.workspace_id, server.name))
+        try:
+            known = self._definitions.of(case.workspace_id, server.name)
+            refused = await asyncio.to_thread(server.redefined, decision, known)
+        except DefinitionsUnavailable as error:
+            raise Refused(error.code, error.message, error.cure) from error
         if refused is not None:
             case.decision = refused
             raise Refused(refused.reason, refused.detail)

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import NamedTuple
 
+from saw.errors import SawError
 from saw.gateway.mcp_stream import Event, EventReader, EventUnreadable
 from saw.policy.mcp_answers import (
     INITIALIZE,
@@ -78,25 +79,6 @@ class Rules(NamedTuple):
     tools: Callable[[], Mapping[str, Tool]]
     definitions: Definitions
     shows: Callable[[str], bool] = lambda _: True
-
-
-class KnownDefinitions:
-    """What is known of the definitions of each server, for each workspace; the oldest are forgotten beyond ``most``.
-
-    It is memory alone: after a restart a changed definition is known again with the next list.
-    """
-
-    def __init__(self, most: int = 4096) -> None:
-        self._most = most
-        self._of: OrderedDict[tuple[str, str], Definitions] = OrderedDict()
-
-    def of(self, workspace: str, server: str) -> Definitions:
-        """Return what is known of a server's definitions."""
-        found = self._of.setdefault((workspace, server), Definitions())
-        self._of.move_to_end((workspace, server))
-        if len(self._of) > self._most:
-            self._of.popitem(last=False)
-        return found
 
 
 class Sessions:
@@ -233,6 +215,11 @@ class Exchange:
         return [encode(reply) for reply in found]
 
     @property
+    def lists(self) -> bool:
+        """Return whether a list of tools is waited for: what it says may have to be written before it goes on."""
+        return LIST_TOOLS in list(self._asked.values())
+
+    @property
     def asks(self) -> bool:
         """Return whether anything is to be answered."""
         return bool(self._mine)
@@ -294,7 +281,11 @@ class Exchange:
         if answered.withheld:
             self._found(Finding("refused", answered.withheld))
         if answered.listed is not None:
-            self._listed(answered.listed, rules.definitions, tools)
+            try:
+                self._listed(answered.listed, rules.definitions, tools)
+            except SawError as error:
+                self._asked[identifier] = method  # so that the error which takes the list's place is for it
+                raise AnswerRefused(error.message) from error
         return answered.message
 
     def _unasked(self, message: Json, method: str) -> Json | None:
@@ -309,9 +300,9 @@ class Exchange:
         return None
 
     def _listed(self, listed: Listed, definitions: Definitions, tools: Mapping[str, Tool]) -> None:
-        definitions.note(listed, tools)
         for name, digest in sorted(listed.changed.items()):
             self._found(Finding("definition_changed", f"{name[:128]} is defined as {digest}"))
+        definitions.note(listed, tools)
         if listed.offered > listed.allowed:
             self._found(
                 Finding("filtered", f"{listed.offered - listed.allowed} of {listed.offered} tools are not listed")

@@ -244,7 +244,7 @@ class _Back:
             elif kind != _JSON or method == "GET":
                 raise AnswerRefused(f"its type {kind[:80]!r} is not what was asked for")
             else:
-                passed = await _decided(exchange.whole, body, len(body))
+                passed = await _decided(exchange.whole, body, beside=exchange.lists or len(body) > AT_ONCE)
         except AnswerRefused as error:
             await self._told(str(error))
             await answer.whole(200 if exchange.asks else 502, kept, exchange.refused(str(error)))
@@ -264,7 +264,8 @@ class _Back:
         await answer.start(200, [*kept, ("content-type", _EVENTS)])
         try:
             async for piece in self._response.aiter_raw():
-                passed = await _decided(exchange.stream, piece, exchange.held + len(piece)) if piece else b""
+                beside = exchange.lists or exchange.held + len(piece) > AT_ONCE
+                passed = await _decided(exchange.stream, piece, beside=beside) if piece else b""
                 await self._told()
                 if passed:
                     await answer.more(passed)
@@ -339,9 +340,9 @@ def _without(headers: Headers, *names: str) -> Headers:
     return [(name, value) for name, value in headers if name not in names]
 
 
-async def _decided(decide: Callable[[bytes], bytes], piece: bytes, size: int) -> bytes:
-    """Return what ``decide`` makes of ``piece``; where ``size`` bytes are to be read, many, other calls are decided meanwhile."""
-    return await asyncio.to_thread(decide, piece) if size > AT_ONCE else decide(piece)
+async def _decided(decide: Callable[[bytes], bytes], piece: bytes, *, beside: bool) -> bytes:
+    """Return what ``decide`` makes of ``piece``; other calls are decided meanwhile where it may take long (``beside``)."""
+    return await asyncio.to_thread(decide, piece) if beside else decide(piece)
 
 
 async def _all(response: httpx.Response) -> bytes:

@@ -92,11 +92,12 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
 class Reserved(msgspec.Struct, frozen=True):
     """A reservation: its id, empty where the answer corrects nothing, and what the audit event of the call says about it.
 
-    ``detail`` is None where no budget pays for the call.
+    ``detail`` is None where no budget pays for the call. ``counted`` is the name under which its request is counted.
     """
 
     id: str
     detail: dict[str, object] | None
+    counted: str = ""
 
 
 class Meter:
@@ -139,7 +140,7 @@ class Meter:
         counts = counts_of(limits, payer, found.input + found.output)
         if budget is None:
             corrected = await asyncio.to_thread(self._ledger.count, counts, identifier, now)
-            return Reserved(identifier if corrected else "", None)
+            return Reserved(identifier if corrected else "", None, identifier)
         price = price_of(route, model)
         if price is None:
             raise Unbounded(f"the model {model[:80]!r} has no price", cure="use a model with a price")
@@ -172,13 +173,17 @@ class Meter:
         text = msgspec.json.encode(account).decode()
         held = await asyncio.to_thread(self._ledger.reserve, limit, amount, identifier, now, text, counts=counts)
         told = {**_told(account), "charge": identifier, "state": "open"}
-        return Reserved(identifier, {**told, "reserved": _tellable(amount), "left": _tellable(held.left)})
+        return Reserved(identifier, {**told, "reserved": _tellable(amount), "left": _tellable(held.left)}, identifier)
 
     async def give_back(self, charge: str, why: str) -> None:
         """Release a reservation whose call was certainly not sent."""
         outcome = msgspec.json.encode(Outcome(rule="not_sent", why=why)).decode()
         await asyncio.to_thread(self._ledger.release, charge, self._now(), outcome)
         self._ended.set()
+
+    async def uncount(self, counted: str) -> None:
+        """Count the request no more of a call that this perimeter could not send."""
+        await asyncio.to_thread(self._ledger.uncount, counted)
 
     async def settle(self, told: Told) -> None:
         """End the charge of an answer by what it said, or by the rule for answers that say nothing clear."""

@@ -96,10 +96,11 @@ Line = tuple[str, str, Place]
 
 
 class TokenKeeper:
-    """The tokens of one gatekeeper. ``monotonic`` returns seconds."""
+    """The tokens of one gatekeeper, which is one of ``several`` or alone. ``monotonic`` returns seconds."""
 
-    def __init__(self, ask: TokenEndpoint, monotonic: Callable[[], float]) -> None:
+    def __init__(self, ask: TokenEndpoint, monotonic: Callable[[], float], *, several: bool = False) -> None:
         self._ask = ask
+        self._several = several
         self._monotonic = monotonic
         self._tokens: dict[Key, _Token] = {}
         self._asking: dict[Key, asyncio.Task[_Token]] = {}
@@ -153,6 +154,13 @@ class TokenKeeper:
             found = await self._request(identifier, key, {"refresh_token": current}, client_secret)
             newer = found[0].refresh_token
             if newer and newer != current:
+                if self._several and known is None:
+                    LOG.critical(
+                        "credential %s: %s exchanges refresh tokens at each use, and refuses those of other gatekeepers here; "
+                        "run one (perimeter_replicas: 1)",
+                        identifier,
+                        wanted.token_url,
+                    )
                 self._newer[line] = (digest, newer)
         return self._token(found)
 

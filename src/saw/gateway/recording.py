@@ -131,7 +131,8 @@ class Recorder:
             )
         self._waiting += len(told.text)
         try:
-            return await self._apart(lambda: self._store.add(told.record, told.piece, told.text))
+            came = self._now().timestamp()
+            return await self._apart(lambda: self._store.add(told.record, told.piece, told.text, came))
         finally:
             self._waiting -= len(told.text)
 

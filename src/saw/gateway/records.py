@@ -27,8 +27,12 @@ MAX_ANSWER = 16 * 1024 * 1024
 """How much of one answer is kept (bytes)."""
 MAX_LISTED = 500
 """Most records that one question lists."""
-Answered = Literal["none", "open", "whole", "cut"]
-"""What there is of an answer: none is kept, it goes on, all of it, or a part (the client left, it was too long, no room)."""
+Answered = Literal["none", "open", "whole", "cut", "broken_off"]
+"""What there is of an answer: none is kept, it goes on, all of it, or a part. ``cut``: it was too long, there was no room, or a
+piece is lost. ``broken_off``: nothing more came of it, and no end; the client left, or the service ended it."""
+SILENT_S = 960.0
+"""After how long without a piece an answer counts as broken off (seconds). Envoy ends what says nothing for 900. A piece or an
+end that comes all the same takes that back."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS record (id TEXT PRIMARY KEY, at REAL NOT NULL, until REAL NOT NULL, workspace TEXT NOT NULL,
   bytes INTEGER NOT NULL, answer TEXT NOT NULL, answer_bytes INTEGER NOT NULL, status INTEGER NOT NULL, pieces INTEGER,
@@ -37,6 +41,7 @@ CREATE INDEX IF NOT EXISTS record_until ON record (until);
 CREATE INDEX IF NOT EXISTS record_at ON record (at);
 CREATE TABLE IF NOT EXISTS piece (record TEXT NOT NULL, place INTEGER NOT NULL, sealed BLOB NOT NULL,
   PRIMARY KEY (record, place)) STRICT;
+CREATE TABLE IF NOT EXISTS heard (record TEXT PRIMARY KEY, at REAL NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS held (one INTEGER PRIMARY KEY CHECK (one = 1), bytes INTEGER NOT NULL) STRICT;
 """
 PATIENCE_S = 1.0
@@ -204,13 +209,16 @@ class RecordStore:
                 cure="ask the platform team for more room, or the policy's owner to have less kept",
             )
 
-    def add(self, record: str, place: int, text: bytes) -> bool:
-        """Write a piece of an answer; return whether it is on disk. One that does not fit leaves the answer cut."""
+    def add(self, record: str, place: int, text: bytes, at: float = 0.0) -> bool:
+        """Write a piece of an answer that came ``at`` (seconds since 1970); return whether it is on disk.
+
+        One that does not fit leaves the answer cut.
+        """
         sealed = self._key.seal(_bound(record, f"answer:{place}"), text)
         try:
             with self._writing() as database:
                 row = database.execute("SELECT answer, answer_bytes FROM record WHERE id = ?", (record,)).fetchone()
-                if row is None or row[0] != "open":
+                if row is None or row[0] not in {"open", "broken_off"}:
                     return False
                 if row[1] + len(sealed) > MAX_ANSWER:
                     database.execute("UPDATE record SET answer = 'cut' WHERE id = ?", (record,))
@@ -220,7 +228,11 @@ class RecordStore:
                     return False
                 self._make_room(database, len(sealed))
                 database.execute(
-                    "UPDATE record SET answer_bytes = answer_bytes + ? WHERE id = ?", (len(sealed), record)
+                    "UPDATE record SET answer = 'open', answer_bytes = answer_bytes + ? WHERE id = ?",
+                    (len(sealed), record),
+                )
+                database.execute(
+                    "INSERT INTO heard VALUES (?, ?) ON CONFLICT DO UPDATE SET at = max(at, excluded.at)", (record, at)
                 )
                 _complete(database, record)
         except RecordUnavailable:
@@ -230,7 +242,9 @@ class RecordStore:
 
     def _cut(self, record: str) -> None:
         with self._writing() as database:
-            database.execute("UPDATE record SET answer = 'cut' WHERE id = ? AND answer = 'open'", (record,))
+            database.execute(
+                "UPDATE record SET answer = 'cut' WHERE id = ? AND answer IN ('open', 'broken_off')", (record,)
+            )
 
     def end(self, record: str, pieces: int, status: int) -> None:
         """Note that an answer came in ``pieces``, numbered from 0; it is whole once all of them are here, which may be later."""
@@ -244,10 +258,18 @@ class RecordStore:
         """Remove the record of a call that was refused after all."""
         self._remove("id = ?", (record,))
 
-    def purge(self, now: float, *, open_s: float = 86400.0) -> int:
-        """Remove what was kept long enough, and give up answers to calls older than ``open_s``; return how many went."""
+    def purge(self, now: float, *, silent_s: float = SILENT_S) -> int:
+        """Remove what was kept long enough, and give up answers of which nothing came for ``silent_s``; return how many went.
+
+        Where the end of one was told, and so in how many pieces it came, some of these are lost.
+        """
         with self._writing() as database:
-            database.execute("UPDATE record SET answer = 'cut' WHERE answer = 'open' AND at < ?", (now - open_s,))
+            database.execute(
+                "UPDATE record SET answer = iif(pieces IS NULL, 'broken_off', 'cut') WHERE answer = 'open' "
+                "AND max(at, coalesce((SELECT heard.at FROM heard WHERE heard.record = record.id), 0)) < ?",
+                (now - silent_s,),
+            )
+            database.execute("DELETE FROM heard WHERE record NOT IN (SELECT id FROM record WHERE answer = 'open')")
         return self._remove("until <= ?", (now,))
 
     def _remove(self, where: str, values: tuple[object, ...]) -> int:
@@ -323,7 +345,7 @@ class RecordStore:
 def _complete(database: sqlite3.Connection, record: str) -> None:
     """Call an answer whole once there are as many pieces as it came in."""
     database.execute(
-        "UPDATE record SET answer = 'whole' WHERE id = ? AND answer = 'open' "
+        "UPDATE record SET answer = 'whole' WHERE id = ? AND answer IN ('open', 'broken_off') "
         "AND pieces = (SELECT COUNT(*) FROM piece WHERE record = ?)",
         (record, record),
     )

@@ -62,7 +62,7 @@ def named(what: str, replica: int) -> str:
 def home(number: int, replicas: int) -> int:
     """Return which replica decides on the calls of workspace ``number`` as long as it is well.
 
-    What a gatekeeper remembers of a workspace (definitions of tools, sessions) is in one process, so a workspace stays with one.
+    What a gatekeeper remembers of a workspace's sessions is in one process, so a workspace stays with one.
     """
     return (number - 1) % replicas + 1
 

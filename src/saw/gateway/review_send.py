@@ -203,7 +203,7 @@ class Sender:
                 raise AnswerRefused(f"{refusal.reason}: {refusal.detail}") from None
 
         audit = AnswerAudit(verdict, self._spool, self._factory, self._now)
-        kept = stored_answer(answer, claimed.call.body, rules, audit.found)
+        kept = await asyncio.to_thread(stored_answer, answer, claimed.call.body, rules, audit.found)
         try:
             await audit.tell(end=True)
         except SawError as error:

@@ -10,7 +10,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from saw.gateway.config import GatekeeperConfig
 from saw.gateway.contact import Contact
 from saw.gateway.credential_sources import VaultSource
 from saw.gateway.credentials import CredentialStore
+from saw.gateway.definitions import KeptDefinitions
 from saw.gateway.judge import Judge, Verdict
 from saw.gateway.link import BrokerLink
 from saw.gateway.mcp_relay import McpRelay
@@ -41,7 +42,7 @@ from saw.gateway.record_desk import LONGEST_QUESTION, RecordDesk
 from saw.gateway.recording import Recorder, purge_forever
 from saw.gateway.records import RecordStore, load_key, purge_file
 from saw.gateway.releases import TrustRoot
-from saw.gateway.replicas import LEAD_EVERY_S, Lead, home, named, one_at_a_time
+from saw.gateway.replicas import LEAD_EVERY_S, Lead, named, one_at_a_time
 from saw.gateway.resolve import Resolver
 from saw.gateway.review_link import ReviewLink
 from saw.gateway.review_send import Sender
@@ -147,6 +148,7 @@ class Gatekeeper:
             self._ledger = Ledger(
                 config.state_dir / "budget.db", life_s=config.reservation_s, patience_s=LEDGER_PATIENCE_S
             )
+            self._definitions = KeptDefinitions(config.state_dir / "definitions.db", clock.now)
         self._link = BrokerLink(config, self._keeper, self._spool)
         factory = EventFactory("saw-gatekeeper", host=config.name, new_uid=lambda: str(uuid.uuid4()))
         self._meter = Meter(self._ledger, self._spool, factory, now=clock.now, new_id=lambda: str(uuid.uuid4()))
@@ -167,13 +169,15 @@ class Gatekeeper:
             peers=PeerReader(ca_pem),
             resolver=resolver,
             credentials=CredentialStore(
-                config.credentials_dir, vault=self._vault, tokens=TokenKeeper(endpoint, time.monotonic)
+                config.credentials_dir,
+                vault=self._vault,
+                tokens=TokenKeeper(endpoint, time.monotonic, several=config.replicas > 1),
             ),
             release_grace_s=config.release_grace_s,
             reviews=config.review_socket is not None,
             meter=self._meter,
+            definitions=self._definitions,
             recorder=self._recorder,
-            at_home=lambda number: home(number, config.replicas) == replica,
         )
         relayed, sending = Tickets[Verdict](time.monotonic), Tickets[Verdict](time.monotonic)
         self._relay = McpRelay(judge.rules, relayed, sending, self._spool, factory, socket=sockets.send, now=clock.now)
@@ -317,8 +321,13 @@ class Gatekeeper:
             file = partial(purge_file, self._config.state_dir / "records.db")
             purge = file if self._records is None else self._records.purge
             group.create_task(purge_forever(purge, self._clock.now), name="records")
+            group.create_task(self._definitions.purge_forever(self._workspaces), name="definitions")
             if self._sender is not None:
                 group.create_task(self._sender.run_forever(), name="send")
+
+    def _workspaces(self) -> Collection[str] | None:
+        """Return the workspaces that there are, None while that is in doubt."""
+        return None if self._keeper.doubt(0.0) else self._keeper.view.workspaces.keys()
 
     async def _watch_streams(self) -> None:
         """Have what lapses with time alone (leases, delegations, silence) end WebSockets and gRPC calls, within a second."""
@@ -341,6 +350,7 @@ class Gatekeeper:
                 group.create_task(self._watch_streams(), name="streams"),
                 group.create_task(self._leading(), name="lead"),
                 group.create_task(self._pulse.run_forever(), name="pulse"),
+                group.create_task(self._definitions.run_forever(), name="definitions"),
             ]
             try:
                 yield
@@ -362,6 +372,7 @@ class Gatekeeper:
             self._sockets.authz.unlink(missing_ok=True)
             self._spool.close()
             self._ledger.close()
+            self._definitions.close()
             if self._recorder is not None:
                 self._recorder.close()
             if self._records is not None:

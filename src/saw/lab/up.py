@@ -148,6 +148,7 @@ class Bringup:
                 "perimeter_hosts_file": "/etc/saw-enterprise-hosts",
                 "perimeter_credentials": credentials,
                 "perimeter_reviews": True,
+                "perimeter_replicas": 1,  # the machine may have two cores (docs/decisions/0084)
                 "demo_enterprise_credentials": credentials,
                 "demo_enterprise_tls": str(pki),
                 "demo_enterprise_names": list(ENTERPRISE_NAMES),

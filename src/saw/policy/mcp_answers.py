@@ -59,14 +59,21 @@ class Definitions:
 
     def note(self, listed: Listed, tools: Mapping[str, Tool]) -> None:
         """Take in one list of the server's, judged by the pins of ``tools``."""
-        for name in listed.pinned:
-            self._failed.pop(name, None)
-        self._failed |= {name: tools[name].definition or "" for name in listed.changed}
-        self._failed = {name: pin for name, pin in self._failed.items() if name in tools}
+        self._failed = after(self._failed, listed, tools)
 
     def changed(self, name: str, rule: Tool | None) -> bool:
         """Return whether the server's definition of ``name`` is not the one that ``rule`` pins."""
         return rule is not None and rule.definition is not None and self._failed.get(name) == rule.definition
+
+
+def after(failed: Mapping[str, str], listed: Listed, tools: Mapping[str, Tool]) -> dict[str, str]:
+    """Return which tools were last listed with another definition than the pinned one, each with that pin, after one more list.
+
+    ``failed`` are those before it. What is no tool of ``tools`` any more is left out.
+    """
+    changed = {name: tools[name].definition or "" for name in listed.changed}
+    kept = {name: pin for name, pin in failed.items() if name not in listed.pinned}
+    return {name: pin for name, pin in {**kept, **changed}.items() if name in tools}
 
 
 class Answered(NamedTuple):

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from ring2_rig import Rig
+from ring2_rig import DRAIN_S, Rig
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def ring2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     """
     with ExitStack() as stack:
         replicas = int(os.environ.get("SAW_RING2_REPLICAS", "1"))
-        yield Rig(stack, Path(tmp_path_factory.mktemp("ring2")), replicas)
+        yield Rig(stack, Path(tmp_path_factory.mktemp("ring2")), replicas, drain_s=DRAIN_S)
 
 
 @pytest.fixture

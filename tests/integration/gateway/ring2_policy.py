@@ -100,6 +100,8 @@ mcp:
       tools:
         read: {class: auto, args: {path: {under: /srv/docs, required: true}}}
         publish: {class: review, args: {path: {under: /srv/docs, required: true}, tags: {type: array, items: {regex: "[a-z]+"}}}}
+        announce: {class: review, args: {text: {max_length: 9}},
+          definition: "sha256:5a7f838cbb280119b6783397606d60c4d7a345f795689a8be42a22a7f24d4b25"}
 actions:
   - {match: {host: git.example.com, method: [POST], path: "/team/asked.git/git-upload-pack"}, class: review,
      reviewers: {group: maintainers}}

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from ring2_rig import FAR, Rig, wait_for
+from ring2_rig import DRAIN_S, FAR, Rig, wait_for
 
 from saw import addressing
 
@@ -19,7 +19,7 @@ SEEN = (1, 250, 251, 500, 501, COUNT)
 @pytest.fixture(scope="module")
 def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     with ExitStack() as stack:
-        rig = Rig(stack, Path(tmp_path_factory.mktemp("crowd")))
+        rig = Rig(stack, Path(tmp_path_factory.mktemp("crowd")), drain_s=DRAIN_S)
         for number in SEEN[1:]:
             bridge = addressing.bridge(number)
             rig.namespace.ip("link", "add", bridge, "type", "bridge")
@@ -31,7 +31,7 @@ def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
             given = {"id": f"ws-{number}", "number": number, "agent": f"agent-{number}", "lease_expires_at": 900}
             rig.broker.workspaces[f"ws-{number}"] = {**like, **given}
         rig.settle(lease_expires_at=900)
-        wait_for(lambda: all(rig.listens(addressing.gateway(number), 8443) for number in SEEN), "the listeners")
+        wait_for(lambda: all(rig.listens(addressing.gateway(number), 8443) for number in SEEN), "the listeners", 300)
         yield rig
 
 

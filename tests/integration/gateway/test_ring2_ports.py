@@ -79,7 +79,7 @@ def test_a_second_gatekeeper_leaves_the_first_ones_socket_alone(rig: Rig) -> Non
     assert rig.gatekeeper is not None
     refused = gateway(rig, "serve")
     assert refused.returncode == 1
-    assert f"the gatekeeper cannot listen on {rig.directory / 'authz.sock'}: " in refused.stderr
+    assert f"the gatekeeper cannot listen on {rig.config.sockets().authz}: " in refused.stderr
     assert f"(process {rig.gatekeeper.pid}) listens there" in refused.stderr
     assert rig.call().status == 200
 

@@ -195,13 +195,13 @@ def test_a_call_that_could_not_leave_and_comes_again_is_billed_once(rig: Rig) ->
 
 def log(rig: Rig, *arguments: str) -> list[dict[str, Any]]:
     answer = json.loads(
-        rig.saw("inference", "log", "--json", "--socket", str(rig.directory / "records.sock"), *arguments)
+        rig.saw("inference", "log", "--json", "--socket", str(rig.config.sockets().records), *arguments)
     )
     return list(answer["records"])
 
 
 def shown(rig: Rig, record: str) -> dict[str, Any]:
-    text = rig.saw("inference", "show", "--json", "--socket", str(rig.directory / "records.sock"), record)
+    text = rig.saw("inference", "show", "--json", "--socket", str(rig.config.sockets().records), record)
     return dict(json.loads(text))
 
 

@@ -59,6 +59,20 @@ def test_a_window_slides_and_says_when_the_call_fits(ledger: Ledger) -> None:
     assert told(ledger, [BURST], 62)["retry_after_s"] == 9
 
 
+@pytest.mark.parametrize("limit", [BURST, DAILY])
+def test_a_request_that_was_never_sent_is_counted_no_more_and_once(ledger: Ledger, limit: Count) -> None:
+    for name in "abc":
+        ledger.count([limit, FLOW] if name == "a" else [limit], name, NOW)
+    assert told(ledger, [limit], 1)["left"] == 0
+    ledger.release("a", NOW)
+    assert told(ledger, [limit], 1)["left"] == 0, "what was released was admitted"
+    assert [ledger.uncount(name) for name in ("a", "a", "c", "unknown")] == [True, False, True, False]
+    ledger.count([limit], "d", at(1))
+    ledger.count([limit], "e", at(1))
+    assert told(ledger, [limit], 2)["left"] == 0
+    assert told(ledger, [msgspec.structs.replace(FLOW, amount=1001)], 1)["left"] == 1000
+
+
 def test_tokens_count_as_what_is_asked_for_until_the_answer_says_what_was_used(ledger: Ledger) -> None:
     assert ledger.count([FLOW], "a", at(0))
     assert ledger.count([FLOW], "b", at(1))

@@ -139,6 +139,15 @@ def test_a_reservation_nobody_settles_expires_as_spent_in_full_and_takes_its_tru
     assert [(one.state, one.amount) for one in ledger.untold()] == [("settled", 7)]
 
 
+def test_ends_are_told_in_the_order_in_which_they_came(ledger: Ledger) -> None:
+    for name in ("c", "a", "b", "0"):
+        ledger.reserve(CAP, 1, name, NOW)
+    for second, name in enumerate(("b", "c", "0", "a")):
+        ledger.settle(name, 1, NOW + timedelta(seconds=second // 2))
+    assert [one.id for one in ledger.untold()] == ["c", "b", "a", "0"], "within a second, as they began"
+    assert [one.id for one in ledger.untold(1)] == ["c"]
+
+
 def test_every_end_is_told_until_it_is_noted(ledger: Ledger) -> None:
     ledger.reserve(CAP, 1, "a", NOW, "who")
     assert ledger.untold() == []

@@ -21,6 +21,7 @@ from saw.audit.events import EventFactory
 from saw.gateway.app import read_call
 from saw.gateway.config import ResolverConfig
 from saw.gateway.credentials import CredentialStore
+from saw.gateway.definitions import KeptDefinitions
 from saw.gateway.events import event_of
 from saw.gateway.judge import Call, Judge, destination
 from saw.gateway.peer import PeerReader
@@ -31,6 +32,7 @@ from saw.gateway.view import EMPTY, View, raise_floors, release_for
 from saw.identity.x509 import Authority, new_key_and_csr
 from saw.policy.loader import load_governance, load_policy
 from saw.policy.matcher import Matcher
+from saw.policy.mcp_answers import Listed
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 DIGEST, OLDER = "aa" * 32, "bb" * 32
@@ -334,20 +336,35 @@ actions: [{match: {host: api.example.com, mcp: {}}, class: auto}]
 
 
 @pytest.mark.control("POL-04")
-@pytest.mark.parametrize(("tool", "home", "reason"), [
-    ("search_web", True, ""), ("search_web", False, "gatekeeper_unavailable"), ("read_page", False, ""),
-])  # fmt: skip
-def test_an_approved_call_of_a_pinned_tool_is_sent_only_where_its_lists_are_seen(
-    bench: Bench, tool: str, home: bool, reason: str
+@pytest.mark.parametrize("approved", [False, True])
+def test_a_call_of_a_pinned_tool_counts_by_what_any_replica_was_told_of_it(
+    bench: Bench, tmp_path: Path, approved: bool
 ) -> None:
     governance = load_governance(TOOLS)
     matcher = Matcher.compile(load_policy(TOOLS_POLICY), governance)
     bench.view = view(entry(), {DIGEST: Release(DIGEST, 2, "coding", NOW + timedelta(days=1), governance, matcher)})
-    bench.judge._at_home = lambda number: home and number == 1
-    asked = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": tool, "arguments": {}}}
-    call = msgspec.structs.replace(
-        bench.call(), method="POST", target="/mcp", body=msgspec.json.encode(asked),
-        headers={"content-type": "application/json"},
-    )  # fmt: skip
-    verdict = asyncio.run(bench.judge.decide_approved(call, "ws-1", DIGEST, "rv-1"))
-    assert (verdict.allowed, verdict.reason) == (not reason, reason), verdict.detail
+    tools = {name: tool for server in governance.mcp.servers.values() for name, tool in server.tools.items()}
+
+    def outcome(tool: str) -> str:
+        asked = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": tool, "arguments": {}}}
+        call = msgspec.structs.replace(
+            bench.call(), method="POST", target="/mcp", body=msgspec.json.encode(asked),
+            headers={"content-type": "application/json"},
+        )  # fmt: skip
+        deciding = bench.judge.decide_approved(call, "ws-1", DIGEST, "rv-1") if approved else bench.judge.decide(call)
+        verdict = asyncio.run(deciding)
+        assert verdict.allowed == (not verdict.reason), verdict.detail
+        return verdict.reason
+
+    assert outcome("search_web") == "gatekeeper_unavailable", "nothing is kept of definitions here"
+    assert outcome("read_page") == ""
+    here, other = (KeptDefinitions(tmp_path / "definitions.db", lambda: NOW) for _ in range(2))
+    bench.judge._definitions = here
+    assert outcome("search_web") == ""
+    other.of("ws-1", "web").note(Listed(1, 0, frozenset(), {"search_web": "sha256:" + "cd" * 32}), tools)
+    assert (outcome("search_web"), outcome("read_page")) == ("definition_changed", "")
+    other.of("ws-1", "web").note(Listed(1, 1, frozenset({"search_web"}), {}), tools)
+    assert outcome("search_web") == ""
+    other.close()
+    here.close()
+    assert (outcome("search_web"), outcome("read_page")) == ("gatekeeper_unavailable", ""), "what cannot be read"

@@ -15,20 +15,23 @@ from typing import Any
 
 import msgspec
 import pytest
-from test_gateway_judge import DIGEST, Bench, entry, release, view
+from test_gateway_judge import DIGEST, NOW, Bench, entry, release, view
 
 from saw.audit.events import EventFactory
+from saw.budget.ledger import Ledger
 from saw.cli.inference import NotRead, ask
 from saw.cli.main import main
 from saw.errors import ConfigError
 from saw.gateway.app import refusal_body
 from saw.gateway.errors import SpoolError
+from saw.gateway.metering import Meter
 from saw.gateway.record_desk import LONGEST_QUESTION, RecordDesk
 from saw.gateway.record_filter import record_filter
 from saw.gateway.recording import WAITING, Recorder, Told, read_told
 from saw.gateway.records import (
     LEFT_FREE,
     MAX_ANSWER,
+    SILENT_S,
     Facts,
     RecordStore,
     RecordUnavailable,
@@ -174,10 +177,10 @@ def test_pieces_that_wait_are_bounded_and_hold_up_no_other_thread(tmp_path: Path
     kept = recorder(held, Trail())
     slow = held.add
 
-    def add(record: str, place: int, text: bytes) -> bool:
+    def add(record: str, place: int, text: bytes, at: float) -> bool:
         begun.set()
         go.wait(60)
-        return slow(record, place, text)
+        return slow(record, place, text, at)
 
     held.add = add  # type: ignore[method-assign]
 
@@ -226,19 +229,45 @@ def test_what_was_kept_long_enough_goes_with_its_pieces(tmp_path: Path) -> None:
         held.read("old")
     assert held.read("new").body == b"a prompt"
     assert held.read("new").listed.answer == "open"
-    held.purge(121.0 + 86400.0 - 300, open_s=100.0)
     held.close()
     database = sqlite3.connect(tmp_path / "records.db")
     assert database.execute("SELECT COUNT(*) FROM piece").fetchone() == (0,)
 
 
-def test_an_answer_that_nobody_ended_is_cut_after_a_day(tmp_path: Path) -> None:
+def test_an_answer_of_which_nothing_more_came_is_broken_off_until_something_comes_all_the_same(tmp_path: Path) -> None:
     held = store(tmp_path)
     put(held, until=1e9)
-    held.purge(100.0 + 86400.0)
+
+    def after(now: float) -> str:
+        held.purge(now)
+        return held.read("r").listed.answer
+
+    assert after(100.0 + SILENT_S) == "open"
+    assert after(100.1 + SILENT_S) == "broken_off", "no piece ever came"
+    assert held.add("r", 0, b"a", 2000.0)
     assert held.read("r").listed.answer == "open"
-    held.purge(100.1 + 86400.0)
+    assert held.add("r", 1, b"b", 1999.0)
+    assert after(2000.0 + SILENT_S) == "open"
+    assert after(2000.1 + SILENT_S) == "broken_off"
+    held.end("r", 2, 200)
+    assert held.read("r").listed.answer == "whole"
+    assert after(1e8) == "whole"
+
+
+def test_an_answer_whose_pieces_are_lost_is_cut(tmp_path: Path) -> None:
+    held = store(tmp_path)
+    put(held, until=1e9)
+    held.add("r", 1, b"b", 100.0)
+    held.end("r", 2, 200)
+    held.purge(100.0 + SILENT_S)
+    assert held.read("r").listed.answer == "open"
+    held.purge(100.1 + SILENT_S)
     assert held.read("r").listed.answer == "cut"
+    assert not held.add("r", 0, b"a", 1e6), "nothing is added to what was given up"
+    held.close()
+    with sqlite3.connect(tmp_path / "records.db") as database:
+        assert database.execute("SELECT COUNT(*) FROM heard").fetchone() == (0,)
+    database.close()
 
 
 def test_lists_are_the_newest_first_and_bounded(tmp_path: Path) -> None:
@@ -298,16 +327,23 @@ def recorder(held: RecordStore, trail: Any) -> Recorder:
     return Recorder(held, trail, factory, now=lambda: datetime(2026, 1, 1, tzinfo=UTC), new_id=lambda: next(names))
 
 
-def judged(tmp_path: Path, record: str, keeper: Recorder | None, *, method: str = "POST") -> Any:
+def _governance(told: str, counted: str) -> str:
+    return GOVERNANCE.replace("RECORD", told) + (f"limits: [{counted}]\n" if counted else "")
+
+
+def judged(
+    tmp_path: Path, record: str, keeper: Recorder | None, *, method: str = "POST", meter: Any = None, counted: str = ""
+) -> Any:
     bench = Bench(Path(tempfile.mkdtemp(dir=tmp_path)))
     told = f", record: {record}" if record else ""
-    members = {"policy.yaml": b"version: 1\n", "governance.yaml": GOVERNANCE.replace("RECORD", told).encode()}
+    told += ", max_output_tokens: 9, limits: [burst]" if counted else ""
+    members = {"policy.yaml": b"version: 1\n", "governance.yaml": _governance(told, counted).encode()}
     bundle = load_members(members)
     matcher = Matcher.compile(bundle.policy, bundle.governance)
     loaded = msgspec.structs.replace(release(), governance=bundle.governance, matcher=matcher)
     bench.view = view(entry(), {DIGEST: loaded})
     inside: Any = bench.judge
-    inside._recorder = keeper
+    inside._recorder, inside._meter = keeper, meter
     body = json.dumps({"model": "fast", "messages": ["a prompt"]}).encode() if method == "POST" else b""
     target = "/v1/messages" if method == "POST" else "/v1/models"
     call = msgspec.structs.replace(
@@ -360,6 +396,26 @@ def test_a_call_that_must_be_kept_and_cannot_be_is_refused(tmp_path: Path) -> No
     held.close()
     _, verdict = judged(tmp_path, wanted, recorder(held, Trail()))
     assert verdict.reason == "record_unavailable"
+
+
+@pytest.mark.parametrize("limit", ["per: 1m, requests: 1", "per: day, requests: 1, tokens: 100000"])
+def test_a_call_that_cannot_be_kept_takes_nothing_of_a_limit_and_its_twin_does(tmp_path: Path, limit: str) -> None:
+    ledger = Ledger(tmp_path / "budget.db")
+    factory = EventFactory("saw-gatekeeper", host="edge", new_uid=lambda: "u")
+    names = iter(f"c-{number}" for number in range(99))
+    spool: Any = Trail()
+    meter = Meter(ledger, spool, factory, now=lambda: NOW, new_id=lambda: next(names))
+    told = f"{{id: burst, scope: workspace, {limit}}}"
+
+    def outcome(limit_of_store: int) -> str:
+        keeper = recorder(store(Path(tempfile.mkdtemp(dir=tmp_path)), limit=limit_of_store), Trail())
+        verdict = judged(tmp_path, "{content: prompts, keep: 2d}", keeper, meter=meter, counted=told)[1]
+        return str(verdict.reason)
+
+    assert [outcome(100), outcome(100)] == ["record_unavailable"] * 2
+    assert outcome(10**8) == ""
+    assert outcome(10**8) == ("rate_limited" if "1m" in limit else "quota_exhausted")
+    ledger.close()
 
 
 def test_the_record_of_a_call_that_is_not_sent_after_all_is_forgotten(tmp_path: Path) -> None:

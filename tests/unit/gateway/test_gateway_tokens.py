@@ -118,6 +118,19 @@ def test_a_refresh_token_is_handed_in_and_the_newer_one_that_comes_back_the_next
     assert "authorization" in bench.far.asked[-1][2]
 
 
+@pytest.mark.parametrize("several", [True, False])
+def test_one_of_several_gatekeepers_says_that_it_spends_the_refresh_token_of_all(
+    bench: Bench, caplog: pytest.LogCaptureFixture, several: bool
+) -> None:
+    bench.store = CredentialStore(bench.directory, tokens=TokenKeeper(bench.far, lambda: bench.now, several=several))
+    for answer in ("the stored refresh token", "newer", "the newest"):
+        bench.far.says = {"expires_in": 100, "refresh_token": answer}
+        bench.sent(ref="file:refresh", grant="refresh_token")
+        bench.now += 100
+    said = [text for text in caplog.messages if "perimeter_replicas: 1" in text]
+    assert len(said) == (1 if several else 0), said
+
+
 @pytest.mark.control("CRED-01")
 def test_a_token_is_renewed_before_its_end_and_never_used_after_it(bench: Bench) -> None:
     assert [bench.sent(), bench.sent()] == [f"Bearer {TOKEN}1"] * 2

@@ -170,7 +170,7 @@ def unit(name: str, **values: object) -> dict[str, str]:
 
 def test_each_gatekeeper_has_sockets_of_its_own(tmp_path: Path) -> None:
     two = rendered(tmp_path, perimeter_reviews=True, perimeter_replicas=2)
-    assert (two.replicas, rendered(tmp_path).replicas) == (2, 1)
+    assert (two.replicas, rendered(tmp_path).replicas) == (2, 2), "two by default"
     places = {path for sockets in two.all_sockets() for path in astuple(sockets)}
     assert len(places) == 12
     own = unit("saw-gatekeeper@.service.j2")
