@@ -57,6 +57,10 @@ say again 'mount -o remount,rw / && touch /etc/mine'
 say block 'dd if=/dev/zero of=/dev/mapper/root bs=4096 count=1'
 say id 'cat /etc/machine-id'
 say key 'cat /etc/ssh/ssh_host_ed25519_key.pub'
+say links 'find / -xdev -lname "/var/*"'
+say paths 'systemd-analyze unit-paths'
+say starts 'grep -rlE "^Exec[A-Za-z]*=[^ ]*/var/" /etc/systemd /usr/lib/systemd'
+say extensions 'systemctl is-enabled systemd-sysext.service systemd-confext.service'
 say failed 'systemctl list-units --failed --plain --no-legend'
 say pcrs 'tpm2_pcrread -T device:/dev/tpmrm0 sha256:4,11'
 say home 'cat /home/note'
@@ -176,6 +180,17 @@ def test_what_a_workspace_writes_goes_to_var_and_every_unit_starts(first: dict[s
     assert re.fullmatch(r"[0-9a-f]{32}", first["id"])
     assert first["key"].startswith("ssh-ed25519 ")
     assert first["failed"] == ""
+
+
+def test_nothing_in_the_image_starts_what_lies_in_var(first: dict[str, str]) -> None:
+    assert sorted(first["links"].split()) == [
+        "/etc/ssh/ssh_host_ed25519_key",
+        "/etc/ssh/ssh_host_ed25519_key.pub",
+    ]
+    assert "/etc/systemd/system" in first["paths"].split()
+    assert [path for path in first["paths"].split() if path.startswith("/var")] == []
+    assert first["starts"] == ""
+    assert "enabled" not in first["extensions"].split()
 
 
 def test_a_restart_keeps_what_identifies_the_workspace_and_a_rebuild_keeps_the_home_alone(
