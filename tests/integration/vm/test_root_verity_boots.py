@@ -144,15 +144,9 @@ def machine(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ma
 
 
 @pytest.fixture(scope="module")
-def boots(machine: Machine) -> tuple[dict[str, str], dict[str, str]]:
-    """What the first boot and a restart reported."""
-    return report(machine.boot("ours")), report(machine.boot("ours"))
-
-
-@pytest.fixture(scope="module")
-def first(boots: tuple[dict[str, str], dict[str, str]]) -> dict[str, str]:
+def first(machine: Machine) -> dict[str, str]:
     """What the first boot reported."""
-    return boots[0]
+    return report(machine.boot("ours"))
 
 
 def test_it_runs_of_a_root_that_is_verified_and_that_root_cannot_change(first: dict[str, str]) -> None:
@@ -194,9 +188,9 @@ def test_nothing_in_the_image_starts_what_lies_in_var(first: dict[str, str]) -> 
 
 
 def test_a_restart_keeps_what_identifies_the_workspace_and_a_rebuild_keeps_the_home_alone(
-    machine: Machine, boots: tuple[dict[str, str], dict[str, str]]
+    machine: Machine, first: dict[str, str]
 ) -> None:
-    first, again = boots
+    again = report(machine.boot("ours"))
     assert (again["id"], again["key"]) == (first["id"], first["key"])
     assert (again["home"], again["state"]) == ("ours", "ours")
     rebuilt = report(machine.boot("next"))
