@@ -134,7 +134,7 @@ variable "machine_disk" {
 variable "machine_disk_checksum" {
   type        = string
   default     = "none"
-  description = "Checksum of that disk, sha256:HEX."
+  description = "Checksum of that disk, sha256:HEX; none where the build itself has just made it."
 }
 
 variable "machine_kernel" {

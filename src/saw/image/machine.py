@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from saw.files import write_atomic, write_private
-from saw.image.disk import MIB, ImageError, digest_of, kernel_release, lay_out, run
+from saw.image.disk import MIB, ImageError, kernel_release, lay_out, run
 from saw.image.settle import EXT4_ENVIRONMENT, space_of
 from saw.image.unpack import unpack_disk
 from saw.lab.nspawn import LightHost, host_key_of, login_key_of
@@ -41,10 +41,12 @@ Say = Callable[[str], None]
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """What Packer needs of the machine: its disk with SHA-256, kernel and command line, accelerator, and where it may write."""
+    """What Packer needs of the machine: its disk, kernel and command line, accelerator, and where it may write.
+
+    The disk was made here a moment ago, in a folder that nobody else may read or write: Packer is not asked to hash it.
+    """
 
     disk: Path
-    sha256: str
     kernel: Path
     command_line: str
     accelerator: str
@@ -63,7 +65,7 @@ class Machine(msgspec.Struct, frozen=True):
     def variables(self) -> dict[str, object]:
         """Return the values of Packer's variables that the source ``qemu`` reads."""
         return {
-            "machine_disk": self.disk, "machine_disk_checksum": f"sha256:{self.sha256}", "machine_kernel": self.kernel,
+            "machine_disk": self.disk, "machine_disk_checksum": "none", "machine_kernel": self.kernel,
             "machine_command_line": self.command_line, "machine_accelerator": self.accelerator,
             "machine_cpu": "host" if self.accelerator == "kvm" else "max", "machine_memory": MEMORY_MIB,
             "machine_cpus": len(os.sched_getaffinity(0)), "machine_output": self.result.parent,
@@ -101,7 +103,7 @@ def prepare(host: LightHost, folder: Path, accelerated: Path, say: Say) -> Machi
         '"mount -n -t devtmpfs devtmpfs /dev; mount -n -t tmpfs -o mode=0755 tmpfs /run && mkdir -m 0700 /run/saw-machine && '
         'mount -r -t ext4 /dev/nvme0n1p1 /run/saw-machine && exec /bin/sh /run/saw-machine/init"'
     )
-    return Machine(disk, digest_of(disk), kernel, command_line, "kvm" if found.name == "kvm" else "tcg", folder)
+    return Machine(disk, kernel, command_line, "kvm" if found.name == "kvm" else "tcg", folder)
 
 
 def _control(host: LightHost, folder: Path) -> Path:

@@ -54,7 +54,7 @@ def wait_shell(job: Bringup, workspace: str) -> None:
     wait_for(
         f"a shell in {workspace}",
         lambda: in_workspace(job, workspace, "true").returncode == 0,
-        patience=180,
+        patience=600,
         interval=1.0,
         cure="look at the VM's console and at the audit trail",
     )
@@ -138,7 +138,7 @@ def wait_first_call(job: Bringup, workspace: str) -> None:
         return done.stdout.endswith(b"200")
 
     try:
-        wait_for("the first governed call", answered, patience=120, interval=1.0)
+        wait_for("the first governed call", answered, patience=600, interval=1.0)
     except UnavailableError as error:
         text = last.decode(errors="replace").strip()[-800:]
         raise UnavailableError(f"{error.message}; the last try: {text}", cure="saw audit events tells more") from error

@@ -16,6 +16,7 @@ from tuf.ngclient.fetcher import FetcherInterface
 
 from saw.policy.bundle import MAX_BUNDLE
 from saw.policy.errors import RepositoryError
+from saw.policy.tuf_metadata import check_root, check_successor
 
 
 @contextmanager
@@ -68,6 +69,22 @@ def refresh(
         )
         updater.refresh()
     return updater
+
+
+def kept_root(metadata_dir: Path, root: bytes) -> bytes:
+    """Return the newest root kept in ``metadata_dir`` that ``root`` leads to, each signed by the officers of the one before.
+
+    For a start without the repository: :func:`refresh` keeps the roots that it verified there, and who could write that folder
+    once may have left others. Those are passed over. Raises :class:`RepositoryError` when ``root`` itself cannot be used.
+    """
+    trusted, version = root, check_root(root, None).version
+    while True:
+        try:
+            following = (metadata_dir / "root_history" / f"{version + 1}.root.json").read_bytes()
+            version = check_successor(trusted, following).version
+        except (OSError, RepositoryError):
+            return trusted
+        trusted = following
 
 
 def fetch_target(updater: Updater, path: str) -> tuple[bytes, dict[str, object]]:

@@ -19,7 +19,7 @@ from saw.errors import SawError
 from saw.files import write_atomic, write_private
 from saw.policy.bundle import VerifiedBundle, verify_bundle
 from saw.policy.errors import BundleRefused, RepositoryError
-from saw.policy.tuf_client import fetch_target, refresh
+from saw.policy.tuf_client import fetch_target, kept_root, refresh
 from saw.policy.tuf_repository import trusted_policy_keys
 from saw.runtime import generation
 from saw.runtime.generation import Content
@@ -306,10 +306,9 @@ class Policyd:
             raise Refusal("state_not_kept", f"the TUF metadata cannot be kept: {error}") from error
 
     def _verify(self, raw: bytes) -> VerifiedBundle:
-        trusted = self._config.state / "tuf" / "metadata" / "root.json"
-        root = trusted.read_bytes() if trusted.exists() else msgspec.json.encode(self._workspace.tuf_root)
+        root = msgspec.json.encode(self._workspace.tuf_root)
         try:
-            keys, threshold = trusted_policy_keys(root)
+            keys, threshold = trusted_policy_keys(kept_root(self._config.state / "tuf" / "metadata", root))
             verified = verify_bundle(raw, keys, threshold, self._now(), min_revision=self._floor.get())
             self._floor.check(verified.revision)
         except (BundleRefused, FloorError, RepositoryError) as error:

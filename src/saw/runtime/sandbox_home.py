@@ -41,7 +41,7 @@ def place_files(spec: SandboxSpec, record: Path = PLACED) -> list[str]:
     before = _recorded(record)
     if before != sorted(wanted):
         write_atomic(_folder(record), msgspec.json.encode(sorted({*before, *wanted})) + b"\n", mode=0o600)
-    gone = [path for path in before if path not in wanted and PurePosixPath(path).is_relative_to(spec.home)]
+    gone = [path for path in before if path not in wanted and _below_home(spec, path)]
     changed = [path for path in gone if _take_back(spec, path)]
     changed += [
         f"{spec.home}/{name}" for name, text in spec.persistence.files.items() if _write(spec, name, text.encode())
@@ -68,6 +68,12 @@ def _recorded(record: Path) -> list[str]:
         return []
     except (OSError, msgspec.MsgspecError) as error:
         raise SandboxError(f"{record} cannot be read: {error}", cure="remove it; it is written anew") from error
+
+
+def _below_home(spec: SandboxSpec, path: str) -> bool:
+    """Tell whether a recorded path lies below the home; what the record says is not believed, since it outlives a restart."""
+    place = PurePosixPath(path)
+    return place.is_relative_to(spec.home) and str(place) != spec.home and ".." not in place.parts
 
 
 def _open_directory(name: str, parent: int | None = None) -> int:

@@ -12,9 +12,11 @@ from datetime import UTC, datetime, timedelta
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from policyd_lab import Lab, until
 
 from saw.policy.bundle import describe
+from saw.policy.tuf_repository import init_repository
 from saw.runtime.policyd_dry_run import DryRun
 
 
@@ -288,6 +290,28 @@ def test_a_last_good_policy_that_was_changed_is_not_loaded(loaded):
     agent.cycle()
     assert lab.current() == "closed"
     assert lab.told()["reason"] == "member_mismatch"
+    lab.broker.start()
+    agent.cycle()
+    assert lab.told()["state"] == "loaded"
+
+
+@pytest.mark.control("POL-02")
+def test_a_last_good_policy_by_officers_that_somebody_left_on_the_disk_is_not_loaded(loaded):
+    """Who was root once can write all of the state; what names the officers comes anew with each start."""
+    lab, _, _ = loaded
+    metadata = lab.state / "tuf" / "metadata"
+    lab.officers = [Ed25519PrivateKey.generate() for _ in range(3)]
+    usurped = init_repository(lab.directory / "usurped", lab.officers, lab.online, 2, now=datetime.now(UTC))
+    for place in (metadata / "root.json", *(metadata / "root_history").iterdir()):
+        place.unlink()
+        place.write_bytes(usurped)
+    (lab.state / "last-good.bundle.json").write_bytes(lab.bundle("/**"))
+    shutil.rmtree(lab.run / "generations")
+    lab.broker.stop()
+    agent = lab.agent()
+    agent.cycle()
+    assert lab.current() == "closed"
+    assert lab.told()["reason"] == "threshold"
     lab.broker.start()
     agent.cycle()
     assert lab.told()["state"] == "loaded"

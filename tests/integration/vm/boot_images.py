@@ -14,12 +14,6 @@ ROOT = Path(__file__).resolve().parents[3]
 STUB = Path("/usr/lib/systemd/boot/efi/linuxx64.efi.stub")
 COMMAND_LINE = b"console=ttyS0 panic=-1 ignore_loglevel saw.test=before\0"
 MIB = 1024 * 1024
-PATIENCE = 3000.0
-"""Seconds that a boot may take: software emulation beside other tests."""
-WORDS = b" quiet systemd.show_status=no systemd.firstboot=off panic=10"
-"""What a golden image's command line ends with."""
-PATIENT = b" systemd.firstboot=off systemd.default_timeout_start_sec=900"
-"""What a busy machine needs in its place: guests whose services may take long, in as many letters."""
 
 
 def kernel(scratch: Path) -> bytes:

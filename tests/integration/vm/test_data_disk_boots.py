@@ -11,10 +11,8 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,20 +20,17 @@ import msgspec
 import pytest
 
 from saw.datadisk import luks2, recovery
-from saw.image import secure_boot as image_secure_boot
-from saw.image import uefi_keys
-from saw.image.finished import finished_in
-from saw.vm import data_disk, qemu, released, secure_boot, spec
+from saw.vm import data_disk
 from saw.vm.spec import VmSpec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import boot_images
-from boot_images import PATIENCE, PATIENT, WORDS
+import golden_vm
+from golden_vm import OTHER, PATIENT
 
-IMAGES = sorted(finished_in(boot_images.ROOT / "build/images"), key=lambda item: item[0].created)
+IMAGES = golden_vm.built_here()
 pytestmark = pytest.mark.skipif(
-    not IMAGES or any(not path.exists() for path in (secure_boot.FIRMWARE, uefi_keys.FACTORY)),
-    reason="no golden image was built here (make image), or the package ovmf (with secboot) is missing",
+    not IMAGES, reason="no golden image was built here (make image), or the package ovmf (with secboot) is missing"
 )
 REPORT = """\
 [Unit]
@@ -81,34 +76,15 @@ class Shop:
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
-    place = tmp_path_factory.mktemp("disk")
-    raw = place / "raw"
-    boot_images.run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", IMAGES[-1][0].image, str(raw))
-    table = json.loads(boot_images.run("sfdisk", "-J", str(raw)))["partitiontable"]["partitions"]
-    esp = next(int(one["start"]) * 512 for one in table if one["name"] == "esp")
-    uki = place / "uki.efi"
-    boot_images.run("mcopy", "-i", f"{raw}@@{esp}", "::/EFI/BOOT/BOOTX64.EFI", str(uki))
-    unsigned = uki.read_bytes()
-    assert unsigned.count(WORDS) == 1, "the test changes these words of the command line"
-    images = {}
-    for name, owner in (("ours", "us"), ("next", "us"), ("theirs", "them")):
-        keys, folder = place / owner, place / name
-        folder.mkdir()
-        if not keys.exists():
-            uefi_keys.make_keys(keys, owner)
-        uki.write_bytes(unsigned.replace(WORDS, PATIENT.replace(b"900", b"901") if name == "next" else PATIENT))
-        image_secure_boot.sign(uki, keys / "db.key", keys / "db.crt")
-        boot_images.run("mcopy", "-o", "-i", f"{raw}@@{esp}", str(uki), "::/EFI/BOOT/BOOTX64.EFI")
-        boot_images.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(folder / "image.qcow2"))
-        store = place / f"{owner}.fd"
-        if not store.exists():
-            uefi_keys.enrol(keys / "PK.crt", [keys / "KEK.crt"], [keys / "db.crt"], store)
-        shutil.copyfile(store, folder / secure_boot.TEMPLATE)
-        images[name] = folder / "image.qcow2"
-    raw.unlink()
-    private, public = recovery.make_keys(place / "operator", "disks")
-    yield Shop(images, private.read_bytes(), public.read_text())
-    shutil.rmtree(place)
+    with golden_vm.bench(IMAGES[-1], tmp_path_factory.mktemp("disk")) as bench:
+        ours, other = bench.program, bench.program.replace(PATIENT, OTHER)
+        images = {
+            name: bench.image(name, bench.signed(program, owner), owner)
+            for name, program, owner in (("ours", ours, "us"), ("next", other, "us"), ("theirs", ours, "them"))
+        }
+        bench.raw.unlink()
+        private, public = recovery.make_keys(bench.place / "operator", "disks")
+        yield Shop(images, private.read_bytes(), public.read_text())
 
 
 @dataclass(frozen=True)
@@ -119,60 +95,24 @@ class Machine:
     folder: Path
 
     def spec(self, image: str) -> VmSpec:
-        path = self.shop.images[image]
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
         told = {
             "disk.script": SCRIPT.replace("$NOTE", image),
             "systemd.extra-unit.disk-report.service": REPORT,
             "systemd.unit-dropin.local-fs.target": "[Unit]\nWants=disk-report.service\n",
         }
-        return VmSpec(
-            id="ws-t", number=9, image=str(path), image_sha256=digest, memory_mib=1024, cpus=2, data_disk_mib=256,
-            network=False, accel="tcg", credentials=told, data_disk_recovery_key=self.shop.public,
-        )  # fmt: skip
+        return golden_vm.blank(self.shop.images[image], credentials=told, data_disk_recovery_key=self.shop.public)
 
     def boot(self, image: str, until: str = r"DISK last=done") -> str:
         """Make the VM on ``image`` or rebuild it onto that, start it, and return the console once it says ``until``."""
-        vm = self.spec(image)
-        qemu.create(vm)
-        qemu.startable(vm)
-        vm.runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
-        sock, console = vm.runtime / "tpm.sock", vm.directory / "console.log"
-        sock.unlink(missing_ok=True)
-        console.unlink(missing_ok=True)
-        state = f"dir={vm.directory}/tpm"
-        tpm = subprocess.Popen(["swtpm", "socket", "--tpm2", "--tpmstate", state, "--ctrl", f"type=unixio,path={sock}"])
-        machine = None
-        try:
-            wait(sock.exists)
-            machine = subprocess.Popen(qemu.command_line(vm, "tcg"), stdin=subprocess.DEVNULL)
-            wait(lambda: said(console) or machine.poll() is not None)
-            data_disk.started(vm)  # as qemu.execute does
-            wait(lambda: re.search(until, said(console)) or machine.poll() is not None)
-            if "last=done" in until:
-                machine.wait(PATIENCE)
-        finally:
-            for process in filter(None, (machine, tpm)):
-                process.kill()
-                process.wait(60)
-        text = said(console)
+        text = golden_vm.boot(
+            self.spec(image), lambda console: re.search(until, console), off=lambda console: "DISK last=done" in console
+        )
         assert re.search(until, text), text[-3000:]
         return text
 
     @property
     def disk(self) -> Path:
         return self.spec("ours").directory / data_disk.DISK
-
-
-def said(console: Path) -> str:
-    return console.read_bytes().decode("utf-8", "replace").replace("\r", "") if console.exists() else ""
-
-
-def wait(ready: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not ready():
-        assert time.monotonic() < deadline, "that took longer than any boot should"
-        time.sleep(0.2)
 
 
 def report(console: str) -> dict[str, str]:
@@ -182,15 +122,8 @@ def report(console: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def machine(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     place = tmp_path_factory.mktemp("vm")
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (spec, qemu, data_disk):
-            patch.setattr(module, "STATE", place / "lib/vms")
-        (place / "hypervisor.json").write_text('{"image_records": "unchecked"}')
-        patch.setattr(released, "SETTINGS", place / "hypervisor.json")
-        runtime = Path(f"/tmp/saw-{hashlib.sha256(str(place).encode()).hexdigest()[:12]}")
-        patch.setattr(spec, "RUNTIME", runtime)
+    with golden_vm.driver(place):
         yield Machine(shop, place)
-        shutil.rmtree(runtime, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -7,37 +7,24 @@ that nobody signed.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from saw.image import secure_boot as image_secure_boot
-from saw.image import uefi_keys
 from saw.image.expected import differences, expected_pcrs
-from saw.image.finished import finished_in
-from saw.vm import data_disk, qemu, released, secure_boot, spec
-from saw.vm.spec import VmSpec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import boot_images
-from boot_images import PATIENCE, PATIENT, WORDS
+import golden_vm
+from golden_vm import OTHER, PATIENT
 
-IMAGES = sorted(
-    (image for image, _ in finished_in(boot_images.ROOT / "build/images") if image.root_hash),
-    key=lambda image: image.created,
-)
+IMAGES = golden_vm.built_here(lambda image: image.root_hash)
 pytestmark = [
     pytest.mark.skipif(
-        not IMAGES or any(not path.exists() for path in (secure_boot.FIRMWARE, uefi_keys.FACTORY)),
+        not IMAGES,
         reason="no golden image with a verified root was built here (make image ROOT_VERITY=1), or the package ovmf is missing",
     ),
     pytest.mark.control("IMG-01"),
@@ -70,6 +57,10 @@ say again 'mount -o remount,rw / && touch /etc/mine'
 say block 'dd if=/dev/zero of=/dev/mapper/root bs=4096 count=1'
 say id 'cat /etc/machine-id'
 say key 'cat /etc/ssh/ssh_host_ed25519_key.pub'
+say links 'find / -xdev -lname "/var/*"'
+say paths 'systemd-analyze unit-paths'
+say starts 'grep -rlE "^Exec[A-Za-z]*=[^ ]*/var/" /etc/systemd /usr/lib/systemd'
+say extensions 'systemctl is-enabled systemd-sysext.service systemd-confext.service'
 say failed 'systemctl list-units --failed --plain --no-legend'
 say pcrs 'tpm2_pcrread -T device:/dev/tpmrm0 sha256:4,11'
 say home 'cat /home/note'
@@ -90,45 +81,20 @@ class Shop:
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
-    place = tmp_path_factory.mktemp("root")
-    raw, uki, store, keys = place / "raw", place / "uki.efi", place / "owner.fd", place / "keys"
-    boot_images.run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", IMAGES[-1].image, str(raw))
-    table = json.loads(boot_images.run("sfdisk", "-J", str(raw)))["partitiontable"]["partitions"]
-    start = {str(one["name"]): int(one["start"]) * 512 for one in table}
-    boot_images.run("mcopy", "-i", f"{raw}@@{start['esp']}", "::/EFI/BOOT/BOOTX64.EFI", str(uki))
-    uefi_keys.make_keys(keys, "us")
-    uefi_keys.enrol(keys / "PK.crt", [keys / "KEK.crt"], [keys / "db.crt"], store)
-    ours = uki.read_bytes()
-    assert ours.count(WORDS) == 1, "the test changes these words of the command line"
-    ours = ours.replace(WORDS, PATIENT)
-    right = IMAGES[-1].root_hash.encode()
-    assert ours.count(right) == 1
-    wrong = right[:-1] + (b"0" if right[-1:] != b"0" else b"1")
-    programs = {
-        "ours": ours, "next": ours.replace(PATIENT, PATIENT.replace(b"900", b"901")), "changed": ours,
-        "other": ours.replace(right, wrong), "unsigned": ours,
-    }  # fmt: skip
-    images, expected = {}, {}
-    for name, program in programs.items():
-        uki.write_bytes(program)
-        image_secure_boot.sign(uki, keys / "db.key", keys / "db.crt")
-        if name == "ours":
-            expected = expected_pcrs(uki.read_bytes())
-        if name == "unsigned":
-            uki.write_bytes(uki.read_bytes().replace(right, wrong))
-        boot_images.run("mcopy", "-o", "-i", f"{raw}@@{start['esp']}", str(uki), "::/EFI/BOOT/BOOTX64.EFI")
-        if name == "changed":
-            flip(raw, start["root"])
-        folder = place / name
-        folder.mkdir()
-        boot_images.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(folder / "image.qcow2"))
-        if name == "changed":
-            flip(raw, start["root"])
-        shutil.copyfile(store, folder / secure_boot.TEMPLATE)
-        images[name] = folder / "image.qcow2"
-    raw.unlink()
-    yield Shop(images, expected)
-    shutil.rmtree(place)
+    with golden_vm.bench(IMAGES[-1], tmp_path_factory.mktemp("root")) as bench:
+        right = IMAGES[-1].root_hash.encode()
+        assert bench.program.count(right) == 1
+        wrong = right[:-1] + (b"0" if right[-1:] != b"0" else b"1")
+        ours = bench.signed(bench.program, "us")
+        programs = {
+            "ours": ours, "next": bench.signed(bench.program.replace(PATIENT, OTHER), "us"),
+            "other": bench.signed(bench.program.replace(right, wrong), "us"), "unsigned": ours.replace(right, wrong),
+        }  # fmt: skip
+        images = {name: bench.image(name, program, "us") for name, program in programs.items()}
+        flip(bench.raw, bench.start["root"])
+        images["changed"] = bench.image("changed", ours, "us")
+        bench.raw.unlink()
+        yield Shop(images, expected_pcrs(ours))
 
 
 def flip(raw: Path, place: int) -> None:
@@ -151,52 +117,18 @@ class Machine:
 
         It goes on with its root disk where that lies on this image already.
         """
-        path = self.shop.images[image]
         told = {
             "root.script": SCRIPT.replace("$NOTE", image),
             "systemd.extra-unit.root-report.service": REPORT,
             "systemd.unit-dropin.multi-user.target": "[Unit]\nWants=root-report.service\n",
         }
-        vm = VmSpec(
-            id="ws-t", number=9, image=str(path), image_sha256=hashlib.sha256(path.read_bytes()).hexdigest(), memory_mib=1024,
-            cpus=2, data_disk_mib=256, network=False, accel="tcg", credentials=told,
-        )  # fmt: skip
-        qemu.create(vm)
-        qemu.startable(vm)
-        vm.runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
-        sock, console = vm.runtime / "tpm.sock", vm.directory / "console.log"
-        sock.unlink(missing_ok=True)
-        console.unlink(missing_ok=True)
-        state = f"dir={vm.directory}/tpm"
-        tpm = subprocess.Popen(["swtpm", "socket", "--tpm2", "--tpmstate", state, "--ctrl", f"type=unixio,path={sock}"])
-        machine = None
-        try:
-            wait(sock.exists)
-            machine = subprocess.Popen(qemu.command_line(vm, "tcg"), stdin=subprocess.DEVNULL)
-            wait(lambda: ended(said(console)) or machine.poll() is not None)
-            if "ROOT last=done" in said(console):
-                machine.wait(PATIENCE)
-        finally:
-            for process in filter(None, (machine, tpm)):
-                process.kill()
-                process.wait(60)
-        return said(console)
+        vm = golden_vm.blank(self.shop.images[image], credentials=told)
+        return golden_vm.boot(vm, ended, off=lambda console: "ROOT last=done" in console)
 
 
 def ended(console: str) -> bool:
     words = ("ROOT last=done", "Kernel panic", "Access Denied", "Security Violation")
     return any(word in console for word in words)
-
-
-def said(console: Path) -> str:
-    return console.read_bytes().decode("utf-8", "replace").replace("\r", "") if console.exists() else ""
-
-
-def wait(ready: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not ready():
-        assert time.monotonic() < deadline, "that took longer than any boot should"
-        time.sleep(0.2)
 
 
 def report(console: str) -> dict[str, str]:
@@ -207,28 +139,14 @@ def report(console: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def machine(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    place = tmp_path_factory.mktemp("vm")
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (spec, qemu, data_disk):
-            patch.setattr(module, "STATE", place / "lib/vms")
-        (place / "hypervisor.json").write_text('{"image_records": "unchecked"}')
-        patch.setattr(released, "SETTINGS", place / "hypervisor.json")
-        runtime = Path(f"/tmp/saw-{hashlib.sha256(str(place).encode()).hexdigest()[:12]}")
-        patch.setattr(spec, "RUNTIME", runtime)
+    with golden_vm.driver(tmp_path_factory.mktemp("vm")):
         yield Machine(shop)
-        shutil.rmtree(runtime, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
-def boots(machine: Machine) -> tuple[dict[str, str], dict[str, str]]:
-    """What the first boot and a restart reported."""
-    return report(machine.boot("ours")), report(machine.boot("ours"))
-
-
-@pytest.fixture(scope="module")
-def first(boots: tuple[dict[str, str], dict[str, str]]) -> dict[str, str]:
+def first(machine: Machine) -> dict[str, str]:
     """What the first boot reported."""
-    return boots[0]
+    return report(machine.boot("ours"))
 
 
 def test_it_runs_of_a_root_that_is_verified_and_that_root_cannot_change(first: dict[str, str]) -> None:
@@ -258,10 +176,21 @@ def test_what_a_workspace_writes_goes_to_var_and_every_unit_starts(first: dict[s
     assert first["failed"] == ""
 
 
+def test_nothing_in_the_image_starts_what_lies_in_var(first: dict[str, str]) -> None:
+    assert sorted(first["links"].split()) == [
+        "/etc/ssh/ssh_host_ed25519_key",
+        "/etc/ssh/ssh_host_ed25519_key.pub",
+    ]
+    assert "/etc/systemd/system" in first["paths"].split()
+    assert [path for path in first["paths"].split() if path.startswith("/var")] == []
+    assert first["starts"] == ""
+    assert "enabled" not in first["extensions"].split()
+
+
 def test_a_restart_keeps_what_identifies_the_workspace_and_a_rebuild_keeps_the_home_alone(
-    machine: Machine, boots: tuple[dict[str, str], dict[str, str]]
+    machine: Machine, first: dict[str, str]
 ) -> None:
-    first, again = boots
+    again = report(machine.boot("ours"))
     assert (again["id"], again["key"]) == (first["id"], first["key"])
     assert (again["home"], again["state"]) == ("ours", "ours")
     rebuilt = report(machine.boot("next"))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +14,11 @@ from cryptography.x509.oid import NameOID
 
 from saw.image import secure_boot as image_secure_boot
 from saw.image import uefi_keys
-from saw.vm import qemu, released, secure_boot, spec
-from saw.vm.spec import VmSpec
+from saw.vm import qemu, secure_boot
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import boot_images
+import golden_vm
 
 NEEDED = (secure_boot.FIRMWARE, uefi_keys.FACTORY, boot_images.STUB)
 pytestmark = [
@@ -31,8 +28,6 @@ pytestmark = [
     ),
     pytest.mark.control("IMG-01"),
 ]
-PATIENCE = 240.0
-"""Seconds that a boot may take: software emulation beside other tests."""
 REFUSED = ("Access Denied", "Security Violation")
 ENDED = "Kernel panic"
 """There is no root file system: a kernel that was let in comes this far."""
@@ -71,22 +66,8 @@ Boot = Callable[..., str]
 
 
 @pytest.fixture
-def boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shop: Shop) -> Iterator[Boot]:
+def boot(tmp_path: Path, shop: Shop) -> Iterator[Boot]:
     """Boot an image as the driver does and return the console; ``store``: with the owner's variable store beside it."""
-    monkeypatch.setattr(spec, "STATE", tmp_path / "vms")
-    monkeypatch.setattr(qemu, "STATE", tmp_path / "vms")
-    (tmp_path / "hypervisor.json").write_text('{"image_records": "unchecked"}')
-    monkeypatch.setattr(released, "SETTINGS", tmp_path / "hypervisor.json")
-    monkeypatch.setattr(spec, "RUNTIME", Path(f"/tmp/saw-{hashlib.sha256(str(tmp_path).encode()).hexdigest()[:12]}"))
-    started: list[subprocess.Popen[bytes]] = []
-
-    def until(what: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not what():
-            assert time.monotonic() < deadline, "that took longer than any boot should"
-            if process.poll() is not None:
-                return
-            time.sleep(0.1)
 
     def run(name: str, *, store: bool = True) -> str:
         folder = tmp_path / "image"
@@ -94,45 +75,13 @@ def boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shop: Shop) -> Iterato
         boot_images.disk(shop.images[name], folder / "image.qcow2")
         if store:
             shutil.copyfile(shop.store, folder / secure_boot.TEMPLATE)
-        digest = hashlib.sha256((folder / "image.qcow2").read_bytes()).hexdigest()
-        vm = VmSpec(
-            id="ws-t", number=9, image=str(folder / "image.qcow2"), image_sha256=digest, memory_mib=512, cpus=1,
-            data_disk_mib=64, network=False, accel="tcg",
-        )  # fmt: skip
-        qemu.create(vm)
-        qemu.startable(vm)
+        vm = golden_vm.blank(folder / "image.qcow2", memory_mib=512, cpus=1, data_disk_mib=64)
+        console = golden_vm.boot(vm, lambda text: any(word in text for word in (*REFUSED, ENDED)))
         assert qemu.status(vm)["secure_boot"] is store
-        vm.runtime.mkdir(mode=0o700, parents=True)
-        tpm = vm.runtime / "tpm.sock"
-        started.append(
-            subprocess.Popen(
-                [
-                    "swtpm",
-                    "socket",
-                    "--tpm2",
-                    "--tpmstate",
-                    f"dir={vm.directory}/tpm",
-                    "--ctrl",
-                    f"type=unixio,path={tpm}",
-                ]
-            )
-        )
-        until(tpm.exists, started[0])
-        machine = subprocess.Popen(qemu.command_line(vm, "tcg"), stdin=subprocess.DEVNULL)
-        started.append(machine)
-        console = vm.directory / "console.log"
+        return console
 
-        def text() -> str:
-            return console.read_bytes().decode("utf-8", "replace") if console.exists() else ""
-
-        until(lambda: any(word in text() for word in (*REFUSED, ENDED)), machine)
-        return text()
-
-    yield run
-    for process in reversed(started):
-        process.kill()
-        process.wait(60)
-    shutil.rmtree(spec.RUNTIME, ignore_errors=True)
+    with golden_vm.driver(tmp_path):
+        yield run
 
 
 def test_what_the_owner_signed_boots_and_its_kernel_sees_secure_boot_and_the_key_for_modules(

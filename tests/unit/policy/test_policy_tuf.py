@@ -17,7 +17,7 @@ from tuf_world import stage
 from saw.policy.bundle import build_manifest, policy_digest, sign, verify_bundle
 from saw.policy.errors import BundleRefused, RepositoryError
 from saw.policy.loader import Bundle
-from saw.policy.tuf_client import fetch_target, refresh
+from saw.policy.tuf_client import fetch_target, kept_root, refresh
 from saw.policy.tuf_metadata import Metadata, Root, TargetFile, Targets, parse, sign_metadata, signing_key
 from saw.policy.tuf_reach import bundle_diff, reach_between
 from saw.policy.tuf_repository import (
@@ -275,6 +275,31 @@ def test_root_rotation_with_the_same_signers(world: World, signed: Make, now: da
     assert accepted.root_version == 2 and current_root(world.store) == new_root
     assert world.fetch()[1]["revision"] == 1
     assert json.loads((world.client / "m" / "root.json").read_bytes())["signed"]["version"] == 2
+
+
+def test_a_start_without_the_repository_follows_the_roots_that_were_kept(
+    world: World, signed: Make, now: datetime
+) -> None:
+    kept = world.client / "m"
+    assert kept_root(kept, world.root) == world.root
+    world.publish(signed(revision=1))
+    new_root = rotated(world, [*world.officers[:2], Ed25519PrivateKey.generate()], world.officers[:2], now)
+    accept_publication(world.store, {"root.json": new_root}, {}, world.online, now)
+    world.fetch()
+    assert kept_root(kept, world.root) == new_root
+
+
+@pytest.mark.parametrize("name", ["root.json", "root_history/1.root.json", "root_history/2.root.json"])
+def test_a_root_that_was_left_among_the_kept_ones_is_passed_over(
+    world: World, signed: Make, now: datetime, name: str
+) -> None:
+    world.publish(signed(revision=1))
+    world.fetch()
+    usurpers = [Ed25519PrivateKey.generate() for _ in range(3)]
+    place = world.client / "m" / name
+    place.unlink(missing_ok=True)
+    place.write_bytes(rotated(world, usurpers, usurpers, now))
+    assert kept_root(world.client / "m", world.root) == world.root
 
 
 def test_a_root_that_the_old_officers_did_not_sign(world: World, signed: Make, now: datetime) -> None:

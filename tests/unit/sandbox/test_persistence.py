@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from dataclasses import replace
@@ -325,6 +326,19 @@ def test_a_start_writes_no_file_through_a_link_and_leaves_what_is_the_agents_aga
     record.write_text("[1]", encoding="ascii")
     with pytest.raises(SandboxError, match="cannot be read"):
         lay(home, record)
+
+
+def test_a_record_that_somebody_changed_takes_nothing_outside_the_home(home, tmp_path):
+    record = tmp_path / "placed.json"
+    lay(home, record, a="x")
+    outside, inside = tmp_path / "outside", home / "b"
+    for place in (outside, inside):
+        place.write_text("root's", encoding="ascii")
+    names = [f"{home}/../outside", str(home), str(outside), "b", str(inside)]
+    record.write_bytes(json.dumps(names).encode())
+    assert lay(home, record) == ["b"]
+    assert (outside.exists(), inside.exists()) == (True, False)
+    assert json.loads(record.read_bytes()) == []
 
 
 def test_what_the_agent_configured_before_is_set_aside(home, tmp_path):
