@@ -1,6 +1,6 @@
-"""The playbook ``site`` on hosts of its own: what a first run changes, what a run without a change costs, and which tasks take longest.
+"""The playbook ``site`` on hosts of its own: what a first run changes, what a run without a change costs, and where it goes.
 
-    python benchmarks/site_converge.py [--runs 3] [--keep-logs DIR]       # JSON; root
+    python benchmarks/site_converge.py [--runs 3]       # JSON; root
 
 Two fresh light hosts, a control host and one that is perimeter, hypervisor and bastion, are converged, get a first release of
 policy, and are converged again until nothing is left to do; the runs after that are measured. A third host has the root tree of
@@ -46,15 +46,32 @@ from saw.lab.topology import BASTION_PORT, LANDLOCK, TRUST_DOMAIN, Lab, find_lab
 from saw.lab.up import Bringup  # noqa: E402
 
 GOAL = Goal("value", "most", 15.0)
-ROWS = ("site_no_change_all_hosts", "site_no_change_slowest_host", "site_no_change_tasks", "site_no_change_changes", "site_image_changes")
+ROWS = (
+    "site_no_change_all_hosts", "site_no_change_slowest_host", "site_no_change_questions", "site_no_change_changes",
+    "site_image_changes",
+)  # fmt: skip
 DOOR = 2222
 """Port of the SSH server that the golden image's host gets for this: its own takes nothing but certificates."""
-HERE_ALONE = frozenset({"add_host", "assert", "debug", "fail", "group_by", "include_role", "include_tasks", "include_vars", "meta", "set_fact"})
+HERE_ALONE = frozenset(
+    {
+        "add_host",
+        "assert",
+        "debug",
+        "fail",
+        "group_by",
+        "include_role",
+        "include_tasks",
+        "include_vars",
+        "meta",
+        "set_fact",
+    }
+)
 """Actions that do not ask a host: they cost the controller milliseconds."""
 DOOR_UNIT = """[Unit]
 Description=Way in for a measurement
 [Service]
-ExecStart=/usr/sbin/sshd -D -f /dev/null -o Port={port} -o PidFile=none -o HostKey=/etc/ssh/door_key -o AuthorizedKeysFile=/etc/ssh/door_login
+ExecStart=/usr/sbin/sshd -D -f /dev/null -o Port={port} -o PidFile=none -o HostKey=/etc/ssh/door_key \\
+  -o AuthorizedKeysFile=/etc/ssh/door_login
 RuntimeDirectory=sshd
 RuntimeDirectoryPreserve=yes
 [Install]
@@ -73,11 +90,13 @@ class Task(msgspec.Struct, frozen=True):
     seconds: float
     changed: bool
     places: str = ""
+    items: int = 1
+    """How many items its loop had."""
 
     @property
-    def asks(self) -> bool:
-        """Tell whether it had to ask a host."""
-        return self.action.rpartition(".")[2] not in HERE_ALONE
+    def asks(self) -> int:
+        """How often it asked a host: once for each item, and never where the controller answers by itself."""
+        return 0 if self.action.rpartition(".")[2] in HERE_ALONE else self.items
 
 
 @dataclass(frozen=True)
@@ -120,7 +139,8 @@ class Run:
                 for host in self.hosts()
             },
             "slowest": [
-                {"seconds": round(one.seconds, 2), "host": one.host, "role": one.role, "task": one.task} for one in self.slowest()
+                {"seconds": round(one.seconds, 2), "host": one.host, "role": one.role, "task": one.task}
+                for one in self.slowest()
             ],
         }
 
@@ -158,15 +178,28 @@ class Fleet(Lab):
         (etc / "systemd/system/multi-user.target.wants/door.service").symlink_to("/etc/systemd/system/door.service")
         self.network.up()
         host.boot()
-        ssh = ["ssh", "-F", "/dev/null", *self.ssh_options(host).split(), "-i", str(login_key_of(self.directory)), "-p", str(DOOR)]
-        wait_for("the host of the image lets us in", lambda: lets_in([*ssh, f"root@{host.address}", "true"]), patience=180)
+        ssh = [
+            "ssh",
+            "-F",
+            "/dev/null",
+            *self.ssh_options(host).split(),
+            "-i",
+            str(login_key_of(self.directory)),
+            "-p",
+            str(DOOR),
+        ]
+        wait_for(
+            "the host of the image lets us in", lambda: lets_in([*ssh, f"root@{host.address}", "true"]), patience=180
+        )
         return host
 
     def ssh_options(self, *hosts: LightHost) -> str:
         """Return options for ssh that trust ``hosts`` alone."""
         trusted = known_hosts(self.directory, list(hosts))
         doors = "".join(
-            f"[{host.address}]:{DOOR} " + " ".join(host_key_of(self.directory, host.name).with_suffix(".pub").read_text().split()[:2]) + "\n"
+            f"[{host.address}]:{DOOR} "
+            + " ".join(host_key_of(self.directory, host.name).with_suffix(".pub").read_text().split()[:2])
+            + "\n"
             for host in hosts
         )
         write_atomic(trusted, trusted.read_text(encoding="ascii") + doors)
@@ -187,19 +220,33 @@ class Fleet(Lab):
                     "ansible_user": "root", "ansible_python_interpreter": "/usr/bin/python3",
                     "ansible_ssh_private_key_file": key, "ansible_ssh_common_args": options, **variables,
                 },
-                "children": {group: {"hosts": dict.fromkeys(members, {})} for group, members in groups.items()},
+                "children": {group: {"hosts": {name: {} for name in members}} for group, members in groups.items()},
             }
         }  # fmt: skip
         write_private(self.inventory_file, yaml.safe_dump(inventory, sort_keys=False))
-        ssh = {"host": named["control"].address, "port": 22, "user": "root", "key": key, "known_hosts": options.split("=", 1)[1].split()[0]}
+        ssh = {
+            "host": named["control"].address,
+            "port": 22,
+            "user": "root",
+            "key": key,
+            "known_hosts": options.split("=", 1)[1].split()[0],
+        }
         write_atomic(
             self.context_file, json.dumps({"broker": {"socket": "/run/saw/broker/operator.sock", "ssh": ssh}}).encode()
         )
 
 
+def items_of(answer: dict[str, Any]) -> int:
+    """Return how many items of a loop were not skipped; 1 without a loop."""
+    items = answer.get("results")
+    return sum(not one.get("skipped") for one in items if isinstance(one, dict)) if isinstance(items, list) else 1
+
+
 def lets_in(command: list[str]) -> bool:
     """Tell whether ``command`` over SSH ends well."""
-    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False).returncode == 0
+    return (
+        subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False).returncode == 0
+    )
 
 
 def run_site(fleet: Fleet, variables: dict[str, Any], *, check: bool = False) -> Run:
@@ -214,11 +261,11 @@ def run_site(fleet: Fleet, variables: dict[str, Any], *, check: bool = False) ->
         if kind == "playbook_on_play_start":
             plays["name"] = str(data.get("name", ""))
         elif kind == "runner_on_ok" and data.get("task"):
-            answer = data.get("res", {})
+            answer, action = data.get("res", {}), data.get("resolved_action") or data.get("task_action", "")
             tasks.append(
                 Task(
-                    str(data["host"]), plays["name"], str(data.get("role", "")), str(data["task"]), str(data.get("resolved_action") or data.get("task_action", "")),
-                    float(data.get("duration", 0.0)), bool(answer.get("changed")), what_changed(answer),
+                    str(data["host"]), plays["name"], str(data.get("role", "")), str(data["task"]), str(action),
+                    float(data.get("duration", 0.0)), bool(answer.get("changed")), what_changed(answer), items_of(answer),
                 )
             )  # fmt: skip
         return True
@@ -236,8 +283,9 @@ def run_site(fleet: Fleet, variables: dict[str, Any], *, check: bool = False) ->
     begin = time.monotonic()
     with signals_given_back():
         done = run(
-            private_data_dir=str(place), playbook=str(fleet.repository / "playbooks/site.yml"), inventory=str(fleet.inventory_file),
-            extravars=variables, envvars=environment, cmdline="--check" if check else None, quiet=True, event_handler=note,
+            private_data_dir=str(place), playbook=str(fleet.repository / "playbooks/site.yml"),
+            inventory=str(fleet.inventory_file), extravars=variables, envvars=environment, quiet=True, event_handler=note,
+            cmdline="--check" if check else None,
         )  # fmt: skip
     seconds = time.monotonic() - begin
     if done.status != "successful":
@@ -315,7 +363,7 @@ def measure(runs: int) -> list[Result]:
     return [
         result(ROWS[0], best.seconds, "s", note=note),
         result(ROWS[1], own[most], "s", goal=GOAL, note=f"the tasks of {most}, added up"),
-        result(ROWS[2], asked, "", note="tasks that ask a host, on the host with most of them"),
+        result(ROWS[2], asked, "", note="questions to a host, on the one with most of them"),
         result(ROWS[3], changes, "", goal=Goal("value", "most", 0)),
         result(ROWS[4], image, "", note=missing or "; ".join(first.changes("guest"))),
     ]
