@@ -299,8 +299,9 @@ def test_a_run_of_site_tells_changes_and_how_often_it_asked_each_host():
         site.Task("two", "p", "baseline", "Install", "secure_agent.workspace.component", 1.5, True, "/etc/x", 1),
         site.Task("localhost", "p", "", "Refuse", "ansible.builtin.command", 0.1, False),
     ]
-    told = site.Run(12.345, tasks).told()
-    assert (told["seconds"], told["changed"], told["changes"]) == (12.35, 1, ["two: baseline: Install: /etc/x"])
+    told = site.Run(12.345, tasks, 3.0).told()
+    assert (told["seconds"], told["processor_seconds"]) == (12.35, 3.0)
+    assert (told["changed"], told["changes"]) == (1, ["two: baseline: Install: /etc/x"])
     assert told["hosts"] == {
         "one": {"seconds": 11.0, "tasks": 2, "asked": 4, "changed": 0},
         "two": {"seconds": 1.5, "tasks": 1, "asked": 1, "changed": 1},
