@@ -65,6 +65,7 @@ HERE_ALONE = frozenset(
         "include_vars",
         "meta",
         "set_fact",
+        "validate_argument_spec",
     }
 )
 """Actions that do not ask a host: they cost the controller milliseconds."""

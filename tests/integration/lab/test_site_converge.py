@@ -14,7 +14,7 @@ from saw.lab.topology import Lab
 
 ROOT = Path(__file__).resolve().parents[3]
 TARS = sorted((ROOT / "build/cache").glob("base-host-*.tar"))
-MOST = {"control": 21, "edge": 35}
+MOST = {"control": 19, "edge": 34}
 """How often a run without a change may ask each host. Each question costs 0.4 s or more over SSH, so a role that needs a further
 one says here why it is worth it."""
 pytestmark = [
