@@ -138,6 +138,13 @@ def converge(options: argparse.Namespace) -> list[results.Result]:
     return on_the_lab(options, ("second_converge", "second_converge_changes"), lab_figures.converge)
 
 
+def site(options: argparse.Namespace) -> list[results.Result]:
+    """The playbook site without a change, on hosts of its own (and on the tree of a golden image)."""
+    import site_converge
+
+    return site_converge.measure(1 if options.quick else 3)
+
+
 def workspace_publish(options: argparse.Namespace) -> list[results.Result]:
     """From a publication to its enforcement in the running workspace."""
     import lab_paths
@@ -169,10 +176,11 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[results.Result]]] = {
     "bastion": bastion,
     "lab": lab,
     "converge": converge,
+    "site": site,
     "workspace-publish": workspace_publish,
     "workspace-kill": workspace_kill,
 }
-NEEDS_ROOT = frozenset({"calls", "kinds", "crowd", "sandbox", "files", "kill", "bastion"})
+NEEDS_ROOT = frozenset({"calls", "kinds", "crowd", "sandbox", "files", "kill", "bastion", "site"})
 
 
 def measure(name: str, options: argparse.Namespace) -> tuple[list[results.Result], bool]:

@@ -296,3 +296,35 @@ def test_each_finds_what_it_imports(name):
     script = f"import runpy; runpy.run_path({str(BENCHMARKS / name)!r} + '.py', run_name='looked_at')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_of_site_tells_changes_and_how_often_it_asked_each_host():
+    site = module("site_converge")
+    tasks = [
+        site.Task("one", "p", "perimeter", "Read", "ansible.builtin.slurp", 2.0, False, "", 4),
+        site.Task("one", "p", "perimeter", "Look", "ansible.builtin.assert", 9.0, False, "", 3),
+        site.Task("two", "p", "baseline", "Install", "secure_agent.workspace.component", 1.5, True, "/etc/x", 1),
+        site.Task("localhost", "p", "", "Refuse", "ansible.builtin.command", 0.1, False),
+    ]
+    told = site.Run(12.345, tasks, 3.0).told()
+    assert (told["seconds"], told["processor_seconds"]) == (12.35, 3.0)
+    assert (told["changed"], told["changes"]) == (1, ["two: baseline: Install: /etc/x"])
+    assert told["hosts"] == {
+        "one": {"seconds": 11.0, "tasks": 2, "asked": 4, "changed": 0},
+        "two": {"seconds": 1.5, "tasks": 1, "asked": 1, "changed": 1},
+    }
+    assert [one["task"] for one in told["slowest"]] == ["Look", "Read", "Install", "Refuse"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "items"),
+    [
+        ({"changed": False}, 1),
+        ({"results": [{"changed": True}, {"skipped": True}, {"changed": False}]}, 2),
+        ({"results": [{"skipped": True}]}, 0),
+        ({"results": "text"}, 1),
+    ],
+    ids=["no loop", "one skipped", "all skipped", "not of a loop"],
+)
+def test_an_item_that_was_skipped_is_no_question(answer, items):
+    assert module("site_converge").items_of(answer) == items
