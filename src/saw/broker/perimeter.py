@@ -278,7 +278,7 @@ class Views:
         conflict = 0
         tally, charged = Tally(), ChargeTally()
         with self._s.store.write() as tx:
-            self._clocks.judge(tx, caller, shipment.source, shipment.events, sent)
+            remember = self._clocks.judge(tx, caller, shipment.source, shipment.events, sent)
             head = read_head(tx.connection, shipment.source)
             for item in shipment.events:
                 outcome = self._store_event(tx, caller, item, head, (tally, charged))
@@ -288,6 +288,7 @@ class Views:
                 head = outcome
             self._rollouts.counted(tx, tally.write(tx))
             charged.write(tx)
+        remember()
         self._rollouts.act()
         if conflict:
             raise ConflictError(

@@ -75,8 +75,9 @@ class Releases:
         return {"version": self._repository.root_version(), "changed": True}
 
     def _install(self, caller: Caller, raw: bytes) -> None:
+        self.catch_up()
+        self._unrecorded = caller  # first: what the repository took may be all that is written before the disk is full
         self._repository.install_root(raw, self._s.clock())
-        self._unrecorded = caller
         with self._s.store.write() as tx:
             self._record_roots(tx, caller)
         self._unrecorded = None
@@ -99,6 +100,8 @@ class Releases:
             keys, threshold = trusted_policy_keys(metadata.get("root.json", root))
             for path, raw in targets.items():
                 self._check_target(path, raw, keys, threshold, now)
+            self.catch_up()  # what others brought is told under their names
+            self._unrecorded = caller
             self._repository.accept(metadata, targets, now)
         except SawError as error:
             with self._s.store.write() as tx:
@@ -184,15 +187,16 @@ class Releases:
         if newest <= known:
             return
         tx.connection.execute(registry.update().values(root_version=newest))
-        for version in range(known + 1, newest + 1):
+        for version in self._repository.versions_after(known):
             tx.record(
                 self._s.events.entity_management(
                     self._s.clock(),
                     caller.subject(),
                     ("tuf-root", str(version)),
-                    activity="create" if version == 1 else "update",
+                    activity="update" if known else "create",
                 )
             )
+            known = version
         tx.touch()
 
     def _take_signatures(self, tx: Transaction, ring: str, bundle: VerifiedBundle, raw: bytes, caller: Caller) -> None:

@@ -56,6 +56,10 @@ class Repository:
         """Return the version of the newest root, 0 when there is none."""
         return max(self._root_versions(), default=0)
 
+    def versions_after(self, version: int) -> list[int]:
+        """Return the versions of the roots that are newer than ``version``, in order."""
+        return sorted(each for each in self._root_versions() if each > version)
+
     def holds_root(self, raw: bytes) -> bool:
         """Tell whether ``raw`` is one of the roots that are installed, in whatever formatting."""
         folder = self._directory / "metadata"

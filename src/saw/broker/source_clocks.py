@@ -8,7 +8,9 @@ an event seems to come before its cause. So it is said, once an hour for each so
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from datetime import datetime, timedelta
+from functools import partial
 
 import msgspec
 from starlette.datastructures import Headers
@@ -26,7 +28,7 @@ EVERY = timedelta(hours=1)
 KIND = "clock_skew"
 
 
-class _Seen(msgspec.Struct):
+class _Seen(msgspec.Struct, frozen=True):
     """Of one source: how many shipments in a row came from a clock that is behind, and when that was told."""
 
     behind: int = 0
@@ -53,12 +55,12 @@ class SourceClocks:
 
     def judge(
         self, tx: Transaction, caller: Caller, source: str, events: tuple[ChainedEvent, ...], sent: int | None
-    ) -> None:
+    ) -> Callable[[], None]:
         """Record a finding in ``tx`` when the clock of ``source`` is more than :data:`BOUND` away.
 
         ``sent`` is its clock at sending, where it told; else only an event of the future gives it away, since old ones may have
         waited. A clock that is behind is believed to be so at the second shipment in a row: one may have been on its way, or
-        the broker stood still.
+        the broker stood still. Call what is returned once ``tx`` has succeeded: until then nothing is remembered.
         """
         now = self._s.clock()
         present = int(now.timestamp() * 1000)
@@ -66,14 +68,12 @@ class SourceClocks:
         ahead = (newest if sent is None else sent) - present
         far = abs(ahead) > BOUND.total_seconds() * 1000 and (sent is not None or ahead > 0)
         with self._lock:
-            seen = self._seen.setdefault(source, _Seen())
-            seen.behind = seen.behind + 1 if far and ahead < 0 else 0
-            if not far:
-                seen.told = None
-                return
-            if seen.behind == 1 or (seen.told is not None and timedelta(0) <= now - seen.told < EVERY):
-                return
-            seen.told = now
+            before = self._seen.get(source, _Seen())
+        behind = before.behind + 1 if far and ahead < 0 else 0
+        if not far:
+            return partial(self._keep, source, _Seen())
+        if behind == 1 or (before.told is not None and timedelta(0) <= now - before.told < EVERY):
+            return partial(self._keep, source, _Seen(behind, before.told))
         seconds, how = abs(ahead) // 1000, "ahead of" if ahead > 0 else "behind"
         tx.record(
             self._s.events.detection_finding(
@@ -90,6 +90,11 @@ class SourceClocks:
                 },
             )
         )
+        return partial(self._keep, source, _Seen(behind, now))
+
+    def _keep(self, source: str, seen: _Seen) -> None:
+        with self._lock:
+            self._seen[source] = seen
 
 
 def _time(item: ChainedEvent) -> int:

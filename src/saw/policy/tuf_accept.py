@@ -45,6 +45,8 @@ TIMESTAMP_LIFETIME = timedelta(hours=1)
 """How long a timestamp counts: the longest time a client can be kept from news without noticing."""
 
 _NUMBERED_ROOT = re.compile(r"(?:([1-9][0-9]{0,8})\.)?root\.json\Z")
+MOST_ROOTS = 999_999_999
+"""The highest version of a root: the name of its file has nine digits at most."""
 
 
 class Accepted(msgspec.Struct, frozen=True):
@@ -71,6 +73,9 @@ def _serves(root: Root, online_key: Ed25519PrivateKey) -> None:
 def install_root(directory: Path | str, raw: bytes, online_key: Ed25519PrivateKey, now: datetime) -> int:
     """Take ``raw`` as the first root of an empty store and return its version; raise when there is one already."""
     root = check_root(raw, now)
+    if root.version > MOST_ROOTS:
+        reason = f"a first root of version {root.version}"
+        raise RepositoryError("malformed", reason, cure=f"number roots from 1 on, up to {MOST_ROOTS}")
     _serves(root, online_key)
     folder = metadata_dir(directory)
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from saw.broker.errors import MalformedError
 from saw.broker.postgres import LOCKS, WRITERS, DatabaseBusy, DatabaseUnavailable
 from saw.broker.replica_wake import LONGEST, Told, hear
 from saw.broker.store import Store
-from saw.broker.wake import PERIMETER, WORKSPACES, Waker
+from saw.broker.wake import PERIMETER, SPONSORS, WORKSPACES, Waker
 from saw.errors import ConfigError
 
 pytestmark = pytest.mark.control("FLT-01")
@@ -275,6 +275,6 @@ def test_a_wait_ends_when_another_broker_writes_and_no_undone_change_ends_it(pos
             tx.wake(*(f"ws-{number:064}" for number in range(LONGEST // 60)))
         got = [told.payload for told in listener.notifies(timeout=60, stop_after=2)]
     first, second = (msgspec.json.decode(payload, type=Told) for payload in got)
-    assert first == Told(store.replica, (PERIMETER, "*trail*", WORKSPACES, "ws-a"))
+    assert first == Told(store.replica, (PERIMETER, SPONSORS, "*trail*", WORKSPACES, "ws-a"))
     assert second == Told(store.replica, ("*everyone*",))
     store.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +13,17 @@ from typing import Any
 import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from securesystemslib.signer import CryptoSigner, SSlibKey
 from test_rollout import OPERATOR, World, as_body
+from tuf.api.metadata import Metadata, Root
 
+from saw.broker.context import Caller
 from saw.broker.errors import StorageFull
 from saw.broker.releases import Publication as Published
 from saw.broker.releases import TrustRoot
 from saw.broker.store import Store
+from saw.policy import tuf_accept
+from saw.policy.errors import RepositoryError
 from saw.policy.tuf_changes import RootChange, change_root
 from saw.policy.tuf_draft import contribute
 
@@ -119,3 +126,65 @@ def test_a_root_that_follows_is_recorded_too(world: World, monkeypatch: pytest.M
     assert len(told(world)) == 1
     world.broker.releases.catch_up()
     assert told(world)[1:] == [("2", "Update", OPERATOR.principal)]
+
+
+def test_a_root_that_alone_found_room_in_the_repository_is_recorded_later(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full once the new root lies there, before the metadata that goes with it."""
+    world.broker.releases.install_root(OPERATOR, root_of(world))
+    world.publish(1)
+    dora = Ed25519PrivateKey.generate()
+    made = contribute(
+        change_root(world.officers, RootChange(add=(dora.public_key(),)), world.now), [*world.keys[:2], dora]
+    ).publication
+    before = tuf_accept.write_atomic
+
+    def full(path: Path, raw: bytes) -> None:
+        if path.name.endswith(".root.json"):
+            before(path, raw)
+            return
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as now:
+        now.setattr(tuf_accept, "write_atomic", full)
+        with pytest.raises(OSError, match="No space"):
+            world.broker.releases.publish(OPERATOR, as_body(made))
+    world.broker.releases.catch_up()
+    assert told(world)[1:] == [("2", "Update", OPERATOR.principal)]
+
+
+def test_what_others_brought_is_recorded_under_their_names_before_the_next_publication(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with no_room(monkeypatch), pytest.raises(StorageFull):
+        world.broker.releases.install_root(OPERATOR, root_of(world))
+    other = Caller("service:pipeline", "10.0.0.9", "r-1")
+    world.broker.releases.publish(other, as_body(world.publication(1)))
+    assert told(world) == [("1", "Create", OPERATOR.principal)]
+
+
+def test_a_first_root_may_have_another_number_and_none_is_told_that_never_was(tmp_path: Path) -> None:
+    found = World(tmp_path)
+    try:
+        third = numbered(found, 3)
+        found.broker.releases.install_root(OPERATOR, third)
+        assert told(found) == [("3", "Create", OPERATOR.principal)]
+    finally:
+        found.broker.close()
+
+
+def test_a_first_root_with_a_number_that_no_file_can_have_is_refused(world: World) -> None:
+    with pytest.raises(RepositoryError, match="version 1000000000"):
+        world.broker.releases.install_root(OPERATOR, numbered(world, 1_000_000_000))
+    assert told(world) == []
+
+
+def numbered(world: World, version: int) -> TrustRoot:
+    """Return the world's first root under another number, signed anew by its officers."""
+    root = Metadata[Root].from_bytes(world.root)
+    root.signed.version = version
+    root.signatures.clear()
+    for key in world.keys:
+        root.sign(CryptoSigner(key, SSlibKey.from_crypto(key.public_key())), append=True)
+    return TrustRoot(msgspec.Raw(msgspec.json.encode(base64.b64encode(root.to_bytes()).decode())))

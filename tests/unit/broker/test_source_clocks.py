@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 
 from saw.audit import ChainedEvent, Subject
 from saw.audit.choose import Choice
-from saw.broker.errors import MalformedError
+from saw.broker.errors import MalformedError, StorageFull
 from saw.broker.perimeter import Shipment
 from saw.broker.source_clocks import BOUND, HEADER, sent_at
 from saw.gateway.link import BrokerLink
@@ -180,3 +180,21 @@ def test_a_gatekeeper_says_what_time_it_has(world: World, monkeypatch: pytest.Mo
     monkeypatch.setattr(BrokerLink, "_connected", connected)
     assert asyncio.run(link.ship_once())
     assert [sent_at(Headers(dict(one))) for one in got] == [1_800_000_000_250]
+
+
+def test_a_finding_that_was_undone_with_its_shipment_comes_with_the_next_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edge = Source(world, HOURS)
+    first = edge.event("first")
+
+    def undone(*_: object) -> None:
+        raise StorageFull
+
+    with monkeypatch.context() as now:
+        now.setattr(world.broker.views, "_store_event", undone)
+        with pytest.raises(StorageFull):
+            edge.ship(first)
+    assert edge.findings() == []
+    edge.ship(first)
+    assert len(edge.findings()) == 1
