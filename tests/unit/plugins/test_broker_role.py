@@ -155,6 +155,19 @@ def test_single_sign_on_is_off_until_it_is_configured(tmp_path: Path) -> None:
     assert public.sso.provider.client_secret_file is None
 
 
+def test_changes_of_the_job_worker_are_no_alarm_and_those_of_others_are_as_told(tmp_path: Path) -> None:
+    jobs = next(one for one in JOBS if "ansible" in one)
+    for named, jobs_of, listed in (
+        ({}, jobs, ("saw-worker",)),
+        ({"automation": ["ci", "saw-worker"]}, jobs, ("ci", "saw-worker")),
+        ({"automation": ["ci"]}, {}, ("ci",)),
+        ({}, {}, ()),
+    ):
+        found = rendered(tmp_path, broker_sso={**SSO, **named}, broker_jobs=jobs_of).sso
+        assert found is not None
+        assert found.automation == listed
+
+
 def test_numbers_are_told_and_those_of_before_stay(tmp_path: Path) -> None:
     assert rendered(tmp_path).numbers == NumberSettings(most=1000)
     assert "numbers" not in json.loads((tmp_path / "broker.json").read_text())
