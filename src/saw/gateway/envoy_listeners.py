@@ -32,7 +32,7 @@ from saw.gateway.envoy_parts import (
     resource,
     socket_address,
 )
-from saw.gateway.envoy_replies import REFUSAL, local_replies, marked
+from saw.gateway.envoy_replies import REFUSAL, local_replies
 from saw.gateway.record_filter import record_filter
 from saw.gateway.redaction import REDACTION_FILTER
 from saw.gateway.replicas import MOST_REPLICAS, home, named
@@ -257,21 +257,7 @@ def _approved(path: Path, credential_headers: tuple[str, ...], replica: int, rep
             "use_remote_address": True,
             "skip_xff_append": True,
             "common_http_protocol_options": {"idle_timeout": "900s"},
-            "local_reply_config": {
-                "mappers": [
-                    {
-                        "filter": {
-                            "status_code_filter": {
-                                "comparison": {
-                                    "op": "GE",
-                                    "value": {"default_value": 100, "runtime_key": "ring2.local"},
-                                }
-                            }
-                        },
-                        "headers_to_add": [marked()],
-                    }
-                ]
-            },
+            "local_reply_config": local_replies(inner=True),
             "http_filters": [
                 _authorisation(
                     credential_headers, named("alone", replica) if replicas > 1 else "gatekeeper", body=False

@@ -63,7 +63,7 @@ LOCAL_MARK = "x-saw-local"
 """The header that tells the gatekeeper there that Envoy itself answered, and why (its response flags)."""
 NOT_SENT = frozenset({"UF", "UH", "UO", "NR", "NC", "UAEX"})
 """Envoy's response flags that mean that no byte of the call left: no connection, no route, or no authorisation."""
-NO_ANSWER = frozenset({"UC", "UPE", "UR", "URX", "UT"})
+NO_ANSWER = frozenset({"UC", "UMSDR", "UPE", "UR", "URX", "UT"})
 """Envoy's response flags that mean that a call was sent, at least in part, and not answered."""
 HOP_HEADERS = (
     "connection",

@@ -61,6 +61,7 @@ function envoy_on_request(handle)
 end
 """
 _EVERYTHING: tuple[Config, ...] = ({"connect_matcher": {}}, {"prefix": "/"})
+_NO_ANSWER = "service_gave_no_answer"
 _UNLIMITED = "0s"
 
 
@@ -272,25 +273,25 @@ def _connection_manager(name: str, generation: str) -> Config:
 
 
 def _local_replies(*, absolute: bool = False) -> Config:
-    """Give every refusal that Envoy makes on its own (503 and 400) the same body as the decision service's.
+    """Give every answer that Envoy makes on its own the same body as the decision service's.
 
     ``absolute``: a 403 that the decision service did not give (flag UAEX) is the codec's, for an ``https:`` address in absolute
     form without TLS, which no filter ever sees.
     """
 
-    def mapper(status: int, reason: str, detail: str, step: str, flags: list[str] | None = None) -> Config:
+    def mapper(status: int, reason: str, detail: str, step: str, *flags: str) -> Config:
         test: Config = {
             "status_code_filter": {
                 "comparison": {"op": "EQ", "value": {"default_value": status, "runtime_key": "ring1.reply"}}
             }
         }
         if flags:
-            test = {"and_filter": {"filters": [test, {"response_flag_filter": {"flags": flags}}]}}
+            test = {"and_filter": {"filters": [test, {"response_flag_filter": {"flags": list(flags)}}]}}
         return {
             "filter": test,
             "body_format_override": {
                 "json_format": {
-                    "error": "policy_denied",
+                    "error": "service_failed" if reason == _NO_ANSWER else "policy_denied",
                     "layer": "ring1",
                     "reason": reason,
                     "detail": detail,
@@ -303,13 +304,21 @@ def _local_replies(*, absolute: bool = False) -> Config:
             },
         }
 
+    unanswered = (
+        _NO_ANSWER,
+        "the call was sent to ring 2: the way ended before an answer came, or it took too long",
+        "it may have been carried out: look what came of it before it is sent again",
+    )
     of_service: Config = {"filter": {"response_flag_filter": {"flags": ["UAEX"]}}}
     no_tunnel = mapper(403, "method_or_path_not_allowed", "an https address in absolute form would travel in plain text",
                        "open a tunnel with CONNECT host:443 and speak TLS in it")  # fmt: skip
     return {
         "mappers": [
             mapper(503, "gatekeeper_stale", "the decision service of ring 1 does not answer",
-                   "try again shortly; if it lasts, ask the platform team about saw-decide in this workspace", ["UAEX"]),
+                   "try again shortly; if it lasts, ask the platform team about saw-decide in this workspace", "UAEX"),
+            mapper(503, *unanswered, "UC", "UR", "URX"),
+            mapper(502, *unanswered, "UPE"),
+            mapper(504, *unanswered, "SI", "UT"),
             mapper(503, "no_identity", "ring 2 cannot be reached with this workspace's identity: none was issued yet, it "
                    "ended, or the perimeter is away", "wait for the next attestation; if it lasts, ask the platform team"),
             mapper(400, "not_canonical", "the request is not well-formed HTTP", "send it as HTTP/1.1 or HTTP/2 has it"),

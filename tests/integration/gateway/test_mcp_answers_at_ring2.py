@@ -226,7 +226,12 @@ def test_a_server_that_says_no_or_is_not_there_is_told_as_such(rig: Rig) -> None
     saying(rig, JSON, DONE)
     assert post(rig, SEARCH).json == DONE, "its number may be used again"
     rig.name_hosts(api_example_com=BROKER)
-    assert post(rig, SEARCH).status == 503
+    answer = post(rig, SEARCH)
+    assert (answer.status, answer.json["error"], answer.json["reason"]) == (
+        503,
+        "service_failed",
+        "service_unreachable",
+    )
 
 
 def test_nothing_reaches_the_services_socket_without_the_gatekeepers_ticket(rig: Rig) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import json
 import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from ring2_reviews import Review
+from ring2_reviews import ROOT, Review
 from ring2_rig import SECRET, Answer, Rig, wait_for
 
 from saw.gateway.reviews import MOST_OPENING_EACH
@@ -567,3 +568,29 @@ def test_a_credential_that_comes_back_is_starred_in_the_stored_answer_too(rig: R
     rig.far.respond = echo
     answer = approved(rig)
     assert (answer.status, answer.body) == (200, b"you sent " + b"*" * len(SECRET["api-token"]))
+
+
+def test_a_gatekeeper_that_ends_while_it_asks_for_a_review_is_not_told_as_a_service(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call was neither allowed nor sent, and is made again once a gatekeeper is there."""
+    serve = rig.broker.reviews.serve
+
+    def ending(method: str, path: str, query: str, body: bytes) -> Any:
+        if (method, path) == ("POST", ROOT):
+            rig.stop_gatekeeper(signal.SIGKILL)
+        return serve(method, path, query, body)
+
+    with monkeypatch.context() as now:
+        now.setattr(rig.broker.reviews, "serve", ending)
+        answer = write(rig)
+    rig.start_gatekeeper()
+    assert (answer.status, answer.json["error"], answer.json["reason"]) == (
+        503,
+        "policy_denied",
+        "gatekeeper_unavailable",
+    )
+    assert "nothing was sent" in answer.json["detail"]
+    assert rig.far.arrived == []
+    rig.settled()
+    assert write(rig).status == 202
