@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from saw.image.build import ImageBuild  # noqa: E402
 from saw.image.finished import GoldenImage  # noqa: E402
 from saw.image.unpack import unpack_disk  # noqa: E402
 from saw.image.wheelhouse import wheelhouse  # noqa: E402
+from saw.lab.leftovers import measured_network  # noqa: E402
 from saw.lab.nspawn import LabNetwork, LightHost, host_key_of, known_hosts, login_key_of  # noqa: E402
 from saw.lab.playbook import signals_given_back, what_changed  # noqa: E402
 from saw.lab.process import wait_for  # noqa: E402
@@ -51,6 +52,7 @@ ROWS = (
     "site_no_change_all_hosts", "site_no_change_processor", "site_no_change_slowest_host", "site_no_change_questions",
     "site_no_change_changes", "site_image_changes",
 )  # fmt: skip
+ROOT = Path(__file__).resolve().parents[1]
 DOOR = 2222
 """Port of the SSH server that the golden image's host gets for this: its own takes nothing but certificates."""
 HERE_ALONE = frozenset(
@@ -156,12 +158,11 @@ class Fleet(Lab):
     @property
     def network(self) -> LabNetwork:
         """A network that no other part of the project uses."""
-        number = os.getpid() % 100000
-        return LabNetwork(f"saws{number}", f"10.92.{number % 250}")
+        return measured_network(int(self.build.name.split("-")[1]))
 
     def hosts(self) -> list[LightHost]:
         """Control host; perimeter, hypervisor and bastion."""
-        prefix, tun = self.network.prefix, ("/dev/net/tun",)
+        prefix, tun = self.network.prefix, tuple(name for name in ("/dev/net/tun",) if Path(name).exists())
         return [
             LightHost("control", f"{prefix}.10", self.directory, self.network, system_calls=LANDLOCK),
             LightHost("edge", f"{prefix}.20", self.directory, self.network, "all", tun),
@@ -268,7 +269,7 @@ def lets_in(command: list[str]) -> bool:
     )
 
 
-def run_site(fleet: Fleet, variables: dict[str, Any], *, check: bool = False) -> Run:
+def run_site(fleet: Fleet, variables: dict[str, Any]) -> Run:
     """Run the playbook once; raises with its output's end when a task fails."""
     from ansible_runner.interface import run
 
@@ -305,7 +306,6 @@ def run_site(fleet: Fleet, variables: dict[str, Any], *, check: bool = False) ->
         done = run(
             private_data_dir=str(place), playbook=str(fleet.repository / "playbooks/site.yml"),
             inventory=str(fleet.inventory_file), extravars=variables, envvars=environment, quiet=True, event_handler=note,
-            cmdline="--check" if check else None,
         )  # fmt: skip
     seconds = time.monotonic() - begin
     if done.status != "successful":
@@ -323,10 +323,15 @@ def fleet_of(found: Lab, *, with_image: bool = True) -> Iterator[tuple[Fleet, di
     images = ImageBuild(found.repository, found.build)
     image = images.matching() if with_image else None
     found.build.mkdir(parents=True, exist_ok=True)
-    folder = tempfile.TemporaryDirectory(prefix="site-", dir=found.build)
-    fleet = Fleet(found.repository, Path(folder.name))
-    hosts = fleet.hosts()
-    try:
+    with ExitStack() as ending:
+        folder = ending.enter_context(
+            tempfile.TemporaryDirectory(prefix=f"site-{os.getpid() % 100000}-", dir=found.build)
+        )
+        fleet = Fleet(found.repository, Path(folder))
+        ending.callback(fleet.network.down)
+        for host in [*fleet.hosts(), fleet.guest()]:
+            ending.callback(host.down, purge=True)
+        hosts = fleet.hosts()
         for host in hosts:
             host.up(tar)
         if image:
@@ -354,11 +359,6 @@ def fleet_of(found: Lab, *, with_image: bool = True) -> Iterator[tuple[Fleet, di
                 "sandbox_mcp_servers": str(images.mcp_servers(cache)),
             }
         yield fleet, variables, "" if image else "no golden image was made of the present sources: run `make image`"
-    finally:
-        for host in [*fleet.hosts(), fleet.guest()]:
-            host.down(purge=True)
-        fleet.network.down()
-        folder.cleanup()
 
 
 def converge(found: Lab, runs: int = 3, *, with_image: bool = True) -> tuple[Run, list[Run], str]:
@@ -372,7 +372,7 @@ def converge(found: Lab, runs: int = 3, *, with_image: bool = True) -> tuple[Run
 
 def measure(runs: int) -> list[Result]:
     """Return the rows of ``make bench``; each is of the fastest run."""
-    first, after, missing = converge(find_lab(), runs)
+    first, after, missing = converge(find_lab(ROOT), runs)
     best = min(after, key=lambda one: one.seconds)
     own = {host: sum(one.seconds for one in best.of(host)) for host in best.hosts()}
     most = max(best.hosts(), key=lambda host: own[host])
@@ -398,7 +398,7 @@ def main() -> int:
     if os.geteuid() != 0:
         print("root is needed to boot hosts: use sudo", file=sys.stderr)
         return 2
-    first, after, missing = converge(find_lab(), options.runs)
+    first, after, missing = converge(find_lab(ROOT), options.runs)
     told = {"first": first.told(), "after": [one.told() for one in after], "no_image": missing or None}
     print(json.dumps(told, indent=1))
     return 1 if any(one.changes() for one in after) else 0

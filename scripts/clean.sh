@@ -19,7 +19,7 @@ fail() {
 }
 
 hosts_here() { # directories of hosts that may run
-  [ -n "$(find "$build/lab/hosts" "$build/molecule/hosts" "$build/image-tree/hosts" -maxdepth 0 2>/dev/null)" ]
+  [ -n "$(find "$build/lab/hosts" "$build/molecule/hosts" "$build/image-tree/hosts" "$build"/site-*/lab/hosts -maxdepth 0 2>/dev/null)" ]
 }
 
 works() { .venv/bin/python -c 'import saw.lab.leftovers' 2>/dev/null; }

@@ -19,7 +19,8 @@ WIDTH = 300
 MOST = 20
 STAGE = re.compile(r"^INFO\s+(\[\S+ > \S+\]) Executing")
 TASK = re.compile(r"^TASK \[(.+?)\] \*")
-TROUBLE = re.compile(r"^(fatal: |failed: |FAILED |ERROR |\[ERROR\]|ERROR! |CRITICAL )")
+TROUBLE = re.compile(r"^(fatal: |failed: |FAILED |ERROR |ERROR! )")
+ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 RESCUED = re.compile(r"^\.\.\.ignoring$")
 
 
@@ -48,7 +49,7 @@ def failures(report: Path) -> Iterator[str]:
 def troubles(log: Path) -> Iterator[str]:
     """Yield ``[scenario > stage] task: message`` for each trouble in molecule's output, but for failures that were ignored."""
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = ESCAPES.sub("", log.read_text(encoding="utf-8", errors="replace")).splitlines()
     except OSError as problem:
         yield short(f"{log}: no log of this lane ({problem})")
         return

@@ -59,13 +59,14 @@ def test_long_messages_and_many_failures_are_cut(tmp_path: Path, capsys: pytest.
 MOLECULE = """\
 INFO     [edr > check] Executing
 TASK [saw.core.edr : A program is tried] ***************************************
+[ERROR]: Task failed: Module failed: not there
 fatal: [host]: FAILED! => {"msg": "not there"}
 ...ignoring
 INFO     [edr > converge] Executing
 TASK [saw.core.edr : Rules are loaded] *****************************************
 changed: [other]
 fatal: [host]: FAILED! => {"msg": "no room"}
-ERROR    [edr > converge] Executed: Failed
+ERROR    [edr > converge] \x1b[31mExecuted: Failed\x1b[0m
 INFO     [edr > verify] Executing
 FAILED molecule/edr/tests/test_edr.py::test_rules - AssertionError
 """

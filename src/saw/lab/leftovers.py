@@ -1,14 +1,16 @@
 """End what the project runs on this machine for one build directory: hosts, namespaces, and programs of a killed run.
 
 Three sites keep light hosts under a build directory, each in a network namespace of its own: the embedded default, the role
-tests and the image build. A host is found by what it consists of - its directory, its pid file, its control group - so also
-one of an interrupted run is found. Hosts of another checkout's build directory are named and left alone.
+tests and the image build. So does each measurement of the playbook ``site``, which ends them itself unless it is killed.
+A host is found by what it consists of - its directory, its pid file, its control group - so also one of an interrupted run is
+found. Hosts of another checkout's build directory are named and left alone.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,23 @@ SITES = (
     Site("the role tests", "molecule", LabNetwork("sawmol", "10.79.0"), ("bare", "guest", "edge", "control")),
 )
 ROLE_TESTS = SITES[2]
+_MEASURED = re.compile(r"site-([0-9]{1,5})-[A-Za-z0-9_]+\Z")
+"""The folder of a measurement of the playbook ``site``; the number is that of its network."""
+
+
+def measured_network(number: int) -> LabNetwork:
+    """Return the network of the measurement with this number, 0 to 99999; no other part of the project uses it."""
+    return LabNetwork(f"saws{number}", f"10.92.{number % 250}")
+
+
+def measurements(build: Path) -> list[Site]:
+    """Return the measurements of the playbook ``site`` whose folders are there: one that was killed leaves its hosts."""
+    found = [(match, path) for path in sorted(build.glob("site-*")) if (match := _MEASURED.match(path.name))]
+    title = "a measurement of the playbook site"
+    return [
+        Site(title, f"{path.name}/lab", measured_network(int(match[1])), ("edge", "control", "guest"))
+        for match, path in found
+    ]
 
 
 @dataclass
@@ -133,4 +152,8 @@ def end_all(build: Path, repository: Path, say: Say, *, purge: bool, sites: tupl
     found = list(running())
     for site in sites:
         end_site(site, build, found, ended, say, purge=purge)
+    if purge:
+        for site in measurements(build):
+            end_site(site, build, found, ended, say, purge=True)
+            shutil.rmtree((build / site.folder).parent)
     return ended

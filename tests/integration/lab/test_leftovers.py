@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from saw.lab.leftovers import Ended, Site, end_all, foreign, running
+from saw.lab.leftovers import Ended, Site, end_all, foreign, measurements, running
 from saw.lab.nspawn import LabError, LabNetwork, LightHost
 from saw.lab.process import gone, recall
 
@@ -209,3 +209,17 @@ def test_clean_removes_every_tree_that_npm_filled(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert list(root.rglob("node_modules")) == []
     assert all((root / folder).is_dir() for folder in folders), "what is not npm's stays"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, as the lab does")
+def test_measurements_that_were_killed_are_found_by_their_folder_and_removed_with_their_state(tmp_path: Path) -> None:
+    for name in ("site-70123-x1_y", "site-notes", "site-1", "sites-1-x"):
+        (tmp_path / name / "lab/hosts").mkdir(parents=True)
+    [found] = measurements(tmp_path)
+    assert (found.folder, found.network.namespace) == ("site-70123-x1_y/lab", "saws70123")
+    none = Site("the test", "none", LabNetwork(f"sawl{os.getpid() % 100000}", "10.95.251"), ())
+    end(tmp_path, none, [], purge=False)
+    assert measurements(tmp_path) == [found]
+    end(tmp_path, none, [])
+    assert measurements(tmp_path) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"site-notes", "site-1", "sites-1-x"}
