@@ -12,7 +12,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -23,14 +23,14 @@ from saw.sqlite import change
 
 LOG = logging.getLogger("saw.gateway")
 
-PATIENCE_S = 5.0
-"""How long a change waits for those of other replicas (seconds). Nothing but the list itself waits for it."""
+PATIENCE_S = 2.0
+"""How long a change waits for one of this gatekeeper, and then for one of another (seconds). Only lists wait for it."""
 READ_PATIENCE_S = 1.0
 """How long a question waits (seconds), before the call that it is about is refused. It does not wait for changes."""
 MOST = 65536
 """How many definitions may be known to have changed; a list that would add to them is not passed on."""
 EVERY_S = 1.0
-"""How often what could not be written is tried again (seconds)."""
+"""How often what could not be opened or written is tried again (seconds)."""
 PURGE_S = 60.0
 """How often what belongs to workspaces that are gone is removed (seconds)."""
 GONE_S = 3600.0
@@ -44,16 +44,23 @@ Server = tuple[str, str]
 
 
 class DefinitionsUnavailable(SawError):
-    """What a server said of its tools cannot be read or kept, so neither its list nor a call of a pinned tool passes."""
+    """What a server said of its tools cannot be read or kept, so neither its list nor a call of a pinned tool passes.
+
+    An agent is told this, so it says nothing of paths and disks; the journal has it.
+    """
 
     code = "gatekeeper_unavailable"
+
+
+class DefinitionsFull(DefinitionsUnavailable):
+    """There is no room for more tools with another definition than the pinned one."""
 
 
 class KeptDefinitions:
     """The definitions in the file ``path``. ``now`` is the time; a change waits ``patience_s`` seconds for those of others.
 
-    Where the file cannot be opened, every use of it raises :class:`DefinitionsUnavailable`: only pinned tools depend on it. Every
-    method may be called from any thread.
+    Where the file cannot be opened, every use of it raises :class:`DefinitionsUnavailable`, until :meth:`run_forever` could open
+    it: only pinned tools depend on it. Every method may be called from any thread.
     """
 
     def __init__(self, path: Path, now: Callable[[], datetime], patience_s: float = PATIENCE_S) -> None:
@@ -61,49 +68,84 @@ class KeptDefinitions:
         self._patience_s = patience_s
         self._now = now
         self._unwritten: dict[Server, dict[str, str]] = {}
-        self._writing, self._reading = threading.Lock(), threading.Lock()
+        """What could not be written. What is in it is never changed, only replaced, so that one sees whether there is more."""
+        self._opening, self._writing, self._reading, self._remembering = (threading.Lock() for _ in range(4))
         self._writer: sqlite3.Connection | None = None
         self._reader: sqlite3.Connection | None = None
-        try:
-            path.touch(0o600)
-            path.chmod(0o600)
-            self._writer = _opened(path, patience_s)
-            with change(self._writer) as database:
-                database.execute(_SCHEMA)
-            self._reader = _opened(path, READ_PATIENCE_S)
-        except (OSError, sqlite3.Error) as error:
-            self._problem = f"the definitions {path} cannot be opened: {error}"
-            LOG.critical("pinned tools cannot be called: %s", self._problem)
-        else:
-            self._problem = ""
+        self._closed = False
+        self._logged: frozenset[tuple[str, str]] = frozenset()
+        self.open()
+
+    def open(self) -> bool:
+        """Open the file unless it is open, or closed for good; return whether it is open."""
+        with self._opening, ExitStack() as undo:
+            if self._closed or self._reader is not None:
+                return not self._closed
+            try:
+                self._path.touch(0o600)
+                self._path.chmod(0o600)
+                writer = _opened(self._path, self._patience_s)
+                undo.callback(writer.close)
+                with change(writer) as database:
+                    database.execute(_SCHEMA)
+                reader = _opened(self._path, READ_PATIENCE_S)
+            except (OSError, sqlite3.Error) as error:
+                self._unavailable("opened", error)
+                return False
+            undo.pop_all()
+            self._writer, self._reader = writer, reader
+            return True
+
+    def _unavailable(self, what: str, error: Exception | None = None) -> DefinitionsUnavailable:
+        """Return what to raise where the definitions cannot be ``what``; the journal has why, once for as long as it is so."""
+        if error is not None and (what, str(error)) not in self._logged:
+            self._logged |= {(what, str(error))}
+            LOG.critical("pinned tools: the definitions %s cannot be %s: %s", self._path, what, error)
+        return DefinitionsUnavailable(
+            f"what servers say of their tools cannot be {what} on the perimeter host",
+            cure="try again; if it stays so, tell the platform team, whose journal says why",
+        )
+
+    def _again(self, what: str) -> None:
+        """Take note that the definitions can be ``what``, so that the journal has it when they cannot be again."""
+        self._logged = frozenset(one for one in self._logged if one[0] != what)
 
     def of(self, workspace: str, server: str) -> Definitions:
         """Return what is known of a server's definitions; asking and noting raise :class:`DefinitionsUnavailable`."""
         return _OfServer(self, (workspace, server))
 
     @contextmanager
-    def _change(self) -> Iterator[sqlite3.Connection]:
-        if self._problem or self._writer is None:
-            raise DefinitionsUnavailable(self._problem, cure="look at the disk, then restart the gatekeeper")
+    def _alone(self) -> Iterator[None]:
+        """Let no other thread write, also beyond the end of a transaction."""
+        if not self._writing.acquire(timeout=self._patience_s):
+            raise self._unavailable("written", TimeoutError("another thread is writing"))
         try:
-            with change(self._writer, self._writing, self._patience_s) as database:
+            yield
+        finally:
+            self._writing.release()
+
+    @contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        """Hold the only transaction that may write; it counts once the block is left. The thread is alone (:meth:`_alone`)."""
+        if self._writer is None:
+            raise self._unavailable("opened")
+        try:
+            with change(self._writer) as database:
                 yield database
         except sqlite3.Error as error:
-            raise DefinitionsUnavailable(
-                f"the definitions {self._path} cannot be written: {error}", cure="free disk space"
-            ) from error
+            raise self._unavailable("written", error) from error
+        self._again("written")
 
     @contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
-        if self._problem or self._reader is None:
-            raise DefinitionsUnavailable(self._problem, cure="look at the disk, then restart the gatekeeper")
+        if self._reader is None:
+            raise self._unavailable("opened")
         with self._reading:
             try:
                 yield self._reader
             except sqlite3.Error as error:
-                raise DefinitionsUnavailable(
-                    f"the definitions {self._path} cannot be read: {error}", cure="look at the disk"
-                ) from error
+                raise self._unavailable("read", error) from error
+        self._again("read")
 
     def pin(self, place: Server, tool: str) -> str | None:
         """Return the pin that ``tool`` was last listed without, None where it was listed with its pin or never."""
@@ -116,30 +158,52 @@ class KeptDefinitions:
             ).fetchone()
         return None if row is None else str(row[0])
 
-    def note(self, place: Server, listed: Listed, tools: Mapping[str, Tool]) -> None:
-        """Take in one list of a server's, judged by the pins of ``tools``."""
-        with self._read() as database:
-            known = {**_known(database, place), **self._unwritten.get(place, {})}
-        wanted = after(known, listed, tools)
-        if wanted == known and place not in self._unwritten:
+    def note(
+        self, place: Server, listed: Listed, tools: Mapping[str, Tool], names: Collection[str] | None = None
+    ) -> None:
+        """Take in one list of a server's, as :meth:`saw.policy.mcp_answers.Definitions.note` does."""
+        if not any(tool.definition for tool in tools.values()):
             return
+
+        def then(known: Mapping[str, str]) -> dict[str, str]:
+            return after(known, listed, tools, names)
+
         try:
-            with self._change() as database:
-                self._put(database, place, wanted)
-                self._unwritten.pop(place, None)
-        except DefinitionsUnavailable:
-            changed = {name: wanted[name] for name in listed.changed if name in wanted}
-            if changed:
-                self._unwritten[place] = {**self._unwritten.get(place, {}), **changed}
+            unwritten = self._unwritten.get(place)
+            with self._read() as database:
+                known = _known(database, place)
+            # Only to see that nothing changes: what another replica writes meanwhile is read again before writing.
+            if unwritten is not None or then(known) != known:
+                self._write(place, then)
+        except BaseException:
+            self._remember(place, {name: tools[name].definition or "" for name in listed.changed})
             raise
 
-    def _put(self, database: sqlite3.Connection, place: Server, wanted: Mapping[str, str]) -> None:
-        known, at = _known(database, place), self._now().timestamp()
+    def _remember(self, place: Server, changed: Mapping[str, str]) -> None:
+        """Let count here what could not be written."""
+        if changed:
+            with self._remembering:
+                self._unwritten[place] = {**self._unwritten.get(place, {}), **changed}
+
+    def _write(self, place: Server, then: Callable[[Mapping[str, str]], Mapping[str, str]]) -> None:
+        """Write what ``then`` makes of what is known of a server now, here and in the file."""
+        with self._alone():
+            unwritten = self._unwritten.get(place, {})
+            with self._change() as database:
+                known = _known(database, place)
+                self._put(database, place, known, then({**known, **unwritten}))
+            # It is on disk only now. What was remembered meanwhile is not, and stays.
+            with self._remembering:
+                if self._unwritten.get(place) is unwritten:
+                    del self._unwritten[place]
+
+    def _put(
+        self, database: sqlite3.Connection, place: Server, known: Mapping[str, str], wanted: Mapping[str, str]
+    ) -> None:
+        at = self._now().timestamp()
         (count,) = database.execute("SELECT count(*) FROM changed").fetchone()
         if count + len(wanted.keys() - known.keys()) > MOST:
-            raise DefinitionsUnavailable(
-                f"{MOST} tools have another definition than the pinned one", cure="see docs/mcp.md"
-            )
+            raise DefinitionsFull(f"{MOST} tools have another definition than the pinned one", cure="see docs/mcp.md")
         database.executemany(
             "DELETE FROM changed WHERE workspace = ? AND server = ? AND tool = ?",
             [(*place, tool) for tool in known.keys() - wanted.keys()],
@@ -150,13 +214,18 @@ class KeptDefinitions:
         )
 
     def retry(self) -> None:
-        """Write what could not be written; raises :class:`DefinitionsUnavailable` where it still cannot."""
+        """Write what could not be written; raises :class:`DefinitionsUnavailable` where some of it still cannot.
+
+        What does not fit holds up nothing else; where nothing can be written at all, the first failure ends it.
+        """
+        full: DefinitionsFull | None = None
         for place in list(self._unwritten):
-            with self._change() as database:
-                changed = self._unwritten.get(place, {})
-                self._put(database, place, {**_known(database, place), **changed})
-            if self._unwritten.get(place) is changed:
-                self._unwritten.pop(place, None)
+            try:
+                self._write(place, lambda known: known)
+            except DefinitionsFull as error:
+                full = error
+        if full is not None:
+            raise full
 
     def purge(self, workspaces: Collection[str]) -> int:
         """Remove what belongs to none of ``workspaces`` and is old enough; return how many definitions that were."""
@@ -166,15 +235,17 @@ class KeptDefinitions:
         gone = [(name, before) for (name,) in old if name not in workspaces]
         if not gone:
             return 0
-        with self._change() as database:
+        with self._alone(), self._change() as database:
             return database.executemany("DELETE FROM changed WHERE workspace = ? AND at < ?", gone).rowcount
 
     async def run_forever(self) -> None:
-        """Write what could not be written as soon as that is possible, until cancelled."""
+        """Open and write what could not be as soon as that is possible, until cancelled."""
         told = ""
         while True:
             await asyncio.sleep(EVERY_S)
-            if not self._unwritten:
+            if self._reader is None and await asyncio.to_thread(self.open):
+                LOG.warning("pinned tools: the definitions %s are open now", self._path)
+            if self._reader is None or not self._unwritten:
                 continue
             try:
                 await asyncio.to_thread(self.retry)
@@ -198,6 +269,8 @@ class KeptDefinitions:
 
     def close(self) -> None:
         """Close the file."""
+        with self._opening:
+            self._closed = True
         for database, lock in ((self._writer, self._writing), (self._reader, self._reading)):
             if database is not None:
                 with lock:
@@ -212,8 +285,8 @@ class _OfServer(Definitions):
         self._kept = kept
         self._place = place
 
-    def note(self, listed: Listed, tools: Mapping[str, Tool]) -> None:
-        self._kept.note(self._place, listed, tools)
+    def note(self, listed: Listed, tools: Mapping[str, Tool], names: Collection[str] | None = None) -> None:
+        self._kept.note(self._place, listed, tools, names)
 
     def changed(self, name: str, rule: Tool | None) -> bool:
         return rule is not None and rule.definition is not None and self._kept.pin(self._place, name) == rule.definition

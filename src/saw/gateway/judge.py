@@ -366,13 +366,16 @@ class Judge:
         """Give back what was reserved and counted for a call that cannot be kept."""
         if self._meter is None:
             return
-        try:
-            if charge:
+        if charge:
+            try:
                 await self._meter.give_back(charge, "the call could not be kept")
-            if counted:
+            except SawError as left:  # it ends by itself, as one of a call that nobody heard of again
+                LOG.critical("charge %s is not given back: %s", charge, left.message)
+        if counted:
+            try:
                 await self._meter.uncount(counted)
-        except SawError as left:  # it ends by itself, as one of a call that nobody heard of again
-            LOG.critical("charge %s is not given back: %s", charge or counted, left.message)
+            except SawError as left:  # it takes its part of the limit until that has room again by itself
+                LOG.critical("the request %s stays counted: %s", counted, left.message)
 
     async def _pinned(self, case: _Case, request: Request, release: Release, decision: Decision) -> None:
         """Note which MCP server a call goes to; refuse a tool that the server defines in another way than the policy pins."""

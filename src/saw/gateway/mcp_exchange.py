@@ -23,6 +23,7 @@ from saw.policy.mcp_answers import (
     SERVER_NOTIFICATIONS,
     Definitions,
     Listed,
+    ServerTools,
     judge_answer,
     refusal,
     without_client_capabilities,
@@ -39,10 +40,10 @@ from saw.policy.mcp_messages import (
     identifier_of,
     read,
 )
-from saw.policy.tool_rules import Tool
 
 LAYER = "ring2"
 MAX_BATCH = 64
+_NO_TOOLS = ServerTools({}, ())
 _CAPABILITIES = SERVER_CAPABILITIES | READING_CAPABILITIES
 _NOTIFICATIONS = SERVER_NOTIFICATIONS | READING_NOTIFICATIONS
 CANCELLED = "notifications/cancelled"
@@ -71,12 +72,12 @@ class Finding(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What counts when a message comes: ``tools`` returns those that may be called, ``definitions`` is what is known of them.
+    """What counts when a message comes: ``tools`` returns those of the server, ``definitions`` is what is known of them.
 
     ``shows``: whether the agent is told of one of them, which it may be handed or not.
     """
 
-    tools: Callable[[], Mapping[str, Tool]]
+    tools: Callable[[], ServerTools]
     definitions: Definitions
     shows: Callable[[str], bool] = lambda _: True
 
@@ -276,8 +277,10 @@ class Exchange:
         if method is None:
             self._found(Finding("dropped", "an answer to nothing that was asked"))
             return None
-        tools = rules.tools() if method == LIST_TOOLS else {}
-        answered = judge_answer(method, message, tools, layer=LAYER, capabilities=_CAPABILITIES, shows=rules.shows)
+        tools = rules.tools() if method == LIST_TOOLS else _NO_TOOLS
+        answered = judge_answer(
+            method, message, tools.usable, layer=LAYER, capabilities=_CAPABILITIES, shows=rules.shows
+        )
         if answered.withheld:
             self._found(Finding("refused", answered.withheld))
         if answered.listed is not None:
@@ -299,10 +302,10 @@ class Exchange:
             self._found(Finding("dropped", f"{what} {method[:64]}"))
         return None
 
-    def _listed(self, listed: Listed, definitions: Definitions, tools: Mapping[str, Tool]) -> None:
+    def _listed(self, listed: Listed, definitions: Definitions, tools: ServerTools) -> None:
         for name, digest in sorted(listed.changed.items()):
             self._found(Finding("definition_changed", f"{name[:128]} is defined as {digest}"))
-        definitions.note(listed, tools)
+        definitions.note(listed, tools.usable, tools.names)
         if listed.offered > listed.allowed:
             self._found(
                 Finding("filtered", f"{listed.offered - listed.allowed} of {listed.offered} tools are not listed")

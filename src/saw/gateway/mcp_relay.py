@@ -12,6 +12,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
@@ -40,6 +41,8 @@ AT_ONCE = 64 * 1024
 """Up to how many bytes are read at once; more are read beside the decisions on other calls."""
 MOST, MOST_EACH = 512, 64
 """How many calls may be on their way at a time, of all workspaces and of one: bounds the memory for answers."""
+LISTING = 4
+"""How many lists of tools are looked at, and kept, at a time."""
 _JSON, _EVENTS = "application/json", "text/event-stream"
 _SESSION = re.compile(r"[\x21-\x7e]{1,256}\Z")
 _NOT_SENT = frozenset({*HOP_HEADERS, "host", "accept-encoding"})
@@ -79,6 +82,8 @@ class McpRelay:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._transport = httpx.AsyncHTTPTransport(uds=str(socket), retries=0, limits=limits)
         self._now = now
+        # Threads of their own: lists that wait to be written must not hold up ledger, names and state, which every call needs.
+        self._listing = ThreadPoolExecutor(LISTING, "saw-mcp-lists")
         self._sessions = Sessions()
         self._replying: set[asyncio.Task[None]] = set()
         self._active: Counter[str] = Counter()
@@ -160,7 +165,9 @@ class McpRelay:
             async with self._sent(verdict, verdict.call.method, headers, said.body) as response:
                 given = response.headers.get(SESSION_HEADER)
                 replying = headers if given is None else [*_without(headers, SESSION_HEADER), (SESSION_HEADER, given)]
-                back = _Back(response, exchange, audit, lambda reply: self._reply(verdict, replying, reply))
+                back = _Back(
+                    response, exchange, audit, lambda reply: self._reply(verdict, replying, reply), self._listing
+                )
                 await back.to(answer, verdict.call.method)
         finally:
             exchange.over(resumable=known)
@@ -207,15 +214,24 @@ class McpRelay:
 
 
 class _Back:
-    """One answer on its way back. ``reply`` begins to tell the server something in the client's place."""
+    """One answer on its way back. ``reply`` begins to tell the server something in the client's place.
+
+    Lists of tools are looked at by ``listing``.
+    """
 
     def __init__(
-        self, response: httpx.Response, exchange: Exchange, audit: AnswerAudit, reply: Callable[[bytes], None]
+        self,
+        response: httpx.Response,
+        exchange: Exchange,
+        audit: AnswerAudit,
+        reply: Callable[[bytes], None],
+        listing: Executor,
     ) -> None:
         self._response = response
         self._exchange = exchange
         self._audit = audit
         self._reply = reply
+        self._listing = listing
 
     async def to(self, answer: _Sending, method: str) -> None:
         """Pass on what may be passed on, for a call by ``method``."""
@@ -244,13 +260,21 @@ class _Back:
             elif kind != _JSON or method == "GET":
                 raise AnswerRefused(f"its type {kind[:80]!r} is not what was asked for")
             else:
-                passed = await _decided(exchange.whole, body, beside=exchange.lists or len(body) > AT_ONCE)
+                passed = await self._decided(exchange.whole, body)
         except AnswerRefused as error:
             await self._told(str(error))
             await answer.whole(200 if exchange.asks else 502, kept, exchange.refused(str(error)))
             return
         await self._told()
         await answer.whole(status, kept, passed)
+
+    async def _decided(self, decide: Callable[[bytes], bytes], piece: bytes) -> bytes:
+        """Return what ``decide`` makes of ``piece``; other calls are decided meanwhile where it may take long."""
+        if self._exchange.lists:
+            return await asyncio.get_running_loop().run_in_executor(self._listing, decide, piece)
+        if self._exchange.held + len(piece) > AT_ONCE:
+            return await asyncio.to_thread(decide, piece)
+        return decide(piece)
 
     async def _told(self, refused: str = "") -> None:
         if refused:
@@ -264,8 +288,7 @@ class _Back:
         await answer.start(200, [*kept, ("content-type", _EVENTS)])
         try:
             async for piece in self._response.aiter_raw():
-                beside = exchange.lists or exchange.held + len(piece) > AT_ONCE
-                passed = await _decided(exchange.stream, piece, beside=beside) if piece else b""
+                passed = await self._decided(exchange.stream, piece) if piece else b""
                 await self._told()
                 if passed:
                     await answer.more(passed)
@@ -338,11 +361,6 @@ def _no_rules() -> Rules:
 
 def _without(headers: Headers, *names: str) -> Headers:
     return [(name, value) for name, value in headers if name not in names]
-
-
-async def _decided(decide: Callable[[bytes], bytes], piece: bytes, *, beside: bool) -> bytes:
-    """Return what ``decide`` makes of ``piece``; other calls are decided meanwhile where it may take long (``beside``)."""
-    return await asyncio.to_thread(decide, piece) if beside else decide(piece)
 
 
 async def _all(response: httpx.Response) -> bytes:

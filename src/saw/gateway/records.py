@@ -39,6 +39,7 @@ CREATE TABLE IF NOT EXISTS record (id TEXT PRIMARY KEY, at REAL NOT NULL, until 
   facts BLOB NOT NULL, body BLOB) STRICT;
 CREATE INDEX IF NOT EXISTS record_until ON record (until);
 CREATE INDEX IF NOT EXISTS record_at ON record (at);
+CREATE INDEX IF NOT EXISTS record_open ON record (at) WHERE answer = 'open';
 CREATE TABLE IF NOT EXISTS piece (record TEXT NOT NULL, place INTEGER NOT NULL, sealed BLOB NOT NULL,
   PRIMARY KEY (record, place)) STRICT;
 CREATE TABLE IF NOT EXISTS heard (record TEXT PRIMARY KEY, at REAL NOT NULL) STRICT, WITHOUT ROWID;
@@ -247,10 +248,15 @@ class RecordStore:
             )
 
     def end(self, record: str, pieces: int, status: int) -> None:
-        """Note that an answer came in ``pieces``, numbered from 0; it is whole once all of them are here, which may be later."""
+        """Note that an answer came in ``pieces``, numbered from 0; it is whole once all of them are here, which may be later.
+
+        One that counted as broken off goes on, until :meth:`purge` gives it up again.
+        """
         with self._writing() as database:
             database.execute(
-                "UPDATE record SET status = ?, pieces = ? WHERE id = ? AND pieces IS NULL", (status, pieces, record)
+                "UPDATE record SET status = ?, pieces = ?, answer = iif(answer = 'broken_off', 'open', answer) "
+                "WHERE id = ? AND pieces IS NULL",
+                (status, pieces, record),
             )
             _complete(database, record)
 
@@ -266,7 +272,7 @@ class RecordStore:
         with self._writing() as database:
             database.execute(
                 "UPDATE record SET answer = iif(pieces IS NULL, 'broken_off', 'cut') WHERE answer = 'open' "
-                "AND max(at, coalesce((SELECT heard.at FROM heard WHERE heard.record = record.id), 0)) < ?",
+                "AND at < ?1 AND coalesce((SELECT heard.at FROM heard WHERE heard.record = record.id), 0) < ?1",
                 (now - silent_s,),
             )
             database.execute("DELETE FROM heard WHERE record NOT IN (SELECT id FROM record WHERE answer = 'open')")

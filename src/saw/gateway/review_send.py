@@ -10,6 +10,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
@@ -76,6 +77,8 @@ class Sender:
         self._doubt = doubt
         self._now = now
         self._wait_s = wait_s
+        # Threads of their own: a list in an answer that waits to be written must not hold up what every call needs.
+        self._looking = ThreadPoolExecutor(2, "saw-mcp-answers")
         self._slots = asyncio.Semaphore(MOST_AT_ONCE)
         self._reader = Reader(Questions(judge, spool, factory, tickets, socket=socket), link)
 
@@ -203,7 +206,9 @@ class Sender:
                 raise AnswerRefused(f"{refusal.reason}: {refusal.detail}") from None
 
         audit = AnswerAudit(verdict, self._spool, self._factory, self._now)
-        kept = await asyncio.to_thread(stored_answer, answer, claimed.call.body, rules, audit.found)
+        kept = await asyncio.get_running_loop().run_in_executor(
+            self._looking, stored_answer, answer, claimed.call.body, rules, audit.found
+        )
         try:
             await audit.tell(end=True)
         except SawError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from saw.policy.mcp_messages import POLICY_DENIED, Json, error_message
@@ -51,29 +51,42 @@ class Listed(NamedTuple):
     changed: Mapping[str, str]
 
 
+class ServerTools(NamedTuple):
+    """The tools of a server: those that a caller may call now, and the names of all that its rules have."""
+
+    usable: Mapping[str, Tool]
+    names: Collection[str]
+
+
 class Definitions:
     """Which tools of one server were last listed with another definition than the pinned one, until they are pinned anew."""
 
     def __init__(self) -> None:
         self._failed: dict[str, str] = {}
 
-    def note(self, listed: Listed, tools: Mapping[str, Tool]) -> None:
-        """Take in one list of the server's, judged by the pins of ``tools``."""
-        self._failed = after(self._failed, listed, tools)
+    def note(self, listed: Listed, tools: Mapping[str, Tool], names: Collection[str] | None = None) -> None:
+        """Take in one list of the server's, judged by the pins of ``tools``.
+
+        ``names`` are those of all tools that the server's rules have; None where ``tools`` are all of them.
+        """
+        self._failed = after(self._failed, listed, tools, names)
 
     def changed(self, name: str, rule: Tool | None) -> bool:
         """Return whether the server's definition of ``name`` is not the one that ``rule`` pins."""
         return rule is not None and rule.definition is not None and self._failed.get(name) == rule.definition
 
 
-def after(failed: Mapping[str, str], listed: Listed, tools: Mapping[str, Tool]) -> dict[str, str]:
+def after(
+    failed: Mapping[str, str], listed: Listed, tools: Mapping[str, Tool], names: Collection[str] | None = None
+) -> dict[str, str]:
     """Return which tools were last listed with another definition than the pinned one, each with that pin, after one more list.
 
-    ``failed`` are those before it. What is no tool of ``tools`` any more is left out.
+    ``failed`` are those before it, ``tools`` and ``names`` as in :meth:`Definitions.note`. Only what the list has as it is
+    pinned is forgotten, and what is no tool of the server any more: what one caller may not call, another one may.
     """
     changed = {name: tools[name].definition or "" for name in listed.changed}
     kept = {name: pin for name, pin in failed.items() if name not in listed.pinned}
-    return {name: pin for name, pin in {**kept, **changed}.items() if name in tools}
+    return {name: pin for name, pin in {**kept, **changed}.items() if name in (tools if names is None else names)}
 
 
 class Answered(NamedTuple):

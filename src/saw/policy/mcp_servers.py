@@ -12,7 +12,7 @@ from saw.policy.actions import Classified
 from saw.policy.calls import Reading
 from saw.policy.governance import Governance
 from saw.policy.mcp import decide_call, definition_changed
-from saw.policy.mcp_answers import Definitions, usable
+from saw.policy.mcp_answers import Definitions, ServerTools, usable
 from saw.policy.mcp_http import CALL_TOOL, VERSION_HEADER, options
 from saw.policy.model import Decision, Policy, Request
 from saw.policy.tool_rules import HttpAddress, McpServer, Tool
@@ -68,8 +68,8 @@ class HttpServer(NamedTuple):
         return None
 
 
-def usable_tools(decide: Callable[[Request], Decision], request: Request, server: HttpServer) -> dict[str, Tool]:
-    """Return the tools of ``server`` that ``decide`` lets a caller of ``request`` call, or have a person decide on."""
+def usable_tools(decide: Callable[[Request], Decision], request: Request, server: HttpServer) -> ServerTools:
+    """Return the tools of ``server``; usable are those that ``decide`` lets a caller of ``request`` call or ask a person for."""
     found: dict[str, Tool] = {}
     headers = {name: value for name, value in request.headers.items() if name == VERSION_HEADER}
     for name, tool in usable(server.rules).items():
@@ -82,7 +82,7 @@ def usable_tools(decide: Callable[[Request], Decision], request: Request, server
         decision = decide(call)
         if decision.allowed or decision.reason in _WITH_OTHERS:
             found[name] = tool
-    return found
+    return ServerTools(found, server.rules.tools.keys())
 
 
 def http_servers(policy: Policy, governance: Governance) -> dict[tuple[str, int, str], HttpServer]:

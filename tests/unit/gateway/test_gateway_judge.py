@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,7 +24,8 @@ from saw.gateway.config import ResolverConfig
 from saw.gateway.credentials import CredentialStore
 from saw.gateway.definitions import KeptDefinitions
 from saw.gateway.events import event_of
-from saw.gateway.judge import Call, Judge, destination
+from saw.gateway.judge import Call, Judge, Verdict, destination
+from saw.gateway.mcp_exchange import Exchange
 from saw.gateway.peer import PeerReader
 from saw.gateway.releases import Release
 from saw.gateway.resolve import Resolver
@@ -32,7 +34,7 @@ from saw.gateway.view import EMPTY, View, raise_floors, release_for
 from saw.identity.x509 import Authority, new_key_and_csr
 from saw.policy.loader import load_governance, load_policy
 from saw.policy.matcher import Matcher
-from saw.policy.mcp_answers import Listed
+from saw.policy.mcp_answers import Listed, definition_digest
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 DIGEST, OLDER = "aa" * 32, "bb" * 32
@@ -368,3 +370,52 @@ def test_a_call_of_a_pinned_tool_counts_by_what_any_replica_was_told_of_it(
     other.close()
     here.close()
     assert (outcome("search_web"), outcome("read_page")) == ("gatekeeper_unavailable", ""), "what cannot be read"
+
+
+TWO_PROGRAMS = b"""
+version: 1
+network_policies:
+  tools:
+    endpoints:
+      - {host: api.example.com, port: 443, path: /mcp, protocol: mcp, mcp: {allow_all_known_mcp_methods: true}, rules: [
+          {allow: {method: tools/call, tool: search_web}}, {allow: {method: tools/call, tool: read_page}}]}
+    binaries: [{path: /usr/bin/curl}]
+  fewer:
+    endpoints:
+      - {host: api.example.com, port: 443, path: /mcp, protocol: mcp, mcp: {allow_all_known_mcp_methods: true}, rules: [
+          {allow: {method: tools/call, tool: read_page}}]}
+    binaries: [{path: /usr/bin/wget}]
+"""
+
+
+@pytest.mark.control("POL-04")
+def test_a_list_by_a_program_with_fewer_tools_does_not_let_the_others_pass(bench: Bench, tmp_path: Path) -> None:
+    """Which program asks is what the workspace says, so it must not undo what was found for another one."""
+    pinned = b'read_page: {class: auto, definition: "%s"}' % definition_digest({"name": "read_page"}).encode()
+    governance = load_governance(TOOLS.replace(b"read_page: {class: auto}", pinned))
+    matcher = Matcher.compile(load_policy(TWO_PROGRAMS), governance)
+    bench.view = view(entry(), {DIGEST: Release(DIGEST, 2, "coding", NOW + timedelta(days=1), governance, matcher)})
+    bench.judge._definitions = KeptDefinitions(tmp_path / "definitions.db", lambda: NOW)
+
+    def judged(binary: str, method: str, params: dict[str, Any]) -> Verdict:
+        asked = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+        call = msgspec.structs.replace(
+            bench.call(), method="POST", target="/mcp", body=msgspec.json.encode(asked), binary=binary,
+            headers={"content-type": "application/json"},
+        )  # fmt: skip
+        return asyncio.run(bench.judge.decide(call))
+
+    def shown(binary: str) -> list[str]:
+        """Have the server list both tools, one of them changed, to a program; return what it is shown."""
+        verdict = judged(binary, "tools/list", {})
+        exchange = Exchange({(int, 1): "tools/list"}, {}, lambda: bench.judge.rules(verdict), lambda _: None)
+        tools = [{"name": "search_web", "description": "changed"}, {"name": "read_page"}]
+        told = json.loads(exchange.whole(json.dumps({"jsonrpc": "2.0", "id": 1, "result": {"tools": tools}}).encode()))
+        return [tool["name"] for tool in told["result"]["tools"]]
+
+    def searching(binary: str = "/usr/bin/curl") -> str:
+        return judged(binary, "tools/call", {"name": "search_web", "arguments": {}}).reason
+
+    assert (searching("/usr/bin/wget"), searching()) == ("operation_not_allowed", "")
+    assert (shown("/usr/bin/curl"), searching()) == (["read_page"], "definition_changed")
+    assert (shown("/usr/bin/wget"), searching()) == (["read_page"], "definition_changed")

@@ -18,13 +18,14 @@ import pytest
 from test_gateway_judge import DIGEST, NOW, Bench, entry, release, view
 
 from saw.audit.events import EventFactory
+from saw.budget.errors import LedgerError
 from saw.budget.ledger import Ledger
 from saw.cli.inference import NotRead, ask
 from saw.cli.main import main
 from saw.errors import ConfigError
 from saw.gateway.app import refusal_body
 from saw.gateway.errors import SpoolError
-from saw.gateway.metering import Meter
+from saw.gateway.metering import Meter, Reserved
 from saw.gateway.record_desk import LONGEST_QUESTION, RecordDesk
 from saw.gateway.record_filter import record_filter
 from saw.gateway.recording import WAITING, Recorder, Told, read_told
@@ -270,6 +271,36 @@ def test_an_answer_whose_pieces_are_lost_is_cut(tmp_path: Path) -> None:
     database.close()
 
 
+def test_an_answer_that_broke_off_and_whose_end_is_told_late_is_cut_and_one_with_all_its_pieces_is_whole(
+    tmp_path: Path,
+) -> None:
+    held, late = store(tmp_path), 100.1 + SILENT_S
+    for record in ("lost", "whole"):
+        put(held, record, until=1e9)
+        held.add(record, 0, b"a", 100.0)
+    held.purge(late)
+    for record in ("lost", "whole"):
+        assert held.read(record).listed.answer == "broken_off"
+        held.end(record, 2, 200)
+        assert held.read(record).listed.answer == "open", "its pieces may still come"
+    assert held.add("whole", 1, b"b", late)
+    held.purge(late)
+    assert [held.read(record).listed.answer for record in ("lost", "whole")] == ["cut", "whole"]
+
+
+def test_what_is_over_is_not_looked_through_while_nobody_else_can_write(tmp_path: Path) -> None:
+    held = store(tmp_path)
+    said: list[str] = []
+    held._database.set_trace_callback(said.append)
+    held.purge(1e9)
+    held._database.set_trace_callback(None)
+    changes = [text for text in said if text.startswith(("UPDATE record", "DELETE"))]
+    assert len(changes) == 4
+    plans = [row[3] for text in changes for row in held._database.execute(f"EXPLAIN QUERY PLAN {text}")]
+    whole = [plan for plan in plans if "SCAN record" in plan and "record_open" not in plan]
+    assert whole == [], plans
+
+
 def test_lists_are_the_newest_first_and_bounded(tmp_path: Path) -> None:
     held = store(tmp_path)
     for number in range(5):
@@ -416,6 +447,30 @@ def test_a_call_that_cannot_be_kept_takes_nothing_of_a_limit_and_its_twin_does(t
     assert outcome(10**8) == ""
     assert outcome(10**8) == ("rate_limited" if "1m" in limit else "quota_exhausted")
     ledger.close()
+
+
+class _Broken:
+    """A meter that admits calls and can give back nothing of what it reserved."""
+
+    def __init__(self) -> None:
+        self.uncounted: list[str] = []
+
+    async def reserve(self, *_: Any, **__: Any) -> Reserved:
+        return Reserved("charge-1", None, "counted-1")
+
+    async def give_back(self, charge: str, _why: str) -> None:
+        raise LedgerError(f"{charge} is not there")
+
+    async def uncount(self, counted: str) -> None:
+        self.uncounted.append(counted)
+
+
+def test_a_charge_that_cannot_be_given_back_leaves_no_request_counted(tmp_path: Path) -> None:
+    meter, keeper = _Broken(), recorder(store(tmp_path, limit=100), Trail())
+    told = "{id: burst, scope: workspace, per: 1m, requests: 1}"
+    verdict = judged(tmp_path, "{content: prompts, keep: 2d}", keeper, meter=meter, counted=told)[1]
+    assert verdict.reason == "record_unavailable"
+    assert meter.uncounted == ["counted-1"]
 
 
 def test_the_record_of_a_call_that_is_not_sent_after_all_is_forgotten(tmp_path: Path) -> None:

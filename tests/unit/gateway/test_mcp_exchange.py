@@ -25,7 +25,7 @@ from saw.gateway.mcp_relay import MOST_EACH
 from saw.gateway.mcp_stored import stored_answer
 from saw.gateway.mcp_stream import Event, EventReader, EventUnreadable
 from saw.policy import strict_json
-from saw.policy.mcp_answers import Definitions
+from saw.policy.mcp_answers import Definitions, ServerTools
 from saw.policy.mcp_messages import MAX_OUTSTANDING, MessageInvalid
 from saw.policy.tool_rules import Tool
 from saw.review.messages import ReviewedAnswer
@@ -39,7 +39,7 @@ ANSWER = {"jsonrpc": "2.0", "id": 1, "result": {"content": []}}
 
 
 def rules() -> Rules:
-    return Rules(lambda: TOOLS, Definitions())
+    return Rules(lambda: ServerTools(TOOLS, TOOLS), Definitions())
 
 
 def exchange(

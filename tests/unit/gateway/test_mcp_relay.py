@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +21,7 @@ from saw.gateway.mcp_exchange import Rules
 from saw.gateway.mcp_relay import MOST_EACH, McpRelay
 from saw.gateway.spool import Spool
 from saw.gateway.tickets import Tickets
-from saw.policy.mcp_answers import Definitions
+from saw.policy.mcp_answers import Definitions, ServerTools
 from saw.policy.mcp_messages import MAX_MESSAGE
 from saw.policy.tool_rules import Tool
 
@@ -43,7 +45,7 @@ def verdict(server: str = "web", method: str = "POST") -> Verdict:
 
 
 def rules(_: Verdict) -> Rules:
-    return Rules(lambda: {"read": Tool(class_="auto")}, Definitions())
+    return Rules(lambda: ServerTools({"read": Tool(class_="auto")}, {"read"}), Definitions())
 
 
 class Client:
@@ -235,6 +237,40 @@ def test_an_answer_to_who_may_not_have_it_any_more_is_an_error_with_the_reason(t
         error = json.loads(client.answer)["error"]
         assert (client.status, error["data"]["reason"]) == (200, "answer_unreadable")
         assert "lease_expired" in error["message"]
+
+    run(work())
+
+
+class Waits(Definitions):
+    """Definitions that cannot be noted for as long as ``go`` is not set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go, self.noting = threading.Event(), threading.Event()
+
+    def note(self, *_: object) -> None:
+        self.noting.set()
+        assert self.go.wait(300)
+
+
+def test_lists_that_wait_to_be_kept_hold_up_nothing_that_other_calls_need(tmp_path: Path) -> None:
+    known = Waits()
+    world = World(tmp_path, by=lambda _: Rules(lambda: ServerTools({"read": Tool(class_="auto")}, {"read"}), known))
+    lists = b'{"jsonrpc":"2.0","id":1,"method":"tools/list"}'
+    listed = b'{"jsonrpc":"2.0","id":1,"result":{"tools":[{"name":"read"}]}}'
+
+    async def work() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        try:
+            async with world.far_end(said(listed)), asyncio.timeout(60):
+                calls = [asyncio.create_task(world.client(body=lists).through(world.relay)) for _ in range(20)]
+                while not known.noting.is_set():  # noqa: ASYNC110 - another thread's work
+                    await asyncio.sleep(0.01)
+                assert await asyncio.to_thread(lambda: "decided") == "decided"
+                known.go.set()
+                assert {client.status for client in await asyncio.gather(*calls)} == {200}
+        finally:
+            known.go.set()
 
     run(work())
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from saw.gateway import review_send
 from saw.gateway.errors import ReviewUnavailable
 from saw.gateway.review_link import ReviewLink
 from saw.gateway.review_send import Sender
-from saw.review.messages import Claimed, ClaimReview, ReviewedCall
+from saw.review.messages import Claimed, ClaimReview, ReviewedAnswer, ReviewedCall
 
 CALL = ReviewedCall(method="POST", scheme="https", host="api.example.com", port=443, path="/", headers=(), body=b"x")
 
@@ -77,6 +79,40 @@ def test_a_secret_is_kept_until_there_is_a_call_and_then_another_one_is_taken(mo
     assert third == again
     assert len({one, second, third, last}) == 4
     assert sent == [one, second, third]
+
+
+def test_an_answer_whose_list_waits_to_be_kept_holds_up_nothing_that_other_calls_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    go, begun = threading.Event(), threading.Event()
+
+    def stored(answer: ReviewedAnswer, *_: object) -> ReviewedAnswer:
+        begun.set()
+        assert go.wait(300)
+        return answer
+
+    monkeypatch.setattr(review_send, "stored_answer", stored)
+    nothing: Any = SimpleNamespace()
+    sender = Sender(
+        nothing, nothing, nothing, nothing, nothing, socket=Path("none"), doubt=lambda: "", now=lambda: datetime.now(UTC),
+        wait_s=10,
+    )  # fmt: skip
+    answer = ReviewedAnswer(status=200, headers=(), body=b"", truncated=False)
+
+    async def scenario() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        try:
+            async with asyncio.timeout(60):
+                kept = asyncio.create_task(sender._looked_at(claimed(1, "s"), nothing, answer))
+                while not begun.is_set():  # noqa: ASYNC110 - another thread's work
+                    await asyncio.sleep(0.01)
+                assert await asyncio.to_thread(lambda: "decided") == "decided"
+                go.set()
+                assert await kept == answer
+        finally:
+            go.set()
+
+    asyncio.run(scenario())
 
 
 def test_the_secret_is_told_in_the_body_and_is_one_as_the_contract_wants_it() -> None:

@@ -17,7 +17,7 @@ from saw.gateway.mcp_exchange import AnswerRefused, Exchange, Rules
 from saw.policy.errors import PolicyError
 from saw.policy.loader import load_governance
 from saw.policy.mcp import decide_tool
-from saw.policy.mcp_answers import Definitions, definition_digest, usable
+from saw.policy.mcp_answers import Definitions, ServerTools, definition_digest, usable
 from saw.runtime.mcp_protocol import Session
 
 pytestmark = [pytest.mark.control("RUN-05"), pytest.mark.control("POL-04")]
@@ -51,7 +51,10 @@ def session_of(governance: Any = GOVERNANCE) -> Session:
 def over_http(case: dict[str, Any], *, stream: bool) -> dict[str, Any] | None:
     found: list[object] = []
     exchange = Exchange(
-        {(int, 1): case["asked"]}, {}, lambda: Rules(lambda: usable(SERVER), Definitions()), found.append
+        {(int, 1): case["asked"]},
+        {},
+        lambda: Rules(lambda: ServerTools(usable(SERVER), SERVER.tools), Definitions()),
+        found.append,
     )
     if stream:
         try:
