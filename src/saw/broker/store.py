@@ -164,6 +164,11 @@ class Store:
                     raise
                 return change()
 
+    @property
+    def shared(self) -> bool:
+        """Whether other brokers may write the same database: what only one of them knows does not hold for the others."""
+        return self._shared
+
     def set_room_aside(self) -> None:
         """Set room aside for :meth:`urgently`, as far as there is any."""
         if self._reserve is not None:

@@ -23,11 +23,9 @@ from saw.broker.http import guarded, refusal
 from saw.broker.operator_roles import ALLOWED
 from saw.broker.operator_routes import operator_routes
 from saw.broker.peer import SCOPE_KEY, Peer
+from saw.broker.sso.rechecks import NotSignedIn
 from saw.broker.sso.refused import record_refused
-from saw.broker.sso.sessions import NotSignedIn
 from saw.broker.sso.web import Web
-
-_KILL = ("POST", "/v1/workspaces/{id}/kill")
 
 
 def operate_app(web: Web, broker: Broker) -> Starlette:
@@ -38,24 +36,25 @@ def operate_app(web: Web, broker: Broker) -> Starlette:
         peer: Peer = request.scope.get(SCOPE_KEY, Peer())
         return Caller("anonymous:", peer.address, request.state.request_id)
 
-    def admit(request: Request, path: str, caller: Caller) -> Caller:
-        """Return the person behind the call, of whose roles the provider is asked now before anything is changed."""
+    def admit(request: Request, call: tuple[str, str], caller: Caller) -> Caller:
+        """Return the person behind ``call``, a route's own method and path (the request's may be HEAD, which comes with GET).
+
+        The provider is asked of their roles now before anything is changed.
+        """
+        method, path = call
         kind, _, secret = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer":
             raise NotSignedIn("nobody is signed in", cure="saw login")
-        wanted = ALLOWED[request.method, path]
-        session = web.sso.sessions.current(
-            caller, secret, fresh=request.method != "GET", urgent_for=wanted if (request.method, path) == _KILL else ()
-        )
+        session = web.sso.sessions.current(caller, secret, fresh=method != "GET")
         if session.kind != "cli":
             raise NotSignedIn("this is no session of a command line", cure="saw login")
         web.sso.sessions.seen(session.secret)
         known = Caller(session.principal, caller.address, caller.request_id)
-        roles = set(session.person.roles)
-        if (request.method, path) in OWN and "user" in roles and not wanted & roles:
+        wanted, roles = ALLOWED[call], set(session.person.roles)
+        if call in OWN and "user" in roles and not wanted & roles:
             request.state.only_sponsor = session.person.name
         elif not wanted & roles:
-            record_refused(broker.services, known, f"{request.method} {path}", _workspace_of(request, path))
+            record_refused(broker.services, known, f"{method} {path}", _workspace_of(request, path))
             raise ForbiddenError(
                 f"this takes the role {' or '.join(sorted(wanted))}", cure="ask somebody who has it", code="not_allowed"
             )
@@ -64,7 +63,7 @@ def operate_app(web: Web, broker: Broker) -> Starlette:
     def route(path: str, method: str, handler: Any) -> Route:
         async def admitted(request: Request, caller: Caller) -> Any:
             # The provider may be asked, so not in the event loop.
-            return await handler(request, await run_in_threadpool(admit, request, path, caller))
+            return await handler(request, await run_in_threadpool(admit, request, (method, path), caller))
 
         return Route(path, guarded(identify, admitted), methods=[method])
 

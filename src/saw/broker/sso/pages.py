@@ -31,8 +31,9 @@ from saw.broker.sso.passkeys import Answered, NewCredential
 from saw.broker.sso.policy_request_pages import PolicyRequestPages
 from saw.broker.sso.port_pages import PortPages
 from saw.broker.sso.portal import Portal
+from saw.broker.sso.rechecks import NotSignedIn
 from saw.broker.sso.service import SingleSignOn
-from saw.broker.sso.sessions import NotSignedIn, Session
+from saw.broker.sso.sessions import Session
 from saw.broker.sso.signin import LOGIN_FOR
 from saw.broker.sso.terminal import Terminal
 from saw.broker.sso.trail_pages import TrailPages

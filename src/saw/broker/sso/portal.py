@@ -26,7 +26,6 @@ from saw.broker.lifecycle import State
 from saw.broker.registry import unknown_workspace
 from saw.broker.session_views import unknown_session
 from saw.broker.sso.access import (
-    INTERVENE,
     has_workspaces,
     may_attach,
     may_end,
@@ -222,8 +221,8 @@ class Portal:
 
     def kill(self, visit: Visit) -> Response:
         """A workspace is cut off. The provider is asked first whether the person still has the role."""
-        caller = visit.change(visit.session(urgent_for=INTERVENE))
-        session = visit.session(fresh=True, urgent_for=INTERVENE)
+        caller = visit.change(visit.session())
+        session = visit.session(fresh=True)
         name = self._name(visit, session)
         self._allow(may_intervene(session.person), caller, "workspace.kill", name)
         form = visit.filled_in(KillForm)

@@ -9,27 +9,24 @@ import base64
 import hashlib
 import hmac
 import logging
-import threading
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 import msgspec
-from sqlalchemy import Connection, Row, select
+from sqlalchemy import Connection, Select, select
 
 from saw.audit import Subject
 from saw.broker.clock import iso, parse_iso
 from saw.broker.context import BROKER, Caller, Services
 from saw.broker.errors import BrokerError, StorageFull
-from saw.broker.people import Person, PersonRefused, admit, disentitle, find_person, identity_of, no_role
+from saw.broker.people import Person, PersonRefused, admit, identity_of, no_role
 from saw.broker.schema import people, sso_logins, sso_logout_tokens, sso_sessions
 from saw.broker.session_ends import SessionEnds
-from saw.broker.sso.claims import person_claims
-from saw.broker.sso.provider import Provider, ProviderRefused, ProviderUnavailable, Tokens
-from saw.broker.sso.sealed import Seal, SealBroken
+from saw.broker.sso.provider import Provider, ProviderUnavailable, Tokens
+from saw.broker.sso.rechecks import NotSignedIn, Rechecks
+from saw.broker.sso.sealed import Seal
 from saw.broker.sso.sign_outs import PROTOCOL, end_sign_ins
-from saw.broker.sso_settings import Role, SsoSettings
+from saw.broker.sso_settings import SsoSettings
 from saw.broker.store import Transaction
 from saw.identity.oidc import IdToken, TokenRefused
 
@@ -40,16 +37,6 @@ SEEN_EVERY = timedelta(seconds=30)
 """How exactly the use of a session is remembered."""
 MAX_SESSIONS = 32
 """Most live sessions of one person; the one that was unused longest ends for a new one."""
-CHECKS_AT_ONCE = 256
-"""Most sessions about which the provider is asked in one go; the others are next."""
-_LOCKS = 64
-
-
-class NotSignedIn(BrokerError):
-    """No live session is behind the call."""
-
-    code = "not_signed_in"
-    status = 401
 
 
 class Session(msgspec.Struct, frozen=True):
@@ -93,11 +80,9 @@ class Sessions:
     def __init__(self, services: Services, settings: SsoSettings, provider: Provider, seal: Seal) -> None:
         self._s = services
         self._settings = settings
-        self._provider = provider
         self._seal = seal
         self._ends = SessionEnds(services)
-        # A refresh token may be used once: two calls of one session must not both use it.
-        self._checking = tuple(threading.Lock() for _ in range(_LOCKS))
+        self._checks = Rechecks(services, settings, provider, seal)
 
     def start(
         self, caller: Caller, kind: Kind, token: IdToken, tokens: Tokens, claims: dict[str, Any], *, old: str = ""
@@ -176,26 +161,19 @@ class Sessions:
             )
         )
 
-    def current(
-        self, caller: Caller, secret: str, *, fresh: bool = False, urgent_for: Collection[Role] = ()
-    ) -> Session:
+    def current(self, caller: Caller, secret: str, *, fresh: bool = False) -> Session:
         """Return the live session of ``secret``. The provider is asked again when its word is old, always with ``fresh``.
 
-        On a full disk its word is noted in the room that is set aside (:meth:`saw.broker.store.Store.urgently`) when somebody
-        asks who had one of the roles ``urgent_for`` until now: a kill must not fail for want of the note, and nobody else may use
-        that room.
+        On a full disk its word counts all the same (:mod:`saw.broker.sso.rechecks`).
 
         Raises :class:`NotSignedIn`; :class:`PersonRefused` when the person has no role any more;
         :class:`saw.broker.sso.provider.ProviderUnavailable` when the provider has to be asked and does not answer.
         """
-        with self._s.store.read() as connection:
-            session = self._find(connection, secret)
+        session = self._find(secret)
         now = self._s.clock()
-        old = now - session.checked_at >= timedelta(seconds=self._settings.session.recheck_s)
-        if old or fresh:
-            with self._alone(digest_of(secret)):
-                urgent = not set(urgent_for).isdisjoint(session.person.roles)
-                session = self._recheck(caller, secret, fresh=fresh, urgent=urgent)
+        if fresh or now - session.checked_at >= timedelta(seconds=self._settings.session.recheck_s):
+            self._checks.check(caller, digest_of(secret), fresh=fresh)
+            session = self._find(secret)
         return session
 
     def seen(self, secret: str) -> None:
@@ -219,21 +197,28 @@ class Sessions:
     def end_by_provider(self, caller: Caller, jti: str, until: float, *, subject: str, sid: str) -> int:
         """End what a logout token names and return how many sessions that were; the token counts once.
 
-        Raises :class:`TokenRefused` when it was used before.
+        Raises :class:`TokenRefused` when it was used before; :class:`StorageFull` when there is no room to note that: on the full
+        disk of a SQLite file the sessions have ended all the same.
         """
         key = hashlib.sha256(jti.encode()).hexdigest()
-        with self._s.store.write() as tx:
-            used = select(sso_logout_tokens.c.jti_sha256).where(sso_logout_tokens.c.jti_sha256 == key)
-            if tx.connection.execute(used).first() is not None:
-                raise TokenRefused("token_used", "this logout token was used", "send a new one")
-            ends = iso(datetime.fromtimestamp(until, self._s.clock().tzinfo))
-            tx.connection.execute(sso_logout_tokens.insert().values(jti_sha256=key, expires_at=ends))
-            wanted = sso_sessions.c.provider_sid == sid
-            if not sid:
-                issuer = self._settings.provider.issuer
-                named = select(people.c.name).where(people.c.issuer == issuer, people.c.subject == subject)
-                wanted = sso_sessions.c.person.in_(named)
-            return self._end(tx, caller, wanted, "signed out at the provider")
+        used = select(sso_logout_tokens.c.jti_sha256).where(sso_logout_tokens.c.jti_sha256 == key)
+        wanted = sso_sessions.c.provider_sid == sid
+        if not sid:
+            issuer = self._settings.provider.issuer
+            named = select(people.c.name).where(people.c.issuer == issuer, people.c.subject == subject)
+            wanted = sso_sessions.c.person.in_(named)
+        why = "signed out at the provider"
+        try:
+            with self._s.store.write() as tx:
+                _require_unused(tx.connection, used)
+                ends = iso(datetime.fromtimestamp(until, self._s.clock().tzinfo))
+                tx.connection.execute(sso_logout_tokens.insert().values(jti_sha256=key, expires_at=ends))
+                return self._end(tx, caller, wanted, why)
+        except StorageFull:
+            with self._s.store.read() as connection:
+                _require_unused(connection, used)
+            self._checks.end_unwritten(caller, wanted, why)
+            raise
 
     def set_challenge(self, session: Session, challenge: str, until: datetime) -> None:
         """Keep the one challenge for a new passkey of this session."""
@@ -246,37 +231,29 @@ class Sessions:
 
     def tick(self) -> None:
         """Ask the provider about live sessions whose check is due, and remove what has ended by time."""
+        self._checks.write_down()
         now = self._s.clock()
         idle = iso(now - timedelta(seconds=self._settings.session.idle_s))
         over = (sso_sessions.c.expires_at <= iso(now)) | (sso_sessions.c.seen_at <= idle)
-        due = iso(now - timedelta(seconds=self._settings.session.recheck_s))
-        with self._s.store.write() as tx:
-            self._end(tx, BROKER, over, "ended by time")
-            tx.connection.execute(sso_logins.delete().where(sso_logins.c.expires_at <= iso(now)))
-            tx.connection.execute(sso_logout_tokens.delete().where(sso_logout_tokens.c.expires_at <= iso(now)))
-        wanted = (sso_sessions.c.checked_at <= due) & sso_sessions.c.refresh.is_not(None)
-        with self._s.store.read() as connection:
-            query = select(sso_sessions.c.secret_sha256).where(wanted).order_by(sso_sessions.c.checked_at)
-            digests = connection.execute(query.limit(CHECKS_AT_ONCE)).scalars().all()
-        for digest in digests:
+        try:
+            with self._s.store.write() as tx:
+                self._end(tx, BROKER, over, "ended by time")
+                tx.connection.execute(sso_logins.delete().where(sso_logins.c.expires_at <= iso(now)))
+                tx.connection.execute(sso_logout_tokens.delete().where(sso_logout_tokens.c.expires_at <= iso(now)))
+        except StorageFull:  # what has ended counts no more, whether it is removed or not
+            logger.warning("no room to remove sessions that have ended")
+        for digest in self._checks.due():
             try:
-                with self._alone(digest):
-                    self._recheck_row(BROKER, digest, fresh=False)
+                self._checks.check(BROKER, digest, fresh=False)
             except ProviderUnavailable:
                 # Nobody is let in by that: a check that is due refuses the call. The next one would only wait as long.
                 break
             except BrokerError:
                 continue
 
-    @contextmanager
-    def _alone(self, digest: str) -> Iterator[None]:
-        """Let one call of all replicas at a time use the refresh token of a session."""
-        with self._checking[int(digest[:8], 16) % _LOCKS], self._s.store.exclusively(f"sso-session {digest}"):
-            yield
-
-    def _find(self, connection: Connection, secret: str) -> Session:
-        row = self._row(connection, digest_of(secret))
-        person = find_person(connection, row.person)
+    def _find(self, secret: str) -> Session:
+        found = self._checks.live(digest_of(secret))
+        row, person = found.row, found.person
         if person is None or not person.roles or person.entitled_until <= iso(self._s.clock()):
             raise NotSignedIn("the session has ended", cure="sign in again")
         return Session(
@@ -286,87 +263,10 @@ class Sessions:
             person,
             parse_iso(row.auth_time),
             row.created_at,
-            parse_iso(row.checked_at),
+            found.checked_at,
             row.expires_at,
             row.acr,
         )
-
-    def _row(self, connection: Connection, digest: str) -> Row[Any]:
-        now = self._s.clock()
-        row = connection.execute(select(sso_sessions).where(sso_sessions.c.secret_sha256 == digest)).one_or_none()
-        idle = iso(now - timedelta(seconds=self._settings.session.idle_s))
-        if row is None or row.expires_at <= iso(now) or row.seen_at <= idle:
-            raise NotSignedIn("nobody is signed in, or the session has ended", cure="sign in again")
-        return row
-
-    def _recheck(self, caller: Caller, secret: str, *, fresh: bool, urgent: bool) -> Session:
-        self._recheck_row(caller, digest_of(secret), fresh=fresh, urgent=urgent)
-        with self._s.store.read() as connection:
-            return self._find(connection, secret)
-
-    def _recheck_row(self, caller: Caller, digest: str, *, fresh: bool, urgent: bool = False) -> None:
-        """Ask the provider whether somebody still has a role. Raises as :meth:`current` does; the session then has ended."""
-        now = self._s.clock()
-        limit = timedelta(seconds=self._settings.session.recheck_s)
-        with self._s.store.read() as connection:
-            row = self._row(connection, digest)
-        mine = sso_sessions.c.secret_sha256 == digest
-        young = now - parse_iso(row.checked_at) < limit
-        if young and (not fresh or row.refresh is None):
-            return
-        if row.refresh is None:
-            # The provider gives no way to ask: what it said at the sign-in stands until the session ends, but is not fresh.
-            if fresh:
-                raise NotSignedIn(
-                    "the provider's word about you is too old for this", cure="sign in again", code="sign_in_again"
-                )
-            return
-        lost: BrokerError | TokenRefused | None = None
-        try:
-            tokens = self._provider.refresh(self._seal.open(row.id, row.refresh).decode())
-            token, claims = person_claims(self._settings, self._provider, tokens, now, nonce=None, max_age_s=None)
-        except (ProviderRefused, TokenRefused) as error:
-            lost = error
-        except SealBroken as error:
-            lost = NotSignedIn(error.message, cure=error.cure)
-
-        def note() -> PersonRefused | None:
-            gone: PersonRefused | None = None
-            with self._s.store.write() as tx:
-                if lost is not None:
-                    self._end(tx, caller, mine, lost.code)
-                    others = select(sso_sessions.c.id).where(sso_sessions.c.person == row.person)
-                    if tx.connection.execute(others).first() is None:
-                        disentitle(tx.connection, row.person, now)
-                    return None
-                try:
-                    who = identity_of(self._settings, token.sub, claims)
-                    person = admit(tx, self._settings, who, now)
-                    if not person.roles:
-                        gone = no_role(person.name)
-                    elif person.name != row.person:
-                        gone = PersonRefused("the session is another person's", cure="sign in again")
-                except PersonRefused as error:
-                    disentitle(tx.connection, row.person, now)
-                    gone = error
-                else:
-                    self._without_user(tx, caller, person)
-                if gone is not None:
-                    self._end(tx, caller, sso_sessions.c.person == row.person, gone.code)
-                    return gone
-                sealed = row.refresh
-                if tokens.refresh_token is not None:
-                    sealed = self._seal.close(row.id, tokens.refresh_token.encode())
-                tx.connection.execute(sso_sessions.update().where(mine).values(checked_at=iso(now), refresh=sealed))
-            return None
-
-        gone = self._s.store.urgently(note) if urgent else note()
-        if lost is not None:
-            raise NotSignedIn(
-                "the provider has ended the session", cure="sign in again", code="session_ended"
-            ) from lost
-        if gone is not None:
-            raise gone
 
     def _make_room(self, tx: Transaction, caller: Caller, name: str) -> None:
         query = select(sso_sessions.c.id).where(sso_sessions.c.person == name).order_by(sso_sessions.c.seen_at)
@@ -386,3 +286,8 @@ class Sessions:
 def _signed_in(token: IdToken) -> datetime:
     """When the person signed in at the provider; without its word, when the token was issued is not taken for it."""
     return datetime.fromtimestamp(token.auth_time or 0, UTC)
+
+
+def _require_unused(connection: Connection, used: Select[Any]) -> None:
+    if connection.execute(used).first() is not None:
+        raise TokenRefused("token_used", "this logout token was used", "send a new one")

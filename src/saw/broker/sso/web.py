@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, urlsplit
 
@@ -20,9 +20,9 @@ from saw.broker.errors import BrokerError, ForbiddenError, MalformedError
 from saw.broker.http import DEFAULT_LIMIT, answer, decode, read_body
 from saw.broker.limits import RateLimit
 from saw.broker.peer import SCOPE_KEY, Peer
+from saw.broker.sso.rechecks import NotSignedIn
 from saw.broker.sso.service import SingleSignOn
-from saw.broker.sso.sessions import NotSignedIn, Session
-from saw.broker.sso_settings import Role
+from saw.broker.sso.sessions import Session
 from saw.budget.ledger import money
 from saw.errors import SawError
 from saw.review.escapes import escape
@@ -71,15 +71,12 @@ class Visit:
         """Whoever calls, as long as nobody is known."""
         return Caller("anonymous:", self.address, self.request_id)
 
-    def session(self, *, fresh: bool = False, used: bool = True, urgent_for: Collection[Role] = ()) -> Session:
-        """Return the session of the browser; raise :class:`NotSignedIn`. ``fresh`` asks the provider now; ``urgent_for`` as of
-        :meth:`saw.broker.sso.sessions.Sessions.current`.
+    def session(self, *, fresh: bool = False, used: bool = True) -> Session:
+        """Return the session of the browser; raise :class:`NotSignedIn`. ``fresh`` asks the provider now.
 
         What a page asks by itself is no use of the session (``used``): it ends as if nobody had asked.
         """
-        return require_session(
-            self._web, self.caller, self.cookies.get(SESSION_COOKIE, ""), fresh=fresh, used=used, urgent_for=urgent_for
-        )
+        return require_session(self._web, self.caller, self.cookies.get(SESSION_COOKIE, ""), fresh=fresh, used=used)
 
     def command_session(self) -> Session:
         """Return the session of a command line, which has its secret in ``Authorization: Bearer``."""
@@ -213,14 +210,12 @@ class Web:
         return page if page not in {"/callback", "/sign-in"} else "/"
 
 
-def require_session(
-    web: Web, caller: Caller, secret: str, *, fresh: bool = False, used: bool = True, urgent_for: Collection[Role] = ()
-) -> Session:
+def require_session(web: Web, caller: Caller, secret: str, *, fresh: bool = False, used: bool = True) -> Session:
     """Return the session of a browser whose cookie is ``secret``; raise :class:`NotSignedIn`. ``fresh`` asks the provider now.
 
     With ``used`` its idle time begins anew.
     """
-    session = web.sso.sessions.current(caller, secret, fresh=fresh, urgent_for=urgent_for)
+    session = web.sso.sessions.current(caller, secret, fresh=fresh)
     if session.kind != "browser":
         raise NotSignedIn("this is no session of a browser", cure="sign in")
     if used:
