@@ -13,6 +13,7 @@ from pathlib import Path
 from saw.gateway.envoy_parts import (
     HEALTH_PATH,
     HTTP,
+    KEPT,
     SSH_PORT,
     TLS,
     TYPE,
@@ -106,6 +107,7 @@ def clusters(
                 "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
                     "@type": options_type,
                     **protocol,
+                    "common_http_protocol_options": {"idle_timeout": KEPT},
                     "http_filters": [strip, codec],
                 }
             },

@@ -27,6 +27,9 @@ CONNECTION_BUFFER = 2 * LONGEST
 DRAIN_SECONDS = 1
 """How long Envoy lets connections of a removed listener live; given on its command line."""
 AUTHZ_TIMEOUT = "8s"
+KEPT = "4s"
+"""How long an unused connection to a service is kept. Many services close theirs after 5 s: a call that meets that is sent, and
+nobody knows what came of it, which an approved write must not risk."""
 HEALTH_PATH = "/saw-health"
 """Where Envoy asks a gatekeeper whether it is well; a call of a workspace names its listener, wherever it goes."""
 WORKSPACE_SAN = "spiffe://[^/]+/workspace/[^/]+"

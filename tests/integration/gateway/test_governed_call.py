@@ -289,6 +289,28 @@ def test_a_service_that_is_away_or_does_not_answer_is_told_apart(rig: Rig) -> No
     assert rig.call().status == 200
 
 
+def test_an_unused_connection_is_closed_before_the_service_may_close_it(rig: Rig) -> None:
+    """A call that met a service's end of a kept connection would be sent, and nobody would know what came of it."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(rig.directory / "far.pem", rig.directory / "far.key")
+
+    def answer_and_keep(listening: socket.socket) -> bytes:
+        with context.wrap_socket(listening.accept()[0], server_side=True) as link:
+            link.settimeout(60)
+            link.recv(65536)
+            link.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+            return link.recv(1)
+
+    rig.name_hosts(api_example_com=BROKER)
+    with rig.listen(BROKER, 443) as listening, ThreadPoolExecutor(1) as pool:
+        listening.settimeout(60)
+        left = pool.submit(answer_and_keep, listening)
+        assert rig.call().status == 200
+        assert left.result(120) == b""
+    rig.name_hosts()
+    assert rig.call().status == 200
+
+
 def test_an_upstream_that_cannot_prove_its_name_gets_nothing(rig: Rig) -> None:
     rig.name_hosts(api_example_com=TRAP)
     assert failed(rig.call()) == (503, "service_unreachable")
