@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -398,7 +398,8 @@ def main() -> int:
     if os.geteuid() != 0:
         print("root is needed to boot hosts: use sudo", file=sys.stderr)
         return 2
-    first, after, missing = converge(find_lab(ROOT), options.runs)
+    with redirect_stdout(sys.stderr):  # what the steps say of themselves
+        first, after, missing = converge(find_lab(ROOT), options.runs)
     told = {"first": first.told(), "after": [one.told() for one in after], "no_image": missing or None}
     print(json.dumps(told, indent=1))
     return 1 if any(one.changes() for one in after) else 0
