@@ -578,12 +578,14 @@ def test_a_gatekeeper_that_ends_while_it_asks_for_a_review_is_not_told_as_a_serv
 
     def ending(method: str, path: str, query: str, body: bytes) -> Any:
         if (method, path) == ("POST", ROOT):
-            rig.stop_gatekeeper(signal.SIGKILL)
+            for process in list(rig.gatekeepers.values()):
+                process.kill()
         return serve(method, path, query, body)
 
     with monkeypatch.context() as now:
         now.setattr(rig.broker.reviews, "serve", ending)
         answer = write(rig)
+    rig.stop_gatekeeper(signal.SIGKILL)
     rig.start_gatekeeper()
     assert (answer.status, answer.json["error"], answer.json["reason"]) == (
         503,
