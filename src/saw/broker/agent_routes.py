@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.routing import Route
 
@@ -14,7 +13,8 @@ from saw.broker.agent_states import AGENTS
 from saw.broker.agents import ChangeAgent, RegisterAgent, RetireAgent, SucceedAgent
 from saw.broker.context import Caller
 from saw.broker.core import Broker
-from saw.broker.http import LONGEST_WAIT_S, whole_number, with_body, without_body
+from saw.broker.feed_routes import feed
+from saw.broker.http import with_body, without_body
 
 MakeRoute = Callable[[str, str, Any], Route]
 
@@ -31,24 +31,15 @@ def agent_routes(broker: Broker, route: MakeRoute) -> list[Route]:
         with store.read() as connection:
             return agent_list.page(connection, asked, only_sponsor(request))
 
-    async def changes(request: Request, _caller: Caller) -> Any:
-        after = whole_number(request, "after", 0, 2**53)
-
-        def look() -> dict[str, Any]:
-            with store.read() as connection:
-                return agent_list.changes(connection, after)
-
-        async def read() -> dict[str, Any]:
-            return await run_in_threadpool(look)
-
-        wait = float(whole_number(request, "wait", 0, LONGEST_WAIT_S))
-        return await broker.waker.poll(AGENTS, read, lambda found: bool(found["agents"]), wait)
-
     return [
         route("/v1/agents", "GET", without_body(listed)),
         route("/v1/agents", "POST", with_body(RegisterAgent, lambda c, b, _r: kept.register(c, b))),
         # In front of the route of one agent, whose id is never this word.
-        route("/v1/agents/changes", "GET", changes),
+        route(
+            "/v1/agents/changes",
+            "GET",
+            feed(broker, "agents", AGENTS, lambda c, after, _r: agent_list.changes(c, after)),
+        ),
         route(one, "GET", without_body(lambda _c, r: kept.show(r.path_params["id"], only_sponsor(r)))),
         route(one, "PUT", with_body(ChangeAgent, lambda c, b, r: kept.change(c, r.path_params["id"], b))),
         route(

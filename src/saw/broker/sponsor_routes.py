@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
+from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.routing import Route
 
 from saw.broker import sponsor_list
-from saw.broker.context import Caller
 from saw.broker.core import Broker
-from saw.broker.errors import MalformedError
-from saw.broker.http import LONGEST_WAIT_S, whole_number, with_body, without_body
+from saw.broker.feed_routes import behind, feed
+from saw.broker.http import with_body, without_body
 from saw.broker.sponsors import SwitchSponsor, wanted
 from saw.broker.wake import SPONSORS
 
@@ -24,26 +23,13 @@ _LONGEST_NAME = 1024
 
 def sponsor_routes(broker: Broker, route: MakeRoute) -> list[Route]:
     """Return the routes; ``route`` makes one that is open to whoever may call it."""
-    kept, one, store = broker.sponsors, "/v1/sponsors/{name}", broker.services.store
+    kept, one = broker.sponsors, "/v1/sponsors/{name}"
 
-    async def feed(request: Request, _caller: Caller) -> Any:
-        after = whole_number(request, "after", 0, 2**53)
-        behind = request.query_params.get("behind", "")
-        if len(behind) > _LONGEST_NAME:
-            raise MalformedError("behind is no name of a sponsor", cure="give the one of the answer before, or none")
-
-        def look() -> dict[str, Any]:
-            with store.read() as connection:
-                return sponsor_list.changes(connection, after, behind)
-
-        async def read() -> dict[str, Any]:
-            return await run_in_threadpool(look)
-
-        wait = float(whole_number(request, "wait", 0, LONGEST_WAIT_S))
-        return await broker.waker.poll(SPONSORS, read, lambda found: bool(found["sponsors"]), wait)
+    def changes(connection: Connection, after: int, request: Request) -> dict[str, Any]:
+        return sponsor_list.changes(connection, after, behind(request, _LONGEST_NAME, "name of a sponsor"))
 
     return [
-        route("/v1/sponsor-changes", "GET", feed),
+        route("/v1/sponsor-changes", "GET", feed(broker, "sponsors", SPONSORS, changes)),
         route("/v1/sponsors", "GET", without_body(lambda _c, r: kept.listed(wanted(r.query_params)))),
         route(one, "GET", without_body(lambda _c, r: kept.show(r.path_params["name"]))),
         route(
