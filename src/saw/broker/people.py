@@ -78,12 +78,11 @@ def identity_of(settings: SsoSettings, subject: str, claims: Mapping[str, Any]) 
     return Identity(wanted.issuer, subject, name, tuple(sorted(usable)))
 
 
-def admit(tx: Transaction, settings: SsoSettings, who: Identity, now: datetime) -> Person:
-    """Store the provider's word about ``who`` and return the person.
+def entitled(connection: Connection, settings: SsoSettings, who: Identity, now: datetime) -> Person:
+    """Return the person that the provider's word about ``who`` makes, without storing it; they may have no role left.
 
-    Raises :class:`PersonRefused` when no role is left (what is stored then is that), or when name or subject is another's.
+    Raises :class:`PersonRefused` when name or subject is another's, or the person may not come in whatever the provider says.
     """
-    connection = tx.connection
     same = connection.execute(select(people).where(people.c.name == who.name)).one_or_none()
     holder = connection.execute(
         select(people).where(people.c.issuer == who.issuer, people.c.subject == who.subject)
@@ -107,20 +106,25 @@ def admit(tx: Transaction, settings: SsoSettings, who: Identity, now: datetime) 
             cure="the operator tells why (saw sponsor show), and can take it back",
             code="sponsor_disabled",
         )
-    roles = settings.roles_of(who.groups)
     until = iso(now + timedelta(seconds=settings.session.absolute_s))
+    return Person(who.name, who.groups, settings.roles_of(who.groups), until)
+
+
+def admit(tx: Transaction, settings: SsoSettings, who: Identity, now: datetime) -> Person:
+    """Store the provider's word about ``who`` and return the person. Raises as :func:`entitled` does; nothing is stored then."""
+    person = entitled(tx.connection, settings, who, now)
     values = {
-        "groups": msgspec.json.encode(who.groups).decode(),
-        "roles": msgspec.json.encode(roles).decode(),
+        "groups": msgspec.json.encode(person.groups).decode(),
+        "roles": msgspec.json.encode(person.roles).decode(),
         "checked_at": iso(now),
-        "entitled_until": until,
+        "entitled_until": person.entitled_until,
     }
-    if same is None:
+    if find_person(tx.connection, who.name) is None:
         new = {"name": who.name, "issuer": who.issuer, "subject": who.subject, "first_seen_at": iso(now)}
-        connection.execute(people.insert().values(**new, **values))
+        tx.connection.execute(people.insert().values(**new, **values))
     else:
-        connection.execute(people.update().where(people.c.name == who.name).values(**values))
-    return Person(who.name, who.groups, roles, until)
+        tx.connection.execute(people.update().where(people.c.name == who.name).values(**values))
+    return person
 
 
 def no_role(name: str) -> PersonRefused:

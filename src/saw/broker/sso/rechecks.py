@@ -15,19 +15,19 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, select
+from sqlalchemy import ColumnElement, Connection, Row, select
 
 from saw.broker.clock import iso, parse_iso
 from saw.broker.context import Caller, Services
 from saw.broker.errors import BrokerError, StorageFull
-from saw.broker.people import Person, PersonRefused, admit, disentitle, find_person, identity_of, no_role
+from saw.broker.people import Person, PersonRefused, admit, disentitle, entitled, find_person, identity_of, no_role
 from saw.broker.schema import sso_sessions
 from saw.broker.session_ends import SessionEnds
 from saw.broker.sso.claims import person_claims
 from saw.broker.sso.provider import Provider, ProviderRefused
 from saw.broker.sso.sealed import Seal, SealBroken
 from saw.broker.sso.sign_outs import end_sign_ins
-from saw.broker.sso.unwritten import Rehearsal, Unwritten, Word
+from saw.broker.sso.unwritten import Unwritten, Word
 from saw.broker.sso_settings import SsoSettings
 from saw.broker.store import Transaction
 from saw.identity.oidc import TokenRefused
@@ -210,7 +210,7 @@ class Rechecks:
     def _keep(self, word: Word) -> PersonRefused | None:
         """Keep what there is no room for; return why the person may not come in any more."""
         with self._s.store.read() as connection:
-            gone = None if word.lost else self._admitted(Rehearsal(connection), word)
+            gone = None if word.lost else self._refusal(connection, word)
         self._unwritten.keep(word if gone is None else replace(word, gone=gone.code, refused=None))
         logger.warning("no room for what the provider says of a session: it is kept in memory until there is")
         return gone
@@ -244,23 +244,31 @@ class Rechecks:
         else:
             self._note(tx, word)
 
+    def _refusal(self, connection: Connection, word: Word) -> PersonRefused | None:
+        """Return why ``word`` does not let the person come in, None where it does."""
+        if word.who is None:
+            return word.refused
+        try:
+            person = entitled(connection, self._settings, word.who, word.at)
+        except PersonRefused as error:
+            return error
+        if not person.roles:
+            return no_role(person.name)
+        if person.name != word.person:
+            return PersonRefused("the session is another person's", cure="sign in again")
+        return None
+
     def _admitted(self, tx: Transaction, word: Word) -> PersonRefused | None:
         """Store what ``word`` says of the person; return why they may not come in."""
-        gone = word.refused
-        if word.who is not None:
-            try:
-                person = admit(tx, self._settings, word.who, word.at)
-            except PersonRefused as error:
-                gone = error
-            else:
-                if "user" not in person.roles:  # their sessions with workspaces end, whatever else they are
-                    self._ends.end_person(tx, word.caller, person.name, "no_role")
-                if not person.roles:
-                    return no_role(person.name)
-                if person.name != word.person:
-                    return PersonRefused("the session is another person's", cure="sign in again")
-                return None
-        disentitle(tx.connection, word.person, word.at)
+        gone = self._refusal(tx.connection, word)
+        try:
+            person = None if word.who is None else admit(tx, self._settings, word.who, word.at)
+        except PersonRefused:
+            person = None
+        if person is None:
+            disentitle(tx.connection, word.person, word.at)
+        elif "user" not in person.roles:  # their sessions with workspaces end, whatever else they are
+            self._ends.end_person(tx, word.caller, person.name, "no_role")
         return gone
 
     def _note(self, tx: Transaction, word: Word) -> None:

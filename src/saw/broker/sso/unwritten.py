@@ -9,15 +9,11 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, cast
-
-from sqlalchemy import Connection, Executable, Select
 
 from saw.broker.clock import iso
 from saw.broker.context import Caller
 from saw.broker.errors import StorageFull
 from saw.broker.people import Identity, Person, PersonRefused
-from saw.broker.store import Transaction
 
 MOST = 10_000
 """Most sessions of which something is kept; of others the provider is not asked until there is room."""
@@ -102,21 +98,3 @@ class Unwritten:
             words[after.digest] = after
             persons[after.person] = (*persons.get(after.person, ()), after)
         self.held = Held(words, persons)
-
-
-class Rehearsal(Transaction):
-    """A transaction on a connection that only reads: what it would change or record is left out, so it takes no room."""
-
-    def __init__(self, connection: Connection) -> None:
-        super().__init__(cast("Connection", _Looking(connection)))
-
-    def record(self, *events: Mapping[str, Any]) -> None:
-        """Record nothing: nothing happens."""
-
-
-class _Looking:
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def execute(self, statement: Executable) -> Any:
-        return self._connection.execute(statement) if isinstance(statement, Select) else None
