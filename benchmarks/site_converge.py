@@ -41,7 +41,7 @@ from saw.image.unpack import unpack_disk  # noqa: E402
 from saw.image.wheelhouse import wheelhouse  # noqa: E402
 from saw.lab.leftovers import measured_network  # noqa: E402
 from saw.lab.nspawn import LabNetwork, LightHost, host_key_of, known_hosts, login_key_of  # noqa: E402
-from saw.lab.playbook import signals_given_back, what_changed  # noqa: E402
+from saw.lab.playbook import environment_of, signals_given_back, what_changed  # noqa: E402
 from saw.lab.process import wait_for  # noqa: E402
 from saw.lab.steps import Progress  # noqa: E402
 from saw.lab.topology import BASTION_PORT, LANDLOCK, TRUST_DOMAIN, Lab, find_lab  # noqa: E402
@@ -293,13 +293,7 @@ def run_site(fleet: Fleet, variables: dict[str, Any]) -> Run:
     place = fleet.build / "runner"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(mode=0o700, parents=True)
-    environment = {
-        "ANSIBLE_COLLECTIONS_PATH": str(ImageBuild(fleet.repository, fleet.build).link_collection()),
-        "ANSIBLE_CONFIG": str(fleet.repository / "ansible.cfg"),
-        "ANSIBLE_HOME": str(fleet.build / "ansible-home"),
-        "SAW_CONTEXT": str(fleet.context_file),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
+    environment = environment_of(fleet)
     hosts = [*fleet.hosts(), fleet.guest()]
     begin, used = time.monotonic(), processor_seconds(hosts)
     with signals_given_back():

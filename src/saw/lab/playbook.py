@@ -33,6 +33,17 @@ class PlaybookFailed(SawError):
     code = "playbook_failed"
 
 
+def environment_of(lab: Lab) -> dict[str, str]:
+    """Return what Ansible needs in its environment to run a playbook of the collection on the hosts of ``lab``."""
+    return {
+        "ANSIBLE_COLLECTIONS_PATH": str(ImageBuild(lab.repository, lab.build).link_collection()),
+        "ANSIBLE_CONFIG": str(lab.repository / "ansible.cfg"),
+        "ANSIBLE_HOME": str(lab.build / "ansible-home"),
+        "SAW_CONTEXT": str(lab.context_file),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+
+
 def run_playbook(
     lab: Lab,
     name: str,
@@ -74,20 +85,13 @@ def run_playbook(
         shutil.rmtree(stale, ignore_errors=True)
     for sub in ("env", "project", "inventory", "artifacts"):
         (runner_directory / sub).mkdir(mode=0o700, parents=True, exist_ok=True)
-    environment = {
-        "ANSIBLE_COLLECTIONS_PATH": str(ImageBuild(lab.repository, lab.build).link_collection()),
-        "ANSIBLE_CONFIG": str(lab.repository / "ansible.cfg"),
-        "ANSIBLE_HOME": str(lab.build / "ansible-home"),
-        "SAW_CONTEXT": str(lab.context_file),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
     with signals_given_back():
         result = run(
             private_data_dir=str(runner_directory),
             playbook=str(lab.repository / f"playbooks/{name}.yml"),
             inventory=str(lab.inventory_file),
             extravars=variables or {},
-            envvars=environment,
+            envvars=environment_of(lab),
             ident=name,
             cmdline="--check --diff" if check else None,
             quiet=True,
