@@ -67,6 +67,13 @@ def first_publication(world: World) -> Published:
     return Published(metadata={**body.metadata, "root.json": root_of(world).root}, targets=body.targets)
 
 
+def successor(world: World) -> Published:
+    """Return the publication of a root that follows the present one: there is one more officer."""
+    dora = Ed25519PrivateKey.generate()
+    change = change_root(world.officers, RootChange(add=(dora.public_key(),)), world.now)
+    return as_body(contribute(change, [*world.keys[:2], dora]).publication)
+
+
 def test_a_root_is_recorded_once(world: World) -> None:
     assert world.broker.releases.install_root(OPERATOR, root_of(world))["changed"]
     assert told(world) == [("1", "Create", OPERATOR.principal)]
@@ -117,12 +124,8 @@ def test_a_root_that_a_broker_which_died_took_is_recorded_by_the_next_start(
 def test_a_root_that_follows_is_recorded_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.broker.releases.install_root(OPERATOR, root_of(world))
     world.publish(1)
-    dora = Ed25519PrivateKey.generate()
-    made = contribute(
-        change_root(world.officers, RootChange(add=(dora.public_key(),)), world.now), [*world.keys[:2], dora]
-    ).publication
     with no_room(monkeypatch), pytest.raises(StorageFull):
-        world.broker.releases.publish(OPERATOR, as_body(made))
+        world.broker.releases.publish(OPERATOR, successor(world))
     assert len(told(world)) == 1
     world.broker.releases.catch_up()
     assert told(world)[1:] == [("2", "Update", OPERATOR.principal)]
@@ -134,10 +137,6 @@ def test_a_root_that_alone_found_room_in_the_repository_is_recorded_later(
     """The disk is full once the new root lies there, before the metadata that goes with it."""
     world.broker.releases.install_root(OPERATOR, root_of(world))
     world.publish(1)
-    dora = Ed25519PrivateKey.generate()
-    made = contribute(
-        change_root(world.officers, RootChange(add=(dora.public_key(),)), world.now), [*world.keys[:2], dora]
-    ).publication
     before = tuf_accept.write_atomic
 
     def full(path: Path, raw: bytes) -> None:
@@ -149,7 +148,7 @@ def test_a_root_that_alone_found_room_in_the_repository_is_recorded_later(
     with monkeypatch.context() as now:
         now.setattr(tuf_accept, "write_atomic", full)
         with pytest.raises(OSError, match="No space"):
-            world.broker.releases.publish(OPERATOR, as_body(made))
+            world.broker.releases.publish(OPERATOR, successor(world))
     world.broker.releases.catch_up()
     assert told(world)[1:] == [("2", "Update", OPERATOR.principal)]
 

@@ -372,20 +372,16 @@ def test_a_call_of_a_pinned_tool_counts_by_what_any_replica_was_told_of_it(
     assert (outcome("search_web"), outcome("read_page")) == ("gatekeeper_unavailable", ""), "what cannot be read"
 
 
-TWO_PROGRAMS = b"""
-version: 1
-network_policies:
-  tools:
-    endpoints:
-      - {host: api.example.com, port: 443, path: /mcp, protocol: mcp, mcp: {allow_all_known_mcp_methods: true}, rules: [
-          {allow: {method: tools/call, tool: search_web}}, {allow: {method: tools/call, tool: read_page}}]}
-    binaries: [{path: /usr/bin/curl}]
+TWO_PROGRAMS = (
+    TOOLS_POLICY
+    + b"""
   fewer:
     endpoints:
       - {host: api.example.com, port: 443, path: /mcp, protocol: mcp, mcp: {allow_all_known_mcp_methods: true}, rules: [
           {allow: {method: tools/call, tool: read_page}}]}
     binaries: [{path: /usr/bin/wget}]
 """
+)
 
 
 @pytest.mark.control("POL-04")
