@@ -41,7 +41,7 @@ def test_the_handover_waits_for_a_generation(host):
 
 def test_an_image_that_is_not_there_keeps_the_gateway_from_starting(host):
     images = "/usr/share/test-podman/images"
-    host.run_expect([0], f"cp {images} /root/images && sed -i /supervisor/d {images}")
+    host.run_expect([0], f"cp --preserve=mode {images} /root/images && sed -i /supervisor/d {images}")
     try:
         assert host.run("systemctl restart saw-openshell.service").rc != 0
         assert not host.service("saw-openshell.service").is_running
