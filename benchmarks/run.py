@@ -50,10 +50,12 @@ def calls(options: argparse.Namespace) -> list[results.Result]:
 
 
 def kinds(options: argparse.Namespace) -> list[results.Result]:
-    """Streams, tools and large answers through both rings."""
+    """Streams, tools and large answers through both rings; tools over stdio."""
     import call_kinds
+    import mcp_stdio
 
-    return call_kinds.measure(20 if options.quick else 300)
+    count = 20 if options.quick else 300
+    return [*call_kinds.measure(count), *mcp_stdio.measure(count)]
 
 
 def crowd(options: argparse.Namespace) -> list[results.Result]:
