@@ -23,6 +23,7 @@ import tempfile
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,10 +33,11 @@ from results import Goal, Result, result, table  # noqa: E402 - the module besid
 
 from saw.conformance.local import HOME, PYTHON, UID, open_local  # noqa: E402
 from saw.conformance.outside import Ground  # noqa: E402
+from saw.runtime.leaf import LeafAuthority, publish_bundle  # noqa: E402
 
 LOCK = ROOT / "tests" / "clients" / "package-lock.json"
 PACKAGES = ("@anthropic-ai/sdk", "@grpc/grpc-js", "axios")
-AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
+AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
 FOLDERS, FILES = 200, 100
 UNITS = 24
 BUDGET_S = 90.0
@@ -206,10 +208,13 @@ class Side:
         self._process.stdout.close()
 
 
-def sides(ground: Ground) -> dict[str, Side]:
-    """Return both sides; the files of the agent lie at ``HOME`` in ``ground``."""
+def sides(ground: Ground, trust: Path) -> dict[str, Side]:
+    """Return both sides; the agent's files lie at ``HOME`` in ``ground``, and what it trusts is made in ``trust``."""
     _, inside = open_local(ground, PYTHON)
-    done = ground.run("cp", AUTHORITIES, "/run/saw/sandbox/ca-bundle.pem")
+    publish_bundle(
+        AUTHORITIES, LeafAuthority.ensure(trust / "ca", datetime.now(UTC)), trust / "sandbox" / "ca-bundle.pem"
+    )
+    done = ground.run("cp", "-r", f"{trust}/sandbox/.", "/run/saw/sandbox")
     if done.returncode:
         raise RuntimeError(done.stderr)
     agent = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups", "env", "-i"]
@@ -225,9 +230,10 @@ def measure(rounds: int) -> list[Result]:
     """Do each work ``rounds`` times on both sides, after one that does not count."""
     missing = {}
     with ExitStack() as stack:
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saw-bench-", dir="/var/tmp")))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saw-bench-", dir="/var/tmp")))
+        home, trust = folder / "home", folder / "trust"
         project = home / "project"
-        project.mkdir()
+        project.mkdir(parents=True)
         for work in WORK:
             absent = [name for name in work.needs if shutil.which(name) is None]
             if absent:
@@ -242,7 +248,7 @@ def measure(rounds: int) -> list[Result]:
         done = ground.run("sh", "-ec", 'mkdir -p "$2"; mount --bind "$1" "$2"', "sh", str(home), HOME)
         if done.returncode:
             raise RuntimeError(f"the agent's files could not be shown: {done.stderr}")
-        both = {name: stack.enter_context(closing(side)) for name, side in sides(ground).items()}
+        both = {name: stack.enter_context(closing(side)) for name, side in sides(ground, trust).items()}
         todo = [work for work in WORK if work.name not in missing]
         told = {work.name: in_turns(both, work, rounds, BUDGET_S / len(todo)) for work in todo}
     return [
