@@ -6,7 +6,6 @@ The world is that of ``governed_call.py``. From the sandbox, in turns over both 
 
 - a model's answer that is streamed: how long until its first word, and its last one. The far end sends 50 pieces without a pause;
 - a call of a tool of an MCP server over HTTP, whose arguments the policy bounds;
-- calls per second of eight clients at a time, each on a connection of its own;
 - a large answer, in MiB per second.
 """
 
@@ -23,17 +22,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from governed_call import FIRST, HOST, PATH, world
+from governed_call import FIRST, HOST, world
 from results import Result, quantile, result, table
 
 PIECES = 50
 LARGE = 32
 """MiB of the large answer."""
-CLIENTS = 8
 
 # Runs with /usr/bin/python3 in the sandbox; writes JSON.
 CLIENT = """
-import http.client, json, socket, ssl, sys, threading, time
+import http.client, json, socket, ssl, sys, time
 task = json.load(sys.stdin)
 def opened(path, host):
     context = ssl.create_default_context(cafile=path["ca"])
@@ -67,27 +65,6 @@ for one in task["kinds"]:
         for label, (link, path) in links.items():
             done = [call(link, one, path) for _ in range(one["round"])]
             times[label] += done if turn else []
-def many(path, one, calls):
-    links = [opened(path, one["host"]) for _ in range(task["clients"])]
-    for link in links:
-        call(link, one, path)
-    failed = []
-    def work(link):
-        try:
-            for _ in range(calls):
-                call(link, one, path)
-        except Exception as error:
-            failed.append(repr(error))
-    threads = [threading.Thread(target=work, args=(link,)) for link in links]
-    start = time.perf_counter()
-    for thread in threads: thread.start()
-    for thread in threads: thread.join()
-    assert not failed, failed
-    return task["clients"] * calls / (time.perf_counter() - start)
-told["rate"] = {path["label"]: [] for path in task["paths"]}
-for _ in range(3):
-    for path in task["paths"]:
-        told["rate"][path["label"]].append(many(path, task["kinds"][0], task["calls"] // task["clients"] or 1))
 print(json.dumps(told))
 """
 
@@ -130,10 +107,6 @@ def kinds(calls: int) -> list[dict[str, Any]]:
     some = {"round": 5, "turns": 1 + max(1, calls // 5)}
     return [
         {
-            "name": "plain", "host": HOST, "method": "GET", "target": PATH, "plain_target": PATH, "body": None,
-            "headers": {}, **some,
-        },
-        {
             "name": "tool", "host": HOST, "method": "POST", "target": "/tools", "plain_target": "/tools",
             "body": json.dumps(tool), "headers": {**as_json, "accept": "application/json, text/event-stream"}, **some,
         },
@@ -159,8 +132,6 @@ def measure(calls: int) -> list[Result]:
                 {"label": "governed", "address": ("10.200.0.1", 3128), "ca": str(chain.ca_bundle), "tunnel": True},
             ],
             "kinds": kinds(calls),
-            "clients": CLIENTS,
-            "calls": calls * 2,
         }
         command = ["ip", "netns", "exec", chain.sandbox, "/usr/bin/python3", "-I", "-c", CLIENT]
         done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, check=False, timeout=900)
@@ -185,9 +156,6 @@ def rows(told: dict[str, dict[str, Any]]) -> list[Result]:
                 f"{len(told[kind]['governed'])} calls; baseline: two plain Envoy TLS hops; {value - baseline:+.2f} ms"
             )
             made.append(result(f"{name}_p{round(share * 100)}", value, "ms", baseline=baseline, note=note))
-    value, baseline = (quantile(told["rate"][path], 0.5) for path in ("governed", "plain"))
-    note = f"{CLIENTS} clients, each on its connection; median of three rounds; baseline: two plain Envoy TLS hops"
-    made.append(result("calls_per_second", value, "/s", baseline=baseline, note=note))
     speeds = [
         quantile([one[2] / one[1] * 1000 / (1 << 20) for one in told["large"][path]], 0.5)
         for path in ("governed", "plain")

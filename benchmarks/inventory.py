@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests/integration/broker")]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests/integration/broker")]
 
 from broker_rig import running_broker  # noqa: E402
+from results import processor_time  # noqa: E402 - the module beside this one
 
 from saw.addressing import HIGHEST  # noqa: E402
 from saw.broker.client import OperatorClient, listed_workspaces  # noqa: E402
@@ -90,12 +91,6 @@ def register(client: OperatorClient, count: int) -> int:
                 raise SystemExit(f"number {made['number']} instead of {count + 1}")
             client.request("POST", f"/v1/workspaces/{name}/transition", {"to": "decommissioned", "reason": str(index)})
     return count
-
-
-def processor_time(pid: int) -> float:
-    """Return the processor time of a process in seconds (proc(5), ``utime`` and ``stime``)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def timed(broker: int, work: Callable[[], int], count: int) -> dict[str, float]:

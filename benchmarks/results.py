@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -94,6 +95,12 @@ def fastest(operations: Sequence[Callable[[], object]], seconds: float) -> list[
                 count += 20
             best[index] = min(best[index], (now - start) / count)
     return best
+
+
+def processor_time(pid: int) -> float:
+    """Return the processor time of a process in seconds (proc(5), ``utime`` and ``stime``)."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def table(results: Iterable[Result]) -> str:

@@ -43,17 +43,19 @@ def matcher(options: argparse.Namespace) -> list[results.Result]:
 
 
 def calls(options: argparse.Namespace) -> list[results.Result]:
-    """A call through both rings."""
+    """A call through both rings and each alone, calls at a time, decisions per core."""
     import governed_call
 
     return governed_call.measure(200 if options.quick else 1000)
 
 
 def kinds(options: argparse.Namespace) -> list[results.Result]:
-    """Streams, tools, calls at a time and large answers through both rings."""
+    """Streams, tools and large answers through both rings; tools over stdio."""
     import call_kinds
+    import mcp_stdio
 
-    return call_kinds.measure(20 if options.quick else 300)
+    count = 20 if options.quick else 300
+    return [*call_kinds.measure(count), *mcp_stdio.measure(count)]
 
 
 def crowd(options: argparse.Namespace) -> list[results.Result]:
@@ -74,7 +76,7 @@ def files(options: argparse.Namespace) -> list[results.Result]:
     """Work on many files in the sandbox."""
     import file_work
 
-    return file_work.measure(2 if options.quick else 10)
+    return file_work.measure(1 if options.quick else 10)
 
 
 def publish(options: argparse.Namespace) -> list[results.Result]:

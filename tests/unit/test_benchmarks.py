@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -328,3 +330,75 @@ def test_a_run_of_site_tells_changes_and_how_often_it_asked_each_host():
 )
 def test_an_item_that_was_skipped_is_no_question(answer, items):
     assert module("site_converge").items_of(answer) == items
+
+
+def test_npm_keeps_what_has_an_integrity_by_its_hash(results):
+    assert module("file_work").content_path("sha512-AQIDBA== sha1-x") == "sha512/01/02/0304"
+
+
+@pytest.mark.parametrize("integrity", ["", " ", "sha512", "sha512-", "sha512-!", "../x-AQIDBA=="])
+def test_what_is_no_integrity_is_no_place_in_the_cache(results, integrity):
+    with pytest.raises(ValueError, match="is no integrity"):
+        module("file_work").content_path(integrity)
+
+
+class Counting:
+    """A side that takes so many seconds, one less each time."""
+
+    def __init__(self, seconds, order):
+        self.seconds, self.order = seconds, order
+
+    def timed(self, _):
+        self.seconds -= 1.0
+        self.order.append(self)
+        return self.seconds, self.seconds / 2
+
+
+@pytest.mark.parametrize(("rounds", "budget", "counted"), [(3, 60.0, 3), (3, 0.0, 1), (0, 60.0, 1)], ids=str)
+def test_rounds_end_with_the_time_and_one_always_counts(results, rounds, budget, counted):
+    order = []
+    both = {"inside": Counting(20.0, order), "outside": Counting(10.0, order)}
+    files = module("file_work")
+    told = files.in_turns(both, files.WORK[0], rounds, budget)
+    assert [seconds for seconds, _ in told["inside"]] == [18.0, 17.0, 16.0][:counted]
+    assert len(told["outside"]) == counted
+    first, second, third, fourth = order[:4]
+    assert (first, second) == (fourth, third), "each side is first as often as the other"
+
+
+def test_the_fastest_round_of_each_side_counts(results):
+    files = module("file_work")
+    row = files.row(files.WORK[0], {"inside": [(2.1, 1.0), (3.0, 0.9)], "outside": [(4.0, 0.5), (2.0, 0.6)]})
+    assert (row.value, row.baseline, row.ratio, row.met) == (2100.0, 2000.0, 1.05, True)
+    assert "processor time 1.800 x" in row.note
+
+
+def test_each_path_is_compared_with_plain_hops_and_with_none(results):
+    calls = module("governed_call")
+    told = {
+        "governed": calls.Told([4.0, 4.0, 8.0], [90.0, 100.0, 110.0], 10),
+        "plain": calls.Told([2.0, 2.0, 2.0], [200.0], 10),
+        "direct": calls.Told([1.0, 1.0, 1.0], [400.0], 10),
+    }
+    rows = {row.name: row for row in calls.rows("ring1", told, "two hops", calls.GOAL)}
+    assert {name: row.ratio for name, row in rows.items()} == {
+        "ring1_call_p50": 2.0, "ring1_call_p99": 4.0, "ring1_calls_per_second": 0.5,
+        "ring1_call_p50_over_direct": 4.0, "ring1_call_p99_over_direct": 8.0, "ring1_calls_per_second_over_direct": 0.25,
+    }  # fmt: skip
+    assert {name for name, row in rows.items() if row.goal} == {"ring1_call_p50", "ring1_call_p99"}
+
+
+def test_decisions_are_calls_over_the_processor_time_of_the_process_that_decides(results):
+    calls = module("governed_call")
+    told = {"governed": calls.Told([], [], 300), "plain": calls.Told([], [], 200)}
+    ring1, ring2 = calls.decisions(told, {"decide": 0.5, "gatekeeper": 1.5, "plain": 0.0})
+    assert (ring1.value, ring2.value) == (600.0, 200.0)
+    assert ring1.baseline == round(200 / calls.TICK_S), "less than the kernel counts in is one of its ticks"
+
+
+def test_processor_time_is_that_of_the_process(results):
+    before = results.processor_time(os.getpid())
+    while results.processor_time(os.getpid()) == before:
+        hashlib.sha256(b"x" * 100_000).digest()
+    with pytest.raises(OSError, match="No such file"):
+        results.processor_time(2**22 + 1)

@@ -112,7 +112,10 @@ def san_of(host: str) -> str | None:
 
 
 def publish_bundle(system_bundle: Path, authority: LeafAuthority, target: Path) -> None:
-    """Write the sandbox's trust bundle, the system's authorities and ring 1's, and the same for Java beside it (``.p12``)."""
+    """Write the sandbox's trust bundle, the system's authorities and ring 1's.
+
+    Beside it lie the same for Java (``.p12``), and ring 1's alone (``ring1-ca.pem``).
+    """
     try:
         system = system_bundle.read_bytes()
     except OSError as error:
@@ -123,8 +126,10 @@ def publish_bundle(system_bundle: Path, authority: LeafAuthority, target: Path) 
     target.parent.mkdir(parents=True, exist_ok=True)
     wanted = system.rstrip(b"\n") + b"\n" + authority.ca_pem
     for_java = target.with_suffix(".p12")
-    if not target.exists() or target.read_bytes() != wanted or not for_java.exists():
+    alone = target.with_name("ring1-ca.pem")
+    if not target.exists() or target.read_bytes() != wanted or not for_java.exists() or not alone.exists():
         write_atomic(for_java, _java_trust(wanted))
+        write_atomic(alone, authority.ca_pem)
         write_atomic(target, wanted)
 
 

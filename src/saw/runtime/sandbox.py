@@ -26,6 +26,8 @@ from saw.runtime.limits import Limits, Machine, here, limits_of
 GENERATION = Path("/run/saw/generations/current")
 LAUNCH_DIRECTORY = "/run/saw/sandbox"
 CA_BUNDLE = "/run/saw/sandbox/ca-bundle.pem"
+RING1_CA = "/run/saw/sandbox/ring1-ca.pem"
+"""Ring 1's authority alone, for programs that add it to authorities of their own and would read a whole bundle at each start."""
 JAVA_TRUST = "/run/saw/sandbox/ca-bundle.p12"
 """The same authorities as :data:`CA_BUNDLE`, in the only form that every Java reads."""
 APT_CONFIG = "/run/saw/sandbox/apt.conf"
@@ -232,7 +234,6 @@ def environment(governance: Governance, *, user: str, home: str) -> dict[str, st
         "SSL_CERT_FILE",
         "REQUESTS_CA_BUNDLE",
         "CURL_CA_BUNDLE",
-        "NODE_EXTRA_CA_CERTS",
         "GIT_SSL_CAINFO",
         "DENO_CERT",
         "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
@@ -241,6 +242,7 @@ def environment(governance: Governance, *, user: str, home: str) -> dict[str, st
         "PIP_CERT",
     ):
         values[name] = CA_BUNDLE
+    values["NODE_EXTRA_CA_CERTS"] = RING1_CA
     values["APT_CONFIG"] = APT_CONFIG
     values["JAVA_TOOL_OPTIONS"] = _java_options()
     values |= git_environment(governance.persistence)

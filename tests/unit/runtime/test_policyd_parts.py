@@ -226,6 +226,18 @@ def test_java_trusts_what_the_rest_of_the_sandbox_trusts(tmp_path):
     assert trusted() == {ours.ca_pem}
 
 
+def test_ring_1s_authority_lies_alone_beside_the_bundle_and_follows_it(tmp_path):
+    first, second = (LeafAuthority.ensure(tmp_path / name, NOW) for name in ("first", "second"))
+    system, target, alone = tmp_path / "system.pem", tmp_path / "trust/ca-bundle.pem", tmp_path / "trust/ring1-ca.pem"
+    system.write_bytes(b"the system's\n")
+    for authority in (first, second):
+        publish_bundle(system, authority, target)
+        assert alone.read_bytes() == authority.ca_pem
+    alone.unlink()
+    publish_bundle(system, second, target)
+    assert alone.read_bytes() == second.ca_pem
+
+
 def test_a_placed_generation_is_exchanged_in_one_step(tmp_path):
     for content in ("one", "two"):
         directory = tmp_path / ".new"

@@ -63,7 +63,9 @@ def test_environment_has_placeholders_and_proxy_only():
     assert spec.environment["GIT_TOKEN"] == "openshell:resolve:env:GIT_TOKEN"
     for name in ("HTTP_PROXY", "https_proxy", "ALL_PROXY", "wss_proxy"):
         assert spec.environment[name] == "http://10.200.0.1:3128"
-    assert spec.environment["NODE_EXTRA_CA_CERTS"] == spec.environment["GIT_SSL_CAINFO"] == sandbox.CA_BUNDLE
+    assert (spec.environment["NODE_EXTRA_CA_CERTS"], spec.environment["GIT_SSL_CAINFO"]) == (
+        sandbox.RING1_CA, sandbox.CA_BUNDLE,
+    )  # fmt: skip
 
 
 def test_programs_with_settings_of_their_own_get_the_same_proxy_and_authorities():
