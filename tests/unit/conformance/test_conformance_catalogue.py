@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from saw.cli import conformance as command
 from saw.conformance import catalogue, present, report, targets, transfer
 from saw.conformance.case import FACTS, NONCE, SUITES, Case, MissingFactError, fill, new_nonce
-from saw.conformance.probe import core, files, git, h2, net, process, web
+from saw.conformance.probe import core, far, files, git, h2, net, process, web
 from saw.conformance.verdict import TwinResult, judge, judge_twin, missing
 from saw.errors import ConfigError, UnavailableError
 from saw.policy.errors import PolicyError
 
 ROOT = Path(__file__).parents[3]
-PROBE = (core, net, process, files, git, web, h2)
+PROBE = (core, net, process, files, git, web, h2, far)
 CONTROLS = {entry["id"] for entry in yaml.safe_load((ROOT / "docs/controls.yml").read_text(encoding="utf-8"))}
 OLDEST = "python3.9"
 WORKS = TwinResult("twin.x", "works")
@@ -304,7 +304,7 @@ def test_a_report_is_read_back_as_it_was_and_nothing_else_is(tmp_path, capsys):
     assert command.main(["compare", str(path), str(path), "--html", str(tmp_path / "c.html")]) == 0
     assert "1/1 (100 %)" in capsys.readouterr().out
     assert "cmd:x" in (tmp_path / "c.html").read_text(encoding="utf-8")
-    for change in ({"schema": 2}, {"more": 1}, {"ok": "yes"}):
+    for change in ({"schema": 1}, {"more": 1}, {"ok": "yes"}):
         (tmp_path / "bad.json").write_text(json.dumps({**json.loads(path.read_bytes()), **change}), encoding="utf-8")
         with pytest.raises(ConfigError):
             report.load(tmp_path / "bad.json")
