@@ -119,6 +119,28 @@ def test_the_probe_says_what_happened_of_each_kind():
     assert (answer.told["refused"].errno, answer.told["slow"].errno) == ("ENOENT", "timeout")
 
 
+def test_more_memory_than_there_may_be_is_refused_and_what_there_is_is_had():
+    def asked(name: str, mib: int) -> dict:
+        return {"id": name, "attempt": "limit", "arguments": {"what": "memory", "bound": mib * 1024**2}, "seconds": 30}
+
+    job = {"token": "t" * 24, "cases": [asked("more", 4096), asked("some", 16)]}
+    words = ["prlimit", f"--as={512 * 1024**2}", sys.executable, "-I", "-"]
+    done = subprocess.run(words, input=transfer.script(job), capture_output=True, check=True, timeout=60)
+    answer = transfer.read(done.stdout, job["token"], {"more", "some"})
+    assert (answer.told["more"].outcome, answer.told["more"].errno) == ("refused", "ENOMEM")
+    assert answer.told["some"].outcome == "allowed"
+
+
+def test_files_are_made_and_removed_again(tmp_path):
+    def asked(name: str, **more: float) -> dict:
+        arguments = {"path": str(tmp_path), "count": 50, **more}
+        return {"id": name, "attempt": "fill-inodes", "arguments": arguments, "seconds": 30}
+
+    answer = run_probe(sys.executable, asked("few"), asked("slow", patience=-1))
+    assert {name: one.outcome for name, one in answer.told.items()} == {"few": "allowed", "slow": "not_possible"}
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_attempt_that_is_killed_or_hangs_ends_and_is_named():
     killed = {
         "id": "killed",
