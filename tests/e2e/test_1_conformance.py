@@ -32,7 +32,7 @@ def test_every_attack_of_the_kit_is_refused_for_its_own_reason_and_its_twin_work
         "conformance", "run", "--target", f"workspace:{workspace.id}", "--output", str(tmp_path),
         "--proxy", "10.200.0.1:3128", "--allowed-url", "https://api.example.com/v1/items",
         "--second-url", "https://git.example.com/", "--recorder", "10.77.0.1",
-        "--arrivals", str(workspace.checkout / FAR_END_LOG), check=False, timeout=600,
+        "--arrivals", str(workspace.checkout / FAR_END_LOG), check=False, timeout=900,
     )  # fmt: skip
     told = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     tried = [case for case in told["cases"] if case["result"] != "not_applicable"]

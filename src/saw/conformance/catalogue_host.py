@@ -207,7 +207,7 @@ def _files() -> list[Case]:
         *[
             case(f"limit.{name}-files", f"more files in {place} than it may hold", "fill-inodes",
                  {"path": place, "count": "${beyond_inodes}"}, control="RUN-03", layer="unit: bounded file systems",
-                 expected=("ENOSPC",), seconds=120.0, twin="twin.files.inodes")
+                 expected=("ENOSPC",), seconds=240.0, twin="twin.files.inodes")
             for name, place in (("tmp", "/tmp"), ("shm", "/dev/shm"))  # noqa: S108
         ],
     ]  # fmt: skip

@@ -66,7 +66,7 @@ def fill(path: str, size: int) -> str:
 
 
 @attempt("fill-inodes")
-def fill_inodes(path: str, count: int, patience: float = 40.0) -> str:
+def fill_inodes(path: str, count: int, patience: float = 100.0) -> str:
     """Make ``count`` empty files in a directory, and remove them at once."""
     folder = os.path.join(path, f"saw-probe-files-{os.getpid()}")
     os.mkdir(folder, 0o700)
