@@ -36,7 +36,9 @@ def _run(options: argparse.Namespace) -> int:
     about = Options(
         python=options.python, recorder=tuple(options.recorder), proxy=options.proxy, allowed_url=options.allowed_url,
         second_url=options.second_url, graphql_url=options.graphql_url, mcp_url=options.mcp_url,
-        redirect_url=options.redirect_url, governance=options.governance, ours=options.ours,
+        redirect_url=options.redirect_url, echo_url=options.echo_url, placeholder=options.placeholder,
+        websocket_url=options.websocket_url, inside_url=options.inside_url, mixed_url=options.mixed_url,
+        forged_url=options.forged_url, governance=options.governance, ours=options.ours,
     )  # fmt: skip
     started = datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -114,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
                       help="log of an endpoint outside; what appears in it during the run has arrived")  # fmt: skip
     runs.add_argument("--proxy", default="", metavar="ADDRESS:PORT", help="the sandbox's only way out")
     runs.add_argument("--allowed-url", default="", metavar="URL", help="an https address that its policy allows (GET)")
-    runs.add_argument("--second-url", default="", metavar="URL", help="an allowed address at another host")
+    runs.add_argument("--second-url", default="", metavar="URL", help="an allowed https address (GET) at another host")
     runs.add_argument("--graphql-url", default="", metavar="URL",
                       help="an https address at which its policy allows the GraphQL query {__typename} and no other")  # fmt: skip
     runs.add_argument("--mcp-url", default="", metavar="URL",
@@ -122,9 +124,23 @@ def _parser() -> argparse.ArgumentParser:
                            "characters, and nothing else")  # fmt: skip
     runs.add_argument("--redirect-url", default="", metavar="URL",
                       help="an allowed https address that answers with a redirect to where its query url= says")  # fmt: skip
+    runs.add_argument("--echo-url", default="", metavar="URL",
+                      help="an allowed https address (GET) at which a credential is put in, and whose service shows the "
+                           "headers that it got")  # fmt: skip
+    runs.add_argument("--placeholder", default="", metavar="VARIABLE",
+                      help="environment variable inside that holds what stands for that credential")  # fmt: skip
+    runs.add_argument("--websocket-url", default="", metavar="URL",
+                      help="an https address at which its policy allows a WebSocket for texts, and no bytes")  # fmt: skip
+    runs.add_argument("--inside-url", default="", metavar="URL",
+                      help="an allowed https address (GET) whose name leads to a loopback, private or metadata "
+                           "address")  # fmt: skip
+    runs.add_argument("--mixed-url", default="", metavar="URL",
+                      help="the same, whose name leads to an address outside as well")  # fmt: skip
+    runs.add_argument("--forged-url", default="", metavar="URL",
+                      help="an allowed https address whose service has a certificate that no authority vouches for")  # fmt: skip
     runs.add_argument("--governance", default="", metavar="FILE",
-                      help="governance.yaml of the policy in force there, which says how much its temporary directories hold "
-                           "(default: less than a gigabyte)")  # fmt: skip
+                      help="governance.yaml of the policy in force there, which says how much memory it gives, and how much its "
+                           "temporary directories hold (default: less than a gigabyte)")  # fmt: skip
     runs.add_argument("--ours", action="store_true", help="hold reasons against those of this project's own services")
     runs.add_argument("--case", action="append", default=[], metavar="ID", help="only this case (may be repeated)")
     named = ", ".join(SUITES)

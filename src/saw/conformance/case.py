@@ -21,8 +21,9 @@ class Case:
 
     ``expected`` are the reasons that count as the right ones in our own workspaces: names of errno, ``signal:NAME``, the
     ``reason`` of a refusal's body, ``status:N``, ``dropped`` (sent, and nothing arrived) or what the probe calls
-    ``reason``. ``arguments`` hold ``${fact}``; a fact that a target lacks makes the case not applicable. With ``arrival``
-    only what the recorder saw is success: the kernel taking a packet says nothing yet. ``twin`` names the allowed twin;
+    ``reason``. ``layer`` is the layer that refuses it there. ``arguments`` hold ``${fact}``; a fact that a target lacks makes
+    the case not applicable. With ``arrival`` only what the recorder saw is success: the kernel taking a packet says nothing
+    yet. ``twin`` names the allowed twin;
     without one ``no_twin`` says why.
     """
 
@@ -82,6 +83,8 @@ def fill(case: Case, facts: Mapping[str, Any], nonce: str) -> dict[str, Any]:
 
 FACTS = {
     "v4": "no recorder at an IPv4 address outside",
+    "v4_number": "no recorder at an IPv4 address outside",
+    "v4_hex": "no recorder at an IPv4 address outside",
     "v6": "no recorder at an IPv6 address outside",
     "link6": "no recorder at a link-local address",
     "metadata": "no recorder at the metadata address",
@@ -103,6 +106,21 @@ FACTS = {
     "redirect_host": "no address that redirects is known (--redirect-url)",
     "redirect_authority": "no address that redirects is known (--redirect-url)",
     "redirect_path": "no address that redirects is known (--redirect-url)",
+    "second_host": "only one allowed host is known (--second-url)",
+    "second_authority": "only one allowed host is known (--second-url)",
+    "second_path": "only one allowed host is known (--second-url)",
+    "placeholder": "no placeholder of a credential is known (--placeholder)",
+    **{
+        f"{name}_{part}": words
+        for name, words in {
+            "echo": "no service is known that shows a credential (--echo-url)",
+            "websocket": "no WebSocket is known (--websocket-url)",
+            "inside": "no allowed name that leads inside is known (--inside-url)",
+            "mixed": "no allowed name that leads inside and outside is known (--mixed-url)",
+            "forged": "no allowed service with a forged certificate is known (--forged-url)",
+        }.items()
+        for part in ("host", "authority", "path")
+    },
     "sibling": "only one allowed host is known (--second-url)",
     "host_mark": "nothing of the kit runs beside the target",
     "host_pid": "nothing of the kit runs beside the target",
@@ -118,6 +136,8 @@ FACTS = {
     "host_interfaces": "no interface of the host is known",
     "beyond_tmp": "the policy gives as much of it as of memory, which is out first (--governance)",
     "beyond_shm": "the policy gives as much of it as of memory, which is out first (--governance)",
+    "beyond_inodes": "how many files a temporary directory may hold is not known",
+    "beyond_memory": "how much the policy gives is not known (--governance)",
     "cgroup": "resource limits of the cgroup are not part of this target",
 }
 """Each fact, with what its absence means, in words for the report."""

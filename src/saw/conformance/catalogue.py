@@ -6,6 +6,7 @@ from functools import cache
 
 from saw.conformance import (
     catalogue_bodies,
+    catalogue_far,
     catalogue_host,
     catalogue_mcp,
     catalogue_network,
@@ -24,6 +25,7 @@ _PARTS = (
     catalogue_bodies,
     catalogue_mcp,
     catalogue_protocol,
+    catalogue_far,
 )
 
 

@@ -117,6 +117,8 @@ def _rights() -> list[Case]:
                  layer="unit: cgroup", expected=("EAGAIN",), seconds=30.0, needs=("cgroup",)),
         _process("limit.descriptors", "twenty thousand open descriptors", "limit", {"what": "descriptors", "bound": 20000},
                  layer="launcher: limits", expected=("EMFILE",), seconds=20.0),
+        _process("limit.memory", "more memory than the policy gives", "limit", {"what": "memory", "bound": "${beyond_memory}"},
+                 layer="unit: cgroup", expected=("signal:SIGKILL", "ENOMEM"), seconds=90.0, needs=("cgroup",)),
         _process("limit.core", "core dumps", "limit", {"what": "core", "bound": 1048576}, layer="launcher: limits"),
     ]  # fmt: skip
 
@@ -202,6 +204,12 @@ def _files() -> list[Case]:
                  control="RUN-03", layer="unit: bounded file systems", expected=("ENOSPC",), seconds=20.0, twin="twin.files.fill")
             for name, place, limit in (("tmp", "/tmp", "tmp"), ("var-tmp", "/var/tmp", "tmp"), ("shm", "/dev/shm", "shm"))  # noqa: S108
         ],
+        *[
+            case(f"limit.{name}-files", f"more files in {place} than it may hold", "fill-inodes",
+                 {"path": place, "count": "${beyond_inodes}"}, control="RUN-03", layer="unit: bounded file systems",
+                 expected=("ENOSPC",), seconds=240.0, twin="twin.files.inodes")
+            for name, place in (("tmp", "/tmp"), ("shm", "/dev/shm"))  # noqa: S108
+        ],
     ]  # fmt: skip
 
 
@@ -264,6 +272,7 @@ def twins() -> list[Case]:
         twin("files.tmp", "write, rename and remove a file in /tmp", "write-own", {"path": "/tmp"}, "files"),  # noqa: S108
         twin("files.read", "read the list of accounts", "read", {"path": "/etc/passwd"}, "files"),
         twin("files.fill", "a megabyte of /tmp", "fill", {"path": "/tmp", "size": 1024**2}, "files"),  # noqa: S108
+        twin("files.inodes", "a hundred files in /tmp", "fill-inodes", {"path": "/tmp", "count": 100}, "files"),  # noqa: S108
         twin("files.symbolic", "read an own file through a symbolic link", "own-link", {"kind": "symbolic"}, "files"),
         twin("files.hard", "read an own file through a hard link", "own-link", {"kind": "hard"}, "files"),
         twin("credentials.environment", "read one's own environment and start a program", "fork-exec", {}, "credentials"),

@@ -22,7 +22,8 @@ def _connect(
     name: str, title: str, authority: str, *, control: str = "NET-03", expected: tuple[str, ...] = NOT_ALLOWED
 ) -> Case:
     return Case(
-        f"address.{name}", control, "addressing", title, "connect", {"authority": authority}, RING, expected, TWIN,
+        f"address.{name}", control, "addressing", title, "connect", {"authority": authority, "mark": "${nonce}"}, RING,
+        expected, TWIN,
         needs=("http_proxy",),
     )  # fmt: skip
 
@@ -68,6 +69,11 @@ def _addresses() -> list[Case]:
         _connect("full-width-dot", "a full-width dot", "unlisted\xef\xbc\x8einvalid:443", control="RUN-01"),
         _connect("idn", "a letter that looks like another", "\xd0\xb0pi.invalid:443", control="RUN-01"),
         _connect("empty", "an empty host", ":443", control="RUN-01"),
+        _connect("outside", "an address at which somebody listens", "${v4}:443", control="RUN-01"),
+        _connect("outside-number", "the same as one number", "${v4_number}:443", control="RUN-01"),
+        _connect("outside-hex", "the same in hexadecimal", "${v4_hex}:443", control="RUN-01"),
+        _connect("outside-mapped", "the same mapped to IPv6", "[::ffff:${v4}]:443", control="RUN-01"),
+        _connect("outside6", "an IPv6 address at which somebody listens", "[${v6}]:443", control="RUN-01"),
     ]  # fmt: skip
 
 

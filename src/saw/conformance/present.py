@@ -80,12 +80,28 @@ def findings(report: Report) -> list[str]:
     return found
 
 
+def elsewhere(report: Report) -> list[str]:
+    """Return one line for each case that another layer refused than the one that should."""
+    return [
+        plain(f"~ {case.id} [{case.control}] {case.title}: refused by {case.layer}, expected of {case.expected_layer}")[
+            :300
+        ]
+        for case in report.cases
+        if case.result == "refused" and case.layer_ok is False
+    ]
+
+
 def summary(report: Report) -> str:
-    """Return the table of a report, and its findings."""
+    """Return the table of a report, its findings, and what another layer refused than expected."""
     rows: list[list[object]] = [["suite", *HEADINGS, "score"]]
     rows += [_row(name, counts) for name, counts in report.summary.suites.items()]
     rows.append(_row("all", report.summary.total))
-    lines = [_lines(rows), *findings(report), *(f"! {plain(problem)}" for problem in report.problems)]
+    lines = [
+        _lines(rows),
+        *findings(report),
+        *elsewhere(report),
+        *(f"! {plain(problem)}" for problem in report.problems),
+    ]
     verdict = "everything that could be tried was refused, and every twin works" if report.ok else "there are findings"
     return "\n".join([*lines, f"{plain(report.target)}: {verdict} (score {report.summary.score:.1f} %)"])
 
@@ -117,10 +133,14 @@ def _case_row(case: CaseResult) -> list[str]:
     result = case.result.replace("_", " ")
     if case.result == "refused" and case.reason_ok is None:
         result += " (reason unknown)"
+    if case.result == "refused" and case.layer_ok is False:
+        result += " (another layer)"
     facts = "".join(f"<br><b>{_html(name)}</b> <code>{_html(value)}</code>" for name, value in case.evidence.items())
     arrived = {None: "not recorded", True: "arrived", False: "nothing arrived"}[case.arrived]
     twin = f'<span class="{case.twin.result}">{_html(case.twin.id or "-")} {_html(case.twin.result.replace("_", " "))}</span>'
-    layer, expected = _html(case.layer), _html(", ".join(case.expected))
+    layer, expected = _html(case.expected_layer), _html(", ".join(case.expected))
+    if case.layer:
+        layer = f"refused by {_html(case.layer)}, expected of {layer}"
     return [
         f"<code>{_html(case.id)}</code>",
         _html(case.control),

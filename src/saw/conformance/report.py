@@ -12,7 +12,7 @@ from saw.conformance.case import SUITES
 from saw.conformance.verdict import CaseResult
 from saw.errors import ConfigError
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Counts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import shlex
 import shutil
@@ -49,6 +50,12 @@ class Options:
     graphql_url: str = ""
     mcp_url: str = ""
     redirect_url: str = ""
+    echo_url: str = ""
+    placeholder: str = ""
+    websocket_url: str = ""
+    inside_url: str = ""
+    mixed_url: str = ""
+    forged_url: str = ""
     governance: str = ""
     ours: bool = False
 
@@ -102,12 +109,13 @@ def _workspace(rest: str, options: Options) -> tuple[list[str], bool]:
 
 
 def limit_facts(options: Options) -> dict[str, Any]:
-    """Return what is more (bytes) than a temporary directory may hold: a gigabyte, or a MiB beyond what the policy gives.
+    """Return what is more than may be had: bytes and files of a temporary directory, and bytes of memory.
 
-    A directory to which the policy gives as much as all memory has no such number: the kernel ends the attempt before.
+    Without a policy a gigabyte, 66,560 files and no number for memory; with one a little beyond what it gives. A directory to
+    which it gives as much as all memory has no number of bytes: the kernel ends the attempt before.
     """
     if not options.governance:
-        return dict.fromkeys(("beyond_tmp", "beyond_shm"), 1024**3)
+        return {"beyond_tmp": 1024**3, "beyond_shm": 1024**3, "beyond_inodes": 65536 + 1024, "beyond_memory": None}
     from saw.policy.loader import load_governance
     from saw.policy.sandbox_limits import size
 
@@ -120,7 +128,12 @@ def limit_facts(options: Options) -> dict[str, Any]:
         ) from error
     limits = load_governance(raw, options.governance).sandbox.limits
     beyond = {"beyond_tmp": size(limits.tmp) + 1024**2, "beyond_shm": size(limits.shm) + 1024**2}
-    return {name: most if most < size(limits.memory) else None for name, most in beyond.items()}
+    facts: dict[str, Any] = {name: most if most < size(limits.memory) else None for name, most in beyond.items()}
+    more = {
+        "beyond_inodes": limits.inodes + 1024,
+        "beyond_memory": size(limits.memory) + size(limits.swap) + 64 * 1024**2,
+    }
+    return facts | more
 
 
 def web_facts(options: Options, *, environment: bool) -> dict[str, Any]:
@@ -138,6 +151,12 @@ def web_facts(options: Options, *, environment: bool) -> dict[str, Any]:
         ("graphql", options.graphql_url, "https://api.example.com/graphql"),
         ("mcp", options.mcp_url, "https://mcp.example.com/mcp"),
         ("redirect", options.redirect_url, "https://api.example.com/v1/redirect-to"),
+        ("second", options.second_url, "https://git.example.com/v1/things"),
+        ("echo", options.echo_url, "https://api.example.com/v1/headers"),
+        ("websocket", options.websocket_url, "https://chat.example.com/rooms/1"),
+        ("inside", options.inside_url, "https://inside.example.com/v1/things"),
+        ("mixed", options.mixed_url, "https://mixed.example.com/v1/things"),
+        ("forged", options.forged_url, "https://forged.example.com/v1/things"),
     ):
         if not url:
             continue
@@ -150,15 +169,26 @@ def web_facts(options: Options, *, environment: bool) -> dict[str, Any]:
             f"{option}_path": parts.path or "/",
             "http_proxy": environment or None,
         }
-    if options.second_url:
-        facts["sibling"] = urlsplit(options.second_url).hostname or options.second_url
-    return facts
+    return facts | {"sibling": facts.get("second_host"), "placeholder": options.placeholder or None}
+
+
+def recorder_facts(address: str) -> dict[str, Any]:
+    """Return the facts about one address at which the kit records: as it is, as one number and in hexadecimal."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        raise ConfigError(f"--recorder {address!r} is no address", cure="write for example 203.0.113.5") from None
+    if found.version == 6:
+        return {"v6": address}
+    return {"v4": address, "v4_number": str(int(found)), "v4_hex": hex(int(found))}
 
 
 def _elsewhere(stack: contextlib.ExitStack, session: Session, options: Options) -> Session:
     """Complete the session of a target that the kit does not surround: a recorder at the addresses that were given."""
     session.facts = {**web_facts(options, environment=True), "cgroup": True}
     if options.recorder:
+        for address in options.recorder:
+            session.facts = recorder_facts(address) | session.facts
         plan = Plan(
             tcp=tuple((address, port) for address in options.recorder for port in TCP_PORTS),
             udp=tuple((address, port) for address in options.recorder for port in UDP_PORTS),
@@ -167,8 +197,6 @@ def _elsewhere(stack: contextlib.ExitStack, session: Session, options: Options) 
         session.recorder = RecorderProcess(plan, [])
         stack.callback(session.recorder.close)
         session.notes += [f"not recorded: {text}" for text in session.recorder.failed]
-        for address in options.recorder:
-            session.facts.setdefault("v6" if ":" in address else "v4", address)
     return session
 
 

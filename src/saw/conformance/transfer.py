@@ -14,14 +14,17 @@ from typing import Any, Literal
 
 import msgspec
 
-PARTS = ("core", "net", "process", "files", "git", "web", "h2")
+PARTS = ("core", "net", "process", "files", "git", "web", "h2", "far")
 LONGEST_LINE = 8192
 LONGEST_OUTPUT = 4 * 1024 * 1024
 _PACKAGE = "saw.conformance.probe"
 
 
 class Told(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the probe says of one case. ``errno`` is its name, ``status`` that of an HTTP answer, ``reason`` its word for why."""
+    """What the probe says of one case.
+
+    ``errno`` is its name, ``status`` that of an HTTP answer, ``reason`` its word for why, ``layer`` its word for who refused.
+    """
 
     id: str
     outcome: Literal["refused", "allowed", "error", "not_possible"]
@@ -29,6 +32,7 @@ class Told(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     errno: str = ""
     reason: str = ""
     status: int = 0
+    layer: str = ""
 
 
 class _End(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -13,6 +13,7 @@ import msgspec
 from saw.conformance.case import Case
 from saw.conformance.transfer import Told
 
+_RINGS = {"ring1": "ring 1", "ring2": "ring 2"}
 Result = Literal["refused", "wrong_reason", "allowed", "error", "not_applicable"]
 
 
@@ -25,14 +26,21 @@ class TwinResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CaseResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One line of the report. ``reason_ok`` is None where the reason is not known; ``arrived`` None without a recorder."""
+    """One line of the report.
+
+    ``reason_ok`` is None where the reason is not known, ``arrived`` None without a recorder. ``layer`` is the layer that
+    refused by its own word (``ring1``, ``ring2``), ``kernel``, or empty where nobody says; ``layer_ok`` whether it is the one
+    that ``expected_layer`` names, None where that cannot be told.
+    """
 
     id: str
     control: str
     suite: str
     title: str
     expected: tuple[str, ...]
+    expected_layer: str
     layer: str
+    layer_ok: bool | None
     result: Result
     reason_ok: bool | None
     arrived: bool | None
@@ -45,6 +53,23 @@ class CaseResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.result == "not_applicable":
             return False
         return self.result != "refused" or self.reason_ok is False or self.twin.result == "broken"
+
+
+def answered(told: Told) -> str:
+    """Return which layer refused: the word of an answer, ``kernel`` for an errno or a signal, empty where nobody says."""
+    if told.layer or told.outcome != "refused":
+        return told.layer
+    return "kernel" if told.errno.startswith(("E", "signal:")) else ""
+
+
+def as_expected(expected: str, layer: str) -> bool | None:
+    """Return whether ``layer`` is the one that a case expects; None where that cannot be told.
+
+    The kernel does not say which of its parts refused.
+    """
+    if layer in _RINGS:
+        return expected.startswith(_RINGS[layer])
+    return False if layer and expected.startswith(tuple(_RINGS.values())) else None
 
 
 def reasons(told: Told, *, dropped: bool) -> list[str]:
@@ -69,6 +94,7 @@ def judge(
     if arrivals:
         evidence["arrived"] = tuple(arrivals[:5])
     result: Result = "error"
+    layer, layer_ok = "", None
     reason_ok: bool | None = None
     if told is None:
         evidence["problem"] = problem or "the probe gave no answer"
@@ -91,6 +117,8 @@ def judge(
         else:
             given = reasons(told, dropped=dropped)
             evidence["refused_by"] = given[0] if given else "unknown"
+            layer = answered(told)
+            layer_ok = as_expected(case.layer, layer)
             if set(given) & set(case.expected):
                 result, reason_ok = "refused", True
             else:
@@ -102,6 +130,8 @@ def judge(
         case.title,
         case.expected,
         case.layer,
+        layer,
+        layer_ok,
         result,
         reason_ok,
         arrived,
@@ -114,7 +144,7 @@ def missing(case: Case, why: str) -> CaseResult:
     """Return the result of a case that this target cannot be tried with."""
     twin = TwinResult(case.twin, "not_applicable" if case.twin else "none", why if case.twin else case.no_twin)
     return CaseResult(
-        case.id, case.control, case.suite, case.title, case.expected, case.layer, "not_applicable", None, None, twin,
+        case.id, case.control, case.suite, case.title, case.expected, case.layer, "", None, "not_applicable", None, None, twin,
         {"problem": why},
     )  # fmt: skip
 

@@ -67,16 +67,35 @@ def ring1(kit, tmp_path_factory):
 def test_every_request_is_refused_for_the_right_reason_and_none_arrives(ring1):
     assert ring1.findings() == []
     assert ring1.code == 0, ring1.text
-    assert set(ring1.by(suite="addressing").values()) | set(ring1.by(suite="http").values()) == {"refused"}
-    arrived = {
-        suite: {c["arrived"] for c in ring1.report["cases"] if c["suite"] == suite} for suite in ("addressing", "http")
+    tried = [case for case in ring1.report["cases"] if case["result"] != "not_applicable"]
+    assert {case["result"] for case in tried} == {"refused"}
+    arrived = {suite: {case["arrived"] for case in tried if case["suite"] == suite} for suite in ("addressing", "http")}
+    assert arrived == {
+        "addressing": {None},
+        "http": {False},
+    }  # nobody records at the addresses that tunnels are asked to
+
+
+def test_what_is_not_tried_needs_a_far_end_or_a_recorder_that_is_not_here(ring1):
+    why = {c["id"]: c["evidence"]["problem"] for c in ring1.report["cases"] if c["result"] == "not_applicable"}
+    assert {name for name in why if not name.startswith(("address.outside", "address.name-", "http.websocket."))} == {
+        "http.forged"
     }
-    assert arrived == {"addressing": {None}, "http": {False}}  # a CONNECT carries nothing that a far end could log
+    assert all("--" in text or text.startswith("no recorder") for text in why.values())
+
+
+def test_ring_1_says_of_what_it_read_that_it_refused_it(ring1):
+    layers = {case["id"]: (case["layer"], case["layer_ok"]) for case in ring1.report["cases"]}
+    assert {
+        layers[name] for name in ("address.metadata", "http.method.delete", "http.graphql.alias", "http.mcp.long")
+    } == {("ring1", True)}
+    assert False not in {ok for _, ok in layers.values()}
 
 
 def test_the_allowed_twin_arrives_at_the_far_end(ring1):
     twins = {(case["twin"]["id"], case["twin"]["result"]) for case in ring1.report["cases"]}
-    assert twins == {(f"twin.http.{name}", "works") for name in ("get", "graphql", "mcp", "h2", "redirect")}
+    works = {(f"twin.http.{name}", "works") for name in ("get", "graphql", "mcp", "h2", "redirect")}
+    assert {twin for twin in twins if twin[1] != "not_applicable"} == works
 
 
 @pytest.mark.control("RUN-01")

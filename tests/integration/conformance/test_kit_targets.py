@@ -63,13 +63,17 @@ def test_in_our_sandbox_everything_is_refused_for_the_right_reason_and_every_twi
 
 def test_every_case_of_ours_that_is_not_tried_says_why(ours):
     why = {c["id"]: c["evidence"]["problem"] for c in ours.report["cases"] if c["result"] == "not_applicable"}
-    assert {name.split(".")[0] for name in why} == {"address", "http", "process"}
-    assert why.pop("process.limit.tasks") == "resource limits of the cgroup are not part of this target"
+    assert {name.split(".")[0] for name in why} == {"address", "http", "credentials", "process"}
+    cgroup = "resource limits of the cgroup are not part of this target"
+    assert why.pop("process.limit.tasks") == cgroup
+    assert why.pop("process.limit.memory") == f"how much the policy gives is not known (--governance), {cgroup}"
     known = (
         "no allowed URL is known (--allowed-url)",
         "no GraphQL address is known (--graphql-url)",
         "no MCP server is known (--mcp-url)",
         "the target has no HTTP proxy with a policy (--allowed-url)",
+        "no service is known that shows a credential (--echo-url)",
+        "only one allowed host is known (--second-url)",
     )
     assert [text for text in set(why.values()) if not any(reason in text for reason in known)] == []
 

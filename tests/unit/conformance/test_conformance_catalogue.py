@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import gc
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,13 +21,14 @@ from hypothesis import strategies as st
 from saw.cli import conformance as command
 from saw.conformance import catalogue, present, report, targets, transfer
 from saw.conformance.case import FACTS, NONCE, SUITES, Case, MissingFactError, fill, new_nonce
-from saw.conformance.probe import core, files, git, h2, net, process, web
+from saw.conformance.probe import core, far, files, git, h2, net, process, web
+from saw.conformance.run import destination
 from saw.conformance.verdict import TwinResult, judge, judge_twin, missing
 from saw.errors import ConfigError, UnavailableError
 from saw.policy.errors import PolicyError
 
 ROOT = Path(__file__).parents[3]
-PROBE = (core, net, process, files, git, web, h2)
+PROBE = (core, net, process, files, git, web, h2, far)
 CONTROLS = {entry["id"] for entry in yaml.safe_load((ROOT / "docs/controls.yml").read_text(encoding="utf-8"))}
 OLDEST = "python3.9"
 WORKS = TwinResult("twin.x", "works")
@@ -117,6 +119,28 @@ def test_the_probe_says_what_happened_of_each_kind():
     assert (answer.told["refused"].errno, answer.told["slow"].errno) == ("ENOENT", "timeout")
 
 
+def test_more_memory_than_there_may_be_is_refused_and_what_there_is_is_had():
+    def asked(name: str, mib: int) -> dict:
+        return {"id": name, "attempt": "limit", "arguments": {"what": "memory", "bound": mib * 1024**2}, "seconds": 30}
+
+    job = {"token": "t" * 24, "cases": [asked("more", 4096), asked("some", 16)]}
+    words = ["prlimit", f"--as={512 * 1024**2}", sys.executable, "-I", "-"]
+    done = subprocess.run(words, input=transfer.script(job), capture_output=True, check=True, timeout=60)
+    answer = transfer.read(done.stdout, job["token"], {"more", "some"})
+    assert (answer.told["more"].outcome, answer.told["more"].errno) == ("refused", "ENOMEM")
+    assert answer.told["some"].outcome == "allowed"
+
+
+def test_files_are_made_and_removed_again(tmp_path):
+    def asked(name: str, **more: float) -> dict:
+        arguments = {"path": str(tmp_path), "count": 50, **more}
+        return {"id": name, "attempt": "fill-inodes", "arguments": arguments, "seconds": 30}
+
+    answer = run_probe(sys.executable, asked("few"), asked("slow", patience=-1))
+    assert {name: one.outcome for name, one in answer.told.items()} == {"few": "allowed", "slow": "not_possible"}
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_attempt_that_is_killed_or_hangs_ends_and_is_named():
     killed = {
         "id": "killed",
@@ -162,6 +186,26 @@ def test_headers_are_sent_as_they_stand():
 @given(st.binary(max_size=40))
 def test_no_answer_breaks_the_reader_of_the_status(raw):
     assert h2.status_of(raw) >= 0
+
+
+# --- what the pages say
+
+
+def test_the_pages_count_the_cases_as_they_are():
+    page = (ROOT / "docs/conformance.md").read_text(encoding="utf-8")
+    told = {name: int(number) for name, number in re.findall(r"(?m)^\| `([a-z]+)` \| (\d+) \| ", page)}
+    assert told == {suite: sum(case.suite == suite for case in catalogue.attacks()) for suite in SUITES}
+    assert f"In all {len(catalogue.attacks())} cases." in page
+    sandbox = (ROOT / "docs/sandbox.md").read_text(encoding="utf-8")
+    assert f"tries {len(catalogue.attacks())} attacks from inside" in sandbox
+
+
+def test_the_page_explains_every_option_of_a_run(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["run", "--help"])
+    options = set(re.findall(r"(?m)^  (--[a-z-]+)", capsys.readouterr().out))
+    page = (ROOT / "docs/conformance.md").read_text(encoding="utf-8")
+    assert {name for name in options if name not in page} <= {"--json"}
 
 
 # --- a sandbox that lies
@@ -304,12 +348,77 @@ def test_a_report_is_read_back_as_it_was_and_nothing_else_is(tmp_path, capsys):
     assert command.main(["compare", str(path), str(path), "--html", str(tmp_path / "c.html")]) == 0
     assert "1/1 (100 %)" in capsys.readouterr().out
     assert "cmd:x" in (tmp_path / "c.html").read_text(encoding="utf-8")
-    for change in ({"schema": 2}, {"more": 1}, {"ok": "yes"}):
+    for change in ({"schema": 1}, {"more": 1}, {"ok": "yes"}):
         (tmp_path / "bad.json").write_text(json.dumps({**json.loads(path.read_bytes()), **change}), encoding="utf-8")
         with pytest.raises(ConfigError):
             report.load(tmp_path / "bad.json")
     with pytest.raises(ConfigError, match="cannot read"):
         report.load(tmp_path / "none.json")
+
+
+def test_the_layer_that_answered_is_told_apart_from_the_one_that_is_expected():
+    case = Case("x", "RUN-01", "http", "t", "tunnel", {}, "ring 1: request", ("host_not_allowed", "EPERM"), "twin.x")
+    own = judged(told("refused", reason="host_not_allowed", layer="ring1"), None, case=case)
+    assert (own.layer, own.layer_ok, own.expected_layer, own.result) == ("ring1", True, "ring 1: request", "refused")
+    other = judged(told("refused", reason="host_not_allowed", layer="ring2"), None, case=case)
+    assert (other.layer, other.layer_ok, other.result, other.finding) == ("ring2", False, "refused", False)
+    nobody = judged(told("refused", reason="host_not_allowed"), None, case=case)
+    assert (nobody.layer, nobody.layer_ok) == ("", None)
+    kernel = judged(told("refused", errno="EPERM"), None, case=case)
+    assert (kernel.layer, kernel.layer_ok) == ("kernel", False)
+    inside = judged(told("refused", errno="EPERM"), [])
+    assert (inside.layer, inside.layer_ok) == ("kernel", None)  # it does not say which of its parts refused
+    assert judged(told("refused", errno="timeout"), []).layer == ""
+    made = report.make("t", "now", [own, other], [], [])
+    assert made.ok
+    assert present.elsewhere(made) == ["~ x [RUN-01] t: refused by ring2, expected of ring 1: request"]
+    assert "(another layer)" in present.page(made)
+    assert "(another layer)" not in present.page(report.make("t", "now", [own], [], []))
+
+
+# --- behind a proxy
+
+
+@pytest.mark.parametrize(
+    ("authority", "place"),
+    [
+        ("192.0.2.10:443", ("192.0.2.10", 443)), ("3221225994:443", ("192.0.2.10", 443)), ("0xc000020a:443", ("192.0.2.10", 443)),
+        ("0300.0.02.012:80", ("192.0.2.10", 80)), ("127.1:443", ("127.0.0.1", 443)), ("0:443", ("127.0.0.1", 443)),
+        ("localhost.:443", ("127.0.0.1", 443)), ("[::ffff:192.0.2.10]:443", ("192.0.2.10", 443)), ("[::1]:443", ("::1", 443)),
+        ("a.example.com:443", None), ("192.0.2.10", None), ("192.0.2.10:x", None), (":443", None),
+        ("unlisted.invalid\t.x:443", None),
+    ],
+)  # fmt: skip
+def test_an_address_is_known_in_whatever_form_it_is_asked_for(authority, place):
+    assert destination(authority) == place
+
+
+def test_a_recorder_is_at_an_address():
+    assert targets.recorder_facts("192.0.2.10") == {
+        "v4": "192.0.2.10",
+        "v4_number": "3221225994",
+        "v4_hex": "0xc000020a",
+    }
+    assert targets.recorder_facts("2001:db8::10") == {"v6": "2001:db8::10"}
+    with pytest.raises(ConfigError, match="is no address"):
+        targets.recorder_facts("host.example.com")
+
+
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [
+        ("8802 03f0", "close:1008"), ("8105 68656c6c6f 8802 03ea", "close:1002"),
+        ("817e0080" + "61" * 128 + "880203f0", "close:1008"),
+        ("8800", "close:0"), ("8105 6865", ""), ("81", ""), ("", ""),
+    ],
+)  # fmt: skip
+def test_the_close_of_a_websocket_is_read_behind_other_frames(raw, told):
+    assert far.closed(bytes.fromhex(raw)) == told
+
+
+@given(st.binary(max_size=40))
+def test_no_frame_breaks_the_reader_of_a_close(raw):
+    assert far.closed(raw) == "" or far.closed(raw).startswith("close:")
 
 
 # --- the command

@@ -26,11 +26,11 @@ LONGEST = 600
 
 
 class Refused(Exception):
-    """The attempt was answered with a refusal: HTTP ``status``, and the machine-readable ``reason`` in its body."""
+    """The attempt was answered with a refusal: HTTP ``status``, and the machine-readable ``reason`` and ``layer`` in its body."""
 
-    def __init__(self, detail: str, *, reason: str = "", status: int = 0) -> None:
+    def __init__(self, detail: str, *, reason: str = "", status: int = 0, layer: str = "") -> None:
         super().__init__(detail)
-        self.reason, self.status = reason, status
+        self.reason, self.status, self.layer = reason, status, layer
 
 
 class NotPossible(Exception):
@@ -71,7 +71,8 @@ def perform(case: dict[str, Any]) -> dict[str, Any]:
     try:
         detail = function(**case["arguments"])
     except Refused as error:
-        return {"outcome": "refused", "detail": str(error), "reason": error.reason, "status": error.status}
+        told = {"reason": error.reason, "status": error.status, "layer": error.layer[:40]}
+        return {"outcome": "refused", "detail": str(error), **told}
     except NotPossible as error:
         return {"outcome": "not_possible", "detail": str(error)}
     except OSError as error:

@@ -65,6 +65,25 @@ def fill(path: str, size: int) -> str:
     return f"{size} bytes were there"
 
 
+@attempt("fill-inodes")
+def fill_inodes(path: str, count: int, patience: float = 100.0) -> str:
+    """Make ``count`` empty files in a directory, and remove them at once."""
+    folder = os.path.join(path, f"saw-probe-files-{os.getpid()}")
+    os.mkdir(folder, 0o700)
+    made, end = 0, time.monotonic() + patience
+    try:
+        while made < count:
+            if time.monotonic() > end:
+                raise NotPossible(f"only {made} files were made within {patience} s")
+            os.close(os.open(os.path.join(folder, str(made)), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            made += 1
+    finally:
+        for name in os.listdir(folder):
+            os.unlink(os.path.join(folder, name))
+        os.rmdir(folder)
+    return f"{count} files were there"
+
+
 @attempt("persist")
 def persist(path: str, home: bool = False) -> str:
     """Open for appending a file that would be read at a later start; what was missing is made, and removed again."""

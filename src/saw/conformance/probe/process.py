@@ -373,7 +373,9 @@ def shared_memory(key: int, mark: str) -> str:
 @attempt("limit")
 def limit(what: str, bound: int) -> str:
     """Use more of a resource than a sandbox should give: bounded, and given back at once."""
-    attempts: dict[str, Callable[[int], str]] = {"tasks": _tasks, "descriptors": _descriptors, "core": _core}
+    attempts: dict[str, Callable[[int], str]] = {
+        "tasks": _tasks, "descriptors": _descriptors, "core": _core, "memory": _memory,
+    }  # fmt: skip
     return attempts[what](bound)
 
 
@@ -403,6 +405,18 @@ def _descriptors(bound: int) -> str:
     for _ in range(bound):
         os.dup(handle)
     return f"{bound} descriptors were open at once"
+
+
+def _memory(bound: int) -> str:
+    with open("/proc/self/oom_score_adj", "w", encoding="ascii") as stream:
+        stream.write("1000")  # whoever makes room ends this process, and no other
+    held = []
+    try:
+        for _ in range(bound // 1024**2):
+            held.append(b"\1" * 1024**2)  # noqa: PERF401 - how many there were is told
+    except MemoryError:
+        raise OSError(errno.ENOMEM, f"no more than {len(held)} MiB") from None
+    return f"{len(held)} MiB were held at once"
 
 
 def _core(bound: int) -> str:

@@ -67,15 +67,15 @@ def judge(answer: bytes, where: str) -> str:
     text = body.decode("utf-8", "replace")
     if status < 400:
         return f"{where}: HTTP {status} {text[:120]}"
-    reason = ""
+    reason = layer = ""
     for match in re.finditer(r"\{.*\}", text, re.DOTALL):
         try:
             told: Any = json.loads(match[0])
         except ValueError:
             continue
         if isinstance(told, dict):
-            reason = str(told.get("reason") or told.get("error") or "")
-    raise Refused(f"{where}: HTTP {status} {text[:300]}", reason=reason, status=status)
+            reason, layer = str(told.get("reason") or told.get("error") or ""), str(told.get("layer") or "")
+    raise Refused(f"{where}: HTTP {status} {text[:300]}", reason=reason, status=status, layer=layer)
 
 
 def dial() -> socket.socket:
@@ -85,10 +85,10 @@ def dial() -> socket.socket:
     return connection
 
 
-def opened(plain: socket.socket, authority: str) -> None:
-    """Make the connection a tunnel to ``authority``; raise :class:`Refused` when the proxy does not."""
+def opened(plain: socket.socket, authority: str) -> str:
+    """Make the connection a tunnel to ``authority``, and return the answer in short; raise :class:`Refused` without one."""
     plain.sendall(f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n\r\n".encode("latin-1"))
-    judge(_receive(plain, tunnel=True), "CONNECT")
+    return judge(_receive(plain, tunnel=True), "CONNECT")
 
 
 def ask(authority: str, request: str, sni: str) -> bytes:
@@ -104,12 +104,16 @@ def ask(authority: str, request: str, sni: str) -> bytes:
 
 
 @attempt("connect")
-def connect(authority: str, host: str | None = None) -> str:
-    """Ask the proxy for a tunnel to ``authority``, given as it goes over the wire (latin-1)."""
+def connect(authority: str, mark: str) -> str:
+    """Ask the proxy for a tunnel to ``authority``, given as it goes over the wire (latin-1), and send ``mark`` through it."""
     with dial() as connection:
-        header = authority if host is None else host
-        connection.sendall(f"CONNECT {authority} HTTP/1.1\r\nHost: {header}\r\n\r\n".encode("latin-1"))
-        return judge(_receive(connection, tunnel=True), "CONNECT")
+        answer = opened(connection, authority)
+        try:
+            connection.sendall(f"GET /{mark} HTTP/1.0\r\n\r\n".encode("latin-1"))
+            connection.recv(65536)  # an answer says that it arrived; without one the tunnel was open all the same
+        except OSError:
+            pass
+        return answer
 
 
 @attempt("tunnel")
