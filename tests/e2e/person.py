@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from chromium import Chromium, chromium
+from chromium import ROWS, Chromium, chromium
 from vm_access import wait_until
 
 from saw.lab import people
@@ -21,8 +21,6 @@ from saw.lab.topology import Lab
 
 PICTURES = Path("build/first-day")
 PAGE = Path(__file__).parents[2] / "docs/first-day.md"
-ROWS = "[...document.querySelectorAll('.xterm-rows > div')].map((row) => row.innerText).join('\\n')"
-SAID = "document.getElementById('said').innerText"
 _COMPLETE = re.compile(rb"^or open (\S+)$", re.MULTILINE)
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chromium import Chromium
-from person import ROWS, SAID, Person, shown, take, told, type_line
+from chromium import ROWS, SAID, Chromium
+from person import Person, shown, take, told, type_line
+from terminal_screen import at_prompt, draw
 from vm_access import Workspace, wait_until
 
 from saw.lab import people
@@ -121,7 +122,7 @@ def test_an_agent_is_left_running_in_the_terminal_of_the_browser(
 
 
 @pytest.mark.control("ID-02")
-def test_plain_ssh_finds_it_at_work(day: Day, workspace: Workspace) -> None:
+def test_plain_ssh_finds_it_at_work(day: Day, page: Chromium, workspace: Workspace) -> None:
     config = day.sponsor.desk / "ssh_config"
     config.write_text(
         day.sponsor.saw(*told("saw ssh --config ws-demo >> ~/.ssh/config", {"ws-demo": workspace.id})).stdout,
@@ -131,6 +132,7 @@ def test_plain_ssh_finds_it_at_work(day: Day, workspace: Workspace) -> None:
     ssh[0] = str(shutil.which(ssh[0]))
     with Terminal(ssh, day.sponsor.environment) as terminal:
         assert terminal.expect(f"at-work-{day.mark}".encode(), 180), terminal.tail()
+        take(page, "5-ssh", draw(page, terminal.seen))
         terminal.type(b"\x03clear; echo ended-$((40+2))\r")
         assert terminal.expect(b"ended-42", 60), terminal.tail()
 
@@ -150,7 +152,7 @@ def test_the_push_waits_until_somebody_else_has_read_the_diff_and_approves_it_wi
             "document.getElementById('label').value = 'laptop'; document.querySelector('#register button').click()"
         )
         desk.until("document.querySelector('td') && document.body.innerText.includes('laptop')")
-        take(desk, "5-passkey", 560)
+        take(desk, "6-passkey", 560)
 
         desk.go(seen)
         desk.until(f"document.querySelector('main a[href=\"/reviews/{day.review}\"]')")
@@ -170,7 +172,7 @@ def test_the_push_waits_until_somebody_else_has_read_the_diff_and_approves_it_wi
         page.go(f"{seen}/{day.review}")
         assert not page.run("document.querySelector('button[value=approve]')")
         desk.until("document.querySelector('#decide button:not(:disabled)')")
-        take(desk, "6-review", 800, "document.querySelector('section.agent ins').closest('pre').previousElementSibling")
+        take(desk, "7-review", 800, "document.querySelector('section.agent ins').closest('pre').previousElementSibling")
         desk.run(
             "document.getElementById('comment').value = 'read and right'; document.querySelector('button[value=approve]').click()"
         )
@@ -181,7 +183,7 @@ def test_the_push_waits_until_somebody_else_has_read_the_diff_and_approves_it_wi
             return str(desk.run("document.querySelector('.state').innerText")) == "done"
 
         wait_until("the push at the far end", done, patience=180)
-        take(desk, "7-done", 540, "document.getElementById('facts')")
+        take(desk, "8-done", 540, "document.getElementById('facts')")
     assert f"the work of {day.mark}" in workspace.host("enterprise", " ".join(f"'{word}'" for word in tip))
     shown = json.loads(workspace.saw("review", "show", day.review, "--json").stdout)
     [decision] = shown["decisions"]
@@ -195,19 +197,19 @@ def test_the_session_is_played_back_in_the_browser(day: Day, page: Chromium) -> 
     page.run("document.getElementById('speed').value = '0'; document.querySelector('#play button').click()")
     page.until("document.getElementById('said').innerText.includes('It ends here.')")
     assert page.run(f"{ROWS}.includes('at-work-{day.mark}')")
-    take(page, "8-replay", 640, "document.getElementById('replay')")
+    take(page, "9-replay", 640, "document.getElementById('replay')")
 
 
 @pytest.mark.control("AUD-02")
 def test_an_auditor_proves_the_trail_complete_on_another_machine(
-    day: Day, workspace: Workspace, tmp_path: Path
+    day: Day, page: Chromium, workspace: Workspace, tmp_path: Path
 ) -> None:
     with day.auditor.browser() as desk:
         day.auditor.sign_in(desk)
         desk.go(f"{people.ORIGIN}/audit?text={day.review}")
         desk.until("document.querySelector('table details')")
         assert day.approver.name in desk.run("document.querySelector('main').innerText")
-        take(desk, "9-audit", 850)
+        take(desk, "10-audit", 850)
         assert day.auditor.log_in(desk)["roles"] == ["auditor"]
     # the platform team makes the key once, and signs the tree
     place, elsewhere = tmp_path / "control", tmp_path / "elsewhere"
@@ -220,13 +222,14 @@ def test_an_auditor_proves_the_trail_complete_on_another_machine(
     shutil.copytree(place / "tiles", elsewhere / "tiles")
     shutil.copy(place / "log.key.pub", elsewhere)
     (elsewhere / "trail.jsonl").write_text(trail, encoding="utf-8")
-    program = [str(workspace.checkout / ".venv/bin/saw")]
-    program += told("saw audit verify --checkpoint tiles/checkpoint --key log.key.pub --tiles tiles --file trail.jsonl")
+    proof = "saw audit verify --checkpoint tiles/checkpoint --key log.key.pub --tiles tiles --file trail.jsonl"
+    program = [str(workspace.checkout / ".venv/bin/saw"), *told(proof)]
+    alone = {"PATH": f"{workspace.checkout}/.venv/bin:{os.environ['PATH']}", "HOME": str(elsewhere)}
 
     def verify(file: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["unshare", "--net", *program[:-1], file], cwd=elsewhere,
-            env={"PATH": os.environ["PATH"], "HOME": str(elsewhere)}, capture_output=True, text=True, check=False, timeout=120,
+            ["unshare", "--net", *program[:-1], file], cwd=elsewhere, env=alone, capture_output=True, text=True,
+            check=False, timeout=120,
         )  # fmt: skip
 
     whole = verify("trail.jsonl")
@@ -236,3 +239,5 @@ def test_an_auditor_proves_the_trail_complete_on_another_machine(
     about = next(at for at, line in enumerate(lines) if day.review in line)
     (elsewhere / "part.jsonl").write_text("".join(lines[:about] + lines[about + 1 :]), encoding="utf-8")
     assert verify("part.jsonl").returncode == 1
+    lines = [proof, "echo $?", proof.replace("trail.jsonl", "part.jsonl"), "echo $?"]
+    take(page, "11-verify", draw(page, at_prompt(elsewhere, alone, lines, [str(shutil.which("unshare")), "--net"])))

@@ -48,6 +48,15 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert broken == []
 
 
+def test_every_picture_is_there_and_shown() -> None:
+    shown = {
+        (page.parent / name).resolve()
+        for page in PAGES
+        for name in re.findall(r"!\[[^\]]+\]\(([^)\s]+)\)", text_of(page))
+    }
+    assert shown == {path.resolve() for path in (ROOT / "docs/images").iterdir()}
+
+
 def test_every_area_of_the_command_is_explained() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert [area for area in AREAS if not re.search(rf"\bsaw {area}\b", text)] == []

@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 WAIT_S = 60
+ROWS = "[...document.querySelectorAll('.xterm-rows > div')].map((row) => row.innerText).join('\\n')"
+"""What a terminal on the page shows (JavaScript)."""
+SAID = "document.getElementById('said').innerText"
+"""What the page of a terminal or of a recording says about it (JavaScript)."""
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
     "--disable-dev-shm-usage", "--disable-component-update", "--disable-extensions", "--ignore-certificate-errors",

@@ -10,6 +10,10 @@ from broker_rig import encode, running_broker
 sys.path[:0] = [str(Path(__file__).parents[1] / "attest"), str(Path(__file__).parents[2] / "unit" / "attest")]
 sys.path.append(str(Path(__file__).parents[1] / "docs"))
 sys.path.append(str(Path(__file__).parents[2] / "unit/jobs"))
+# Repositories made with the real git.
+sys.path.append(str(Path(__file__).parents[2] / "unit/review"))
+# A bastion with a workspace, and the settings of a terminal in the browser.
+sys.path.append(str(Path(__file__).parents[1] / "sessions"))
 # A broker without network whose clock the test moves.
 sys.path.append(str(Path(__file__).parents[2] / "unit/broker"))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,14 +14,12 @@ from typing import Any
 import httpx
 import pytest
 from broker_rig import cli
+from git_rig import Repository
 from sso_rig import Authenticator, Browser, SsoLab, sso_lab
 
 from databases import beside
 from saw.broker.clock import iso
 from saw.review.messages import ReviewedCall
-
-sys.path.append(str(Path(__file__).parents[2] / "unit" / "review"))
-from git_rig import Repository
 
 
 @pytest.fixture(scope="module")

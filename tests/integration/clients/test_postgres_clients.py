@@ -4,21 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import clients_database
 import pytest
-from clients_rig import PYTHON, Workspace
-from pg_ends import DATABASE, PASSWORD, ROLE, Database
+from clients_rig import PYTHON, Done, Workspace
+from pg_ends import DATABASE, PASSWORD, ROLE, Database, database
 
-HOST = clients_database.HOST
+HOST, ADDRESS = "db.example.com", "10.99.0.8"
 
 
 @pytest.fixture(scope="module")
 def server(workspace: Workspace) -> Iterator[Database]:
-    with clients_database.serving(workspace) as found:
+    ring2 = workspace.ring2
+    ring2.namespace.ip("addr", "add", f"{ADDRESS}/24", "dev", "far0")
+    certificate, key = ring2._pair(ring2.corporate, (HOST,), "clients-db")
+    secret = ring2.directory / "credentials" / "orders-db"
+    secret.touch(0o600)
+    secret.write_text(PASSWORD + "\n")
+    lines = ring2.hosts.read_text()
+    with database(ring2.namespace.run, ADDRESS, certificate, key) as found:
+        ring2.hosts.write_text(f"{lines}{ADDRESS} {HOST}\n")
         yield found
+    ring2.hosts.write_text(lines)
+    ring2.namespace.ip("addr", "del", f"{ADDRESS}/24", "dev", "far0")
 
 
-helper = clients_database.helper
+def helper(workspace: Workspace, *words: str, **options: object) -> Done:
+    """Run ``saw-postgres`` as the image's shim does."""
+    return workspace.client(PYTHON, "-I", "-S", f"{workspace.spec.paths.package}/pg_connect.py", *words, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.control("CRED-01")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chromium import Chromium, chromium
+from chromium import ROWS, SAID, Chromium, chromium
 from page_rig import Page, ask, leftovers, settings, ticket
 from session_rig import Bastion, Terminal, running
 from sso_rig import Browser, SsoLab, sso_lab, until
@@ -24,8 +24,6 @@ window.violations = [];
 document.addEventListener('securitypolicyviolation', (event) =>
   violations.push([event.violatedDirective, event.blockedURI, event.sourceFile, event.lineNumber, event.columnNumber].join(' ')));
 """
-ROWS = "[...document.querySelectorAll('.xterm-rows > div')].map((row) => row.innerText).join('\\n')"
-SAID = "document.getElementById('said').innerText"
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -25,10 +27,10 @@ def config(bastion: Bastion, tmp_path: Path) -> Path:
     return file
 
 
-def run(bastion: Bastion, *line: str) -> subprocess.CompletedProcess[str]:
+def run(bastion: Bastion, *line: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "SAW_SSH_KEYS": str(bastion.directory / "kept")}
     return subprocess.run(
-        line, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False
+        line, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
@@ -133,6 +135,121 @@ def test_ansible_reaches_a_workspace_with_it(bastion: Bastion, config: Path) -> 
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "from-ansible" in done.stdout
+
+
+def play(
+    bastion: Bastion, config: Path, folder: Path, *more: str
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """Run the playbook of ``folder`` as docs/sessions.md says; return how it ended, and the commands of its sessions."""
+    before = sessions(bastion)
+    told = {"ansible_ssh_args": f"-F {config} -o ControlMaster=no", "ansible_remote_tmp": str(folder / "far")}
+    words = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "ws-a,", "-e", json.dumps(told), *more]
+    done = run(bastion, "env", "ANSIBLE_NOCOLOR=1", *words, str(folder / "play.yml"), timeout=300)
+    return done, [command for one, command in sessions(bastion).items() if one not in before]
+
+
+def sessions(bastion: Bastion) -> dict[str, str]:
+    """Return the command of each session."""
+    found = bastion.lab.operator.request("GET", "/v1/sessions?workspace_id=ws-a")["sessions"]
+    return {str(one["id"]): str(one["command"]) for one in found}
+
+
+def test_an_ordinary_play_changes_a_file_once_and_shows_it_first(
+    bastion: Bastion, config: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "notes.txt"
+    copy = {"content": "of November\n", "dest": str(there), "mode": "0600"}
+    tasks = [
+        {"ansible.builtin.ping": {}, "tags": "ping"},
+        {"ansible.builtin.copy": copy, "tags": "copy"},
+    ]
+    (tmp_path / "play.yml").write_text(json.dumps([{"hosts": "all", "gather_facts": False, "tasks": tasks}]))
+    piped = ("-e", "ansible_pipelining=true")
+
+    shown, _ = play(bastion, config, tmp_path, *piped, "--tags=copy", "--check", "--diff")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert "+of November" in shown.stdout
+    assert not there.exists()
+    first, taken = play(bastion, config, tmp_path, *piped, "--tags=copy")
+    assert "changed=1 " in first.stdout, first.stdout + first.stderr
+    assert (there.read_text(), there.stat().st_mode & 0o777) == ("of November\n", 0o600)
+    assert "sftp" in taken
+    second, taken = play(bastion, config, tmp_path, *piped)
+    assert "ok=2 " in second.stdout, second.stdout + second.stderr
+    assert "changed=0 " in second.stdout
+    assert "sftp" not in taken
+
+    # without pipelining the module itself goes by sftp, and takes a session for each of its steps
+    sent, steps = play(bastion, config, tmp_path, "-e", "ansible_pipelining=false", "--tags=ping")
+    assert "ok=1 " in sent.stdout, sent.stdout + sent.stderr
+    assert "sftp" in steps
+    assert len(steps) > 1
+
+
+SERVER = """
+import sys
+while head := sys.stdin.buffer.readline():
+    sys.stdin.buffer.readline()
+    body = sys.stdin.buffer.read(int(head.split(b":")[1]))
+    sys.stdout.buffer.write(b"Content-Length: %d\\r\\n\\r\\n" % len(body) + body[::-1])
+    sys.stdout.buffer.flush()
+print("ended", file=sys.stderr)
+"""
+"""In the place of the part of an editor that runs on the far side: frames as language servers have them, answered backwards."""
+
+
+def test_an_editor_uploads_its_server_and_talks_to_it_over_standard_input(
+    bastion: Bastion, config: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "server.py").write_text(SERVER)
+    far = tmp_path / "far"
+    batch = tmp_path / "batch"
+    batch.write_text(f"mkdir {far}\nput {tmp_path}/server.py {far}/server.py\nchmod 700 {far}/server.py\n")
+    uploaded = run(bastion, "sftp", "-b", str(batch), "-F", str(config), "ws-a")
+    assert uploaded.returncode == 0, uploaded.stderr
+    environment = {**os.environ, "SAW_SSH_KEYS": str(bastion.directory / "kept")}
+    line = ["ssh", "-T", "-F", str(config), "ws-a", f"exec {sys.executable} {far}/server.py"]
+    with subprocess.Popen(
+        line, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as editor:
+        assert editor.stdin is not None
+        assert editor.stdout is not None
+        for size in (1, 1 << 18, 7):  # not only what fits into one packet, and every byte
+            body = bytes(range(256)) * (size // 256) or b"\xff\x00\r\n\x03\x04~"[:size]
+            editor.stdin.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            editor.stdin.flush()
+            assert editor.stdout.readline() == b"Content-Length: %d\r\n" % len(body)
+            assert editor.stdout.readline() == b"\r\n"
+            assert editor.stdout.read(len(body)) == body[::-1]
+        # its second connection, while the first one lives
+        beside = run(bastion, "ssh", "-F", str(config), "ws-a", f"ls {far}")
+        assert (beside.returncode, beside.stdout) == (0, "server.py\n"), beside.stderr
+        _, said = editor.communicate(timeout=60)
+        assert (editor.returncode, said) == (0, b"ended\n")
+
+
+def test_a_part_that_comes_first_keeps_connections_from_being_shared(
+    bastion: Bastion, config: Path, tmp_path: Path
+) -> None:
+    part = config.read_text()
+    sockets = Path(tempfile.mkdtemp())  # a name in it may have 107 bytes
+    shared = f"Host *\n    ControlMaster auto\n    ControlPersist 30\n    ControlPath {sockets}/%C\n"
+    line = ("ssh", "-F", str(config), "ws-a", "echo in-the-workspace")
+    config.write_text(part + shared)
+    for _ in range(2):
+        done = run(bastion, *line)
+        assert (done.returncode, done.stdout) == (0, "in-the-workspace\n"), done.stderr
+    assert list(sockets.iterdir()) == []
+    # what stands before it counts first: the second command wants the certificate of the first again
+    config.write_text(shared + part)
+    try:
+        run(bastion, *line)
+        refused = run(bastion, *line)
+    finally:
+        run(bastion, "ssh", "-F", str(config), "-O", "exit", "ws-a")
+        shutil.rmtree(sockets)
+    assert (refused.returncode, refused.stdout) == (77, ""), refused.stderr
+    assert "was used before" in refused.stderr
 
 
 def test_ansible_reaches_every_workspace_of_the_inventory(bastion: Bastion, tmp_path: Path) -> None:

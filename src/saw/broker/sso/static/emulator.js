@@ -24,11 +24,12 @@ Element.prototype.setAttribute = function (name, value) {
   else setAttribute.call(this, name, value);
 };
 
-// Links that a program shows open nothing.
+// Links that a program shows open nothing. Colours that a program chooses are lightened until they can be read (WCAG 1.4.3).
 window.emulatorOptions = {
   fontFamily: 'ui-monospace, monospace',
   fontSize: 14,
   linkHandler: { activate: () => {} },
+  minimumContrastRatio: 4.5,
   scrollback: 5000,
   theme: { background: '#0d1117', foreground: '#e6edf3' },
 };
