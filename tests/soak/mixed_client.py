@@ -1,7 +1,8 @@
-"""The clients of ``mixed_traffic.py``, inside the sandbox: ``SECONDS WORKERS`` as arguments, one JSON object as the result.
+"""The clients of ``mixed_traffic.py``, inside the sandbox: ``SECONDS WORKERS FOLDER`` as arguments, one JSON object as result.
 
 Every worker makes one kind of call again and again until the time is over. A call's path names worker and number, so that each
 can be looked for where decisions are recorded. Whatever answers otherwise than the policy says is told with its words.
+What is done so far is written to FOLDER/done all along; a file FOLDER/stop ends the clients before their time.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import json
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import grpc.aio
+import psycopg
 
 API, MODELS, CHAT, GRPC = (
     "https://api.example.com",
@@ -22,6 +25,8 @@ API, MODELS, CHAT, GRPC = (
     "wss://chat.example.com",
     "grpc.example.com:443",
 )
+GRAPH, TOOLS = "https://graph.example.com/graphql", "https://tools.example.com/mcp"
+TOLD_EVERY_S = 2.0
 CALL_S = 60
 """How long a call may take (seconds): one that takes longer is stuck."""
 MOST_TOLD = 50
@@ -101,43 +106,113 @@ async def greet(channel: grpc.aio.Channel, name: str) -> None:
     must(len(many) == 3, many)
 
 
+async def query(session: Session, name: str) -> None:
+    """Query a service of GraphQL."""
+    async with session.post(GRAPH, json={"query": f'{{ viewer(id: "{name}") {{ login }} }}'}) as answer:
+        raw = await answer.read()
+        must(answer.status == 200 and name in json.loads(raw)["data"]["asked"], (answer.status, raw))
+
+
+async def mutation(session: Session, name: str) -> None:
+    """Ask that service for a change, which nobody may."""
+    async with session.post(GRAPH, json={"query": f'mutation {{ drop(id: "{name}") }}'}) as answer:
+        raw = await answer.read()
+        must(answer.status == 403 and json.loads(raw)["reason"] == "operation_not_allowed", (answer.status, raw))
+
+
+def _tool(tool: str, name: str) -> dict[str, Any]:
+    return {
+        "json": {
+            "jsonrpc": "2.0",
+            "id": 1,
+            "method": "tools/call",
+            "params": {"name": tool, "arguments": {"q": name}},
+        },
+        "headers": {"accept": "application/json, text/event-stream"},
+    }
+
+
+async def tool(session: Session, name: str) -> None:
+    """Call a tool of an MCP server."""
+    async with session.post(TOOLS, **_tool("search_web", name)) as answer:
+        raw = await answer.read()
+        said = json.loads(raw)
+        must(answer.status == 200 and said["result"]["content"][0]["text"] == f"found {name}", (answer.status, raw))
+
+
+async def other_tool(session: Session, name: str) -> None:
+    """Call a tool that the policy does not name."""
+    async with session.post(TOOLS, **_tool("erase", name)) as answer:
+        raw = await answer.read()
+        must(answer.status == 403 and json.loads(raw)["reason"] == "operation_not_allowed", (answer.status, raw))
+
+
+async def database(_: Session, name: str) -> None:
+    """Open a session with a database by the way that ``saw-postgres`` gave, ask once and close it."""
+    async with await psycopg.AsyncConnection.connect(user="agent", dbname="orders", application_name=name) as session:
+        rows = await (await session.execute("SELECT repeat('x', 30000), current_user")).fetchone()
+        must(rows == ("x" * 30000, "agent"), rows and rows[1])
+
+
 KINDS: dict[str, Callable[[Any, str], Awaitable[None]]] = {
     "read": read, "write": write, "refused": refused, "hidden": hidden, "model": model, "other-model": other_model,
-    "talk": talk, "greet": greet,
+    "talk": talk, "greet": greet, "query": query, "mutation": mutation, "tool": tool, "other-tool": other_tool,
+    "database": database,
 }  # fmt: skip
 
 
-async def worker(kind: str, number: int, end: float, told: list[str]) -> int:
-    """Make calls until ``end``; return how many were answered as they should be."""
-    done = 0
-    name = f"{kind}-{number}-"
+class Told:
+    """What the workers did, as it stands."""
+
+    def __init__(self, folder: Path, end: float) -> None:
+        self.done: dict[str, int] = {}
+        self.wrong: list[str] = []
+        self._folder, self._end = folder, end
+
+    @property
+    def goes_on(self) -> bool:
+        """Return whether there is time, nobody said stop, and not too much went wrong."""
+        return time.monotonic() < self._end and len(self.wrong) < MOST_TOLD
+
+    def __str__(self) -> str:
+        return json.dumps({"done": self.done, "wrong": self.wrong})
+
+    async def telling(self) -> None:
+        """Write it to the folder again and again, and end everything when somebody says so there."""
+        while self.goes_on:
+            new = self._folder / "done.new"
+            new.write_text(str(self), encoding="utf-8")
+            new.replace(self._folder / "done")
+            if (self._folder / "stop").exists():
+                self._end = 0.0
+            await asyncio.sleep(min(TOLD_EVERY_S, max(0.0, self._end - time.monotonic())))
+
+
+async def worker(kind: str, number: int, told: Told) -> None:
+    """Make calls as long as it goes on, and count those that were answered as they should be."""
+    worker = f"{kind}-{number}"
+    told.done[worker] = 0
     limit = aiohttp.ClientTimeout(total=CALL_S)
     async with (
         Session(trust_env=True, timeout=limit) as session,
         grpc.aio.secure_channel(GRPC, grpc.ssl_channel_credentials()) as channel,
     ):
-        while time.monotonic() < end and len(told) < MOST_TOLD:
+        while told.goes_on:
+            name = f"{worker}-{told.done[worker]}"
             try:
-                await asyncio.wait_for(
-                    KINDS[kind](channel if kind == "greet" else session, f"{name}{done}"), 2 * CALL_S
-                )
+                await asyncio.wait_for(KINDS[kind](channel if kind == "greet" else session, name), 2 * CALL_S)
             except Exception as error:  # noqa: BLE001 - whatever went wrong is what this looks for
-                told.append(f"{name}{done}: {type(error).__name__}: {error}"[:600])
-                return done
-            done += 1
-    return done
+                told.wrong.append(f"{name}: {type(error).__name__}: {error}"[:600])
+                return
+            told.done[worker] += 1
 
 
-async def main(seconds: float, workers: int) -> dict[str, object]:
+async def main(seconds: float, workers: int, folder: Path) -> str:
     """Run ``workers`` of each kind for ``seconds``."""
-    end, told = time.monotonic() + seconds, []
-    names = [(kind, number) for kind in KINDS for number in range(workers)]
-    counts = await asyncio.gather(*(worker(kind, number, end, told) for kind, number in names))
-    return {
-        "done": {f"{kind}-{number}": count for (kind, number), count in zip(names, counts, strict=True)},
-        "wrong": told,
-    }
+    told = Told(folder, time.monotonic() + seconds)
+    await asyncio.gather(told.telling(), *(worker(kind, number, told) for kind in KINDS for number in range(workers)))
+    return str(told)
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(main(float(sys.argv[1]), int(sys.argv[2])))))
+    print(asyncio.run(main(float(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))))

@@ -8,7 +8,7 @@ from saw.conformance.local import HOME
 
 HOSTS = (
     "api.example.com", "pypi.example.com", "npm.example.com", "apt.example.com", "git.example.com", "grpc.example.com",
-    "chat.example.com", "models.example.com", "hidden.example.com",
+    "chat.example.com", "models.example.com", "hidden.example.com", "graph.example.com", "tools.example.com",
 )  # fmt: skip
 JAVA_SETTINGS = ", ".join(sorted(str(path) for path in Path("/etc").glob("java-*-openjdk"))) or "/etc/java"
 PYTHON, NODE = "/usr/bin/python3*", "/**/node"
@@ -58,6 +58,13 @@ network_policies:
     binaries: [{{path: "{PYTHON}"}}, {{path: "{NODE}"}}]
 """
 POLICY += """
+  graph:
+    endpoints: [{host: graph.example.com, port: 443, path: /graphql, protocol: graphql, access: read-only}]
+    binaries: [{path: "/usr/bin/python3*"}]
+  tools:
+    endpoints:
+      - {host: tools.example.com, port: 443, path: /mcp, protocol: mcp, rules: [{allow: {method: tools/call, tool: "search_*"}}]}
+    binaries: [{path: "/usr/bin/python3*"}]
   db:
     endpoints: [{host: db.example.com, port: 5432, protocol: tcp}]
     binaries: [{path: "/usr/lib/postgresql/**"}, {path: "/usr/bin/python3*"}]
@@ -70,7 +77,14 @@ credentials:
   - {id: orders-db, ref: "file:orders-db", hosts: ["db.example.com:5432"], postgres: {user: agent, databases: [orders]}}
 inference:
   routes: [{alias: inference.local, models: ["demo-*"], upstream: "https://models.example.com/v1"}]
+mcp:
+  servers:
+    tools:
+      transport: http
+      url: https://tools.example.com/mcp
+      tools: {search_web: {class: auto, args: {q: {max_length: 64}}}}
 actions:
+  - {match: {host: tools.example.com, mcp: {}}, class: auto}
   - {match: {host: db.example.com, method: [POSTGRES]}, class: auto}
   - {match: {host: api.example.com, method: [POST], path: /v1/notes}, class: auto}
   - {match: {host: grpc.example.com, method: [POST], path: "/demo.Greeter/*"}, class: auto}

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import clients_database
 import pytest
-from clients_rig import PYTHON, Done, Workspace
-from pg_ends import DATABASE, PASSWORD, ROLE, Database, database
+from clients_rig import PYTHON, Workspace
+from pg_ends import DATABASE, PASSWORD, ROLE, Database
 
-HOST, ADDRESS = "db.example.com", "10.99.0.8"
+HOST = clients_database.HOST
 
 
 @pytest.fixture(scope="module")
 def server(workspace: Workspace) -> Iterator[Database]:
-    ring2 = workspace.ring2
-    ring2.namespace.ip("addr", "add", f"{ADDRESS}/24", "dev", "far0")
-    certificate, key = ring2._pair(ring2.corporate, (HOST,), "clients-db")
-    secret = ring2.directory / "credentials" / "orders-db"
-    secret.touch(0o600)
-    secret.write_text(PASSWORD + "\n")
-    lines = ring2.hosts.read_text()
-    with database(ring2.namespace.run, ADDRESS, certificate, key) as found:
-        ring2.hosts.write_text(f"{lines}{ADDRESS} {HOST}\n")
+    with clients_database.serving(workspace) as found:
         yield found
-    ring2.hosts.write_text(lines)
-    ring2.namespace.ip("addr", "del", f"{ADDRESS}/24", "dev", "far0")
 
 
-def helper(workspace: Workspace, *words: str, **options: object) -> Done:
-    """Run ``saw-postgres`` as the image's shim does."""
-    return workspace.client(PYTHON, "-I", "-S", f"{workspace.spec.paths.package}/pg_connect.py", *words, **options)  # type: ignore[arg-type]
+helper = clients_database.helper
 
 
 @pytest.mark.control("CRED-01")
