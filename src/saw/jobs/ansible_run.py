@@ -67,12 +67,13 @@ class AnsibleExecutor:
             return False  # results stay out of the worker's files
 
         try:
+            added = self._environment(work)
             runner = init_runner(
                 private_data_dir=str(folder),
                 playbook=self._playbook(work),
                 inventory=self._settings.inventory,
                 extravars=variables,
-                envvars=self._environment(work),
+                envvars=added,
                 settings={"pexpect_timeout": 1, "suppress_output_file": False},
                 ident="run",
                 quiet=True,
@@ -84,9 +85,7 @@ class AnsibleExecutor:
             raise NotStarted(
                 f"the playbook was not started: {error}", cure="saw worker check says what is missing"
             ) from error
-        given = runner.config.env
-        mine = {name for name, value in self._environ.items() if given.get(name) == value} - set(PASSED_ON)
-        runner.config.env = {name: value for name, value in given.items() if name not in mine or name == "PATH"}
+        runner.config.env = without_own(runner.config.env, self._environ, added)
         thread = threading.Thread(target=runner.run, name=work.id)
         thread.start()
         return _Run(work.id, folder, thread, runner, gathered, wanted)
@@ -142,6 +141,12 @@ class AnsibleExecutor:
             processes.WORKER_MARK: self._worker,
         }
         return {name: value for name, value in given.items() if value is not None}
+
+
+def without_own(given: Mapping[str, str], own: Mapping[str, str], added: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment ``given`` without what is the worker's ``own``. What was ``added`` for the run stays in any case."""
+    kept = {*PASSED_ON, *added}
+    return {name: value for name, value in given.items() if name in kept or own.get(name) != value}
 
 
 @dataclass

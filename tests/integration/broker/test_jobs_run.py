@@ -16,11 +16,10 @@ import pytest
 from awx_server import TOKEN, Awx
 from broker_rig import Lab, cli_here
 from page import ROOT, run_page
-from worker_rig import SECRET, WorkerRig, until
+from worker_rig import SECRET, WorkerRig, commands, until
 
 from saw.broker.gate_settings import MachineSettings
 from saw.broker.job_settings import JobSettings
-from saw.jobs.processes import JOB_MARK, marked
 
 pytestmark = [pytest.mark.control("LIF-01")]
 
@@ -62,17 +61,6 @@ def waiting_at_the_gate(rig: WorkerRig, workspace: str) -> str:
     job = rig.ask("rebuild", workspace)
     until(lambda: any("cat" in line for line in commands(job)), f"{job} waits: {rig.log()}")
     return job
-
-
-def commands(job: str) -> list[str]:
-    """The command lines of every process of a job."""
-    found = []
-    for pid in marked(JOB_MARK, job):
-        try:
-            found.append(Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " "))
-        except OSError:
-            continue
-    return found
 
 
 @pytest.mark.usefixtures("context")

@@ -14,6 +14,8 @@ from typing import Any
 
 from broker_rig import Lab
 
+from saw.jobs.processes import JOB_MARK, marked
+
 SECRET = "correct-horse-battery"
 
 #: Every kind begins like this: what it was told is written down.
@@ -57,6 +59,17 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> An
     raise AssertionError(f"not within {seconds} s: {what}")
 
 
+def commands(job: str) -> list[str]:
+    """The command lines of every process of a job."""
+    found = []
+    for pid in marked(JOB_MARK, job):
+        try:
+            found.append(Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " "))
+        except OSError:
+            continue
+    return found
+
+
 class WorkerRig:
     """One worker at a time, and the folder that its playbooks write to."""
 
@@ -80,6 +93,9 @@ class WorkerRig:
         self.context.write_text(json.dumps({"broker": {"socket": lab.config.operator_socket}}))
         self.config = base / "worker.json"
         self.process: subprocess.Popen[bytes] | None = None
+        self.enter: tuple[str, ...] = ()
+        """What stands before the worker's command, for one on a host of its own; ``environment`` is what it has there."""
+        self.environment: dict[str, str] = {**os.environ}
         self.configure(ansible={"inventory": str(inventory), "playbooks": str(playbooks)})
 
     def configure(self, **executor: Any) -> None:
@@ -90,8 +106,9 @@ class WorkerRig:
         self.config.write_text(json.dumps(told))
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "saw.cli.main", "worker", "serve", "--config", str(self.config)]
-        self.process = subprocess.Popen(command, stderr=(self.base / "worker.log").open("ab"))
+        command = [*self.enter, sys.executable, "-m", "saw.cli.main", "worker", "serve", "--config", str(self.config)]
+        log = (self.base / "worker.log").open("ab")
+        self.process = subprocess.Popen(command, stderr=log, env=self.environment)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         assert self.process is not None

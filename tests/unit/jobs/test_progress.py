@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from saw.cli.main import main as saw
 from saw.errors import ConfigError
 from saw.jobs import processes
+from saw.jobs.ansible_run import without_own
 from saw.jobs.config import load_config
 from saw.jobs.executor import MAX_KEPT_EVENTS, Gathered
 from saw.jobs.messages import MAX_HOSTS, MAX_LINE, MAX_LINES, Progress
@@ -174,3 +175,9 @@ def test_what_the_worker_needs_and_the_host_does_not_have_is_named(
         file.write_bytes(msgspec.json.encode({**BASE, "ansible": settings}))
         assert saw(["worker", "check", "--config", str(file)]) == 1
         assert f"ansible.{field}: there is no" in capsys.readouterr().err
+
+
+def test_a_run_gets_nothing_of_its_workers_environment_but_all_that_it_was_given() -> None:
+    own = {"HOME": "/root", "PATH": "/bin", "SAW_CONTEXT": "/etc/saw/context.json", "TOKEN": "secret"}
+    added = {"PATH": "/opt/saw-worker/bin:/bin", "SAW_CONTEXT": "/etc/saw/context.json"}
+    assert without_own({**own, "RUNNER": "1", **added}, own, added) == {"HOME": "/root", "RUNNER": "1", **added}

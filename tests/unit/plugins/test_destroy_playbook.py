@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from test_rebuild_playbook import SAW, Hypervisor
+from driver_host import SAW
+from test_rebuild_playbook import Hypervisor
 
 from saw.policy.keys import create_key
 

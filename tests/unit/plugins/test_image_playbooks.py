@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from driver_host import SAW
 from sqlalchemy import update
-from test_rebuild_playbook import SAW, Hypervisor
+from test_rebuild_playbook import Hypervisor
 from uki_parts import golden_folder
 
 from saw.audit import EventFactory

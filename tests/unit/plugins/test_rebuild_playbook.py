@@ -17,19 +17,9 @@ from typing import Any
 
 import pytest
 from broker_rig import image_record
+from driver_host import ROOT, SAW, DriverHost
 
-ROOT = Path(__file__).resolve().parents[3]
-SAW = Path(sys.executable).with_name("saw")
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts in a namespace of its own")
-ENTER = """set -e
-mount --make-rprivate /
-mkdir -p /var/lib/saw
-mount --bind {base}/state /var/lib/saw
-mount -t tmpfs tmpfs /opt
-mkdir -p /opt/saw/bin
-cp {base}/saw /opt/saw/bin/saw
-exec "$@"
-"""
 # The installed command; a fuse makes `saw vm rebuild` fail as on a full disk, before or after the disk was replaced.
 COMMAND = """#!/bin/sh
 if [ "$1 $2" = "vm rebuild" ] && [ -e {base}/fuse ]; then
@@ -43,7 +33,7 @@ exec {saw} "$@"
 _NUMBERS = itertools.count()
 
 
-class Hypervisor:
+class Hypervisor(DriverHost):
     """A VM called ``name`` on the image ``one``, registered with the broker; ``two`` is there as well.
 
     The hypervisor has the officers' root and asks for records; it was handed that of ``one``, and none lies beside an image.
@@ -51,18 +41,9 @@ class Hypervisor:
     """
 
     def __init__(self, base: Path, broker: Any, name: str, **fields: Any) -> None:
-        self.base, self.broker, self.name = base, broker, name
-        (base / "state/images").mkdir(parents=True)
-        (base / "bin").mkdir()
-        for path, text in (
-            (base / "saw", COMMAND.format(base=base, saw=SAW)),
-            (base / "bin/systemctl", '#!/bin/sh\n[ "$1" != is-active ]\n'),
-        ):
-            path.write_text(text)
-            path.chmod(0o755)
-        link = base / "installed/ansible_collections/secure_agent/workspace"
-        link.parent.mkdir(parents=True)
-        link.symlink_to(ROOT)
+        systemctl = '#!/bin/sh\n[ "$1" != is-active ]\n'
+        super().__init__(base, broker.context, command=COMMAND.format(base=base, saw=SAW), systemctl=systemctl)
+        self.broker, self.name = broker, name
         self.digests = {}
         for image in ("one", "two"):
             path = base / f"state/images/{image}.qcow2"
@@ -84,30 +65,8 @@ class Hypervisor:
             **fields,
         }
         (base / "spec.json").write_text(json.dumps(spec))
-        handed = self.inside(str(SAW), "image", "hand-over", f"{name}-one").stdout
-        (base / "handed.json").write_text(handed)
-        self.inside("/opt/saw/bin/saw", "vm", "accept", "--pin", "--from", str(base / "handed.json"))
+        self.pin_root(f"{name}-one")
         self.inside("/opt/saw/bin/saw", "vm", "create", "--spec", str(base / "spec.json"))
-
-    @staticmethod
-    def path(image: str) -> str:
-        return f"/var/lib/saw/images/{image}.qcow2"
-
-    def inside(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        environment = {
-            **os.environ,
-            "PATH": f"{self.base}/bin:{os.environ['PATH']}",
-            "ANSIBLE_COLLECTIONS_PATH": str(self.base / "installed"),
-            "SAW_CONTEXT": self.broker.context,
-            "ANSIBLE_NOCOLOR": "1",
-            "ANSIBLE_PIPELINING": "1",
-        }
-        done = subprocess.run(
-            ["unshare", "--mount", "sh", "-c", ENTER.format(base=self.base), "sh", *command],
-            capture_output=True, text=True, check=False, timeout=180, env=environment,
-        )  # fmt: skip
-        assert not check or done.returncode == 0, done.stdout + done.stderr
-        return done
 
     def saw(self, *command: str) -> dict[str, Any]:
         return dict(json.loads(self.inside(str(SAW), *command, "--json").stdout))
