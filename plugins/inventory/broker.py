@@ -94,9 +94,12 @@ import gc
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any
 
+from ansible import constants as C
 from ansible.errors import AnsibleParserError
+from ansible.inventory.host import Host
 from ansible.plugins.inventory import BaseInventoryPlugin, Cacheable, Constructable
 from ansible.utils.path import basedir
 
@@ -133,6 +136,7 @@ FIELDS = (
     "reported_verified",
     "reported_at",
 )
+_fields = itemgetter(*FIELDS)
 #: What is told of its agent as ``saw_agent``, for the same reason without owner and purpose; the last two are claims.
 AGENT_FIELDS = ("id", "name", "state", "sponsor", "created_at", "predecessor", "version")
 CLAIMS = ("harness", "model")
@@ -157,6 +161,15 @@ def nothing_collected() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+class Alike:
+    """Keyed groups whose keys are fields: ``groups`` has where the hosts with these values of ``fields`` belong."""
+
+    def __init__(self, found: list[tuple[str, Any]]) -> None:
+        self.fields = [field for field, _ in found]
+        self.keyed = [one for _, one in found]
+        self.groups: dict[tuple[Any, ...], list[Any]] = {}
 
 
 class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
@@ -196,7 +209,8 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
             rows = listed_workspaces(client, **filters)
             agents = {one["id"]: one for one in listed_agents(client, **_of_workspaces(rows))}
         rows = [
-            {**{name: row[name] for name in FIELDS}, "agent": _told_of(agents.get(row["agent_id"]))} for row in rows
+            {**dict(zip(FIELDS, _fields(row), strict=True)), "agent": _told_of(agents.get(row["agent_id"]))}
+            for row in rows
         ]
         if keep:
             self._cache[key] = rows
@@ -208,6 +222,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
         ingress = self._way_in()
         compose, groups, keyed = (self.get_option(name) for name in ("compose", "groups", "keyed_groups"))
         strict = self.get_option("strict")
+        alike, single = self._parted(keyed)
         # Ansible would look for the folder of the inventory file once for each host.
         source, inventory.current_source = inventory.current_source, None
         unreached: dict[str, list[str]] = {}
@@ -215,7 +230,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
         for kept in rows:
             # A cache from before agents were told has none.
             name, agent = kept["id"], kept.get("agent", {})
-            row = {field: kept[field] for field in FIELDS}
+            row = dict(zip(FIELDS, _fields(kept), strict=True))
             if name in TAKEN or name in inventory.groups:
                 raise AnsibleParserError(
                     f"broker: Ansible has another meaning for the workspace id {name!r}; leave it out by the filters"
@@ -225,18 +240,19 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
             except SawError as error:
                 unreached.setdefault(error.cure, []).append(name)
                 continue
-            inventory.add_host(name, GROUP)
+            host = self._host(name)
             # Straight into the host's variables: ``set_variable`` marks every value below with the file that it came from, which
             # takes most of the time of a large fleet. Values without marks are data, never templates.
-            known = inventory.hosts[name].vars
+            known = host.vars
             known.update(origin, saw_workspace=row, saw_agent=agent, **way)
             if compose or groups or keyed:
                 told = {"saw_workspace": row, "saw_agent": agent, "inventory_hostname": name}
+                self._join(host, alike, told, strict)
                 self._set_composite_vars(compose, told, name, strict)
                 if compose:
                     told |= known
                 self._add_host_to_composed_groups(groups, told, name, strict, fetch_hostvars=False)
-                self._add_host_to_keyed_groups(keyed, told, name, strict, fetch_hostvars=False)
+                self._add_host_to_keyed_groups(single, told, name, strict, fetch_hostvars=False)
         inventory.current_source = source
         for cure, names in unreached.items():
             more = f" and {len(names) - MOST_TOLD} more" if len(names) > MOST_TOLD else ""
@@ -244,11 +260,51 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
                 f"broker: left out, as there is no way in by a port: {', '.join(names[:MOST_TOLD])}{more}; {cure}"
             )
 
+    def _host(self, name: str) -> Any:
+        """Return the host, in the group of all workspaces. A new one is made as ``add_host`` makes it, without the origin, which
+        that would set twice and check each time."""
+        inventory = self.inventory
+        if name in inventory.hosts or name in C.LOCALHOST:
+            inventory.add_host(name, GROUP)
+            return inventory.hosts[name]
+        host = inventory.hosts[name] = Host(name)
+        inventory.groups[GROUP].add_host(host)
+        return host
+
+    def _parted(self, keyed: Any) -> tuple[Alike, list[Any]]:
+        """Return the keyed groups that hosts with equal fields have in common, and those to be found for each host alone."""
+        found: list[Any] = keyed if isinstance(keyed, list) else []
+        fields = [
+            _field(one.get("key"))
+            if isinstance(one, dict) and not self.templar.is_template(one.get("parent_group"))
+            else ""
+            for one in found
+        ]
+        alike = [(field, one) for field, one in zip(fields, found, strict=True) if field]
+        return Alike(alike), [one for field, one in zip(fields, found, strict=True) if not field]
+
+    def _join(self, host: Any, alike: Alike, told: dict[str, Any], strict: bool) -> None:
+        """Put a new host into keyed groups: the first with these values as Ansible does it, the others where that one is."""
+        if not alike.keyed:
+            return
+        values = tuple(told["saw_workspace"][field] for field in alike.fields)
+        groups = alike.groups.get(values)
+        if groups is None:
+            before = {group.name for group in host.groups if host.name in group.host_names}
+            self._add_host_to_keyed_groups(alike.keyed, told, host.name, strict, fetch_hostvars=False)
+            direct = [group for group in host.groups if host.name in group.host_names]
+            # A host that another source has made may have been in one of them before: it is no example.
+            if before == {GROUP}:
+                alike.groups[values] = [group for group in direct if group.name != GROUP]
+            return
+        for group in groups:
+            group.add_host(host)
+
     def _compose(self, template: Any, variables: Any, **more: Any) -> Any:
         """Evaluate an expression; one that only names a field of the register needs no template engine, which compiles anew
         for each host."""
-        field = template.removeprefix("saw_workspace.") if isinstance(template, str) else ""
-        if field in FIELDS and template != field:
+        if field := _field(template):
+            self.templar.available_variables = variables
             return variables["saw_workspace"][field]
         return super()._compose(template, variables, **more)
 
@@ -266,6 +322,12 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
         for name, value in told.items():
             self.inventory.set_variable(GROUP, name, value)
         return None if context.bastion is not None else context.ingress
+
+
+def _field(template: Any) -> str:
+    """Return the field of the register that an expression names and nothing else, empty when it does more."""
+    field = template.removeprefix("saw_workspace.") if isinstance(template, str) else ""
+    return field if field in FIELDS and template != field else ""
 
 
 def _way_by_port(ingress: Any, name: str, number: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -402,3 +403,21 @@ def test_processor_time_is_that_of_the_process(results):
         hashlib.sha256(b"x" * 100_000).digest()
     with pytest.raises(OSError, match="No such file"):
         results.processor_time(2**22 + 1)
+
+
+@pytest.mark.parametrize(("last", "status"), [(2.0, 0), (2.001, 1)])
+def test_many_sessions_fail_when_the_last_is_dropped_too_late(monkeypatch, capsys, last, status):
+    many = module("many_sessions")
+
+    class Lab:
+        def __init__(self, *_, **__):
+            self.start = self.stop = lambda: None
+
+    found = {"last_dropped_s": last, "dropped_in_time": many.in_time([0.1, last])}
+    monkeypatch.setattr(many, "Lab", Lab)
+    monkeypatch.setattr(many, "running", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(many, "sessions", lambda *_: found)
+    assert many.main(["--json"]) == status
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == found, "the figures are told in any case"
+    assert ("not within 2 s" in shown.err) is bool(status)

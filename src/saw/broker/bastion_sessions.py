@@ -17,6 +17,7 @@ from saw.broker.context import BROKER, Caller, Services
 from saw.broker.errors import ConflictError, ForbiddenError
 from saw.broker.forwards import Forwards, Port
 from saw.broker.lifecycle import State
+from saw.broker.newest import newest_page
 from saw.broker.people import find_person
 from saw.broker.registry import get_row, require_state
 from saw.broker.schema import sessions, sso_sessions, workspaces
@@ -29,8 +30,8 @@ from saw.identity.sealed import KEY_BYTES, SealKey
 from saw.identity.ssh import HOST_TTL, USER_TTL, SshAuthority
 from saw.sessions.messages import BASTION_NAME, Closing, Granted, HostKey, Redeem, Watched
 
-LISTED = 1000
-"""Most sessions in one list."""
+LARGEST_PAGE = 1000
+"""Most sessions in one page."""
 
 
 class SessionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -227,18 +228,31 @@ class BastionSessions:
         with self._s.store.read() as connection:
             return session_view(get_session(connection, identifier), self._s.clock())
 
-    def list(self, workspace: str | None, person: str | None = None, *, live: bool = False) -> dict[str, Any]:
-        """Return sessions, the newest first, of one workspace or person or of all: the last ones, or all that are ``live``."""
+    def list(
+        self,
+        workspace: str | None,
+        person: str | None = None,
+        *,
+        live: bool = False,
+        after: str = "",
+        limit: int | None = None,
+    ) -> dict[str, Any]:
+        """Return ``{sessions, next}``, the newest first, of one workspace or person or of all; with ``live`` only those that are.
+
+        ``next`` is the ``after`` of the page that follows, None at the end. Without ``limit`` all that live are on one page.
+        """
         now = self._s.clock()
-        query = select(sessions).where(sessions.c.kind == "bastion").order_by(sessions.c.issued_at.desc())
+        query = select(sessions).where(sessions.c.kind == "bastion")
         if workspace is not None:
             query = query.where(sessions.c.workspace_id == workspace)
         if person is not None:
             query = query.where(sessions.c.person == person)
-        query = query.where(not_over(now)) if live else query.limit(LISTED)
+        if live:
+            query = query.where(not_over(now))
+        most = limit if live or limit is not None else LARGEST_PAGE
         with self._s.store.read() as connection:
-            rows = connection.execute(query).all()
-        return {"sessions": [session_view(row, now) for row in rows]}
+            rows, following = newest_page(connection, query, sessions.c.issued_at, after, most)
+        return {"sessions": [session_view(row, now) for row in rows], "next": following}
 
     def recording_key(self, caller: Caller, identifier: str) -> dict[str, Any]:
         """Hand out the key of one recording, so that it can be played; who asked for it is audited."""

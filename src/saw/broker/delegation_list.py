@@ -6,14 +6,14 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, Row, and_, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, func, or_, select
 from starlette.datastructures import QueryParams
 
 from saw.broker.clock import iso
 from saw.broker.delegation_ends import record_of
-from saw.broker.errors import MalformedError
 from saw.broker.feeds import require_reached
 from saw.broker.http import filters_of
+from saw.broker.newest import newest_page
 from saw.broker.registry import get_row
 from saw.broker.schema import delegations, registry
 
@@ -48,24 +48,10 @@ def page(connection: Connection, asked: Wanted, now: datetime) -> dict[str, Any]
     ``next`` is the ``after`` of the page that follows, None at the end; behind ``seq`` :func:`changes` goes on. Raises
     :class:`saw.broker.errors.NotFoundError` for a workspace that does not exist.
     """
-    query = select(delegations).order_by(delegations.c.issued_at.desc(), delegations.c.id).limit(asked.limit + 1)
     seq = connection.execute(select(registry.c.seq)).scalar_one()
-    query = query.where(*_filters(connection, asked, now))
-    if asked.after:
-        issued = connection.execute(
-            select(delegations.c.issued_at).where(delegations.c.id == asked.after)
-        ).scalar_one_or_none()
-        if issued is None:
-            raise MalformedError(f"no page ends with {asked.after!r}", cure="begin at the first page")
-        same = and_(delegations.c.issued_at == issued, delegations.c.id > asked.after)
-        query = query.where(or_(delegations.c.issued_at < issued, same))
-    rows = connection.execute(query).all()
-    more, rows = len(rows) > asked.limit, rows[: asked.limit]
-    return {
-        "delegations": [delegation_view(row, now) for row in rows],
-        "next": rows[-1].id if more else None,
-        "seq": seq,
-    }
+    query = select(delegations).where(*_filters(connection, asked, now))
+    rows, following = newest_page(connection, query, delegations.c.issued_at, asked.after, asked.limit)
+    return {"delegations": [delegation_view(row, now) for row in rows], "next": following, "seq": seq}
 
 
 def count(connection: Connection, asked: Wanted, now: datetime) -> int:

@@ -15,7 +15,18 @@ import msgspec
 from saw import __version__
 from saw.broker.agent_views import Agent, Changed, Changes, Page
 from saw.broker.delegation_views import DelegationChanges, DelegationPage, Issued, Revoked, Signed
+from saw.broker.job_answers import ChangedJob, Job, JobPage, JobSteps
 from saw.broker.policy_request_views import AnsweredRequest, JudgedRequest, PolicyRequestPage
+from saw.broker.review_answers import (
+    AskedBack,
+    ChangedReview,
+    Nonce,
+    ReviewBytes,
+    ReviewPage,
+    ShownReview,
+    SignedReceipt,
+)
+from saw.broker.session_answers import ChangedSession, RecordingKey, Session, SessionCertificate, SessionPage
 from saw.broker.sponsor_views import ChangedSponsor, Sponsor, SponsorChanges, SponsorPage
 from saw.broker.workspace_views import ChangedWorkspace, WayBack, Workspace, WorkspaceChanges, WorkspacePage
 
@@ -131,22 +142,34 @@ ABOUT: Mapping[str, Words] = {
     "GET /v1/reviewers/{name}": Words("One reviewer"),
     "PUT /v1/reviewers/{name}": Words("Register a reviewer, or give one other groups"),
     "POST /v1/reviewers/{name}/retire": Words("Retire a reviewer, for good"),
-    "GET /v1/reviews": Words("Reviews, the newest 1000", ("state", "workspace_id", "owed")),
-    "GET /v1/reviews/{id}": Words("One review, with what people are shown"),
-    "GET /v1/reviews/{id}/call": Words("The exact call, to be shown and digested on a reviewer's own machine"),
-    "GET /v1/reviews/{id}/receipt": Words("A signed receipt of what was decided and what became of it"),
-    "POST /v1/reviews/{id}/nonce": Words("Take a nonce for one decision"),
-    "POST /v1/reviews/{id}/decide": Words("Hand in a signed decision"),
-    "POST /v1/reviews/{id}/cancel": Words("Cancel a review"),
-    "POST /v1/reviews/{id}/read-back": Words("Look again what became of a call whose end is not known"),
-    "GET /v1/sessions": Words("Sessions, the newest 1000, or all that live", ("workspace_id", "person", "live")),
-    "POST /v1/sessions": Words("A certificate for one session through the bastion"),
-    "GET /v1/sessions/{id}": Words("One session"),
-    "POST /v1/sessions/{id}/end": Words("End a session"),
+    "GET /v1/reviews": Words(
+        "Reviews, newest first, in pages", ("after", "limit", "state", "workspace_id", "owed"), ReviewPage
+    ),
+    "GET /v1/reviews/{id}": Words("One review, with what people are shown", (), ShownReview),
+    "GET /v1/reviews/{id}/call": Words(
+        "The exact call, to be shown and digested on a reviewer's own machine", (), ReviewBytes
+    ),
+    "GET /v1/reviews/{id}/receipt": Words(
+        "A signed receipt of what was decided and what became of it", (), SignedReceipt
+    ),
+    "POST /v1/reviews/{id}/nonce": Words("Take a nonce for one decision", (), Nonce),
+    "POST /v1/reviews/{id}/decide": Words("Hand in a signed decision", (), ChangedReview),
+    "POST /v1/reviews/{id}/cancel": Words("Cancel a review", (), ChangedReview),
+    "POST /v1/reviews/{id}/read-back": Words(
+        "Look again what became of a call whose end is not known", (), AskedBack
+    ),
+    "GET /v1/sessions": Words(
+        "Sessions, newest first, in pages; without a limit all that live are on one",
+        ("after", "limit", "workspace_id", "person", "live"),
+        SessionPage,
+    ),
+    "POST /v1/sessions": Words("A certificate for one session through the bastion", (), SessionCertificate),
+    "GET /v1/sessions/{id}": Words("One session", (), Session),
+    "POST /v1/sessions/{id}/end": Words("End a session", (), ChangedSession),
     "GET /v1/sessions/{id}/recording": Words("The encrypted recording of a session"),
-    "POST /v1/sessions/{id}/recording/hold": Words("Keep a recording beyond its time"),
-    "POST /v1/sessions/{id}/recording/release": Words("Let a kept recording go"),
-    "POST /v1/sessions/{id}/key": Words("The key of a recording; who asked is in the trail"),
+    "POST /v1/sessions/{id}/recording/hold": Words("Keep a recording beyond its time", (), ChangedSession),
+    "POST /v1/sessions/{id}/recording/release": Words("Let a kept recording go", (), ChangedSession),
+    "POST /v1/sessions/{id}/key": Words("The key of a recording; who asked is in the trail", (), RecordingKey),
     "GET /v1/forwards": Words("Ports of workspaces that are granted to people", ("workspace_id", "all")),
     "POST /v1/forwards": Words("Grant a port of a workspace to one person, for hours"),
     "POST /v1/forwards/{id}/revoke": Words("Revoke such a grant; what goes through it ends"),
@@ -155,12 +178,12 @@ ABOUT: Mapping[str, Words] = {
     "GET /v1/gates/{id}": Words("One question, and what was decided", (_WAIT,)),
     "POST /v1/gates/{id}/claim": Words("Claim an approval, once"),
     "POST /v1/gates/{id}/result": Words("Say how the change ended"),
-    "GET /v1/jobs": Words("Lifecycle jobs, newest first", ("state", "workspace", "after", "limit")),
-    "POST /v1/jobs": Words("Ask for a lifecycle job; the same idempotency key is the same job"),
-    "GET /v1/jobs/{id}": Words("One job"),
-    "GET /v1/jobs/{id}/events": Words("How a job goes on", ("after", _WAIT)),
-    "POST /v1/jobs/{id}/cancel": Words("Cancel a job"),
-    "POST /v1/jobs/{id}/resume": Words("Go on with a job that failed or was lost"),
+    "GET /v1/jobs": Words("Lifecycle jobs, newest first", ("state", "workspace", "after", "limit"), JobPage),
+    "POST /v1/jobs": Words("Ask for a lifecycle job; the same idempotency key is the same job", (), ChangedJob),
+    "GET /v1/jobs/{id}": Words("One job", (), Job),
+    "GET /v1/jobs/{id}/events": Words("How a job goes on", ("after", _WAIT), JobSteps),
+    "POST /v1/jobs/{id}/cancel": Words("Cancel a job", (), ChangedJob),
+    "POST /v1/jobs/{id}/resume": Words("Go on with a job that failed or was lost", (), ChangedJob),
     "GET /v1/notifications": Words("What people were told, newest first", ("state", "channel", "after", "limit")),
     "GET /v1/notifications/{id}": Words("One message, and whether it arrived", (_WAIT,)),
     "POST /v1/notifications/test": Words("Send a test to everyone whom a channel reaches"),

@@ -15,6 +15,7 @@ from saw.broker.break_glass import OWED, BreakGlass, held_up_by, holders
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.errors import BrokerError, ConflictError, ForbiddenError, MalformedError, NotFoundError
+from saw.broker.newest import newest_page
 from saw.broker.registry import get_row
 from saw.broker.review_context import Texts, context_of
 from saw.broker.review_evidence import (
@@ -47,7 +48,9 @@ MAX_APPROVALS = 17
 MAX_DECISIONS = 32
 """Most decisions that are kept of one review; so many fit into a receipt."""
 _DONE = {"approve": "approved it", "break_glass": "signed to break the glass", "uphold": "upheld it"}
-_HIDDEN = frozenset({"claim_sha256", "held_bytes", "context_step", "render_digest"})
+_HIDDEN = frozenset({"claim_sha256", "held_bytes", "context_step", "render_digest", "group_name"})
+LARGEST_PAGE = 1000
+"""Most reviews in one page."""
 
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
@@ -75,9 +78,20 @@ class Decisions:
         self._glass = BreakGlass(services)
         self._step_up = services.config.sso.step_up if services.config.sso else StepUpSettings()
 
-    def listed(self, state: str | None, workspace_id: str | None, *, owed: bool = False) -> dict[str, Any]:
-        """Return reviews, newest first, at most 1000; with ``owed`` only those that owe an after-review."""
-        query = select(*COLUMNS).order_by(reviews.c.opened_at.desc(), reviews.c.id).limit(1000)
+    def listed(
+        self,
+        state: str | None,
+        workspace_id: str | None,
+        *,
+        owed: bool = False,
+        after: str = "",
+        limit: int | None = None,
+    ) -> dict[str, Any]:
+        """Return ``{reviews, next}``, the newest first; with ``owed`` only those that owe an after-review.
+
+        ``next`` is the ``after`` of the page that follows, None at the end.
+        """
+        query = select(*COLUMNS)
         with self._s.store.read() as connection:
             if workspace_id:
                 query = query.where(reviews.c.workspace_id == get_row(connection, workspace_id).id)
@@ -85,8 +99,8 @@ class Decisions:
                 query = query.where(reviews.c.state == state)
             if owed:
                 query = query.where(reviews.c.after_state.in_(OWED))
-            rows = connection.execute(query).all()
-            return {"reviews": [self._summary(connection, row) for row in rows]}
+            rows, following = newest_page(connection, query, reviews.c.opened_at, after, limit or LARGEST_PAGE)
+            return {"reviews": [self._summary(connection, row) for row in rows], "next": following}
 
     def show(self, identifier: str) -> dict[str, Any]:
         """Return a review with what a reviewer has to look at, and every decision."""
@@ -393,7 +407,7 @@ class Decisions:
         held: Iterable[str] = holders(connection, row, self._s.config.break_glass, now) if waits else ()
         return {
             **shown,
-            "group": shown.pop("group_name"),
+            "group": row.group_name,
             "approved_by": sorted(approvals),
             "break_glass_by": sorted(held),
             "held_up_by": held_up_by(connection, row, now) if waits else None,

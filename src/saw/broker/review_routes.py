@@ -12,8 +12,9 @@ from starlette.routing import Route
 
 from saw.broker.context import Caller
 from saw.broker.core import Broker
-from saw.broker.http import DEFAULT_LIMIT, decode, flag, read_body, whole_number, with_body, without_body
-from saw.broker.review_decisions import AskNonce, Cancel
+from saw.broker.errors import MalformedError
+from saw.broker.http import DEFAULT_LIMIT, decode, flag, page_size, read_body, whole_number, with_body, without_body
+from saw.broker.review_decisions import LARGEST_PAGE, AskNonce, Cancel
 from saw.broker.review_evidence import Decide
 from saw.broker.review_read_back import ReadAgain
 from saw.broker.review_states import claims_key, review_key
@@ -105,6 +106,21 @@ def operator_review_routes(broker: Broker, route: MakeRoute) -> list[Route]:
     """Return the routes; ``route`` makes one that is open to operators alone."""
     people, decisions = broker.reviewers, broker.decisions
     person, one = "/v1/reviewers/{name}", "/v1/reviews/{id}"
+
+    def listed(_caller: Caller, request: Request) -> Any:
+        asked = request.query_params
+        if unknown := set(asked) - {"state", "workspace_id", "owed", "after", "limit"}:
+            raise MalformedError(
+                f"there is no filter {min(unknown)!r}", cure="use state, workspace_id, owed, after and limit"
+            )
+        return decisions.listed(
+            asked.get("state"),
+            asked.get("workspace_id"),
+            owed=flag(request, "owed"),
+            after=asked.get("after", ""),
+            limit=page_size(request, LARGEST_PAGE),
+        )
+
     return [
         route("/v1/reviewers", "GET", without_body(lambda _c, _r: people.list())),
         route(person, "GET", without_body(lambda _c, r: people.show(r.path_params["name"]))),
@@ -112,15 +128,7 @@ def operator_review_routes(broker: Broker, route: MakeRoute) -> list[Route]:
         route(
             f"{person}/retire", "POST", with_body(Retire, lambda c, b, r: people.retire(c, r.path_params["name"], b))
         ),
-        route(
-            "/v1/reviews",
-            "GET",
-            without_body(
-                lambda _c, r: decisions.listed(
-                    r.query_params.get("state"), r.query_params.get("workspace_id"), owed=flag(r, "owed")
-                )
-            ),
-        ),
+        route("/v1/reviews", "GET", without_body(listed)),
         route(one, "GET", without_body(lambda _c, r: decisions.show(r.path_params["id"]))),
         route(f"{one}/call", "GET", without_body(lambda _c, r: decisions.call(r.path_params["id"]))),
         route(f"{one}/receipt", "GET", without_body(lambda _c, r: decisions.receipt(r.path_params["id"]))),

@@ -10,11 +10,11 @@ from starlette.requests import Request
 from starlette.responses import FileResponse
 from starlette.routing import Route
 
-from saw.broker.bastion_sessions import EndRequest, SessionRequest
+from saw.broker.bastion_sessions import LARGEST_PAGE, EndRequest, SessionRequest
 from saw.broker.context import Caller
 from saw.broker.core import Broker
 from saw.broker.errors import MalformedError
-from saw.broker.http import LONGEST_WAIT_S, whole_number, with_body, without_body
+from saw.broker.http import LONGEST_WAIT_S, page_size, whole_number, with_body, without_body
 from saw.broker.session_ends import session_key
 from saw.sessions.messages import Closing, HostKey, Redeem, Watched
 
@@ -65,10 +65,18 @@ def operator_session_routes(broker: Broker, route: MakeRoute) -> list[Route]:
 
     def listed(_caller: Caller, request: Request) -> dict[str, Any]:
         asked = request.query_params
-        if unknown := set(asked) - {"workspace_id", "person", "live"}:
-            raise MalformedError(f"there is no filter {min(unknown)!r}", cure="use workspace_id, person and live")
+        if unknown := set(asked) - {"workspace_id", "person", "live", "after", "limit"}:
+            raise MalformedError(
+                f"there is no filter {min(unknown)!r}", cure="use workspace_id, person, live, after and limit"
+            )
         live = bool(whole_number(request, "live", 0, 1))
-        return kept.list(asked.get("workspace_id"), asked.get("person"), live=live)
+        return kept.list(
+            asked.get("workspace_id"),
+            asked.get("person"),
+            live=live,
+            after=asked.get("after", ""),
+            limit=page_size(request, LARGEST_PAGE),
+        )
 
     return [
         route("/v1/sessions", "GET", without_body(listed)),

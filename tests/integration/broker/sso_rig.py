@@ -17,6 +17,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+from joserfc import jwt
 from joserfc.jwk import RSAKey
 from webauthn.helpers import encode_cbor
 
@@ -397,6 +399,51 @@ def until(check: Callable[[], Any], wait_s: float = 30) -> Any:
         assert time.monotonic() < deadline, "it did not come about in time"
         time.sleep(0.05)
     return found
+
+
+def command_login(lab: SsoLab, home: Path, person: str) -> dict[str, Any]:
+    """Have a person sign in on the command line, by a code that a browser confirms; return what was told.
+
+    The session is kept below ``home``, which ``XDG_CONFIG_HOME`` names.
+    """
+    both = home / "ca.pem"
+    both.write_bytes(lab.ca_file.read_bytes())
+    started = subprocess.Popen(
+        [sys.executable, "-m", "saw.cli.main", "login", "--url", lab.origin, "--ca", str(both), "--json"],
+        env={**os.environ, "XDG_CONFIG_HOME": str(home)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert started.stderr is not None
+        first, second = started.stderr.readline(), started.stderr.readline()
+        assert re.match(r"Open https://\S+ and enter the code \S+", first)
+        with lab.browser() as browser:
+            page = browser.follow(browser.http.get(second.split()[-1]))
+            for _ in range(5):
+                if "<form" not in page.text:
+                    break
+                page = browser.submit(
+                    page, **({"login": person, "password": "x"} if 'name="login"' in page.text else {})
+                )
+        output, errors = started.communicate(timeout=60)
+    finally:
+        if started.poll() is None:
+            started.kill()
+            started.communicate()
+    assert started.returncode == 0, errors
+    return dict(json.loads(output))
+
+
+def logout_token(lab: SsoLab, person: str, **changes: Any) -> str:
+    """What the provider sends when ``person`` signs out there (OpenID Connect Back-Channel Logout 1.0, section 2.4)."""
+    now = int(datetime.now(UTC).timestamp())
+    claims = {
+        "iss": lab.provider.issuer, "aud": "saw", "iat": now, "exp": now + 120, "jti": os.urandom(8).hex(), "sub": person,
+        "events": {"http://schemas.openid.net/event/backchannel-logout": {}},
+    }  # fmt: skip
+    return str(jwt.encode({"alg": "RS256", "kid": "one"}, claims | changes, lab.provider.jwk, algorithms=["RS256"]))
 
 
 @contextmanager

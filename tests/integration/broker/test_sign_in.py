@@ -18,8 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import msgspec
 import pytest
-from joserfc import jwt
-from sso_rig import SsoLab, sso_lab, until
+from sso_rig import SsoLab, command_login, logout_token, sso_lab, until
 
 from databases import beside
 from saw.broker.clock import iso
@@ -262,38 +261,6 @@ def saw(lab: SsoLab, home: Path, *arguments: str) -> subprocess.CompletedProcess
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-def command_login(lab: SsoLab, home: Path, person: str) -> dict[str, Any]:
-    """Have a person sign in on the command line, by a code that a browser confirms; return what was told."""
-    both = home / "ca.pem"
-    both.write_bytes(lab.ca_file.read_bytes())
-    started = subprocess.Popen(
-        [sys.executable, "-m", "saw.cli.main", "login", "--url", lab.origin, "--ca", str(both), "--json"],
-        env={**os.environ, "XDG_CONFIG_HOME": str(home)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert started.stderr is not None
-        first, second = started.stderr.readline(), started.stderr.readline()
-        assert re.match(r"Open https://\S+ and enter the code \S+", first)
-        with lab.browser() as browser:
-            page = browser.follow(browser.http.get(second.split()[-1]))
-            for _ in range(5):
-                if "<form" not in page.text:
-                    break
-                page = browser.submit(
-                    page, **({"login": person, "password": "x"} if 'name="login"' in page.text else {})
-                )
-        output, errors = started.communicate(timeout=60)
-    finally:
-        if started.poll() is None:
-            started.kill()
-            started.communicate()
-    assert started.returncode == 0, errors
-    return dict(json.loads(output))
-
-
 @pytest.mark.control("ID-01")
 def test_the_command_line_signs_in_by_a_code_that_a_browser_confirms(lab: SsoLab, tmp_path: Path) -> None:
     told = command_login(lab, tmp_path, "u-ben")
@@ -327,15 +294,6 @@ def test_no_secret_is_in_the_log_or_in_the_process_list(lab: SsoLab) -> None:
     assert lab.provider.secret not in Path(f"/proc/{lab.process.pid}/cmdline").read_text()
 
 
-def logout_token(lab: SsoLab, **changes: Any) -> str:
-    now = int(datetime.now(UTC).timestamp())
-    claims = {
-        "iss": lab.provider.issuer, "aud": "saw", "iat": now, "exp": now + 120, "jti": os.urandom(8).hex(), "sub": "u-dan",
-        "events": {"http://schemas.openid.net/event/backchannel-logout": {}},
-    }  # fmt: skip
-    return jwt.encode({"alg": "RS256", "kid": "one"}, claims | changes, lab.provider.jwk, algorithms=["RS256"])
-
-
 @pytest.mark.control("ID-01")
 def test_a_logout_token_counts_once_and_for_its_person(lab: SsoLab) -> None:
     with lab.browser() as browser, lab.browser() as other:
@@ -346,9 +304,9 @@ def test_a_logout_token_counts_once_and_for_its_person(lab: SsoLab) -> None:
             return browser.http.post("/logout/backchannel", data={"logout_token": token})
 
         for changes in ({"aud": "other"}, {"iss": "https://evil.example"}, {"events": {}}, {"nonce": "x"}):
-            assert told(logout_token(lab, **changes)).status_code == 403
+            assert told(logout_token(lab, "u-dan", **changes)).status_code == 403
         assert signed_in(browser.get("/"))
-        good = logout_token(lab)
+        good = logout_token(lab, "u-dan")
         assert told(good).status_code == 200
         assert not signed_in(browser.get("/"))
         assert signed_in(other.get("/"))

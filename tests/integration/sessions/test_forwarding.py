@@ -19,9 +19,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from people_rig import sign_in
 from session_rig import RULES, Bastion, make_key, running
 from sso_rig import SsoLab, free_port, sso_lab, until
-from test_people import sign_in
 
 from saw.broker.clock import iso
 from saw.broker.forwarding_settings import ForwardingSettings

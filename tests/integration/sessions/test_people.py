@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from joserfc import jwt
+from people_rig import SAW, certify, connect, sign_in
 from session_rig import RULES, Bastion, Terminal, running
-from sso_rig import SsoLab, sso_lab
+from sso_rig import SsoLab, logout_token, sso_lab
 
 pytestmark = pytest.mark.control("ID-03")
 
@@ -26,46 +23,6 @@ def there() -> Iterator[tuple[SsoLab, Bastion]]:
     directory = Path(tempfile.mkdtemp(prefix="saw-people-"))
     with sso_lab(directory, sessions=RULES) as lab, running(lab, directory) as bastion:
         yield lab, bastion
-
-
-def sign_in(lab: SsoLab, home: Path, person: str) -> dict[str, str]:
-    """Sign a command line in; return the environment in which it is."""
-    home.mkdir()
-    environment = {**os.environ, "XDG_CONFIG_HOME": str(home)}
-    line = [sys.executable, "-m", "saw.cli.main", "login", "--url", lab.origin, "--ca", str(lab.ca_file)]
-    started = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert started.stderr is not None
-        started.stderr.readline()
-        address = started.stderr.readline().split()[-1]
-        with lab.browser() as browser:
-            page = browser.follow(browser.http.get(address))
-            for _ in range(5):
-                if "<form" not in page.text:
-                    break
-                login = {"login": person, "password": "x"} if 'name="login"' in page.text else {}
-                page = browser.submit(page, **login)
-        _, errors = started.communicate(timeout=60)
-    finally:
-        if started.poll() is None:
-            started.kill()
-            started.communicate()
-    assert started.returncode == 0, errors
-    return environment
-
-
-def connect(bastion: Bastion, environment: dict[str, str], *command: str) -> list[str]:
-    """The line of ``saw ssh`` for whoever is signed in."""
-    file = Path(environment["XDG_CONFIG_HOME"]) / "context.json"
-    # No socket: who is signed in needs no operator.
-    told = {
-        "broker": {"socket": "/nonexistent", "ssh": None},
-        "bastion": {"host": "127.0.0.1", "port": bastion.port, "user": "root", "sign_in": True},
-    }
-    file.write_text(json.dumps(told))
-    named = [f"{name}={environment[name]}" for name in ("XDG_CONFIG_HOME",)]
-    line = ["env", *named, sys.executable, "-m", "saw.cli.main", "ssh", "ws-a", "--context", str(file)]
-    return [*line, *(["--", *command] if command else [])]
 
 
 def run(line: list[str]) -> subprocess.CompletedProcess[str]:
@@ -99,18 +56,19 @@ def test_a_live_session_goes_with_its_sign_in(there: tuple[SsoLab, Bastion], tmp
         client.until("live-42")
     mine = {row["id"] for row in lab.operator.request("GET", "/v1/sessions")["sessions"] if row["state"] == "open"}
     assert len(mine) == len(clients)
-    saw = [sys.executable, "-m", "saw.cli.main"]
     try:
         if loss == "signed-out":
-            subprocess.run([*saw, "logout"], env=ada, check=True, capture_output=True, timeout=60)
+            subprocess.run([*SAW, "logout"], env=ada, check=True, capture_output=True, timeout=60)
         elif loss == "at-the-provider":
             with lab.browser() as browser:
-                assert browser.http.post("/logout/backchannel", data={"logout_token": logout_token(lab)}).is_success
+                assert browser.http.post(
+                    "/logout/backchannel", data={"logout_token": logout_token(lab, "u-ada")}
+                ).is_success
         else:
             lab.provider.change("u-ada", groups=["auditors"])
             long_ago = (datetime.now(UTC) - timedelta(minutes=10)).isoformat()
             bastion.sql("UPDATE sso_sessions SET checked_at = ?", long_ago)
-            subprocess.run([*saw, "whoami"], env=ada, check=True, capture_output=True, timeout=60)
+            subprocess.run([*SAW, "whoami"], env=ada, check=True, capture_output=True, timeout=60)
         assert clients[0].ends() == 255
         assert re.search(rb"the session has ended: (sign_in_ended|not_entitled)", clients[0].seen)
         gone = [row for row in lab.operator.request("GET", "/v1/sessions")["sessions"] if row["id"] in mine]
@@ -131,28 +89,15 @@ def test_a_live_session_goes_with_its_sign_in(there: tuple[SsoLab, Bastion], tmp
                 client.process.wait()
 
 
-def logout_token(lab: SsoLab) -> str:
-    now = int(datetime.now(UTC).timestamp())
-    claims = {
-        "iss": lab.provider.issuer, "aud": "saw", "iat": now, "exp": now + 120, "jti": os.urandom(8).hex(), "sub": "u-ada",
-        "events": {"http://schemas.openid.net/event/backchannel-logout": {}},
-    }  # fmt: skip
-    return str(jwt.encode({"alg": "RS256", "kid": "one"}, claims, lab.provider.jwk, algorithms=["RS256"]))
-
-
 def test_a_sign_in_that_ends_between_asking_and_logging_in_opens_nothing(
     there: tuple[SsoLab, Bastion], tmp_path: Path
 ) -> None:
     lab, bastion = there
     ada = sign_in(lab, tmp_path / "ada", "u-ada")
     before = {row["id"] for row in lab.operator.request("GET", "/v1/sessions")["sessions"]}
-    file = connect(bastion, ada)[-1]
-    environment = {**ada, "SAW_SSH_KEYS": str(tmp_path / "kept")}
-    saw = [sys.executable, "-m", "saw.cli.main"]
-    certify = [*saw, "ssh", "--certify", "ws-a", "--context", file]
-    subprocess.run(certify, env=environment, check=True, capture_output=True, timeout=60)
+    folder = certify(bastion, ada, tmp_path / "kept")
     [session] = {row["id"] for row in lab.operator.request("GET", "/v1/sessions")["sessions"]} - before
-    subprocess.run([*saw, "logout"], env=ada, check=True, capture_output=True, timeout=60)
-    refused = bastion.ssh(tmp_path / "kept" / "ws-a", "echo in-the-workspace")
+    subprocess.run([*SAW, "logout"], env=ada, check=True, capture_output=True, timeout=60)
+    refused = bastion.ssh(folder, "echo in-the-workspace")
     assert (refused.returncode, refused.stdout) == (77, "")
     assert bastion.show(session)["reason"] == "sign_in_ended"

@@ -115,6 +115,34 @@ def test_workspaces_are_hosts_with_what_the_register_says(shop) -> None:
     assert "HostName edge.example.com" in config.read_text()
 
 
+def test_hosts_with_the_same_field_are_in_the_same_keyed_groups_and_in_no_other_of_the_first(
+    shop, broker_context
+) -> None:
+    for name, ring in (("inv-k1", "inv-even"), ("inv-k2", "inv-even"), ("inv-k3", "inv-odd"), ("inv-k4", "inv-even")):
+        broker_context.workspace(name, ring=ring)
+    shown = shop(
+        rings=["inv-even", "inv-odd"],
+        keyed_groups=[
+            KEYED,
+            {"key": "saw_workspace.blueprint", "prefix": "", "separator": "", "parent_group": "kinds"},
+            {"key": "saw_workspace.sponsor", "prefix": "of", "parent_group": "{{ saw_workspace.ring }}_people"},
+            {"key": "saw_workspace.attested_at", "default_value": "never", "prefix": "attested"},
+            {"key": "saw_workspace.reported_at", "prefix": "reported"},
+            {"key": "saw_workspace.ring ~ '-x'", "prefix": "joined"},
+        ],
+        groups={"first": "saw_workspace.id == 'inv-k1'"},
+    )
+    assert not shown.failed, shown.words
+    even, odd = {"inv-k1", "inv-k2", "inv-k4"}, {"inv-k3"}
+    assert (shown.group("ring_inv_even"), shown.group("ring_inv_odd")) == (even, odd)
+    assert (shown.group("joined_inv_even_x"), shown.group("joined_inv_odd_x")) == (even, odd)
+    assert shown.group("coding") == shown.group("attested_never") == shown.group("of_ada_example_com") == even | odd
+    assert shown.group("first") == {"inv-k1"}
+    assert shown.all["kinds"] == {"children": ["coding"]}
+    assert shown.all["inv_even_people"] == shown.all["inv_odd_people"] == {"children": ["of_ada_example_com"]}
+    assert not [name for name in shown.all if name.startswith("reported")]
+
+
 def test_filters_leave_out_and_the_ingress_has_a_port_for_each(shop) -> None:
     shown = shop(states=["requested"], sponsors=["ada@example.com"], blueprints=["coding"])
     assert set(shown.hosts) == {"inv-a", "inv-b"}, shown.words
@@ -155,6 +183,7 @@ def test_the_cache_answers_until_it_is_flushed(shop, broker_context) -> None:
     [
         ({"states": ["gone"]}, "gone"),
         ({"strict": True, "compose": {"owner": "saw_workspace.owner"}}, "Could not set owner for host inv-"),
+        ({"strict": True, "keyed_groups": [{"key": "saw_workspace.attested_at"}]}, "No key or key resulted empty"),
         ({"context": "/nowhere/context.json"}, "broker: "),
     ],
 )

@@ -192,10 +192,12 @@ def _handler(far: Contract) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def bao_program() -> str | None:
-    """The program of OpenBao, where there is one."""
+def bao_program() -> str:
+    """The program of OpenBao, which the virtual environment has."""
     beside = Path(sys.executable).with_name("bao")
-    return str(beside) if beside.exists() else shutil.which("bao")
+    found = str(beside) if beside.exists() else shutil.which("bao")
+    assert found is not None, "run scripts/bootstrap.sh: it installs OpenBao"
+    return found
 
 
 class OpenBao(FarEnd):
