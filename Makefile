@@ -73,8 +73,8 @@ workspace: ## from an empty machine to a governed workspace; prints the control 
 	@scripts/workspace.sh
 
 # After the build: DATABASE=FILE [ADVISORIES='OSV …'] [WAIVERS=FILE] searches for known vulnerabilities, SIGN_KEY='A B' [SIGN_PASSPHRASE_FILE=…] signs,
-# MEASURED=FILE takes a hypervisor's reference boot (docs/images.md).
-image: tools ## build the golden image with the newest packages, or reuse it, boot it and write its record; FRESH=1, SIGN_KEY=…: docs/images.md
+# BASELINE_FLOOR=FILE holds the scanner's report against a floor, MEASURED=FILE takes a hypervisor's reference boot (docs/images.md).
+image: tools ## build the golden image with the newest packages, or reuse it, score and boot it and write its record; FRESH=1, SIGN_KEY=…: docs/images.md
 	@echo "==> golden image ($(VARIANT)) in $(SAW_BUILD)/images"
 	@mkdir -p "$(SAW_BUILD)"
 	@set -e; answer=$$(mktemp "$(SAW_BUILD)/.image-XXXXXXXX.json"); \

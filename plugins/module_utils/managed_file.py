@@ -46,6 +46,7 @@ class ManagedFile:
         self.owner = wanted["owner"]
         self.group = wanted["group"]
         self.validate = wanted["validate"]
+        self.lines = wanted.get("lines") or []
         self.apply = wanted["apply"]
         # what an earlier run owes is written in notes, which only who applies has
         self.owed = bool(self.apply) and notes.owed("apply", self.dest)

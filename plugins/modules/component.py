@@ -71,6 +71,13 @@ options:
         type: list
         elements: str
         default: []
+      lines:
+        description:
+          - For files whose reader has no way to try one. Regular expressions; each line that is neither empty nor a comment
+            (C(#)) has to be one of these forms as a whole, or no file is replaced.
+        type: list
+        elements: str
+        default: []
       apply:
         description: Command that runs right after the file was replaced, before the next one is written. When it fails, the old
           content comes back, and the next run calls it again for what lies there then.
@@ -168,6 +175,7 @@ failure:
 
 import hashlib
 import os
+import re
 import tempfile
 from typing import Any
 
@@ -351,11 +359,27 @@ class Units:
         )
 
 
+def refuse_other_lines(file: ManagedFile) -> None:
+    """Raise :class:`ComponentError` for the first line of new content that has none of the forms that were named."""
+    if not file.lines or not file.content_changes:
+        return
+    for number, line in enumerate(file.content.decode(errors="replace").split("\n"), 1):
+        if line and not line.startswith("#") and not any(re.fullmatch(form, line) for form in file.lines):
+            raise ComponentError(
+                f"{file.dest}: line {number} is none of such a file: {'(secret)' if file.secret else repr(line[:200])}",
+                "content_refused",
+                "correct the template or the variable behind the named line; no file was replaced",
+                dest=file.dest,
+            )
+
+
 def validate(module: AnsibleModule, files: list[ManagedFile]) -> list[str]:
     """Run every file's check on its new content before anything is replaced; return the paths that could not be checked.
 
     Files of one folder are staged in one folder too, since units refer to each other by name.
     """
+    for file in files:
+        refuse_other_lines(file)
     checked = [file for file in files if file.validate and file.content_changes]
     missing = [path for path in module.params["needs"] if not os.path.exists(path)]
     if checked and missing:
@@ -478,6 +502,7 @@ def main() -> None:
         "owner": {"type": "str", "default": "root"},
         "group": {"type": "str", "default": "root"},
         "validate": {"type": "list", "elements": "str", "default": []},
+        "lines": {"type": "list", "elements": "str", "default": []},
         "apply": {"type": "list", "elements": "str", "default": []},
     }
     unit_options = {

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "gpu": BASE | {"audit", "edr", "policy", "vm"},
     "drift": BASE | {"audit", "edr", "broker"},
     "conformance": BASE | {"policy", "runtime"},
-    "image": BASE | {"attest", "vm"},
+    "image": BASE | {"attest", "baseline", "vm"},
     "vm": BASE | {"image", "attest", "policy", "datadisk"},
     "lab": BASE
     | {

@@ -77,9 +77,9 @@ STORE = "secure-boot.fd"
 
 
 class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What an external scanner said of a workspace on this image; its report lies beside the image as ``baseline.dat``.
+    """What an external scanner said of the image's tree when it was built, or later of a workspace on this image.
 
-    ``score`` is the scanner's hardening index, 0 to 100.
+    Its report lies beside the image as ``baseline.dat``. ``score`` is the scanner's hardening index, 0 to 100.
     """
 
     scanner: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
@@ -105,7 +105,7 @@ def is_cve_report(name: str) -> bool:
     return re.fullmatch(r"vulnerabilities(-[0-9a-f]{12})?\.json", name) is not None
 
 
-Evidence = Literal["sbom", "provenance", "scan", "advisories", "secure_boot", "root_verity"]
+Evidence = Literal["sbom", "provenance", "scan", "advisories", "secure_boot", "root_verity", "baseline"]
 """What a record may carry about how the image was made and boots, beside what its boot measures."""
 _FILES: dict[str, tuple[str, ...]] = {
     "sbom": (
@@ -157,6 +157,7 @@ class ReleaseRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "advisories": scan and scan.advisories,
             "secure_boot": self.secure_boot,
             "root_verity": self.root_hash,
+            "baseline": self.baseline,
         }
         return [*lacking, *(name for name, value in held.items() if name in required and value is None)]
 

@@ -70,11 +70,13 @@ class ImageSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``candidate_rings``: whose workspaces may be made on an image not promoted yet; ``require``: what a record carries.
 
     ``scan_max_age_s``: how old a search for known vulnerabilities may be when its record is registered, where one is required.
+    ``baseline_floor``: the least hardening index (0 to 100) of a scanner that a record may state, where one is required.
     """
 
     candidate_rings: tuple[str, ...] = ("canary",)
     require: tuple[Evidence, ...] = ()
     scan_max_age_s: Annotated[int, msgspec.Meta(ge=3600, le=90 * 86_400)] = 7 * 86_400
+    baseline_floor: Annotated[int, msgspec.Meta(ge=0, le=100)] = 0
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -94,6 +94,7 @@ class Images:
             changed = known is None or known.record != raw or not known.envelope
             if changed:
                 self._searched(record, now)
+                self._hardened(record)
                 values = {"record": raw, "envelope": msgspec.json.encode(envelope).decode()}
                 if known is None:
                     values |= {"name": record.name, "image_sha256": record.image_sha256, "registered_at": iso(now)}
@@ -130,6 +131,18 @@ class Images:
                 + ("to come" if age < -_AHEAD else f"more than {settings.scan_max_age_s} s ago"),
                 cure="search it again with newer advisories (saw image scan), then sign its record",
                 code="scan_not_current",
+            )
+
+    def _hardened(self, record: ReleaseRecord) -> None:
+        """Refuse a record whose scanner's score lies below the floor, where one is required. What is registered stays."""
+        settings = self._s.config.image
+        if "baseline" not in settings.require or record.baseline is None:
+            return
+        if record.baseline.score < settings.baseline_floor:
+            raise ForbiddenError(
+                f"the hardening index of {record.name} is {record.baseline.score}, below the floor of {settings.baseline_floor}",
+                cure="see what its baseline.dat names (saw baseline score), build the image again, then sign its record",
+                code="baseline_below_floor",
             )
 
     def move(self, caller: Caller, name: str, body: Move) -> dict[str, Any]:

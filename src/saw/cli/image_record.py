@@ -25,7 +25,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="take this answer of `saw vm measure --json`, given on a hypervisor, instead of booting here",
     )  # fmt: skip
     record.add_argument("--again", action="store_true", help="boot it anew, such as after a change of the firmware")
-    record.add_argument("--baseline", type=Path, metavar="FILE", help="Lynis' report of a workspace on this image")
+    record.add_argument(
+        "--baseline", type=Path, metavar="FILE",
+        help="Lynis' report of a workspace on this image, in place of the build's own scan",
+    )  # fmt: skip
     record.add_argument(
         "--patience", type=float, default=600.0, metavar="SECONDS", help="for one boot (default: %(default)s)"
     )
@@ -34,14 +37,14 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def record(options: argparse.Namespace) -> int:
     """Write the record, or leave one that holds; progress goes to standard error."""
-    from saw.attest.image_record import Baseline
     from saw.baseline.report import read_report
+    from saw.image.hardening import scored
     from saw.image.record import make_record
 
     baseline = None
     if options.baseline:
         report = read_report(options.baseline)
-        baseline = (Baseline(report.scanner, report.version, report.index, report.tests), options.baseline)
+        baseline = (scored(report), options.baseline)
     made = make_record(
         options.directory.absolute(), _boot(options), lambda text: print(text, file=sys.stderr, flush=True),
         again=options.again or options.measured is not None, baseline=baseline,
@@ -52,6 +55,8 @@ def record(options: argparse.Namespace) -> int:
         "record": made.record,
     }  # fmt: skip
     told = {key: answer[key] for key in ("name", "image_sha256", "firmware_sha256", "file")}
+    scan = made.record.get("baseline")
+    told["hardening"] = f"{scan['score']} of 100 ({scan['scanner']} {scan['version']})" if scan else "not scored"
     show(answer, fields({**told, "boot": "booted now" if made.booted else "measured before"}), as_json=options.json)
     return 0
 

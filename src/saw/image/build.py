@@ -9,9 +9,9 @@
     python -m saw.image.build wheelhouse --repository . --build build [--group controller]
     python -m saw.image.build host-tar --repository . --build build
 
-Result: ``build/images/workspace-<digest12>/{image.qcow2, vmlinuz, sbom/, provenance.json, packages.json, inputs.json,
-build.json}``, for the variant gpu ``workspace-gpu-<digest12>``. A directory gets its name when all of it is there; what has
-another name (``.workspace-….partial``) is an unfinished build and is thrown away by the next. A finished image is never
+Result: ``build/images/workspace-<digest12>/{image.qcow2, vmlinuz, sbom/, provenance.json, packages.json, baseline.dat,
+inputs.json, build.json}``, for the variant gpu ``workspace-gpu-<digest12>``. A directory gets its name when all of it is there;
+what has another name (``.workspace-….partial``) is an unfinished build and is thrown away by the next. A finished image is never
 replaced, and removed only when nothing uses it (saw.image.usage).
 """
 
@@ -41,6 +41,7 @@ from saw.image.base_os import DEFAULT, base_os, variable_file
 from saw.image.disk import ImageError, assemble, digest_of, free_space_needed, run, writable_root
 from saw.image.edr import NONE, PROVIDERS, VARIABLE, ImageEdr, chosen, variables_file
 from saw.image.finished import Finished, GoldenImage, finished_in, made_of, packages_of, why
+from saw.image.hardening import refuse_without_scanner, score_tree
 from saw.image.packages import FILE, PackageSet, write_set
 from saw.image.provenance import Build, write_provenance
 from saw.image.sbom import Sources, make_sboms
@@ -157,6 +158,7 @@ class ImageBuild:
         name = f"{self.variant.prefix}{inputs.digest[:12]}"
         target = self.images / name
         self._make_way(target)
+        refuse_without_scanner()
         free_space_needed(self.build, NEED_BYTES * ((1 if self.variant == CPU else 2) + (self.source == "qemu")))
         cache = self.build / "cache"
         cache.mkdir(parents=True, exist_ok=True)
@@ -195,6 +197,8 @@ class ImageBuild:
             }
             made = Build(name, disk["sha256"], inputs, packages, base, wheels, begun, _now(), self.variant.name)
             evidence = {**bills, **write_provenance(made, bills, work)}
+            self.say("  the scanner's score of its hardening")
+            evidence |= score_tree(host.root, work)
             if self.owner and signed_by:
                 evidence |= place_store(self.owner, work, signed_by)
         finally:

@@ -25,7 +25,8 @@ class GoldenImage(msgspec.Struct, frozen=True):
     kernel: str
     variant: str = "cpu"
     evidence: dict[str, str] = msgspec.field(default_factory=dict)
-    """Files beside the image (path → SHA-256): bills of materials, provenance, package set, and the owner's variable store."""
+    """Files beside the image (path → SHA-256): bills of materials, provenance, package set, the scanner's report, and the owner's
+    variable store."""
     packages: dict[str, str] = msgspec.field(default_factory=dict)
     """The package set: its ``digest``, when the archive was ``asked``, and the date of its ``index`` (RFC 3339)."""
     secure_boot: SignedBy | None = None

@@ -20,11 +20,13 @@ import msgspec
 
 from saw.attest.image_record import BASELINE_REPORT, Baseline, RecordInvalid, is_cve_report, parse_record
 from saw.attest.verifier import RELEASED_PCRS
+from saw.baseline.report import read_report
 from saw.errors import ConfigError
 from saw.files import write_atomic
 from saw.image.disk import ImageError, digest_of
 from saw.image.expected import differences, expected_pcrs, uki_sections, unified_kernel
 from saw.image.finished import GoldenImage
+from saw.image.hardening import scored
 from saw.image.inputs import Inputs
 from saw.image.verified_root import root_hash_of
 
@@ -71,18 +73,21 @@ def make_record(
     """Make sure that the image in ``folder`` has a record which holds for its bytes.
 
     ``again`` boots it anew; so does ``firmware`` (:func:`saw.vm.measure.firmware_sha256`) where the earlier boot was on another
-    one: PCR 0 and 7 are those of the hypervisor's firmware. ``baseline`` is a scanner's score and its report, which is kept
-    beside the image. Raises :class:`ImageError` when the image or its evidence is not what the build left, and when the boot
-    measured something else than follows from the image.
+    one: PCR 0 and 7 are those of the hypervisor's firmware. ``baseline`` is a scanner's score of a host on this image with its
+    report, which takes the place of what the build found in the tree. Raises :class:`ImageError` when the image or its evidence
+    is not what the build left, and when the boot measured something else than follows from the image.
     """
     image, inputs = _built(folder)
     file = folder / "image.qcow2"
-    _unchanged(folder, image)
+    known = _known(folder / RECORD, image.image_sha256)
+    evidence = {**image.evidence, **_reports(folder, known)}
+    if baseline:
+        evidence.pop(BASELINE_REPORT, None)
+    _unchanged(folder, image, evidence)
     owners = {"7": (image.secure_boot.pcr_7,)} if image.secure_boot else {}
     program = unified_kernel(file)
     _names_the_root(image, program)
     expected = {**expected_pcrs(program), **owners}
-    known = _known(folder / RECORD, image.image_sha256)
     earlier = None if again else _reference(folder / REFERENCE, image.image_sha256, firmware)
     if earlier is None or differences(owners, earlier.pcrs):  # a boot without the owner's keys is none of this image
         say("reference boot (its measurements become the expected ones)")
@@ -102,17 +107,19 @@ def make_record(
     record: dict[str, Any] = {
         "format": "saw-image-release/2", "name": image.name, "image_sha256": image.image_sha256,
         "inputs_digest": image.inputs_digest, "created": image.created,
-        "evidence": {**image.evidence, **_reports(folder, known)},
+        "evidence": evidence,
         "boot": {"pcrs": {pcr: value for pcr, value in measured.pcrs.items() if int(pcr) <= _LAST_PCR}},
         **({} if image.variant == "cpu" else {"variant": image.variant}),
         **({"edr": inputs.options["edr"]} if "edr" in inputs.options else {}),
         **({"secure_boot": msgspec.to_builtins(image.secure_boot)} if image.secure_boot else {}),
         **({"root_hash": image.root_hash} if image.root_hash else {}),
-        **{part: known[part] for part in ("scan", "baseline") if part in known},
+        **{part: known[part] for part in ("scan",) if part in known},
     }  # fmt: skip
     if baseline:
         record["baseline"] = msgspec.to_builtins(baseline[0])
-        record["evidence"][BASELINE_REPORT] = _keep(baseline[1], folder / BASELINE_REPORT)
+        evidence[BASELINE_REPORT] = _keep(baseline[1], folder / BASELINE_REPORT)
+    elif BASELINE_REPORT in evidence:
+        record["baseline"] = msgspec.to_builtins(scored(read_report(folder / BASELINE_REPORT)))
     _strict(record)
     text = json.dumps(record, indent=2) + "\n"
     changed = not (folder / RECORD).is_file() or (folder / RECORD).read_text(encoding="utf-8") != text
@@ -144,9 +151,9 @@ def _built(folder: Path) -> tuple[GoldenImage, Inputs]:
     return image, inputs
 
 
-def _unchanged(folder: Path, image: GoldenImage) -> None:
-    """Hold the image and its evidence against what the build left."""
-    for path, wanted in {"image.qcow2": image.image_sha256, **image.evidence}.items():
+def _unchanged(folder: Path, image: GoldenImage, evidence: dict[str, str]) -> None:
+    """Hold the image and its ``evidence`` against what the build, and searches after it, left."""
+    for path, wanted in {"image.qcow2": image.image_sha256, **evidence}.items():
         try:
             found = digest_of(folder / path)
         except OSError as error:

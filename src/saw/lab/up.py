@@ -137,7 +137,7 @@ class Bringup:
                 "broker_trust_domain": TRUST_DOMAIN,
                 "broker_sessions": {"recorded_only": True, "lease_s": 300},
                 # Nothing to search for vulnerabilities with is brought along (docs/images.md).
-                "broker_image_require": ["sbom", "provenance"],
+                "broker_image_require": ["sbom", "provenance", "baseline"],
                 "bastion_broker_address": f"{self.hosts['control'].address}:8443",
                 "bastion_port": BASTION_PORT,
                 "perimeter_broker_address": f"{self.hosts['control'].address}:8443",

@@ -122,6 +122,30 @@ def test_a_record_without_what_the_broker_asks_for_is_refused(own_broker: Lab) -
 
 
 @pytest.mark.control("IMG-01")
+def test_an_image_without_a_score_or_with_one_below_the_floor_is_refused(own_broker: Lab) -> None:
+    def scored(name: str, score: int) -> dict[str, Any]:
+        told = {"scanner": "lynis", "version": "3.0.8", "score": score, "tests": 250}
+        return {**image_record(name, "c" * 64), "baseline": told, "evidence": {"baseline.dat": "3" * 64}}
+
+    low, bare = scored("gov-low", 73), image_record("gov-no-score", "d" * 64)
+    own_broker.register_image(low)  # where no score is asked for
+    own_broker.register_image(bare)
+    own_broker.stop()
+    asked = msgspec.structs.replace(own_broker.config, image=ImageSettings(require=("baseline",), baseline_floor=74))
+    own_broker.config_file.write_bytes(msgspec.json.encode(asked))
+    own_broker.start()
+    officers = own_broker.officers.keys[:2]
+    lacking = refusal(put, own_broker, image_record("gov-no-score-2", "e" * 64), officers)
+    assert (lacking.code, "lacks baseline" in lacking.message) == ("record_incomplete", True)
+    below = refusal(put, own_broker, scored("gov-low-2", 73), officers)
+    assert (below.code, below.message) == (
+        "baseline_below_floor", "the hardening index of gov-low-2 is 73, below the floor of 74",
+    )  # fmt: skip
+    assert not put(own_broker, low, officers)["changed"]
+    assert put(own_broker, scored("gov-high", 74), officers)["changed"]
+
+
+@pytest.mark.control("IMG-01")
 def test_a_registered_record_stays_when_its_search_grows_old(own_broker: Lab) -> None:
     scan = {
         "database_sha256": "4" * 64, "scanned_at": "2026-01-02T00:00:00Z", "fail_on": "high", "open": 0,

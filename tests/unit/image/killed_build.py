@@ -52,6 +52,7 @@ def replace(source: Path, target: Path) -> None:
 package_state.ask_base = lambda *_, **__: PACKAGES
 image_build.wheelhouse = wheels
 image_build.make_sboms = lambda *_, **__: {}
+image_build.score_tree = lambda *_: {}
 image_build.ImageBuild.mcp_servers = wheels
 os.replace = replace
 LightHost.up = lambda self, tar: self.unpack(tar)

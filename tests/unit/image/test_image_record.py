@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from uki_parts import EVIDENCE, PARTS, Golden, golden_folder, kernel, portable, uki
+from uki_parts import EVIDENCE, LYNIS, PARTS, Golden, golden_folder, kernel, portable, uki
 
 from saw.attest.image_record import PAYLOAD_TYPE, RecordInvalid, parse_record
 from saw.cli.image import main
@@ -240,29 +240,17 @@ def test_what_a_search_and_a_scanner_said_stays_and_a_report_that_was_changed_sh
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-LYNIS = """\
-report_version_major=1
-report_datetime_start=2026-11-29 10:00:00
-report_datetime_end=2026-11-29 10:01:00
-lynis_version=3.0.8
-os_fullname=Debian
-lynis_tests_done=250
-hardening_index=81
-finish=true
-"""
-
-
 def test_the_command_takes_a_hypervisors_answer_and_a_scanners_report(
     golden: Golden, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told, lynis = golden.measured("measured.json"), tmp_path / "lynis.dat"
-    lynis.write_text(LYNIS)
+    lynis.write_text(LYNIS.format(index=81))
     words = ["record", str(golden.folder), "--measured", str(told), "--json"]
     assert main([*words, "--baseline", str(lynis)]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert (answer["changed"], answer["booted"], answer["firmware_sha256"]) == (True, True, "9" * 64)
     assert answer["record"]["baseline"] == {"scanner": "lynis", "version": "3.0.8", "score": 81, "tests": 250}
-    assert answer["record"]["evidence"]["baseline.dat"] == hashlib.sha256(LYNIS.encode()).hexdigest()
+    assert answer["record"]["evidence"]["baseline.dat"] == hashlib.sha256(lynis.read_bytes()).hexdigest()
     assert main(words) == 0
     again = json.loads(capsys.readouterr().out)
     assert (again["changed"], again["record"]) == (False, answer["record"])
@@ -270,19 +258,48 @@ def test_the_command_takes_a_hypervisors_answer_and_a_scanners_report(
     told.write_text("no answer")
     with pytest.raises(SawError, match="is no answer of saw vm measure"):
         main(words)
-    lynis.write_text(LYNIS.replace("finish=true\n", ""))
+    lynis.write_text(lynis.read_text().replace("finish=true\n", ""))
     with pytest.raises(SawError, match="is no report of a finished scan"):
         main([*words, "--baseline", str(lynis)])
+
+
+def test_the_builds_own_score_is_in_the_record_and_a_report_that_was_changed_makes_none(golden: Golden) -> None:
+    boots = Boots(golden)
+    record = make_record(golden.folder, boots, boots.say).record
+    assert record["baseline"] == {"scanner": "lynis", "version": "3.0.8", "score": 74, "tests": 250}
+    assert (
+        record["evidence"]["baseline.dat"] == hashlib.sha256((golden.folder / "baseline.dat").read_bytes()).hexdigest()
+    )
+    assert not make_record(golden.folder, boots, boots.say).changed
+    (golden.folder / "baseline.dat").write_text(LYNIS.format(index=99))
+    with pytest.raises(ImageError, match=r"baseline\.dat is not the report that"):
+        make_record(golden.folder, boots, boots.say)
+    (golden.folder / "release.json").unlink()
+    with pytest.raises(ImageError, match=r"baseline\.dat has SHA-256 .*, built was"):
+        make_record(golden.folder, boots, boots.say)
+
+
+def test_an_image_of_an_older_release_has_no_score_and_a_record_all_the_same(golden: Golden) -> None:
+    built = json.loads((golden.folder / "build.json").read_text())
+    del built["evidence"]["baseline.dat"]
+    (golden.folder / "build.json").write_text(json.dumps(built))
+    (golden.folder / "baseline.dat").unlink()
+    boots = Boots(golden)
+    assert "baseline" not in make_record(golden.folder, boots, boots.say).record
 
 
 def test_a_score_without_its_report_is_refused_and_one_with_it_is_taken(golden: Golden) -> None:
     boots = Boots(golden)
     record = make_record(golden.folder, boots, boots.say).record | {"not_after": "2099-01-01T00:00:00Z"}
-    scored = {**record, "baseline": {"scanner": "lynis", "version": "3", "score": 81, "tests": 250}}
+    bare = {name: digest for name, digest in record["evidence"].items() if name != "baseline.dat"}
+    scored = {**record, "evidence": bare, "baseline": {"scanner": "lynis", "version": "3", "score": 81, "tests": 250}}
     with pytest.raises(RecordInvalid, match="states a baseline score and names no report"):
         parse_record(json.dumps(scored).encode())
-    named = {**scored, "evidence": {**record["evidence"], "baseline.dat": "5" * 64}}
-    assert parse_record(json.dumps(named).encode()).baseline is not None
+    named = {**scored, "evidence": {**bare, "baseline.dat": "5" * 64}}
+    found = parse_record(json.dumps(named).encode())
+    assert (found.baseline is not None, found.missing(["baseline"])) == (True, [])
+    without = {name: value for name, value in named.items() if name != "baseline"}
+    assert parse_record(json.dumps(without).encode()).missing(["baseline"]) == ["baseline"]
     for wrong in ({"score": 101}, {"score": -1}, {"tests": 0}, {"more": 1}, {"scanner": ""}):
         bad = {**named, "baseline": {**scored["baseline"], **wrong}}
         with pytest.raises(RecordInvalid):

@@ -221,6 +221,49 @@ def test_the_rules_of_sudo_pass_visudo_and_broken_ones_do_not(plans: dict[str, A
     assert checked(tmp_path, broken).returncode != 0
 
 
+def strange(file: dict[str, Any]) -> list[str]:
+    """Lines of a file that have none of the forms which the module component lets through."""
+    lines = [line for line in file["content"].split("\n") if line and not line.startswith("#")]
+    return [line for line in lines if not any(re.fullmatch(form, line) for form in file["lines"])]
+
+
+def all_files(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*plan["files"], *plan["ssh"], *(file for service in plan["services"] for file in service["files"])]
+
+
+@pytest.mark.control("P0-07")
+def test_every_file_is_checked_before_it_is_replaced_but_for_the_banners_free_text(plans: dict[str, Any]) -> None:
+    for case in ("all", "chosen", "hidden", "redhat"):
+        files = all_files(plans[case]["plan"])
+        assert {file["dest"] for file in files if not (file.get("validate") or file.get("lines"))} <= {
+            "/etc/issue", "/etc/issue.net",
+        }  # fmt: skip
+        assert [(file["dest"], strange(file)) for file in files if file.get("lines") and strange(file)] == []
+
+
+@pytest.mark.parametrize(
+    ("case", "dest", "bad"),
+    [
+        ("all", "50-saw-baseline.conf", "kernel.sysrq=0 0\x01"),
+        ("all", "modprobe.d/50-saw-baseline.conf", "install usb-storage /bin/sh -c id"),
+        ("all", "pam-configs/saw-baseline-fail", "\tsufficient\tpam_permit.so"),
+        ("all", "pam-configs/saw-baseline-notify", "\trequisite\tpam_faillock.so preauth deny=five"),
+        ("all", "pwquality.conf.d/50-saw-baseline.conf", "minlen = twelve"),
+        ("all", "limits.d/50-saw-baseline.conf", "* hard core unlimited"),
+        ("all", "coredump.conf.d/50-saw-baseline.conf", "Storage=external"),
+        ("all", "system.conf.d/50-saw-baseline.conf", "DefaultLimitCORE=infinity"),
+        ("all", "journald.conf.d/50-saw-baseline.conf", "SystemMaxUse=much"),
+        ("hidden", "timesyncd.conf.d/50-saw-baseline.conf", "NTP=t.example;u.example"),
+        ("chosen", "50-saw-baseline.sources", "server t.example iburst\ncmdallow all"),
+    ],
+)
+def test_what_has_no_place_in_a_file_has_none_of_its_forms(
+    plans: dict[str, Any], case: str, dest: str, bad: str
+) -> None:
+    file = next(one for one in all_files(plans[case]["plan"]) if one["dest"].endswith(dest) and one.get("lines"))
+    assert strange({**file, "content": f"{file['content']}{bad}\n"}) == [bad.rsplit("\n", 1)[-1]]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="sshd checks its configuration as root")
 def test_the_ssh_configuration_passes_sshd_and_a_broken_one_does_not(plans: dict[str, Any], tmp_path: Path) -> None:
     values = yaml.safe_load((ROLE / "vars/main.yml").read_text())

@@ -74,6 +74,38 @@ def test_one_refused_file_keeps_all_of_them(files, tmp_path, run_module):
     assert (tmp_path / "one").read_text() == "new\n"
 
 
+def test_a_line_of_no_form_keeps_all_files(files, tmp_path, run_module):
+    forms = [r"server [a-z.]+ iburst", r"\[Time\]"]
+    assert run_module(component, files=[files("one", "old\n"), files("two", "# why\n\n[Time]\n", lines=forms)])[
+        "changed"
+    ]
+    for bad in (
+        "server a iburst\nserver b; rm\n",
+        "server a iburst more",
+        " server a iburst\n",
+        "server a\riburst\n",
+        "[Time]x",
+    ):
+        for check in (True, False):
+            outcome = run_module(component, check=check, files=[files("one", "new\n"), files("two", bad, lines=forms)])
+            assert outcome["failure"]["code"] == "content_refused", bad
+            assert f"{tmp_path}/two: line {bad.count(chr(10)) or 1} is none of such a file" in outcome["msg"]
+            assert (tmp_path / "one").read_text() == "old\n"
+    outcome = run_module(component, files=[files("one", "new\n"), files("two", "server a iburst\n", lines=forms)])
+    assert outcome["changed_files"] == [f"{tmp_path}/one", f"{tmp_path}/two"]
+
+
+def test_a_secret_is_not_shown_by_the_line_that_is_refused(tmp_path, run_module):
+    secret = {
+        "dest": str(tmp_path / "one"),
+        "secret_base64": base64.b64encode(b"hunter2").decode(),
+        "lines": ["[0-9]+"],
+    }
+    outcome = run_module(component, files=[secret])
+    assert "line 1 is none of such a file: (secret)" in outcome["msg"]
+    assert "hunter2" not in outcome["msg"]
+
+
 def test_new_files_of_one_folder_are_checked_side_by_side(files, run_module):
     together = ["sh", "-c", 'grep -q partner "$(dirname "$1")/two"', "sh", "%s"]
     outcome = run_module(component, files=[files("one", "1\n", validate=together), files("two", "partner\n")])

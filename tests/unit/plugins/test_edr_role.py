@@ -40,6 +40,26 @@ def test_every_rule_of_audit_has_a_known_form_and_a_key():
     assert not WATCH.fullmatch("-w /etc/audit/ -p zz -k saw-tampering"), "the form refuses nothing"
 
 
+def test_the_role_lets_no_rule_through_that_auditctl_would_stumble_over():
+    [task] = yaml.safe_load((ROLE / "tasks/providers/embedded/policy.yml").read_text())
+    [forms] = [one["lines"] for one in task["vars"]["edr_engine_files"] if one["dest"].endswith(".rules")]
+
+    def taken(line):
+        return any(re.fullmatch(form, line) for form in forms)
+
+    lines = [line for line in render("audit.rules.j2").splitlines() if line and not line.startswith("#")]
+    assert [line for line in lines if not taken(line)] == []
+    for bad in (
+        "-D",
+        "-e 0",
+        "-w etc -p wa -k saw-x",
+        "-w /etc -p wa",
+        "-a never,exit -F arch=b64 -S open -k saw-x",
+        f"{lines[0]} -D",
+    ):
+        assert not taken(bad), bad
+
+
 @pytest.mark.parametrize(("paths", "taken"), [(["/usr/bin", "/opt/saw"], True), (["/usr/bin ] nonsense"], False)])
 def test_aide_takes_its_configuration(tmp_path, paths, taken):
     config = tmp_path / "aide.conf"
