@@ -25,9 +25,9 @@ sys.path[:0] = [str(Path(__file__).parent), str(TESTS / "sessions"), str(TESTS /
 
 from broker_rig import Lab  # noqa: E402 - the rigs lie with the tests
 from msgspec import structs  # noqa: E402
-from people_rig import certify, sign_in  # noqa: E402
 from results import Goal, Result, quantile, result  # noqa: E402 - the modules beside this one
 from session_rig import RULES, Bastion, Terminal, make_key, running  # noqa: E402
+from sign_in_rig import certify, sign_in  # noqa: E402
 from sso_rig import SsoLab, logout_token, sso_lab  # noqa: E402
 
 from saw.broker.clock import iso, parse_iso  # noqa: E402

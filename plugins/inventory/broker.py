@@ -167,8 +167,8 @@ class Alike:
     """Keyed groups whose keys are fields: ``groups`` has where the hosts with these values of ``fields`` belong."""
 
     def __init__(self, found: list[tuple[str, Any]]) -> None:
-        self.fields = [field for field, _ in found]
-        self.keyed = [one for _, one in found]
+        self.fields = [pair[0] for pair in found]
+        self.keyed = [pair[1] for pair in found]
         self.groups: dict[tuple[Any, ...], list[Any]] = {}
 
 

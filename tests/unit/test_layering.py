@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gc
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -185,3 +186,14 @@ def test_the_guard_tells_right_from_wrong(module: str, source: str, allowed: boo
     verdicts = [refusal(module, imported) for imported in imports_of(source, module)]
     assert verdicts
     assert all(verdict is None for verdict in verdicts) is allowed
+
+
+def test_modules_of_tests_have_names_of_their_own():
+    """pytest finds the rigs of a folder by their names alone, so the second of two with one name would be the first."""
+    paths = [path for root in ("tests", "benchmarks") for path in sorted((ROOT / root).rglob("*.py"))]
+    names = [
+        path.name
+        for path in paths
+        if path.name not in {"conftest.py", "__init__.py"} and "node_modules" not in path.parts
+    ]
+    assert sorted(name for name, count in Counter(names).items() if count > 1) == []

@@ -19,8 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from people_rig import sign_in
 from session_rig import RULES, Bastion, make_key, running
+from sign_in_rig import sign_in
 from sso_rig import SsoLab, free_port, sso_lab, until
 
 from saw.broker.clock import iso

@@ -10,8 +10,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from people_rig import SAW, certify, connect, sign_in
 from session_rig import RULES, Bastion, Terminal, running
+from sign_in_rig import SAW, certify, connect, sign_in
 from sso_rig import SsoLab, logout_token, sso_lab
 
 pytestmark = pytest.mark.control("ID-03")
