@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "src")]
 
-from results import Goal, Result, result, table  # noqa: E402 - the module beside this one
+from results import Goal, Result, line_of, result, table  # noqa: E402 - the module beside this one
 
 from saw.conformance.local import HOME, PYTHON, UID, open_local  # noqa: E402
 from saw.conformance.outside import Ground  # noqa: E402
@@ -41,6 +41,7 @@ AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
 FOLDERS, FILES = 200, 100
 UNITS = 24
 BUDGET_S = 90.0
+LINE_S = 300.0
 GOAL = Goal("ratio", "most", 1.05)
 NPM = f"npm install --offline --ignore-scripts --no-audit --no-fund --no-update-notifier --cache {HOME}/npm-cache"
 
@@ -184,12 +185,11 @@ class Side:
     def timed(self, work: Work) -> tuple[float, float]:
         """Do ``work``; return its seconds and its seconds of processor time."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([work.prepare, work.script]) + "\n")
         self._process.stdin.flush()
-        line = self._process.stdout.readline()
+        line = line_of(self._process, LINE_S)
         if not line:
-            raise RuntimeError(f"{work.name}: its side ended, see the messages above")
+            raise RuntimeError(f"{work.name}: its side ended, see the messages above, or took more than {LINE_S} s")
         seconds, processor, status, words = json.loads(line)
         if status:
             raise RuntimeError(f"{work.name} ended with status {status}: {words}")

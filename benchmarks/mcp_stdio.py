@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "src")]
 
-from results import Result, quantile, result, table  # noqa: E402 - the module beside this one
+from results import Result, line_of, quantile, result, table  # noqa: E402 - the module beside this one
 
 from saw.conformance.local import PYTHON, UID  # noqa: E402
 from saw.conformance.outside import Ground  # noqa: E402
@@ -78,11 +78,10 @@ class Client:
 
     def ask(self, method: str, parameters: dict[str, Any]) -> float:
         """Ask and wait for the result; return the milliseconds."""
-        assert self._process.stdout is not None
         self._number += 1
         begin = time.perf_counter()
         self._send({"id": self._number, "method": method, "params": parameters})
-        line = self._process.stdout.readline()
+        line = line_of(self._process, WAIT_S)
         took = (time.perf_counter() - begin) * 1000
         answer = json.loads(line or "{}")
         if answer.get("id") != self._number or "result" not in answer:
@@ -101,7 +100,11 @@ def started(stack: ExitStack, command: list[str], **options: Any) -> subprocess.
 
     def end() -> None:
         process.terminate()
-        process.communicate(timeout=20)
+        try:
+            process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate(timeout=20)
 
     stack.callback(end)
     return process

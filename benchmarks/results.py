@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -74,6 +76,15 @@ def result(
         command=command,
         note=note or ("not measured" if value is None else ""),
     )
+
+
+def line_of(process: subprocess.Popen[str], seconds: float) -> str:
+    """Return the next line of a process that writes one at a time; one that writes nothing for ``seconds`` is killed: empty."""
+    assert process.stdout is not None
+    if not select.select([process.stdout], [], [], seconds)[0]:
+        process.kill()
+        return ""
+    return process.stdout.readline()
 
 
 def quantile(values: Sequence[float], share: float) -> float:

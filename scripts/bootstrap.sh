@@ -11,9 +11,9 @@ say() { printf '%s\n' "    $*"; }
 fail() { printf 'bootstrap: %s\n' "$*" >&2; exit 1; }
 
 packages="bubblewrap ca-certificates curl debian-archive-keyring dosfstools e2fsprogs eatmydata fdisk git iproute2 libtss2-tcti-swtpm0
- mmdebstrap mtools nftables nginx-light opensc openssh-client openssh-server openssl ovmf packer procps python3-venv
+ lynis mmdebstrap mtools nftables nginx-light opensc openssh-client openssh-server openssl ovmf packer procps python3-venv
  qemu-system-x86 qemu-utils rsync sbsigntool shellcheck softhsm2 swtpm swtpm-tools systemd-container tpm2-tools tmux"
-tests="aide chromium clamav cryptsetup-bin default-jdk-headless gpg gpg-agent lynis postgresql rclone rsyslog rsyslog-relp sudo
+tests="aide chromium clamav cryptsetup-bin default-jdk-headless gpg gpg-agent postgresql rclone rsyslog rsyslog-relp sudo
  systemd-boot-efi systemd-journal-remote unattended-upgrades"
 # These packages would start a service; the tests run the programs themselves, so a service that was not here stays off.
 services="clamav-freshclam.service clamav-freshclam-once.service clamav-freshclam-once.timer lynis.timer nginx.service

@@ -5,7 +5,7 @@
 # that nobody gave.
 #   DATABASE, WAIVERS     the tracker's database as mirrored, who answers for what: `saw image scan`
 #   ADVISORIES            OSV exports for PyPI and npm packages, several with blanks between
-#   BASELINE_FLOOR        a floor with waivers that the scanner's report of the image has to hold (docs/baseline.md)
+#   BASELINE_FLOOR        a floor with waivers that the scanner's report of the build's own tree has to hold (docs/baseline.md)
 #   MEASURED              a hypervisor's answer of `saw vm measure --json`, in place of a boot on this machine
 #   SIGN_KEY              keys of officers, with blanks between; SIGN_PASSPHRASE_FILE likewise; SIGN_FOR, such as 30d
 set -euo pipefail

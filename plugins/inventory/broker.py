@@ -102,6 +102,7 @@ from ansible.errors import AnsibleParserError
 from ansible.inventory.host import Host
 from ansible.plugins.inventory import BaseInventoryPlugin, Cacheable, Constructable
 from ansible.utils.path import basedir
+from ansible.utils.vars import combine_vars
 
 try:
     from saw.broker.client import OperatorClient, listed_agents, listed_workspaces, load_context
@@ -304,8 +305,11 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
         """Evaluate an expression; one that only names a field of the register needs no template engine, which compiles anew
         for each host."""
         if field := _field(template):
-            self.templar.available_variables = variables
-            return variables["saw_workspace"][field]
+            # What follows, such as the parent group, is evaluated with the same variables.
+            seen = combine_vars(variables, self._vars) if self.get_option("use_extra_vars") else variables
+            self.templar.available_variables = seen
+            if seen["saw_workspace"] is variables["saw_workspace"]:
+                return variables["saw_workspace"][field]
         return super()._compose(template, variables, **more)
 
     def _way_in(self) -> Any:

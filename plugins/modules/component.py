@@ -359,18 +359,39 @@ class Units:
         )
 
 
+def other_line(content: str, forms: list[str]) -> tuple[int, str] | None:
+    """Return the first line of ``content``, with its number, that is neither empty nor a comment and has none of ``forms``.
+
+    Raises ``re.error`` for a form that is no regular expression.
+    """
+    wanted = [re.compile(form) for form in forms]
+    for number, line in enumerate(content.split("\n"), 1):
+        if line and not line.startswith("#") and not any(form.fullmatch(line) for form in wanted):
+            return number, line
+    return None
+
+
 def refuse_other_lines(file: ManagedFile) -> None:
     """Raise :class:`ComponentError` for the first line of new content that has none of the forms that were named."""
     if not file.lines or not file.content_changes:
         return
-    for number, line in enumerate(file.content.decode(errors="replace").split("\n"), 1):
-        if line and not line.startswith("#") and not any(re.fullmatch(form, line) for form in file.lines):
-            raise ComponentError(
-                f"{file.dest}: line {number} is none of such a file: {'(secret)' if file.secret else repr(line[:200])}",
-                "content_refused",
-                "correct the template or the variable behind the named line; no file was replaced",
-                dest=file.dest,
-            )
+    try:
+        found = other_line(file.content.decode(errors="replace"), file.lines)
+    except re.error as error:
+        raise ComponentError(
+            f"{file.dest}: lines has {error.pattern!r}, which is no regular expression: {error}",
+            "lines_malformed",
+            "correct it; no file was replaced",
+            dest=file.dest,
+        ) from error
+    if found:
+        number, line = found
+        raise ComponentError(
+            f"{file.dest}: line {number} has none of the forms allowed there: {'(secret)' if file.secret else repr(line[:200])}",
+            "content_refused",
+            "correct the template or the variable behind the named line; no file was replaced",
+            dest=file.dest,
+        )
 
 
 def validate(module: AnsibleModule, files: list[ManagedFile]) -> list[str]:

@@ -13,6 +13,7 @@ version_added: 0.1.0
 author: Secure Agent Workspace maintainers (!UNKNOWN)
 description:
   - Reads calls that wait for people, or did, and who may decide on them. Changes to the fleet are of the kind C(gate).
+  - The newest 1000 of those that are asked for; C(saw review list --after) reads further.
 extends_documentation_fragment:
   - secure_agent.workspace.broker
   - secure_agent.workspace.broker.attributes

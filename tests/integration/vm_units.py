@@ -8,6 +8,7 @@ the caller's environment, as by systemd, so it is no part of the job that asked 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -40,7 +41,7 @@ class Unit:
     def active(self) -> bool:
         with self._lock.open("a") as stream:
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return True
         return False
@@ -69,7 +70,8 @@ class Unit:
         for number in (signal.SIGTERM, signal.SIGKILL):
             if not self.active():
                 break
-            os.kill(int(self._pid.read_text()), number)
+            with contextlib.suppress(ProcessLookupError):  # ended since
+                os.kill(int(self._pid.read_text()), number)
             deadline = time.monotonic() + PATIENCE_S
             while self.active() and time.monotonic() < deadline:
                 time.sleep(0.1)

@@ -8,8 +8,9 @@ neighbour without a sandbox, whose gatekeeper is the other one, reads all along.
 ring 2 and both gatekeepers are written down all along, with what clients did and what was seen of it, as lines of JSON in FILE
 (build/soak/mixed-traffic.jsonl): a run that is broken off leaves them. SIGTERM ends the clients, and then all is compared as at
 the usual end: what was allowed arrived once and has one row in the trail, whose chain is whole; nothing else arrived or has one;
-what was refused has its line in ring 1's log. WebSockets, gRPC and PostgreSQL are not counted where they arrive, only in the
-trail. Exit status 1: a call was answered otherwise, stuck, lost or not recorded, or a process grew.
+what was refused has its line in ring 1's log. A clone counts as the calls that it takes. WebSockets, gRPC and PostgreSQL are not
+counted where they arrive, only in the trail. Exit status 1: a call was answered otherwise, stuck, lost or not recorded, or a
+process grew.
 """
 
 from __future__ import annotations
@@ -235,6 +236,7 @@ class Run:
 
     def compared(self, done: dict[str, int]) -> dict[str, int]:
         """Compare the calls that were made with the far end, the trail and ring 1's log; return how many rows there are."""
+        done = {**done, "clone-0": self.clones}
         with suppress(AssertionError):  # what did not come is told by its name
             wait_for(lambda: self.trail.complete(done), "the last rows of the trail", LAST_ROWS_S)
         if wrong := self.trail.compared(done, self.workspace.directory / "decide.log"):

@@ -15,6 +15,7 @@ from saw.audit.chain import ChainedEvent, Head, verify_chain
 
 Place = tuple[str, str]
 """Host and path of a call."""
+GIT = "git.example.com"
 DENIED = {
     "hidden": ("hidden.example.com", ""), "other-model": ("inference.local", "/v1/chat/completions"),
     "mutation": ("graph.example.com", "/graphql"), "other-tool": ("tools.example.com", "/mcp"),
@@ -27,8 +28,10 @@ COUNTED = {
     "query": [("graph.example.com", "/graphql")],
     "tool": [("tools.example.com", "/mcp")],
     "database": [("db.example.com", "/")],
+    "clone": [(GIT, "/team/demo.git/info/refs"), *[(GIT, "/team/demo.git/git-upload-pack")] * 2],
 }
-"""The rows of one allowed call of a kind whose path is the same for all."""
+"""The rows of one allowed call of a kind whose path is the same for all. Git asks for the names (version 2 of its protocol) and
+then for the pack."""
 NAMED = {
     "read": ("api.example.com", "/v1/mixed/"), "talk": ("chat.example.com", "/rooms/"),
     "neighbour": ("api.example.com", "/v1/neighbour/"),
@@ -38,7 +41,6 @@ UNSEEN = {"grpc.example.com", "chat.example.com", "db.example.com"}
 """Hosts whose far ends do not write down what arrives: their clients judge by the answers."""
 BEFORE = {("api.example.com", "/v1/ready"), ("api.example.com", "/v1/things")}
 """What is called until both rings are ready."""
-GIT = "git.example.com"
 TOLD = 3
 
 
@@ -103,8 +105,8 @@ class Trail:
         }  # fmt: skip
 
     def expected(self, done: Mapping[str, int]) -> Counter[Place]:
-        """Return the rows of the allowed calls: ``done`` has their number by kind and worker. Git's are those that arrived."""
-        found: Counter[Place] = Counter({place: count for place, count in self.arrived.items() if place[0] == GIT})
+        """Return the rows of the allowed calls: ``done`` has their number by kind and worker."""
+        found: Counter[Place] = Counter()
         for worker, count in done.items():
             kind = worker.rpartition("-")[0]
             for place in COUNTED.get(kind, ()):

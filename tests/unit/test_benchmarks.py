@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -85,6 +86,15 @@ def test_what_was_not_measured_says_so_and_has_no_verdict(results):
 def test_a_quantile_is_a_value_that_was_measured(results, share, expected):
     assert results.quantile(list(range(100, 0, -1)), share) == expected
     assert results.quantile([7.0], share) == 7.0
+
+
+def test_a_side_that_says_nothing_is_ended_and_one_that_speaks_is_heard(results):
+    for script, line in (("echo did; exec sleep 600", "did\n"), ("exec sleep 600", "")):
+        with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True) as side:
+            assert results.line_of(side, 20 if line else 0.2) == line
+            if line:
+                side.kill()
+            assert side.wait(20) == -signal.SIGKILL
 
 
 def test_the_file_is_a_list_of_rows_with_exactly_these_fields(results, tmp_path):

@@ -79,7 +79,8 @@ STORE = "secure-boot.fd"
 class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What an external scanner said of the image's tree when it was built, or later of a workspace on this image.
 
-    Its report lies beside the image as ``baseline.dat``. ``score`` is the scanner's hardening index, 0 to 100.
+    Its report lies beside the image: ``baseline.dat`` of the tree, ``baseline-DIGEST.dat`` of a workspace. ``score`` is the
+    scanner's hardening index, 0 to 100.
     """
 
     scanner: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
@@ -89,7 +90,17 @@ class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 BASELINE_REPORT = "baseline.dat"
-"""The scanner's report, beside the image and among a record's evidence."""
+"""The scanner's report of the build's own tree, beside the image and among a record's evidence."""
+
+
+def given_report(sha256: str) -> str:
+    """Return the name of a scanner's report with this digest that somebody gave in the place of the build's own."""
+    return f"baseline-{sha256[:12]}.dat"
+
+
+def is_given_report(name: str) -> bool:
+    """Tell whether a file beside an image is such a report."""
+    return re.fullmatch(r"baseline-[0-9a-f]{12}\.dat", name) is not None
 
 
 def cve_report(sha256: str) -> str:
@@ -198,7 +209,9 @@ def parse_record(payload: bytes) -> ReleaseRecord:
             f"secure_boot of {record.name} and {STORE} among its evidence are not one",
             cure="take both from the image's build.json",
         )
-    if record.baseline is not None and BASELINE_REPORT not in record.evidence:
+    if record.baseline is not None and not any(
+        name == BASELINE_REPORT or is_given_report(name) for name in record.evidence
+    ):
         raise RecordInvalid(
             "record_malformed",
             f"the release record of {record.name} states a baseline score and names no report of it",

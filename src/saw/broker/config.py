@@ -70,7 +70,8 @@ class ImageSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``candidate_rings``: whose workspaces may be made on an image not promoted yet; ``require``: what a record carries.
 
     ``scan_max_age_s``: how old a search for known vulnerabilities may be when its record is registered, where one is required.
-    ``baseline_floor``: the least hardening index (0 to 100) of a scanner that a record may state, where one is required.
+    ``baseline_floor``: the least hardening index (0 to 100) of the scanner Lynis that a record may state; 0 means any of
+    any scanner. It takes ``baseline`` in ``require``.
     """
 
     candidate_rings: tuple[str, ...] = ("canary",)
@@ -179,6 +180,10 @@ def load_config(path: Path | str) -> BrokerConfig:
         )
         if not low <= getattr(config.rollout, name) <= high
     )
+    if config.image.baseline_floor and "baseline" not in config.image.require:
+        problems.append(
+            "image.baseline_floor holds for no image while image.require does not name baseline: add it there, or drop the floor"
+        )
     if config.sso is not None:
         problems.extend(problems_of(config.sso))
     if config.terminal is not None:

@@ -86,24 +86,6 @@ def whole_number(request: Request, name: str, default: int, largest: int) -> int
     return min(int(text), largest)
 
 
-def page_size(request: Request, largest: int) -> int | None:
-    """Return query parameter ``limit``, None without one; raise :class:`MalformedError` unless it is 1 to ``largest``."""
-    text = request.query_params.get("limit")
-    if text is None:
-        return None
-    if not text.isascii() or not text.isdecimal() or len(text) > 18 or not 1 <= int(text) <= largest:
-        raise MalformedError(f"limit must be 1 to {largest}", cure="leave it out for the largest page")
-    return int(text)
-
-
-def flag(request: Request, name: str) -> bool:
-    """Return whether query parameter ``name`` is ``true``; missing, it is not. Raise :class:`MalformedError` for other words."""
-    raw = request.query_params.get(name, "false")
-    if raw not in {"true", "false"}:
-        raise MalformedError(f"{name} is not true or false", cure="correct the query")
-    return raw == "true"
-
-
 def guarded(identify: Identify, handle: Callable[[Request, Caller], Awaitable[Any]]) -> Endpoint:
     """Return an endpoint: identify the caller first, then handle, then answer; every error becomes a refusal."""
 

@@ -26,6 +26,8 @@ Keys = tuple[dict[str, PublicKey], int]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
 
+_SCANNER = "lynis"
+"""Whose hardening index the floor is one of."""
 _AHEAD = timedelta(hours=1)
 """How far the clock of who searched may be ahead."""
 
@@ -134,10 +136,17 @@ class Images:
             )
 
     def _hardened(self, record: ReleaseRecord) -> None:
-        """Refuse a record whose scanner's score lies below the floor, where one is required. What is registered stays."""
+        """Refuse a record whose score lies below the floor, or is another scanner's. What is registered stays."""
         settings = self._s.config.image
-        if "baseline" not in settings.require or record.baseline is None:
+        if not settings.baseline_floor or "baseline" not in settings.require or record.baseline is None:
             return
+        if record.baseline.scanner != _SCANNER:
+            raise ForbiddenError(
+                f"the hardening index of {record.name} is of the scanner {record.baseline.scanner!r}, and the floor of "
+                f"{settings.baseline_floor} is one of {_SCANNER}",
+                cure=f"have {_SCANNER} scan the image (the build does), then sign its record",
+                code="baseline_of_another_scanner",
+            )
         if record.baseline.score < settings.baseline_floor:
             raise ForbiddenError(
                 f"the hardening index of {record.name} is {record.baseline.score}, below the floor of {settings.baseline_floor}",

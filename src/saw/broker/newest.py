@@ -16,8 +16,8 @@ def newest_page(
     """Return a page of ``query``, the newest first by the column ``at``, and the ``after`` of the page that follows.
 
     ``after`` is the id behind which the page begins (empty: the first page), ``limit`` the most rows (None: all). The second is
-    None at the end. A row that is made meanwhile is on no later page, and none comes twice. Raises :class:`MalformedError` for an
-    id that the table does not have.
+    None at the end. No row comes twice. One that is made meanwhile is on no later page, unless it is of the same time as the last
+    row of a page, to the column's millisecond. Raises :class:`MalformedError` for an id that the table does not have.
     """
     identifier = at.table.c.id
     query = query.order_by(at.desc(), identifier)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
+import msgspec
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.routing import Route
 
 from saw.broker.context import Caller
 from saw.broker.core import Broker
-from saw.broker.errors import MalformedError
-from saw.broker.http import DEFAULT_LIMIT, decode, flag, page_size, read_body, whole_number, with_body, without_body
+from saw.broker.http import DEFAULT_LIMIT, decode, filters_of, read_body, whole_number, with_body, without_body
 from saw.broker.review_decisions import LARGEST_PAGE, AskNonce, Cancel
 from saw.broker.review_evidence import Decide
 from saw.broker.review_read_back import ReadAgain
@@ -29,6 +29,7 @@ from saw.review.messages import (
     OpenReview,
     ReadBackResult,
     ReviewResult,
+    ReviewState,
     ReviewView,
 )
 
@@ -40,6 +41,17 @@ MAX_OPENING = MAX_REVIEWED_BODY // 3 * 4 + _HEADERS
 MAX_RESULT = MAX_REVIEWED_ANSWER // 3 * 4 + _HEADERS
 LONGEST_WAIT_S = 30
 _SHORTEST_WAIT_S = 0.05
+_STATES = ", ".join(get_args(ReviewState))
+
+
+class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Filters of the list, of which all must hold; ``after`` is the id that the page begins behind."""
+
+    state: ReviewState | Literal[""] = ""
+    workspace_id: Annotated[str, msgspec.Meta(max_length=64)] | None = None
+    owed: bool = False
+    after: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    limit: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_PAGE)] = LARGEST_PAGE
 
 
 def perimeter_review_routes(broker: Broker, route: MakeRoute) -> list[Route]:
@@ -108,17 +120,9 @@ def operator_review_routes(broker: Broker, route: MakeRoute) -> list[Route]:
     person, one = "/v1/reviewers/{name}", "/v1/reviews/{id}"
 
     def listed(_caller: Caller, request: Request) -> Any:
-        asked = request.query_params
-        if unknown := set(asked) - {"state", "workspace_id", "owed", "after", "limit"}:
-            raise MalformedError(
-                f"there is no filter {min(unknown)!r}", cure="use state, workspace_id, owed, after and limit"
-            )
+        asked = filters_of(request.query_params, Wanted, (), f"see docs/review.md; states are {_STATES}")
         return decisions.listed(
-            asked.get("state"),
-            asked.get("workspace_id"),
-            owed=flag(request, "owed"),
-            after=asked.get("after", ""),
-            limit=page_size(request, LARGEST_PAGE),
+            asked.state or None, asked.workspace_id, owed=asked.owed, after=asked.after, limit=asked.limit
         )
 
     return [

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse
@@ -13,12 +14,21 @@ from starlette.routing import Route
 from saw.broker.bastion_sessions import LARGEST_PAGE, EndRequest, SessionRequest
 from saw.broker.context import Caller
 from saw.broker.core import Broker
-from saw.broker.errors import MalformedError
-from saw.broker.http import LONGEST_WAIT_S, page_size, whole_number, with_body, without_body
+from saw.broker.http import LONGEST_WAIT_S, filters_of, whole_number, with_body, without_body
 from saw.broker.session_ends import session_key
 from saw.sessions.messages import Closing, HostKey, Redeem, Watched
 
 MakeRoute = Callable[[str, str, Any], Route]
+
+
+class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Filters of the list, of which all must hold; ``after`` is the id that the page begins behind."""
+
+    workspace_id: Annotated[str, msgspec.Meta(max_length=64)] | None = None
+    person: Annotated[str, msgspec.Meta(max_length=256)] | None = None
+    live: bool = False
+    after: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    limit: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_PAGE)] | None = None
 
 
 def bastion_session_routes(broker: Broker, route: MakeRoute) -> list[Route]:
@@ -64,19 +74,8 @@ def operator_session_routes(broker: Broker, route: MakeRoute) -> list[Route]:
         return with_body(EndRequest, handle)
 
     def listed(_caller: Caller, request: Request) -> dict[str, Any]:
-        asked = request.query_params
-        if unknown := set(asked) - {"workspace_id", "person", "live", "after", "limit"}:
-            raise MalformedError(
-                f"there is no filter {min(unknown)!r}", cure="use workspace_id, person, live, after and limit"
-            )
-        live = bool(whole_number(request, "live", 0, 1))
-        return kept.list(
-            asked.get("workspace_id"),
-            asked.get("person"),
-            live=live,
-            after=asked.get("after", ""),
-            limit=page_size(request, LARGEST_PAGE),
-        )
+        asked = filters_of(request.query_params, Wanted, (), "see docs/sessions.md")
+        return kept.list(asked.workspace_id, asked.person, live=asked.live, after=asked.after, limit=asked.limit)
 
     return [
         route("/v1/sessions", "GET", without_body(listed)),

@@ -9,7 +9,7 @@ import secrets
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from saw.cli.operator_options import add_options, fields, line, show, table
+from saw.cli.operator_options import add_options, add_pages, fields, line, more, show, table
 from saw.errors import SawError
 from saw.jobs.messages import KINDS, LIVE, STATES
 
@@ -52,8 +52,7 @@ def _run(client: Any, options: argparse.Namespace) -> int:
 def _list(client: Any, options: argparse.Namespace) -> int:
     wanted = {"state": options.state, "workspace": options.workspace, "after": options.after, "limit": options.limit}
     answer = client.request("GET", f"/v1/jobs?{urlencode({name: value for name, value in wanted.items() if value})}")
-    text = table(answer["jobs"], _COLUMNS) + (f"\nmore: --after {answer['next']}" if answer["next"] else "")
-    show(answer, text, as_json=options.json)
+    show(answer, table(answer["jobs"], _COLUMNS) + more(answer), as_json=options.json)
     return 0
 
 
@@ -146,8 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     listing = add("list", _list, "list jobs, the newest first", waits=False)
     listing.add_argument("--state", choices=STATES, help="in this state alone")
     listing.add_argument("--workspace", help="of this workspace alone")
-    listing.add_argument("--after", help="the page behind this job")
-    listing.add_argument("--limit", type=int, help="jobs of a page (default: 100)")
+    add_pages(listing, "100")
     for name, handler, text in (
         ("show", _show, "show one job"),
         ("watch", _watch, "print what happens until it has ended, and end with its result"),

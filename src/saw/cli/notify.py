@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from saw.broker.client import OperatorClient
-from saw.cli.operator_options import add_options, show, table
+from saw.cli.operator_options import add_options, add_pages, more, show, table
 from saw.errors import SawError
 
 _COLUMNS = ("id", "kind", "channel", "to", "workspace", "review", "state", "attempts", "created_at", "why")
@@ -53,7 +53,7 @@ def _list(client: OperatorClient, options: argparse.Namespace) -> int:
         show({"channels": answer["channels"]}, text, as_json=options.json)
         return 0
     text = _table(answer["notifications"]) if answer["notifications"] else "no messages"
-    show(answer, text + (f"\nmore: --after {answer['next']}" if answer["next"] else ""), as_json=options.json)
+    show(answer, text + more(answer), as_json=options.json)
     return 0
 
 
@@ -105,8 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     listing = add("list", _list, "list messages, the newest first, and how each stands")
     listing.add_argument("--state", choices=_STATES, help="in this state alone")
     listing.add_argument("--channel", help="of this channel alone")
-    listing.add_argument("--after", help="the page behind this message")
-    listing.add_argument("--limit", type=int, help="messages of a page (default: 100)")
+    add_pages(listing, "100")
     listing.add_argument(
         "--channels", action="store_true", help="the configured channels instead, and what each is told"
     )

@@ -17,6 +17,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def add_pages(parser: argparse.ArgumentParser, most: str) -> None:
+    """Add ``--after`` and ``--limit`` of a list in pages; ``most`` says what a page holds without a limit."""
+    parser.add_argument("--after", metavar="ID", help="the page behind this one")
+    parser.add_argument("--limit", type=int, metavar="N", help=f"most of a page (default: {most})")
+
+
+def more(answer: Mapping[str, Any]) -> str:
+    """Return the line below a page that says how the list goes on, empty where it ends."""
+    return f"\nmore: --after {answer['next']}" if answer["next"] else ""
+
+
 def add_days(parser: argparse.ArgumentParser) -> None:
     """Add ``--first``, ``--last`` and ``--workspace``, for :func:`days_query`."""
     parser.add_argument("--first", metavar="DAY", help="first day in UTC, as 2026-11-29 (default: the last one)")

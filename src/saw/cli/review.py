@@ -10,7 +10,7 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from saw.cli.answers import read_file
-from saw.cli.operator_options import add_options, fields, show, table
+from saw.cli.operator_options import add_options, add_pages, fields, more, show, table
 from saw.errors import SawError
 from saw.files import write_atomic
 
@@ -69,9 +69,10 @@ def main(argv: list[str]) -> int:
 
 def _list(client: Any, options: argparse.Namespace) -> int:
     wanted = {"state": options.state, "workspace_id": options.workspace, "owed": "true" if options.owed else None}
-    query = urlencode({name: value for name, value in wanted.items() if value})
-    answer = client.request("GET", f"/v1/reviews{'?' if query else ''}{query}")
-    show(answer, table(answer["reviews"], _COLUMNS), as_json=options.json)
+    wanted |= {"after": options.after, "limit": options.limit}
+    query = urlencode({name: value for name, value in wanted.items() if value is not None})
+    answer = client.request("GET", f"/v1/reviews?{query}")
+    show(answer, table(answer["reviews"], _COLUMNS) + more(answer), as_json=options.json)
     return 0
 
 
@@ -250,6 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--state", help="only those in this state, such as pending")
     listing.add_argument("--owed", action="store_true", help="only those whose broken glass somebody has to look at")
     listing.add_argument("--workspace", help="only those of this workspace")
+    add_pages(listing, "1000")
     one = add(commands, "show", _show, "show one review: the call, the decisions, how it ended")
     one.add_argument("id", help="review id")
     one.add_argument(

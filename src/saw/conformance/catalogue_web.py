@@ -24,7 +24,7 @@ def _connect(
     return Case(
         f"address.{name}", control, "addressing", title, "connect", {"authority": authority, "mark": "${nonce}"}, RING,
         expected, TWIN,
-        needs=("http_proxy",),
+        needs=("http_proxy",), seconds=25.0,
     )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def as_expected(expected: str, layer: str) -> bool | None:
     """
     if layer in _RINGS:
         return expected.startswith(_RINGS[layer])
-    return False if layer and expected.startswith(tuple(_RINGS.values())) else None
+    return False if layer == "kernel" and expected.startswith(tuple(_RINGS.values())) else None
 
 
 def reasons(told: Told, *, dropped: bool) -> list[str]:

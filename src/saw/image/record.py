@@ -18,7 +18,15 @@ from typing import Any
 
 import msgspec
 
-from saw.attest.image_record import BASELINE_REPORT, Baseline, RecordInvalid, is_cve_report, parse_record
+from saw.attest.image_record import (
+    BASELINE_REPORT,
+    Baseline,
+    RecordInvalid,
+    given_report,
+    is_cve_report,
+    is_given_report,
+    parse_record,
+)
 from saw.attest.verifier import RELEASED_PCRS
 from saw.baseline.report import read_report
 from saw.errors import ConfigError
@@ -74,15 +82,14 @@ def make_record(
 
     ``again`` boots it anew; so does ``firmware`` (:func:`saw.vm.measure.firmware_sha256`) where the earlier boot was on another
     one: PCR 0 and 7 are those of the hypervisor's firmware. ``baseline`` is a scanner's score of a host on this image with its
-    report, which takes the place of what the build found in the tree. Raises :class:`ImageError` when the image or its evidence
-    is not what the build left, and when the boot measured something else than follows from the image.
+    report, which takes the place of what the build found in the tree; the build's own report stays where it is. Raises
+    :class:`ImageError` when the image or its evidence is not what the build left, and when the boot measured something else than
+    follows from the image.
     """
     image, inputs = _built(folder)
     file = folder / "image.qcow2"
     known = _known(folder / RECORD, image.image_sha256)
-    evidence = {**image.evidence, **_reports(folder, known)}
-    if baseline:
-        evidence.pop(BASELINE_REPORT, None)
+    evidence = {**image.evidence, **_reports(folder, known, image)}
     _unchanged(folder, image, evidence)
     owners = {"7": (image.secure_boot.pcr_7,)} if image.secure_boot else {}
     program = unified_kernel(file)
@@ -115,11 +122,16 @@ def make_record(
         **({"root_hash": image.root_hash} if image.root_hash else {}),
         **{part: known[part] for part in ("scan",) if part in known},
     }  # fmt: skip
+    score = next(filter(is_given_report, evidence), BASELINE_REPORT)
     if baseline:
         record["baseline"] = msgspec.to_builtins(baseline[0])
-        evidence[BASELINE_REPORT] = _keep(baseline[1], folder / BASELINE_REPORT)
-    elif BASELINE_REPORT in evidence:
-        record["baseline"] = msgspec.to_builtins(scored(read_report(folder / BASELINE_REPORT)))
+        for name in (BASELINE_REPORT, score):
+            evidence.pop(name, None)
+        evidence |= _keep(baseline[1], folder)
+    elif score in evidence:
+        record["baseline"] = msgspec.to_builtins(scored(read_report(folder / score)))
+        if score != BASELINE_REPORT:
+            evidence.pop(BASELINE_REPORT, None)
     _strict(record)
     text = json.dumps(record, indent=2) + "\n"
     changed = not (folder / RECORD).is_file() or (folder / RECORD).read_text(encoding="utf-8") != text
@@ -215,12 +227,15 @@ def _known(file: Path, image_sha256: str) -> dict[str, Any]:
     return found if found.get("image_sha256") == image_sha256 else {}
 
 
-def _reports(folder: Path, known: dict[str, Any]) -> dict[str, str]:
-    """Return the reports that the record there names; raise :class:`ImageError` where one is not that file any more."""
+def _reports(folder: Path, known: dict[str, Any], image: GoldenImage) -> dict[str, str]:
+    """Return the reports that the record there names and that came after the build.
+
+    Raises :class:`ImageError` where one is not that file any more.
+    """
     named = {
         name: digest
         for name, digest in known.get("evidence", {}).items()
-        if name == BASELINE_REPORT or is_cve_report(name)
+        if name not in image.evidence and (name == BASELINE_REPORT or is_given_report(name) or is_cve_report(name))
     }
     for name, digest in named.items():
         if not (folder / name).is_file() or digest_of(folder / name) != digest:
@@ -231,13 +246,13 @@ def _reports(folder: Path, known: dict[str, Any]) -> dict[str, str]:
     return named
 
 
-def _keep(report: Path, target: Path) -> str:
-    """Copy ``report`` to ``target``, whole or not at all; return its SHA-256."""
-    if not target.exists() or not report.samefile(target):
-        temporary = target.with_name(f".{target.name}.new")
-        shutil.copyfile(report, temporary)
-        os.replace(temporary, target)
-    return digest_of(target)
+def _keep(report: Path, folder: Path) -> dict[str, str]:
+    """Copy ``report`` into ``folder``, whole or not at all, under a name of its own; return that with its SHA-256."""
+    temporary = folder / ".baseline.new"
+    shutil.copyfile(report, temporary)
+    digest = digest_of(temporary)
+    os.replace(temporary, folder / given_report(digest))
+    return {given_report(digest): digest}
 
 
 def _strict(record: dict[str, Any]) -> None:

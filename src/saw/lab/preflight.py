@@ -29,6 +29,7 @@ PROGRAMS = {
     "mcopy": "mtools",
     "sfdisk": "fdisk",
     "npm": "npm",
+    "lynis": "lynis",
 }
 MIB = 1024**2
 NEED_MIB = {

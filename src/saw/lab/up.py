@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from saw.attest.image_record import BASELINE_REPORT
 from saw.broker.client import OperatorClient
 from saw.datadisk.recovery import make_keys
 from saw.errors import SawError, UnavailableError
@@ -104,6 +105,12 @@ class Bringup:
             choice=choice,
         )
         newest = build.latest() if keep else None
+        if newest and BASELINE_REPORT not in newest[0].evidence:
+            raise UnavailableError(
+                f"image {newest[0].name} is of an earlier release and has no score of its hardening, "
+                "which the lab's broker asks for",
+                cure="run it without --keep-image: the image is built again",
+            )
         image, reason = (newest[0], "kept as asked") if newest else build.ensure()
         self.progress.say(f"golden image {image.name}: {reason}")
         build.news(image)

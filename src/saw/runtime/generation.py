@@ -30,6 +30,8 @@ from saw.runtime.ring1_settings import POLICY_HOST
 
 INDEX = "generation.json"
 CURRENT = "current"
+SWITCHED = "switched"
+"""A file that :func:`switch` leaves: what is started by it takes it away first, and then looks at :data:`CURRENT`."""
 CLOSED = "closed"
 _MEMBERS = ("policy.yaml", "governance.yaml")
 _AT_FDCWD = -100
@@ -134,11 +136,12 @@ def place(root: Path, directory: Path, name: str) -> None:
 
 
 def switch(root: Path, name: str) -> None:
-    """Point ``current`` at the generation ``name`` by one rename."""
+    """Point ``current`` at the generation ``name`` by one rename, and leave :data:`SWITCHED` for whoever waits for that."""
     temporary = root / f".current.{os.getpid()}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(name)
     os.replace(temporary, root / CURRENT)
+    (root / SWITCHED).touch()
     _sync(root)
 
 

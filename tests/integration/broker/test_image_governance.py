@@ -123,8 +123,8 @@ def test_a_record_without_what_the_broker_asks_for_is_refused(own_broker: Lab) -
 
 @pytest.mark.control("IMG-01")
 def test_an_image_without_a_score_or_with_one_below_the_floor_is_refused(own_broker: Lab) -> None:
-    def scored(name: str, score: int) -> dict[str, Any]:
-        told = {"scanner": "lynis", "version": "3.0.8", "score": score, "tests": 250}
+    def scored(name: str, score: int, scanner: str = "lynis") -> dict[str, Any]:
+        told = {"scanner": scanner, "version": "3.0.8", "score": score, "tests": 250}
         return {**image_record(name, "c" * 64), "baseline": told, "evidence": {"baseline.dat": "3" * 64}}
 
     low, bare = scored("gov-low", 73), image_record("gov-no-score", "d" * 64)
@@ -141,6 +141,8 @@ def test_an_image_without_a_score_or_with_one_below_the_floor_is_refused(own_bro
     assert (below.code, below.message) == (
         "baseline_below_floor", "the hardening index of gov-low-2 is 73, below the floor of 74",
     )  # fmt: skip
+    other = refusal(put, own_broker, scored("gov-other", 100, "mine"), officers)
+    assert (other.code, "of the scanner 'mine'" in other.message) == ("baseline_of_another_scanner", True)
     assert not put(own_broker, low, officers)["changed"]
     assert put(own_broker, scored("gov-high", 74), officers)["changed"]
 

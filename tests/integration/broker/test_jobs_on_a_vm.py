@@ -33,6 +33,8 @@ pytestmark = [
 ]
 WS = "ws-life"
 WAITS = "Wait until it has attested"
+PARTS = {"root.qcow2", "data.img", "tpm", "spec.json"}
+"""What a VM is made of, among other files."""
 LONG_S = 600.0
 """What a machine that is busy with other tests may take for one step."""
 
@@ -91,6 +93,10 @@ class Site:
 
     def workspace(self) -> dict[str, Any]:
         return dict(self.lab.operator.request("GET", f"/v1/workspaces/{WS}"))
+
+    def parts(self) -> set[str]:
+        """The names of what the driver keeps of the VM."""
+        return {part.name for part in self.host.disks(WS).iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +172,7 @@ def created(site: Site, waiting: tuple[Watched, dict[str, Any]], guest: Guest) -
 
 @pytest.fixture(scope="module")
 def stopped(site: Site, created: Step) -> Step:
-    """A program asks for this one."""
+    """A program asks for this one, while the guest is up and hears the power button."""
     site.host.says(WS, "guest one first")
     body = {"kind": "stop", "workspace": WS, "idempotency_key": "stop-for-the-night", "parameters": {"reason": "night"}}
     with site.lab.tls("machine", "portal") as client:
@@ -208,7 +214,6 @@ def resumed(site: Site, interrupted: Step, guest: Guest) -> Step:
 @pytest.fixture(scope="module")
 def cancelled(site: Site, resumed: Step) -> Step:
     """A destroy that somebody cancels before anything of the VM was removed."""
-    site.host.says(WS, "guest two first")
     with site.host.gate("destroy") as waits:
         destroy = site.asked("run", "destroy", WS, "--reason", "the work is done")
         destroy.until(waits)
@@ -223,7 +228,9 @@ def destroyed(site: Site, cancelled: Step) -> Step:
     return Step({}, destroy.ended(), destroy.lines, site.host.main_process(WS))
 
 
-def test_a_create_is_watched_task_by_task_while_it_runs_and_ends_with_an_active_workspace(created: Step) -> None:
+def test_a_create_is_watched_task_by_task_while_it_runs_and_ends_with_an_active_workspace(
+    site: Site, created: Step
+) -> None:
     midway = created.midway
     assert (midway["state"], midway["executor"], midway["asked_by"]) == ("running", "ansible", "operator:root")
     assert (midway["progress"]["play"], midway["progress"]["task"]) == ("Start a workspace", WAITS)
@@ -241,18 +248,20 @@ def test_a_create_is_watched_task_by_task_while_it_runs_and_ends_with_an_active_
     assert [text for text in told if text in wanted] == wanted
     assert created.job["state"] == "succeeded", created.job
     assert created.pid is not None
+    site.host.says(WS, "guest one first")
 
 
 def test_a_stop_ends_the_vm_and_keeps_what_it_is_made_of(site: Site, stopped: Step) -> None:
     assert (stopped.job["state"], stopped.job["asked_by"]) == ("succeeded", "machine:portal")
     assert stopped.pid is None
     assert "terminating on signal" not in site.host.log(WS), "the guest went off by itself"
-    assert {"root.qcow2", "data.img", "tpm", "spec.json"} <= {part.name for part in site.host.disks(WS).iterdir()}
+    assert site.parts() >= PARTS
 
 
-def test_a_start_runs_the_same_root_disk(created: Step, started: Step) -> None:
+def test_a_start_runs_the_same_root_disk(site: Site, created: Step, started: Step) -> None:
     assert started.job["state"] == "succeeded", started.job
     assert started.pid not in {None, created.pid}
+    site.host.says(WS, "guest one again")
 
 
 def test_a_rebuild_whose_worker_is_killed_is_interrupted_and_nothing_runs(interrupted: Step) -> None:
@@ -269,13 +278,18 @@ def test_resumed_it_makes_the_new_root_disk_keeps_the_tpm_and_the_workspace_is_a
     assert resumed.job["id"] == interrupted.job["id"]
     assert resumed.pid is not None
     assert endorsement(site.host.disks(WS) / "tpm") == endorsement(guest.swtpm.state), "the virtual TPM stays"
+    site.host.says(WS, "guest two first")
 
 
-def test_a_cancelled_destroy_ends_with_its_processes_and_removes_nothing(site: Site, cancelled: Step) -> None:
+def test_a_cancelled_destroy_ends_with_its_processes_and_removes_nothing(
+    site: Site, resumed: Step, cancelled: Step
+) -> None:
     assert (cancelled.job["state"], cancelled.job["cancel_reason"]) == ("cancelled", "look at it first")
     assert cancelled.midway["workspace"]["state"] == "decommissioned"
     assert commands(cancelled.job["id"]) == []
-    assert cancelled.pid is not None
+    assert cancelled.pid == resumed.pid is not None
+    assert site.parts() >= PARTS
+    assert b"guest two again" not in site.host.console(WS), "the guest began anew"
 
 
 def test_a_destroy_leaves_nothing_behind(site: Site, destroyed: Step) -> None:

@@ -67,10 +67,12 @@ def row(host: str, path: str, verdict: str = "allow") -> dict[str, Any]:
     }
 
 
-DONE = {"read-0": 2, "model-0": 1, "refused-0": 1, "hidden-0": 1, "database-0": 1}
+DONE = {"read-0": 2, "model-0": 1, "refused-0": 1, "hidden-0": 1, "database-0": 1, "clone-0": 1}
+PACK = "/team/demo.git/git-upload-pack"
 ROWS = [
     row("api.example.com", "/v1/mixed/read-0-0"), row("api.example.com", "/v1/mixed/read-0-1"),
     row("inference.local", "/v1/chat/completions"), row("git.example.com", "/team/demo.git/info/refs"),
+    row("git.example.com", PACK), row("git.example.com", PACK),
     row("db.example.com", "/"),
     {"api": {"operation": "postgres.connect"}, "status": "Success"},
     {"api": {"operation": "postgres.end"}, "status": "Success"},
@@ -78,6 +80,7 @@ ROWS = [
 ARRIVED = [
     ("GET", "api.example.com", "/v1/mixed/read-0-0"), ("GET", "api.example.com", "/v1/mixed/read-0-1"),
     ("POST", "models.example.com", "/v1/chat/completions"), ("GET", "git.example.com", "/team/demo.git/info/refs"),
+    ("POST", "git.example.com", PACK), ("POST", "git.example.com", PACK),
 ]  # fmt: skip
 REFUSED = [("api.example.com", "/v2/mixed/refused-0-0"), ("hidden.example.com", "")]
 Change = Callable[[list[Any], list[Any], list[Any]], object]
@@ -101,6 +104,12 @@ def test_what_is_lost_or_too_much_is_told(tmp_path: Path, change: Change, words:
     change(rows, arrived, refused)
     wrong = compared(tmp_path, chained(rows), arrived, refused)
     assert [one.startswith(words) for one in wrong] == [True] * bool(words), wrong
+
+
+def test_a_clone_of_which_a_call_neither_arrived_nor_has_a_row_is_told(tmp_path: Path) -> None:
+    rows, arrived = [*ROWS[:3], *ROWS[4:]], [*ARRIVED[:3], *ARRIVED[4:]]
+    wrong = compared(tmp_path, chained(rows), arrived, REFUSED)
+    assert [one.partition(":")[0] for one in wrong] == ["arrived", "rows of what is allowed"], wrong
 
 
 def test_a_chain_that_is_broken_between_two_looks_is_told(tmp_path: Path) -> None:

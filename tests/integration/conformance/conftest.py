@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,22 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ring1"))
+RECORDER = Path("/var/tmp/saw-test-kit-recorder.lock")
+
+
+@contextmanager
+def recorder_alone() -> Iterator[None]:
+    """Be the one on this machine whose recorder listens: its ports are fixed."""
+    with RECORDER.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture
+def recording() -> Iterator[None]:
+    """Let no other test's recorder listen meanwhile."""
+    with recorder_alone():
+        yield
 
 
 @dataclass
@@ -50,7 +69,8 @@ def kit(tmp_path_factory):
     def run(*arguments: str) -> Run:
         folder = tmp_path_factory.mktemp("conformance")
         words = [sys.executable, "-m", "saw.cli.main", "conformance", "run", "--output", str(folder), *arguments]
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=480)
+        with recorder_alone() if "--recorder" in arguments else nullcontext():
+            done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=480)
         path = folder / "report.json"
         report = json.loads(path.read_bytes()) if path.exists() else {}
         return Run(done.returncode, done.stdout + done.stderr, report)

@@ -173,6 +173,8 @@ def test_a_name_that_leads_inside_is_refused_by_ring_2_and_nobody_inside_is_call
 
 def test_a_forged_certificate_is_no_service(rings: Any) -> None:
     assert refusals(rings, "http.forged") == {"http.forged": ("service_unreachable", "ring2", False)}
+    detail = rings.case("http.forged")["evidence"]["detail"]
+    assert "CERTIFICATE_VERIFY_FAILED" in detail, "somebody listens there, and it is the certificate that is not taken"
 
 
 @pytest.mark.control("RUN-01")

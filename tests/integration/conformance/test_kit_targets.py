@@ -139,7 +139,7 @@ def test_a_target_that_does_not_run_python_is_named_and_leaves_no_report(kit):
             assert set(found.by(suite="sockets").values()) == {"error"}
 
 
-def test_an_interrupted_run_ends_its_children_and_writes_nothing(tmp_path):
+def test_an_interrupted_run_ends_its_children_and_writes_nothing(tmp_path, recording):
     held = tmp_path / "started"
     script = f"touch {shlex.quote(str(held))}; echo $$ >>{shlex.quote(str(held))}; exec sleep 300"
     words = [

@@ -88,21 +88,27 @@ def terminal_that_is_kept(there: People, folder: Path) -> Iterator[None]:
     for name in ("saw-run", "saw-attach"):
         (folder / name).chmod(0o755)
     server, config = there.bastion.servers[0], there.bastion.directory / "workspace/sshd.conf"
-    before = config.read_text()
+    before, log = config.read_text(), there.bastion.directory / "workspace.log"
+
+    def load(text: str) -> None:
+        """Have the server take ``text`` for its configuration, and wait until it listens with it."""
+        told = log.read_text().count("Server listening")
+        config.write_text(text)
+        server.send_signal(signal.SIGHUP)
+        until(lambda: log.read_text().count("Server listening") > told)
+
     named = ["unshare", "--uts", "sh", "-c", 'hostname ws-demo && exec "$@"', "sh"]
     daemon = [*named, sys.executable, "-I", "-S", str(RUNTIME / "shell_execd.py"), "--directory", str(folder)]
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "SHELL": "/bin/sh", "LANG": "C.UTF-8"}
     with subprocess.Popen(daemon, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as kept:
         try:
             until((folder / "tmux.sock").exists)
-            config.write_text(f"{before}ForceCommand {folder}/saw-attach\n")
-            server.send_signal(signal.SIGHUP)
+            load(f"{before}ForceCommand {folder}/saw-attach\n")
             yield
         finally:
-            config.write_text(before)
-            server.send_signal(signal.SIGHUP)
             subprocess.run(["tmux", "-S", str(folder / "tmux.sock"), "kill-server"], check=False, capture_output=True)
             kept.terminate()
+            load(before)
 
 
 @pytest.mark.control("ID-02")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -125,18 +126,6 @@ def test_scp_and_rsync_use_the_same_part(bastion: Bastion, config: Path, tmp_pat
         assert (tmp_path / "by-rsync").read_text() == "content"
 
 
-def test_ansible_reaches_a_workspace_with_it(bastion: Bastion, config: Path) -> None:
-    ansible = Path(sys.executable).with_name("ansible")
-    # One login is one session: connections are not shared.
-    shared = f"-F {config} -o ControlMaster=no"
-    done = run(
-        bastion, str(ansible), "all", "-i", "ws-a,", "-m", "ansible.builtin.raw", "-a", "echo from-ansible",
-        "-e", f"ansible_ssh_args='{shared}'",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "from-ansible" in done.stdout
-
-
 def play(
     bastion: Bastion, config: Path, folder: Path, *more: str
 ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
@@ -144,7 +133,7 @@ def play(
     before = sessions(bastion)
     told = {"ansible_ssh_args": f"-F {config} -o ControlMaster=no", "ansible_remote_tmp": str(folder / "far")}
     words = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "ws-a,", "-e", json.dumps(told), *more]
-    done = run(bastion, "env", "ANSIBLE_NOCOLOR=1", *words, str(folder / "play.yml"), timeout=300)
+    done = run(bastion, "env", "ANSIBLE_NOCOLOR=1", *words, str(folder / "play.yml"), timeout=600)
     return done, [command for one, command in sessions(bastion).items() if one not in before]
 
 
@@ -179,11 +168,23 @@ def test_an_ordinary_play_changes_a_file_once_and_shows_it_first(
     assert "changed=0 " in second.stdout
     assert "sftp" not in taken
 
-    # without pipelining the module itself goes by sftp, and takes a session for each of its steps
-    sent, steps = play(bastion, config, tmp_path, "-e", "ansible_pipelining=false", "--tags=ping")
-    assert "ok=1 " in sent.stdout, sent.stdout + sent.stderr
-    assert "sftp" in steps
-    assert len(steps) > 1
+
+@pytest.mark.parametrize(("pipelining", "taken"), [(False, 7), (True, 2)])
+def test_a_module_takes_as_many_sessions_as_the_page_says(
+    bastion: Bastion, config: Path, tmp_path: Path, pipelining: bool, taken: int
+) -> None:
+    before = sessions(bastion)
+    told: dict[str, object] = {"ansible_ssh_args": f"-F {config} -o ControlMaster=no"}
+    # Ansible looks for Python as by default, and finds the system's.
+    told["ansible_interpreter_python_fallback"] = ["/usr/bin/python3"]
+    told |= {"ansible_pipelining": True} if pipelining else {}
+    bare = ("env", "--unset=ANSIBLE_CONFIG", f"--chdir={tmp_path}")  # where no ansible.cfg is
+    words = (str(Path(sys.executable).with_name("ansible")), "all", "-i", "ws-a,", "-m", "ping", "-e", json.dumps(told))
+    done = run(bastion, *bare, *words, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    commands = [command for one, command in sessions(bastion).items() if one not in before]
+    assert len(commands) == taken, commands
+    assert ("sftp" in commands) is not pipelining
 
 
 SERVER = """
@@ -212,6 +213,8 @@ def test_an_editor_uploads_its_server_and_talks_to_it_over_standard_input(
     with subprocess.Popen(
         line, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as editor:
+        deadline = threading.Timer(240, editor.kill)
+        deadline.start()
         assert editor.stdin is not None
         assert editor.stdout is not None
         for size in (1, 1 << 18, 7):  # not only what fits into one packet, and every byte
@@ -224,7 +227,8 @@ def test_an_editor_uploads_its_server_and_talks_to_it_over_standard_input(
         # its second connection, while the first one lives
         beside = run(bastion, "ssh", "-F", str(config), "ws-a", f"ls {far}")
         assert (beside.returncode, beside.stdout) == (0, "server.py\n"), beside.stderr
-        _, said = editor.communicate(timeout=60)
+        _, said = editor.communicate()
+        deadline.cancel()
         assert (editor.returncode, said) == (0, b"ended\n")
 
 

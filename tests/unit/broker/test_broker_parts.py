@@ -71,11 +71,16 @@ def test_a_good_configuration_loads_and_each_wrong_field_is_named(tmp_path) -> N
         ("server_names", []),
         ("listen", {"port": 70000}),
         ("tuf", {"timestamp_ttl_s": 1}),
+        ("image", {"baseline_floor": 70}),
+        ("image", {"baseline_floor": 70, "require": ["sbom"]}),
         ("colour", "red"),
     ):
         path.write_text(json.dumps({**GOOD, field: value}))
         with pytest.raises(ConfigError, match=field):
             load_config(path)
+    for image in ({"baseline_floor": 70, "require": ["baseline"]}, {"baseline_floor": 0, "require": ["sbom"]}):
+        path.write_text(json.dumps({**GOOD, "image": image}))
+        assert load_config(path).image.baseline_floor == image["baseline_floor"]
 
 
 def test_init_is_idempotent_and_keeps_every_key(tmp_path) -> None:

@@ -1,10 +1,13 @@
-"""Lists of reviews and sessions in pages, and that what reviews, sessions and jobs answer is as the document tells."""
+"""Lists of reviews and sessions in pages; answers about an HTTP call that waits, a session and a job are as documented."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -18,8 +21,10 @@ from session_world import EDGE as BASTION
 
 from saw.broker import apps
 from saw.broker.bastion_sessions import SessionRequest
+from saw.broker.client import OperatorClient
 from saw.broker.openapi import ABOUT
 from saw.broker.session_views import key_digest
+from saw.cli import review, sessions
 from saw.review.statement import encode_statement, sign_review
 from saw.sessions.messages import Closing, Redeem
 
@@ -97,10 +102,11 @@ def test_pages_hold_everything_once_the_newest_first(desk: Desk, what: str) -> N
     assert desk.pages(what) == [every[:2], every[2:4], every[4:]]
     assert desk.pages(what, limit=5) == [every], "a page that is just full is the last one"
     newest = desk.good("GET", f"/v1/{what}?limit=2")
+    desk.later(seconds=1)
     late = desk.make(what, 9)
     following = desk.good("GET", f"/v1/{what}?limit=1000&after={newest['next']}")
     assert [one["id"] for one in following[what]] == every[2:], "what came meanwhile is on no later page"
-    assert desk.good("GET", f"/v1/{what}?limit=1")[what][0]["id"] in {late, *every[:1]}
+    assert [one["id"] for one in desk.good("GET", f"/v1/{what}?limit=1")[what]] == [late]
     assert desk.pages(what, "&workspace_id=ws-b") == [[]]
 
 
@@ -121,11 +127,36 @@ def test_pages_of_what_lives_and_of_one_state_are_of_these_alone(desk: Desk) -> 
 @pytest.mark.parametrize("what", ["reviews", "sessions"])
 def test_what_is_no_page_is_refused(desk: Desk, what: str) -> None:
     last = desk.make(what, 1)
-    for bad in ("limit=0", "limit=1001", "limit=few", "limit=-1", "after=elsewhere", "colour=red"):
+    wrong = ["limit=0", "limit=1001", "limit=few", "limit=-1", "after=elsewhere", "colour=red", "limit=1&limit=2"]
+    wrong += ["workspace_id=ws-a&workspace_id=ws-b"]
+    wrong += ["state=peding", "state=null", "owed=5"] if what == "reviews" else ["live=5", "person=ada&person=ben"]
+    for bad in wrong:
         status, said = desk.answer("GET", f"/v1/{what}?{bad}")
         assert (status, said["code"]) == (400, "malformed"), said
         assert said["cure"]
     assert desk.good("GET", f"/v1/{what}?limit=1000&after={last}")[what] == []
+
+
+@pytest.mark.parametrize("what", ["reviews", "sessions"])
+def test_the_commands_say_how_a_list_goes_on(
+    desk: Desk, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = SimpleNamespace(request=desk.good, session=nullcontext)
+    monkeypatch.setattr(OperatorClient, "from_context", lambda _context: client)
+
+    def listed(*words: str) -> str:
+        assert (review.main(["list", *words]) if what == "reviews" else sessions.main([*words])) == 0
+        return capsys.readouterr().out
+
+    made: list[str] = []
+    for number in range(3):
+        desk.later(seconds=1)
+        made.insert(0, desk.make(what, number))
+    assert listed("--limit=2").endswith(f"\nmore: --after {made[1]}\n")
+    assert json.loads(listed("--limit=2", "--json"))["next"] == made[1]
+    rest = listed("--limit=2", "--after", made[1])
+    assert (made[2] in rest, made[1] in rest, "more:" in rest) == (True, False, False)
+    assert "more:" not in listed()
 
 
 def test_what_is_answered_about_a_review_is_as_told(desk: Desk) -> None:

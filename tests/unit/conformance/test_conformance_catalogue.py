@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-import gc
 import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,14 +33,6 @@ WORKS = TwinResult("twin.x", "works")
 CASE = Case(
     "x.one", "NET-01", "network", "an attack", "tcp", {}, "layer", ("EPERM", "dropped"), "twin.x", recorded=True
 )
-
-
-@pytest.fixture(autouse=True)
-def _no_collection() -> Iterator[None]:
-    """No garbage is collected meanwhile: a finalizer that parses (tracebacks do) breaks the depth count of CPython 3.11's ast."""
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def told(outcome: str, **more) -> transfer.Told:

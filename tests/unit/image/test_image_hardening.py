@@ -31,7 +31,16 @@ def test_a_missing_scanner_is_named_and_one_that_is_there_is_taken(
 def test_a_tree_in_which_no_scanner_can_run_gets_no_report(tmp_path: Path) -> None:
     for folder in ("proc", "run", "tmp", "dev"):
         (tmp_path / "tree" / folder).mkdir(parents=True)
-    with pytest.raises(SawError, match="chroot: failed to run command"):
+    with pytest.raises(SawError, match=r"the scan that scores .* failed: .*chroot: failed to run command"):
         hardening.score_tree(tmp_path / "tree", tmp_path)
     assert not (tmp_path / "baseline.dat").exists()
     assert [path.name for path in (tmp_path / "tree/dev").iterdir()] == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="works in namespaces of its own")
+def test_a_scan_without_end_is_ended_and_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardening, "PATIENCE_S", 1)
+    monkeypatch.setattr(hardening, "_SCRIPT", "exec sleep 600")
+    with pytest.raises(ImageError, match=r"the scan that scores .* was ended after 1 s") as late:
+        hardening.score_tree(tmp_path, tmp_path)
+    assert "build again" in late.value.cure

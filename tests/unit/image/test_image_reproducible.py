@@ -351,11 +351,13 @@ def test_a_released_image_is_compared_with_a_fresh_build_and_with_another_releas
         found = {"open": [{"cve": f"CVE-{number}"}], "database_sha256": f"{number}"}
         signed = {"payload": f"{number}", "payloadType": "x", "signatures": [{"sig": f"{number}"}]}
         reports = {f"vulnerabilities-{number:012x}.json": f"{number}", "baseline.dat": f"{number}"}
+        reports[f"baseline-{number:012x}.dat"] = f"{number}"
         evidence = {**record["evidence"], **reports}  # type: ignore[dict-item]
         scored = {**record, "scan": found, "baseline": {"score": number}, "evidence": evidence}
         for name, content in (
             ("release.json", scored), ("release.signed.json", signed), (f"vulnerabilities-{number:012x}.json", found),
             ("measured.json", {"seconds": number, "pcrs": {"11": "0"}}), ("baseline.dat", number),
+            (f"baseline-{number:012x}.dat", number),
         ):  # fmt: skip
             (folder / name).write_text(json.dumps(content))
     assert main(["image", "compare", str(fresh), str(released)]) == 0
@@ -364,7 +366,10 @@ def test_a_released_image_is_compared_with_a_fresh_build_and_with_another_releas
     (again / "measured.json").write_text(json.dumps({"seconds": 1, "pcrs": {"11": "1"}}))
     assert [one.where for one in compare(released, again).refused] == ["measured.json", "release.json"]
     (again / "vulnerabilities-of-mine.json").write_text("{}")
-    assert "vulnerabilities-of-mine.json" in [one.where for one in compare(released, again).refused]
+    (again / "baseline.of-mine.dat").write_text("{}")
+    assert {"vulnerabilities-of-mine.json", "baseline.of-mine.dat"} <= {
+        one.where for one in compare(released, again).refused
+    }
     (again / "release.json").write_text(json.dumps(record))  # recorded, and neither searched nor scored
     assert "release.json" not in [one.where for one in compare(released, again).refused]
 

@@ -12,14 +12,17 @@ import msgspec
 import pytest
 from private_ns import private, sh
 
+from saw.attest.image_record import BASELINE_REPORT
 from saw.errors import SawError, UnavailableError
 from saw.image import inputs
 from saw.image.base import base_path, set_of
 from saw.image.base_os import base_os
 from saw.image.finished import GoldenImage
+from saw.image.hardening import PARTS
 from saw.image.packages import PackageSet, write_set
 from saw.lab import preflight, up
 from saw.lab.exclusive import LabBusy
+from saw.lab.steps import Progress
 from saw.lab.topology import Lab
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes private namespaces")
@@ -74,6 +77,14 @@ def test_an_empty_path_names_every_package_and_nothing_hides_the_list(
     assert "programs are missing: apt-get install " in text
     named = text.partition("apt-get install ")[2].partition("\n")[0].partition(" (")[0].split()
     assert named == sorted(set(preflight.PROGRAMS.values()))
+
+
+def test_what_preflight_asks_for_is_what_the_main_job_installs() -> None:
+    script = (ROOT / "scripts/bootstrap.sh").read_text(encoding="utf-8")
+    installed = script.partition('packages="')[2].partition('"')[0].split()
+    assert not set(preflight.PROGRAMS.values()) - {*installed, "npm"}
+    assert "missing npm" in script  # taken only where no npm is there
+    assert PARTS[0].name in preflight.PROGRAMS, "without the scanner no build begins"
 
 
 def test_one_missing_program_names_its_package_alone(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +150,18 @@ def test_what_is_gone_is_asked_for_again(lab: Lab, gone: str, parts: set[str]) -
     else:
         path.unlink()
     assert set(preflight.still_needed(lab)) == parts | {"logs and growth"}
+
+
+def test_an_image_without_a_score_is_not_kept_and_one_with_it_is(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(lab)
+    monkeypatch.setattr(up.ImageBuild, "news", lambda *_: None)
+    job, built = up.Bringup(lab, Progress(total=1)), lab.images / "workspace-1/build.json"
+    with pytest.raises(UnavailableError, match="workspace-1 is of an earlier release and has no score") as refused:
+        job.image(keep=True)
+    assert "without --keep-image" in str(refused.value.cure)
+    image = msgspec.json.decode(built.read_bytes(), type=GoldenImage)
+    built.write_bytes(msgspec.json.encode(msgspec.structs.replace(image, evidence={BASELINE_REPORT: "1" * 64})))
+    assert job.image(keep=True).name == "workspace-1"
 
 
 def test_an_image_of_other_inputs_is_asked_for_but_its_packages_are_there(lab: Lab) -> None:

@@ -67,7 +67,7 @@ def shop(broker_context, tmp_path_factory):
         )
         environment = {**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(base), "SAW_SSH_KEYS": str(base / "kept")}
         environment |= {"ANSIBLE_INVENTORY_ANY_UNPARSED_IS_FAILED": "1", "ANSIBLE_NOCOLOR": "1"}
-        command = [str(Path(sys.executable).parent / "ansible-inventory"), "-i", str(file), "--list", *options]
+        command = [str(Path(sys.executable).parent / "ansible-inventory"), *options, "-i", str(file), "--list"]
         return Shown(
             subprocess.run(command, env=environment, cwd=base, capture_output=True, text=True, timeout=300, check=False)
         )
@@ -115,9 +115,7 @@ def test_workspaces_are_hosts_with_what_the_register_says(shop) -> None:
     assert "HostName edge.example.com" in config.read_text()
 
 
-def test_hosts_with_the_same_field_are_in_the_same_keyed_groups_and_in_no_other_of_the_first(
-    shop, broker_context
-) -> None:
+def test_hosts_with_equal_fields_share_keyed_groups_and_nothing_else_of_the_first_host(shop, broker_context) -> None:
     for name, ring in (("inv-k1", "inv-even"), ("inv-k2", "inv-even"), ("inv-k3", "inv-odd"), ("inv-k4", "inv-even")):
         broker_context.workspace(name, ring=ring)
     shown = shop(
@@ -141,6 +139,28 @@ def test_hosts_with_the_same_field_are_in_the_same_keyed_groups_and_in_no_other_
     assert shown.all["kinds"] == {"children": ["coding"]}
     assert shown.all["inv_even_people"] == shown.all["inv_odd_people"] == {"children": ["of_ada_example_com"]}
     assert not [name for name in shown.all if name.startswith("reported")]
+
+
+def test_what_another_source_says_of_a_host_is_not_passed_on_to_hosts_with_equal_fields(shop, broker_context) -> None:
+    for name in ("inv-s1", "inv-s2", "inv-s3"):
+        broker_context.workspace(name, ring="inv-sources")
+    before = shop.base / "before.yml"
+    before.write_text(json.dumps({"elsewhere": {"hosts": {"inv-s1": {}}}}))
+    shown = shop("-i", str(before), rings=["inv-sources"], keyed_groups=[KEYED])
+    assert not shown.failed, shown.words
+    assert shown.group("elsewhere") == {"inv-s1"}
+    assert shown.group("ring_inv_sources") == {"inv-s1", "inv-s2", "inv-s3"}
+
+
+def test_extra_variables_count_for_fields_where_they_are_asked_for(shop) -> None:
+    told = {"keyed_groups": [{**KEYED, "parent_group": "{{ site }}"}], "compose": {"known": "saw_workspace.ring"}}
+    site = ("--extra-vars", json.dumps({"site": "north"}))
+    shown = shop(*site, rings=["inv-one"], use_extra_vars=True, **told)
+    assert shown.all.get("north") == {"children": ["ring_inv_one"]}, shown.words
+    assert "north" not in shop(*site, rings=["inv-one"], **told).all
+    other = ("--extra-vars", json.dumps({"site": "north", "saw_workspace": {"ring": "other"}}))
+    shown = shop(*other, rings=["inv-one"], use_extra_vars=True, **told)
+    assert (shown.hosts["inv-a"]["known"], shown.group("ring_other")) == ("other", {"inv-a"})
 
 
 def test_filters_leave_out_and_the_ingress_has_a_port_for_each(shop) -> None:

@@ -724,7 +724,9 @@ def test_images_are_searched_before_they_are_registered(tmp_path: Path) -> None:
     hardened = rendered(tmp_path, broker_image_require=["baseline"], broker_image_baseline_floor="74").image
     assert (hardened.require, hardened.baseline_floor, found.baseline_floor) == (("baseline",), 74, 0)
     with pytest.raises(ConfigError, match="baseline_floor"):
-        rendered(tmp_path, broker_image_baseline_floor=101)
+        rendered(tmp_path, broker_image_require=["baseline"], broker_image_baseline_floor=101)
+    with pytest.raises(ConfigError, match=r"image\.require does not name baseline"):
+        rendered(tmp_path, broker_image_baseline_floor=70)
     main = yaml.safe_load((ROLE / "tasks/main.yml").read_text())
     [loud] = [one for one in main if "WARNING" in str(one.get("ansible.builtin.debug", ""))]
     for require, wanted in ((found.require, False), (["sbom", "provenance"], True)):

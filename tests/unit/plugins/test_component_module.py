@@ -89,10 +89,21 @@ def test_a_line_of_no_form_keeps_all_files(files, tmp_path, run_module):
         for check in (True, False):
             outcome = run_module(component, check=check, files=[files("one", "new\n"), files("two", bad, lines=forms)])
             assert outcome["failure"]["code"] == "content_refused", bad
-            assert f"{tmp_path}/two: line {bad.count(chr(10)) or 1} is none of such a file" in outcome["msg"]
+            assert (
+                f"{tmp_path}/two: line {bad.count(chr(10)) or 1} has none of the forms allowed there: "
+                in outcome["msg"]
+            )
             assert (tmp_path / "one").read_text() == "old\n"
     outcome = run_module(component, files=[files("one", "new\n"), files("two", "server a iburst\n", lines=forms)])
     assert outcome["changed_files"] == [f"{tmp_path}/one", f"{tmp_path}/two"]
+
+
+def test_a_form_that_is_no_expression_is_named_and_keeps_all_files(files, tmp_path, run_module):
+    run_module(component, files=[files("one", "old\n")])
+    outcome = run_module(component, files=[files("one", "new\n"), files("two", "a\n", lines=["a", "b("])])
+    assert outcome["failure"]["code"] == "lines_malformed"
+    assert f"{tmp_path}/two: lines has 'b(', which is no regular expression: " in outcome["msg"]
+    assert (tmp_path / "one").read_text() == "old\n"
 
 
 def test_a_secret_is_not_shown_by_the_line_that_is_refused(tmp_path, run_module):
@@ -102,7 +113,7 @@ def test_a_secret_is_not_shown_by_the_line_that_is_refused(tmp_path, run_module)
         "lines": ["[0-9]+"],
     }
     outcome = run_module(component, files=[secret])
-    assert "line 1 is none of such a file: (secret)" in outcome["msg"]
+    assert "line 1 has none of the forms allowed there: (secret)" in outcome["msg"]
     assert "hunter2" not in outcome["msg"]
 
 

@@ -250,7 +250,7 @@ def test_a_placed_generation_is_exchanged_in_one_step(tmp_path):
     assert str((tmp_path / "current").readlink()) == generation.current(tmp_path) == "name"
     (tmp_path / ".compiling.x").mkdir()
     generation.prune(tmp_path, {"name"})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "name"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "name", "switched"]
 
 
 def denied(reason: str) -> Decision:

@@ -15,6 +15,7 @@ from saw.policy.loader import Bundle, load_governance, load_members, load_policy
 from saw.policy.openshell_runtime import plan
 from saw.policy.reach_diff import diff_bundles
 from saw.runtime import sandbox, sandbox_agents, sandbox_bounds, sandbox_prepare, sandbox_units
+from saw.runtime.generation import switch
 from saw.runtime.limits import SLICE
 from saw.runtime.sandbox import SandboxError, compile_spec, encode_launch
 
@@ -265,13 +266,33 @@ def test_the_command_starts_agents_of_the_generation_in_force_without_waiting(
     assert set(loaded) == {tmp_path / ("c" * 64)}
 
 
-TEMPLATE = Path(__file__).resolve().parents[3] / "roles/sandbox/templates/saw-sandbox-apply.service.j2"
+ROLES = Path(__file__).resolve().parents[3] / "roles"
+APPLY = ROLES / "sandbox/templates/saw-sandbox-apply.service.j2"
+HAND_OVER = ROLES / "runtime_openshell/templates/saw-openshell-apply.service.j2"
+
+
+def policy_in_force(generations: Path, name: str = "d" * 64) -> None:
+    (generations / name).mkdir(parents=True)
+    (generations / name / "policy.yaml").touch()
+    switch(generations, name)
+
+
+def applied(template: Path, place: Path) -> subprocess.CompletedProcess[bytes]:
+    """Run what the unit runs, with the programs in ``place``."""
+    text = template.read_text()
+    script = text[text.index("'rm") + 1 : text.rindex("'")].replace("\\\n", "\n").replace("$$", "$")
+    for theirs, ours in (
+        ("/run/saw/generations", place / "generations"),
+        ("/run/systemd/system", place / "units"),
+        ("/opt/saw/bin/saw", place / "saw"),
+    ):
+        script = script.replace(theirs, str(ours))
+    return subprocess.run(["/bin/sh", "-ec", script], check=False, timeout=60, env={"PATH": f"{place}:/usr/bin:/bin"})
 
 
 @pytest.mark.parametrize("fails", ["", "prepare", "start-agents", "saw-shell.service"])
 def test_an_apply_starts_agents_by_their_own_command_and_fails_with_any_part(tmp_path: Path, fails: str) -> None:
-    (tmp_path / "generations").mkdir()
-    (tmp_path / "generations/current").symlink_to("d" * 64)
+    policy_in_force(tmp_path / "generations")
     (tmp_path / "units").mkdir()
     for name in (
         "saw-agent@a.service",
@@ -286,17 +307,7 @@ def test_an_apply_starts_agents_by_their_own_command_and_fails_with_any_part(tmp
             f'#!/bin/sh\necho "{name} $*" >>{tmp_path}/asked\ncase " $* " in *" {fails or "never"} "*) exit 1;; esac\n'
         )
         place.chmod(0o755)
-    text = TEMPLATE.read_text()
-    script = text[text.index("'while") + 1 : text.rindex("'")].replace("\\\n", "\n").replace("$$", "$")
-    for place, ours in (
-        ("/run/saw/generations", tmp_path / "generations"),
-        ("/run/systemd/system", tmp_path / "units"),
-        ("/opt/saw/bin/saw", tmp_path / "saw"),
-    ):
-        script = script.replace(place, str(ours))
-    done = subprocess.run(
-        ["/bin/sh", "-ec", script], check=False, timeout=60, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}
-    )
+    done = applied(APPLY, tmp_path)
     steps = [
         "saw sandbox prepare",
         "systemctl daemon-reload",
@@ -305,6 +316,37 @@ def test_an_apply_starts_agents_by_their_own_command_and_fails_with_any_part(tmp
     ]
     assert (tmp_path / "asked").read_text().splitlines() == (steps[:1] if fails == "prepare" else steps)
     assert (done.returncode == 0) is (not fails)
+    assert not (tmp_path / "generations/switched").exists(), "the path unit would start it again at once"
+
+
+@pytest.mark.parametrize("template", [APPLY, HAND_OVER], ids=["sandbox", "openshell"])
+def test_what_waits_for_a_generation_misses_none_and_needs_one(tmp_path: Path, template: Path) -> None:
+    """Its path unit starts it as long as the file lies there: a switch that nobody saw is found when it looks again."""
+    path = template.with_name(template.name.replace(".service", ".path")).read_text().splitlines()
+    assert "PathExists=/run/saw/generations/switched" in path
+    assert "ConditionPathExists" not in template.read_text(), "what is skipped leaves the file"
+    (tmp_path / "units").mkdir()
+    for name in ("saw", "systemctl"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >>{tmp_path}/asked\n')
+        (tmp_path / name).chmod(0o755)
+    generations = tmp_path / "generations"
+    generations.mkdir()
+    (generations / "closed").mkdir()
+    switch(generations, "closed")
+    assert (applied(template, tmp_path).returncode, (tmp_path / "asked").exists()) == (0, False)
+    assert not (generations / "switched").exists()
+
+    policy_in_force(generations, "e" * 64)
+    new = generations / ("f" * 64)
+    meanwhile = (
+        f"mkdir {new}; touch {new}/policy.yaml; ln -sfn {new.name} {generations}/current; touch {generations}/switched"
+    )
+    with (tmp_path / "saw").open("a") as program:
+        program.write(f"[ -e {new} ] || {{ {meanwhile}; }}\n")
+    assert applied(template, tmp_path).returncode == 0
+    rounds = [line for line in (tmp_path / "asked").read_text().splitlines() if line.endswith((" prepare", " apply"))]
+    assert len(rounds) == 2, "the generation that came meanwhile"
+    assert (generations / "switched").exists(), "and it is looked at once more"
 
 
 def gained(old: str, new: str) -> list[tuple[str, str, str]]:

@@ -9,6 +9,7 @@ import re
 import ssl
 import struct
 import time
+import zlib
 from typing import Any
 
 from saw.conformance.probe.core import NotPossible, Refused, attempt
@@ -44,12 +45,31 @@ def placeholder(authority: str, request: str, sni: str, variable: str) -> str:
     return judge(ask(authority, _filled(request, _placeholder(variable)), sni), "answer")
 
 
+def _joined(body: bytes) -> bytes:
+    """Return what the chunks of ``body`` hold (RFC 9112, 7.1); raise ``ValueError`` where they do not come to their end."""
+    pieces = b""
+    while True:
+        found = re.match(rb"([0-9a-fA-F]+)[^\r\n]*\r\n", body)
+        size = int(found[1], 16) if found else -1
+        if found is None or len(body) < found.end() + size:
+            raise ValueError("the chunks do not come to their end")
+        if size == 0:
+            return pieces
+        pieces += body[found.end() : found.end() + size]
+        body = body[found.end() + size + 2 :]
+
+
 def _shown(answer: bytes) -> str:
-    """Return the body of an answer, unpacked; raise :class:`Refused` for a refusal."""
+    """Return the body of an answer, unpacked; raise :class:`Refused` for a refusal, :class:`NotPossible` for one cut off."""
     judge(answer, "answer")
     head, _, body = answer.partition(b"\r\n\r\n")
-    if re.search(rb"(?i)\ncontent-encoding: *gzip", head):
-        body = gzip.decompress(body)
+    try:
+        if re.search(rb"(?i)\ntransfer-encoding: *chunked", head):
+            body = _joined(body)
+        if re.search(rb"(?i)\ncontent-encoding: *gzip", head):
+            body = gzip.decompress(body)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise NotPossible(f"the answer cannot be read: {error}") from None
     return body.decode("utf-8", "replace")
 
 
@@ -83,6 +103,8 @@ def one_header(authority: str, request: str, sni: str, name: str) -> str:
     shown = _shown(ask(authority, request, sni))
     if re.search(rf'(?im)(^|"){re.escape(name)}"?[ =:]', shown):
         return f"the far end saw a header {name}"
+    if not re.search(rf'(?im)(^|")host"?[ =:\["]+{re.escape(sni)}', shown):
+        raise NotPossible("the service does not show the Host that it got, so that no header's absence says anything")
     raise Refused(f"the far end saw no header {name}", reason="as_sent")
 
 

@@ -13,6 +13,8 @@ from typing import Any
 from saw.conformance.probe.core import NotPossible, Refused, attempt
 
 PATIENCE = 8.0
+HEARD = 2.0
+"""How long an opened tunnel is listened to, in seconds."""
 ANSWER = 65536
 
 
@@ -87,8 +89,12 @@ def dial() -> socket.socket:
 
 def opened(plain: socket.socket, authority: str) -> str:
     """Make the connection a tunnel to ``authority``, and return the answer in short; raise :class:`Refused` without one."""
-    plain.sendall(f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n\r\n".encode("latin-1"))
-    return judge(_receive(plain, tunnel=True), "CONNECT")
+    try:
+        plain.sendall(f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n\r\n".encode("latin-1"))
+        answer = _receive(plain, tunnel=True)
+    except ConnectionError as error:
+        raise Refused(f"CONNECT: the connection was closed: {error}", reason="closed") from None
+    return judge(answer, "CONNECT")
 
 
 def ask(authority: str, request: str, sni: str) -> bytes:
@@ -110,6 +116,7 @@ def connect(authority: str, mark: str) -> str:
         answer = opened(connection, authority)
         try:
             connection.sendall(f"GET /{mark} HTTP/1.0\r\n\r\n".encode("latin-1"))
+            connection.settimeout(HEARD)
             connection.recv(65536)  # an answer says that it arrived; without one the tunnel was open all the same
         except OSError:
             pass
