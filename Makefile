@@ -110,8 +110,9 @@ test-postgresql: TESTS ?= tests/unit/broker tests/integration/broker tests/integ
 test-postgresql: tools ## the tests of the broker on a PostgreSQL that they start themselves, no part of `make test`
 	@SAW_TEST_DATABASE=postgresql $(PYTEST) $(TESTS) -q -n 2 --dist loadfile -p no:cacheprovider
 
-test-properties: tools-python ## all property tests with all their examples, no part of `make test`
+test-properties: tools-python ## all property tests with all their examples, and a thousand policy bundles; no part of `make test`
 	@$(PYTEST) tests/unit tests/integration -q -m hypothesis --hypothesis-profile=thorough -n 2 --dist loadfile -p no:cacheprovider
+	@SAW_BUNDLES=1000 $(PYTEST) tests/integration/policyd/test_policyd_thousand.py -q -p no:cacheprovider
 
 lint: tools-python ## ruff, mypy, yamllint, shellcheck, ansible-lint, packer validate, ansible-test sanity
 	@scripts/lint.sh

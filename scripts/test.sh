@@ -66,7 +66,8 @@ lane_lint() {
   scripts/lint.sh || return 1
   newer_environment
   case $? in
-    0) VENV=$root/build/venv-newer LINT_DIR=$root/build/lint-newer scripts/lint.sh ansible-lint sanity ;;
+    0) # ansible-lint's rules are the same there, and the modules' own tests run on it as well
+      VENV=$root/build/venv-newer LINT_DIR=$root/build/lint-newer scripts/lint.sh sanity ;;
     1) return 0 ;;
     *) return 1 ;;
   esac
