@@ -70,10 +70,13 @@ async def _git(scope, headers, path, body, send):
         "REMOTE_USER": "agent",
     }
     backend = await asyncio.create_subprocess_exec(
-        "git", "http-backend", env=environment, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
-    )
-    output, _ = await backend.communicate(body)
-    head, _, content = output.partition(b"\r\n\r\n")
+        "git", "http-backend", env=environment,
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    output, words = await backend.communicate(body)
+    head, found, content = output.partition(b"\r\n\r\n")
+    if not found:
+        head, content = b"Status: 500", b"git http-backend ended with %d: %s" % (backend.returncode, words)
     fields = [line.split(b": ", 1) for line in head.split(b"\r\n")]
     status = next((int(value.split()[0]) for name, value in fields if name == b"Status"), 200)
     passed = [(name.lower(), value) for name, value in fields if name != b"Status"]
