@@ -39,6 +39,13 @@ def test_the_handover_waits_for_a_generation(host):
     assert json.loads(host.file("/etc/saw/openshell.json").content_string)["accept"] == ["governance.persistence"]
 
 
+def test_a_switch_starts_the_handover_which_does_nothing_where_no_policy_is_in_force(host):
+    host.run_expect([0], "mkdir -p /run/saw/generations && touch /run/saw/generations/switched")
+    taken = host.run("timeout 60 sh -c 'while [ -e /run/saw/generations/switched ]; do :; done'")
+    ended = host.run("systemctl show --property=Result --value saw-openshell-apply.service").stdout.strip()
+    assert (taken.rc, ended) == (0, "success"), host.run("systemctl status saw-openshell-apply.service").stdout
+
+
 def test_an_image_that_is_not_there_keeps_the_gateway_from_starting(host):
     images = "/usr/share/test-podman/images"
     host.run_expect([0], f"cp --preserve=mode {images} /root/images && sed -i /supervisor/d {images}")

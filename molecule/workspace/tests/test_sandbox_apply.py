@@ -37,3 +37,15 @@ def test_the_agent_writes_its_home_and_nothing_else(host):
 def test_the_mcp_mediator_runs_as_its_own_user(host):
     assert host.service("saw-mcp-files").is_running
     assert host.run("systemctl show --property=User --value saw-mcp-files.service").stdout.strip() == "saw-mcp"
+
+
+@pytest.mark.control("POL-02")
+def test_a_switch_that_came_while_nobody_looked_is_found(host):
+    taken = "timeout 60 sh -c 'while [ -e /run/saw/generations/switched ]; do :; done'"
+    assert host.run(taken).rc == 0, "the switch that brought the sandbox up"
+    host.run_expect([0], "systemctl stop saw-sandbox-apply.path && touch /run/saw/generations/switched")
+    try:
+        assert host.file("/run/saw/generations/switched").exists
+    finally:
+        host.run_expect([0], "systemctl start saw-sandbox-apply.path")
+    assert host.run(taken).rc == 0, host.run("systemctl status saw-sandbox-apply.path saw-sandbox-apply.service").stdout
