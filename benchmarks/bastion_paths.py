@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -115,14 +116,12 @@ def operated(count: int) -> tuple[list[float], ...]:
             through.append(first_byte(bastion.line(bastion.certify()[0], "echo x")))
             client = live([*plain[:-1], "-tt", plain[-1]])
             # The shell's parent is the server's process of this connection.
-            cut.append(dropped(client, lambda one=client: one.type("kill -9 $PPID\n")))  # type: ignore[misc]
+            cut.append(dropped(client, partial(client.type, "kill -9 $PPID\n")))
             folder, session = bastion.certify()
             client = live(bastion.line(folder, extra=("-tt",)))
-            path = f"/v1/sessions/{session}/end"
+            asked = "POST", f"/v1/sessions/{session}/end", {"reason": f"benchmark {number}"}
             with bastion.lab.operator.session() as operator:
-                ended.append(
-                    dropped(client, lambda: operator.request("POST", path, {"reason": f"benchmark {number}"}))  # noqa: B023
-                )
+                ended.append(dropped(client, partial(operator.request, *asked)))
             ended_as(bastion, session, "ended_by_operator")
     return bare, through, cut, ended
 
@@ -139,9 +138,7 @@ def disentitled(count: int) -> tuple[list[float], list[float]]:
             session = str(lab.operator.request("GET", "/v1/sessions?live=1")["sessions"][0]["id"])
             if number % 2:
                 said = {"logout_token": logout_token(lab, "u-ada")}
-                logged_out.append(
-                    dropped(client, lambda: provider.http.post("/logout/backchannel", data=said).raise_for_status())  # noqa: B023
-                )
+                logged_out.append(dropped(client, partial(provider.http.post, "/logout/backchannel", data=said)))
                 ended_as(bastion, session, "sign_in_ended")
             else:
                 roleless.append(asked_again(lab, bastion, client, home))
