@@ -15,9 +15,9 @@ import msgspec
 from saw import __version__
 from saw.broker.agent_views import Agent, Changed, Changes, Page
 from saw.broker.delegation_views import DelegationChanges, DelegationPage, Issued, Revoked, Signed
-from saw.broker.job_answers import ChangedJob, Job, JobPage, JobSteps
+from saw.broker.job_views import ChangedJob, Job, JobPage, JobSteps
 from saw.broker.policy_request_views import AnsweredRequest, JudgedRequest, PolicyRequestPage
-from saw.broker.review_answers import (
+from saw.broker.review_views import (
     AskedBack,
     ChangedReview,
     Nonce,
@@ -26,7 +26,7 @@ from saw.broker.review_answers import (
     ShownReview,
     SignedReceipt,
 )
-from saw.broker.session_answers import ChangedSession, RecordingKey, Session, SessionCertificate, SessionPage
+from saw.broker.session_views import ChangedSession, RecordingKey, Session, SessionCertificate, SessionPage
 from saw.broker.sponsor_views import ChangedSponsor, Sponsor, SponsorChanges, SponsorPage
 from saw.broker.workspace_views import ChangedWorkspace, WayBack, Workspace, WorkspaceChanges, WorkspacePage
 
