@@ -57,7 +57,7 @@ export SAW_IMAGE_SECURE_BOOT_VARIABLES := $(abspath $(SECURE_BOOT_VARIABLES))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help workspace test test-unit test-roles test-e2e test-postgresql test-properties lint bench image image-edr-check image-reproducible clean start stop rebuild kill destroy tools tools-python
+.PHONY: help workspace test test-unit test-roles test-e2e test-postgresql test-properties test-thorough lint bench image image-edr-check image-reproducible clean start stop rebuild kill destroy tools tools-python
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -109,6 +109,10 @@ test-e2e: tools ## `make workspace` from a clean clone, then every failure case
 test-postgresql: TESTS ?= tests/unit/broker tests/integration/broker tests/integration/postgres
 test-postgresql: tools ## the tests of the broker on a PostgreSQL that they start themselves, no part of `make test`
 	@SAW_TEST_DATABASE=postgresql $(PYTEST) $(TESTS) -q -n 2 --dist loadfile -p no:cacheprovider
+
+test-thorough: tools ## what goes deeper and takes long, and `make workspace` ended at each step; no part of `make test`
+	@$(PYTEST) tests/unit tests/integration -q -m thorough -n 2 --dist loadfile -p no:cacheprovider
+	@SAW_INTERRUPTIONS=all scripts/test.sh e2e
 
 test-properties: tools-python ## all property tests with all their examples, and a thousand policy bundles; no part of `make test`
 	@$(PYTEST) tests/unit tests/integration -q -m hypothesis --hypothesis-profile=thorough -n 2 --dist loadfile -p no:cacheprovider

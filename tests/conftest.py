@@ -18,8 +18,13 @@ import examples  # noqa: E402
 examples.register()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What a test says of SQLite's files is not asked of PostgreSQL."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave thorough tests out of a run of whole folders; what a test says of SQLite's files is not asked of PostgreSQL."""
+    if not config.option.markexpr and any(Path(named).is_dir() for named in config.args):
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker("thorough")]
     if not databases.on_postgresql():
         return
     for item in items:

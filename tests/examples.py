@@ -1,4 +1,4 @@
-"""How many examples a property draws: 100 in the ordinary run, as many as its test says in the thorough one.
+"""How many examples a property draws: 50 in the ordinary run, as many as its test says in the thorough one.
 
 Either way they are the same ones each time (profile ``ci`` and its child ``thorough``). ``make test-properties`` draws them all.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from hypothesis import settings
 
-ORDINARY = 100
+ORDINARY = 50
 THOROUGH = "thorough"
 
 

@@ -129,6 +129,21 @@ def test_a_marked_test_that_is_not_listed_may_be_skipped_but_not_fail(tmp_path: 
     assert controls.main(["--results", junit(root, ""), junit(root, inner, module="test_more")], root) == status
 
 
+THOROUGH = '\n\n@pytest.mark.thorough\n@pytest.mark.control("NET-01")\ndef test_deep():\n    pass\n'
+
+
+def test_a_thorough_test_may_be_left_out_where_another_of_its_file_is_the_proof(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = repository(tmp_path)
+    file = root / "tests/test_net.py"
+    file.write_text(file.read_text() + THOROUGH)
+    assert controls.main(["--check", "--results", junit(root, "")], root) == 0
+    file.write_text("import pytest\n" + THOROUGH)
+    assert controls.main(["--check"], root) == 1
+    assert "lists tests/test_net.py, which `make test` leaves out" in capsys.readouterr().err
+
+
 def test_a_case_that_is_skipped_in_one_run_and_passed_in_another_has_passed(tmp_path: Path) -> None:
     root = repository(tmp_path)
     again = junit(root, "<skipped/>", file="newer.xml")

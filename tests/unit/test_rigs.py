@@ -76,11 +76,11 @@ def test_another_database_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("profile", "many", "few"), [("ci", ORDINARY, 25), ("thorough", 400, 25), ("default", 400, 25)]
 )
-def test_a_property_draws_a_hundred_and_all_where_all_are_asked_for(profile: str, many: int, few: int) -> None:
+def test_a_property_draws_fifty_and_all_where_all_are_asked_for(profile: str, many: int, few: int) -> None:
     before = settings.get_current_profile_name()
     settings.load_profile(profile)
     try:
         assert (examples(400), examples(25)) == (many, few)
     finally:
         settings.load_profile(before)
-    assert ORDINARY == 100
+    assert ORDINARY == 50

@@ -1,4 +1,4 @@
-"""Each area switched off by itself: what drifted in it stays as it is, and everything else is mended in the same run."""
+"""Areas switched off: what drifted in them stays as it is, and everything else is mended in the same run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,10 +85,14 @@ AREAS = {
     "files": Area("chmod 755 /etc/cron.d", "-mode /etc/cron.d: 0755", "stat -c %a /etc/cron.d", "755", "700"),
 }  # fmt: skip
 LOOK = "\n".join(f'echo "{name} $({area.question})"' for name, area in AREAS.items())
+#: Which areas are off in each run. Every area is off in another three of the six, so that for any two of them there is a run
+#: in which the one is off and the other is not: a switch that takes another area with it shows.
+THREE_OF_SIX = dict(zip(AREAS, combinations("123456", 3), strict=False))
+OFF = {number: {name for name, runs in THREE_OF_SIX.items() if number in runs} for number in "123456"}
 
 
 class Runs(NamedTuple):
-    """What each run without an area left, by area and by what was asked; and what the forecasts said."""
+    """What each run left, by its number and by what was asked; and what the forecasts said."""
 
     forecast: dict[str, str]
     left_by_forecast: dict[str, dict[str, str]]
@@ -100,12 +105,14 @@ def seen(folder: Path) -> dict[str, dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, play) -> Iterator[Runs]:
-    """The role without each area, once forecast and once in earnest, on a host that has drifted in all of them."""
+    """The role without the areas of each run, once forecast and once in earnest, on a host that has drifted in all of them."""
     told, left = {}, []
     for mode in (["--check", "--diff"], []):
         folder = tmp_path_factory.mktemp("switches")
         values = {
-            "switches": {name: area.drift for name, area in AREAS.items()},
+            "switches": {number: sorted(off) for number, off in OFF.items()},
+            "areas": list(AREAS),
+            "drift": "\n".join(area.drift for area in AREAS.values()),
             "look": LOOK,
             "switches_folder": str(folder),
         }
@@ -115,7 +122,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, play) -> Iterator[Runs]:
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr
         left.append(seen(folder))
         if mode:
-            parts = re.split(r"^TASK \[Without the area (\w+)\]", done.stdout, flags=re.MULTILINE)
+            parts = re.split(r"^TASK \[Drift before run (\d)\]", done.stdout, flags=re.MULTILINE)
             told = dict(zip(parts[1::2], parts[2::2], strict=True))
     yield Runs(told, *left)
     assert play("baseline").returncode == 0
@@ -126,16 +133,21 @@ def test_the_areas_are_those_of_the_role():
     assert list(AREAS) == defaults["baseline_areas"]
 
 
-@pytest.mark.parametrize("area", AREAS)
-def test_without_an_area_its_drift_stays_and_all_else_is_mended(runs, area):
-    wanted = {name: one.drifted if name == area else one.mended for name, one in AREAS.items()}
-    assert runs.left[area] == wanted
+def test_each_area_is_told_from_each_other_one_by_a_run():
+    assert list(THREE_OF_SIX) == list(AREAS)
+    assert all(any(a in off and b not in off for off in OFF.values()) for a, b in permutations(AREAS, 2))
 
 
-@pytest.mark.parametrize("area", AREAS)
-def test_a_forecast_without_an_area_is_silent_about_it_and_names_all_else(runs, area):
-    named = {name for name, one in AREAS.items() if one.words in runs.forecast[area]}
-    assert named == AREAS.keys() - {area}
-    assert runs.left_by_forecast[area] == {name: one.drifted for name, one in AREAS.items()}, (
+@pytest.mark.parametrize("number", OFF)
+def test_in_areas_that_are_off_drift_stays_and_all_else_is_mended(runs, number):
+    wanted = {name: one.drifted if name in OFF[number] else one.mended for name, one in AREAS.items()}
+    assert runs.left[number] == wanted
+
+
+@pytest.mark.parametrize("number", OFF)
+def test_a_forecast_is_silent_about_areas_that_are_off_and_names_all_else(runs, number):
+    named = {name for name, one in AREAS.items() if one.words in runs.forecast[number]}
+    assert named == AREAS.keys() - OFF[number]
+    assert runs.left_by_forecast[number] == {name: one.drifted for name, one in AREAS.items()}, (
         "check mode changed something"
     )

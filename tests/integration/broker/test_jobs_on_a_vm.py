@@ -228,6 +228,7 @@ def destroyed(site: Site, cancelled: Step) -> Step:
     return Step({}, destroy.ended(), destroy.lines, site.host.main_process(WS))
 
 
+@pytest.mark.thorough
 def test_a_create_is_watched_task_by_task_while_it_runs_and_ends_with_an_active_workspace(
     site: Site, created: Step
 ) -> None:
@@ -251,6 +252,7 @@ def test_a_create_is_watched_task_by_task_while_it_runs_and_ends_with_an_active_
     site.host.says(WS, "guest one first")
 
 
+@pytest.mark.thorough
 def test_a_stop_ends_the_vm_and_keeps_what_it_is_made_of(site: Site, stopped: Step) -> None:
     assert (stopped.job["state"], stopped.job["asked_by"]) == ("succeeded", "machine:portal")
     assert stopped.pid is None
@@ -258,12 +260,14 @@ def test_a_stop_ends_the_vm_and_keeps_what_it_is_made_of(site: Site, stopped: St
     assert site.parts() >= PARTS
 
 
+@pytest.mark.thorough
 def test_a_start_runs_the_same_root_disk(site: Site, created: Step, started: Step) -> None:
     assert started.job["state"] == "succeeded", started.job
     assert started.pid not in {None, created.pid}
     site.host.says(WS, "guest one again")
 
 
+@pytest.mark.thorough
 def test_a_rebuild_whose_worker_is_killed_is_interrupted_and_nothing_runs(interrupted: Step) -> None:
     assert (interrupted.job["state"], interrupted.job["error"]["code"]) == ("interrupted", "worker_lost")
     workspace = interrupted.midway["workspace"]
@@ -271,6 +275,7 @@ def test_a_rebuild_whose_worker_is_killed_is_interrupted_and_nothing_runs(interr
     assert interrupted.pid is None
 
 
+@pytest.mark.thorough
 def test_resumed_it_makes_the_new_root_disk_keeps_the_tpm_and_the_workspace_is_active(
     site: Site, interrupted: Step, resumed: Step, guest: Guest
 ) -> None:
@@ -281,6 +286,7 @@ def test_resumed_it_makes_the_new_root_disk_keeps_the_tpm_and_the_workspace_is_a
     site.host.says(WS, "guest two first")
 
 
+@pytest.mark.thorough
 def test_a_cancelled_destroy_ends_with_its_processes_and_removes_nothing(
     site: Site, resumed: Step, cancelled: Step
 ) -> None:
@@ -292,6 +298,7 @@ def test_a_cancelled_destroy_ends_with_its_processes_and_removes_nothing(
     assert b"guest two again" not in site.host.console(WS), "the guest began anew"
 
 
+@pytest.mark.thorough
 def test_a_destroy_leaves_nothing_behind(site: Site, destroyed: Step) -> None:
     assert destroyed.job["state"] == "succeeded", destroyed.job
     assert site.workspace()["state"] == "decommissioned"
@@ -304,6 +311,7 @@ def test_a_destroy_leaves_nothing_behind(site: Site, destroyed: Step) -> None:
     assert not list((site.rig.base / "state/held").iterdir())
 
 
+@pytest.mark.thorough
 def test_the_audit_trail_tells_who_asked_for_what_and_how_each_ended(site: Site, destroyed: Step) -> None:
     ends = [
         (event["unmapped"]["saw"]["kind"], event["unmapped"]["saw"]["to"])

@@ -52,6 +52,7 @@ def _approve(printed: str) -> Mapping[str, str]:
     return {"APPROVED": found[1]} if found else {}
 
 
+@pytest.mark.thorough
 def test_every_command_of_the_page_does_what_the_page_says(desk: tuple[Lab, Path]) -> None:
     lab, folder = desk
     environment = {

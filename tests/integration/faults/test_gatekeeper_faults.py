@@ -87,6 +87,7 @@ def test_a_stopped_gatekeeper_refuses_and_goes_on_where_the_state_is_by_then(rig
     assert verdicts(rig).get(answer.json["request_id"]) != "allow", "what Envoy gave up is no allowed call"
 
 
+@pytest.mark.thorough
 @pytest.mark.control("POL-05")
 @pytest.mark.control("AUD-01")
 def test_without_a_way_to_the_broker_a_lease_is_used_up_and_not_exceeded(rig: Rig) -> None:

@@ -112,6 +112,7 @@ def workspace() -> Iterator[Workspace]:
         yield Workspace(stack)
 
 
+@pytest.mark.thorough
 @pytest.mark.control("POL-02")
 @pytest.mark.control("POL-05")
 def test_without_a_way_to_the_broker_the_policy_in_force_counts_until_the_lease_ends(workspace: Workspace) -> None:

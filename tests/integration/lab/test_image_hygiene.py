@@ -62,6 +62,7 @@ def state(tree: LightHost) -> dict[str, object]:
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.control("P0-01")
 def test_check_mode_tells_before_and_after_and_both_kernels_are_served(tree: LightHost, tmp_path: Path) -> None:
     link = tmp_path / "installed/ansible_collections/secure_agent/workspace"

@@ -29,6 +29,7 @@ def seen(tree: Path) -> dict[str, tuple[int, int, int]]:
     return {name: (status.st_mode, status.st_size, status.st_mtime_ns) for name, status in found.items()}
 
 
+@pytest.mark.thorough
 def test_a_tree_is_scored_and_left_as_it_was(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()

@@ -43,6 +43,7 @@ def runs(site: ModuleType):
     return first, after[0]
 
 
+@pytest.mark.thorough
 def test_a_run_without_a_change_changes_nothing_on_any_host(runs) -> None:
     first, again = runs
     assert first.changes("control")

@@ -17,6 +17,7 @@ from policyd_lab import Lab, until
 
 from saw.policy.bundle import describe
 from saw.policy.tuf_repository import init_repository
+from saw.runtime.generation import SWITCHED
 from saw.runtime.policyd_dry_run import DryRun
 
 
@@ -388,7 +389,9 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_generation(loaded, crash, 
     lab.agent().cycle()
     assert lab.current() == digest_of(raw)
     assert lab.broker.reports[-1]["policy_digest"] == digest_of(raw)
-    assert sorted(p.name for p in (lab.run / "generations").iterdir()) == sorted([digest_of(raw), "closed", "current"])
+    assert sorted(p.name for p in (lab.run / "generations").iterdir()) == sorted(
+        [digest_of(raw), "closed", "current", SWITCHED]
+    )
 
 
 @pytest.mark.control("POL-02")

@@ -8,6 +8,7 @@ import pytest
 from policyd_lab import GOVERNANCE, POLICY, Lab
 
 from saw.policy.bundle import describe
+from saw.runtime.generation import SWITCHED
 from saw.runtime.landlock import abi
 from saw.runtime.netns import SandboxNet
 from saw.runtime.policyd_activate import Activator
@@ -39,7 +40,9 @@ def refused(lab: Lab, agent, before: str, raw: bytes) -> str:
     said = [r for r in lab.broker.reports if r["state"] == "refused" and r["kind"] == "policy_state"][-1]
     assert (said["policy_digest"], said["detail"]) == (describe(raw)[0], told["detail"])
     assert len(said["detail"]) < 700
-    assert sorted(p.name for p in (lab.run / "generations").iterdir()) == sorted([before, "closed", "current"])
+    assert sorted(p.name for p in (lab.run / "generations").iterdir()) == sorted(
+        [before, "closed", "current", SWITCHED]
+    )
     return said["detail"]
 
 

@@ -14,6 +14,7 @@ import pytest
 from policyd_lab import Lab, until
 
 from saw.policy.bundle import describe
+from saw.runtime.generation import SWITCHED
 
 
 def digest_of(raw: bytes) -> str:
@@ -248,5 +249,7 @@ def test_a_kill_between_the_steps_leaves_the_old_or_the_new_generation(loaded, m
     restarted.agent().cycle()
     assert lab.current() == digest_of(raw)
     assert lab.words()[-1] == ("loaded", digest_of(raw))
-    assert sorted(p.name for p in (lab.run / "generations").iterdir()) == sorted([digest_of(raw), "closed", "current"])
+    assert sorted(p.name for p in (lab.run / "generations").iterdir()) == sorted(
+        [digest_of(raw), "closed", "current", SWITCHED]
+    )
     assert json.loads((lab.state / "floor.json").read_text()) == {"revision": 2}

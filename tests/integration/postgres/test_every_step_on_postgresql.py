@@ -17,6 +17,7 @@ from saw.broker.wake import Waker
 pytestmark = pytest.mark.control("FLT-01")
 
 
+@pytest.mark.thorough
 def test_a_database_of_any_step_goes_to_the_newest_with_all_that_it_held(postgres: Server) -> None:
     walking = postgres.database(empty=True)
     engine = broker_postgres.open_engine(parse_database(walking)).execution_options(saw_write=True, saw_steps=True)

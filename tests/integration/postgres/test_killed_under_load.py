@@ -122,6 +122,7 @@ def test_the_proof_sees_what_is_wrong(settled: Path, directory: Path, kind: str,
         whole.close()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("database", DATABASES)
 def test_sixteen_perimeters_that_race_send_each_approved_call_once(
     database: str, directory: Path, request: pytest.FixtureRequest

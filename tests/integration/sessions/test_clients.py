@@ -143,6 +143,7 @@ def sessions(bastion: Bastion) -> dict[str, str]:
     return {str(one["id"]): str(one["command"]) for one in found}
 
 
+@pytest.mark.thorough
 def test_an_ordinary_play_changes_a_file_once_and_shows_it_first(
     bastion: Bastion, config: Path, tmp_path: Path
 ) -> None:
@@ -169,6 +170,7 @@ def test_an_ordinary_play_changes_a_file_once_and_shows_it_first(
     assert "sftp" not in taken
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("pipelining", "taken"), [(False, 7), (True, 2)])
 def test_a_module_takes_as_many_sessions_as_the_page_says(
     bastion: Bastion, config: Path, tmp_path: Path, pipelining: bool, taken: int
@@ -232,6 +234,7 @@ def test_an_editor_uploads_its_server_and_talks_to_it_over_standard_input(
         assert (editor.returncode, said) == (0, b"ended\n")
 
 
+@pytest.mark.thorough
 def test_a_part_that_comes_first_keeps_connections_from_being_shared(
     bastion: Bastion, config: Path, tmp_path: Path
 ) -> None:

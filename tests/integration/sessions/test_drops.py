@@ -191,6 +191,7 @@ def reconfigure(lab: Lab, **changes: Any) -> None:
     lab.config_file.write_bytes(msgspec.json.encode(lab.config))
 
 
+@pytest.mark.thorough
 @pytest.mark.control("ID-03")
 def test_without_a_broker_a_session_lasts_as_long_as_its_lease_and_the_report_comes_later() -> None:
     directory = Path(tempfile.mkdtemp(prefix="saw-bastion-"))

@@ -105,6 +105,7 @@ def test_the_firmware_refuses_what_the_owner_did_not_sign(boot: Boot, name: str)
     assert all(any(word in line for word in REFUSED) for line in refusals)
 
 
+@pytest.mark.thorough
 def test_without_the_owners_store_the_same_unsigned_image_boots_as_ever(boot: Boot) -> None:
     console = boot("unsigned", store=False)
     assert "Linux version" in console, console[-2000:]

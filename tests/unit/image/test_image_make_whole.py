@@ -122,6 +122,7 @@ def test_one_command_scores_searches_and_signs_and_a_second_one_changes_nothing(
     assert checkout.signed.read_bytes() == raw
 
 
+@pytest.mark.thorough
 def test_the_bare_command_scores_and_says_what_it_was_given_nothing_for(checkout: Checkout) -> None:
     said = checkout.make()
     assert "index:       74" in said
@@ -132,6 +133,7 @@ def test_the_bare_command_scores_and_says_what_it_was_given_nothing_for(checkout
     assert not checkout.signed.exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("what", ["vulnerability", "floor", "no score"])
 def test_what_does_not_hold_ends_the_command_and_nothing_is_signed(checkout: Checkout, what: str) -> None:
     given: dict[str, Any] = {"SIGN_KEY": checkout.keys[0]}

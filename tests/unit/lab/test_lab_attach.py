@@ -31,6 +31,7 @@ def session(tmp_path: Path, name: str = "kept") -> list[str]:
     return [TMUX, "-f", "/dev/null", "-S", str(tmp_path / f"{name}.sock"), "new-session", "-A", "-s", "main"]
 
 
+@pytest.mark.thorough
 def test_what_the_first_attachment_left_is_there_after_detaching_and_after_a_hang_up(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:

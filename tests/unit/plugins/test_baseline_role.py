@@ -131,6 +131,7 @@ def test_every_area_has_a_switch_and_a_line_in_the_documentation() -> None:
     assert [area for area in AREAS if f"| `{area}` |" not in page] == []
 
 
+@pytest.mark.thorough
 def test_all_areas_together_hold_what_is_listed(plans: dict[str, Any]) -> None:
     assert contents(plans["all"]["plan"]) == set().union(*BELONGS.values())
     assert plans["all"]["missing"] == []

@@ -80,6 +80,7 @@ def test_the_defaults_of_the_role_are_those_of_the_broker(tmp_path: Path) -> Non
     assert "jobs" not in json.loads((tmp_path / "broker.json").read_text())
 
 
+@pytest.mark.thorough
 def test_ports_of_workspaces_are_granted_as_far_as_the_variable_says_and_not_at_all_without(tmp_path: Path) -> None:
     assert rendered(tmp_path).forwarding is None
     told = {"ports": [3000, "8000-8999"], "max_hours": "4", "blueprints": ["coding"]}
@@ -598,6 +599,7 @@ SECRETS = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.control("ID-01")
 def test_secrets_are_sealed_until_the_page_says_otherwise(tmp_path: Path) -> None:
     unit = "saw-broker.service.j2"
@@ -691,6 +693,7 @@ def placed(
     return ("refused: " if done.returncode else "") + " ".join(done.stdout.split())
 
 
+@pytest.mark.thorough
 def test_plain_files_are_loud_and_what_cannot_be_sealed_is_refused(tmp_path: Path) -> None:
     loud = "WARNING: the broker's own keys are in plain files"
     for check in (False, True):
@@ -704,6 +707,7 @@ def test_plain_files_are_loud_and_what_cannot_be_sealed_is_refused(tmp_path: Pat
     assert loud in placed(tmp_path, booted=True, creds=False, broker_secrets={"provider": "files"})
 
 
+@pytest.mark.thorough
 def test_brokers_that_share_their_files_get_no_key_of_each_host_by_default(tmp_path: Path) -> None:
     shared = {"broker_database": "postgresql://saw@db.example.com/saw"}
     refused = placed(tmp_path, booted=True, **shared)

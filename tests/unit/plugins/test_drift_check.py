@@ -253,6 +253,7 @@ def test_a_host_as_it_should_be_has_an_empty_report(rig: Rig, clean: Ended) -> N
     assert {one["task"] for one in report["not_asked"]} == {"What only a real run tells"}
 
 
+@pytest.mark.thorough
 def test_drift_in_twenty_places_is_named_place_by_place_with_host_role_and_task(rig: Rig, drifted: Ended) -> None:
     assert len(PLACES) == 20
     assert drifted.code == 1

@@ -312,6 +312,7 @@ def test_a_fresh_host_is_forecast_and_the_key_of_a_repository_is_the_named_one(t
     assert code != 0 and "has another SHA-256 than edr_repository.key_sha256" in said, said
 
 
+@pytest.mark.thorough
 def test_the_key_of_each_host_s_repository_is_looked_at(tmp_path):
     keys = {}
     for host in ("first", "second"):

@@ -72,6 +72,7 @@ def test_check_mode_shows_a_widening_as_diff_and_changes_nothing(desk: Desk) -> 
     assert (desk.fingerprint(), desk.released()) == (before, 1)
 
 
+@pytest.mark.thorough
 @pytest.mark.control("POL-01")
 def test_officers_sign_one_after_the_other(desk: Desk) -> None:
     digest = desk.change()
@@ -100,6 +101,7 @@ def _hook(place: Path, condition: str) -> str:
     return str(place)
 
 
+@pytest.mark.thorough
 @pytest.mark.control("POL-01")
 def test_a_hook_that_passes_lets_a_widening_through_and_one_that_fails_stops_it(desk: Desk, tmp_path: Path) -> None:
     desk.publish("read-only", 1)
@@ -134,6 +136,7 @@ def test_what_breaks_an_invariant_stops_before_anything_is_signed(desk: Desk, tm
     assert "TASK [Sign]" not in broken.text
 
 
+@pytest.mark.thorough
 def test_a_copy_that_somebody_published_past_is_refused(desk: Desk, tmp_path: Path) -> None:
     desk.publish("read-only", 1)
     shutil.copytree(desk.office.copy, tmp_path / "copy")
@@ -188,6 +191,7 @@ def test_a_ring_whose_workspace_refuses_is_halted(desk: Desk) -> None:
 # ------------------------------------------------------------ the way back
 
 
+@pytest.mark.thorough
 def test_a_way_back_can_be_asked_for_where_the_broker_does_not_want_one(desk: Desk) -> None:
     desk.publish("read-write", 1)
     released = desk.release(way_back=True)
@@ -198,6 +202,7 @@ def test_a_way_back_can_be_asked_for_where_the_broker_does_not_want_one(desk: De
 # ------------------------------------------------------------ going back
 
 
+@pytest.mark.thorough
 @pytest.mark.control("POL-01")
 def test_rolling_back_is_one_command_and_repeating_it_changes_nothing(desk: Desk) -> None:
     desk.publish("read-write", 1)

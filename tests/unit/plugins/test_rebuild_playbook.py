@@ -117,6 +117,7 @@ def test_a_wrong_image_is_refused_before_anything_is_touched(hypervisor):
     assert hypervisor.found() == ("one", "one", "attesting")
 
 
+@pytest.mark.thorough
 @pytest.mark.control("LIF-03")
 def test_a_rebuild_that_fails_binds_the_workspace_to_its_old_image_again(hypervisor):
     (hypervisor.base / "fuse").touch()
@@ -129,6 +130,7 @@ def test_a_rebuild_that_fails_binds_the_workspace_to_its_old_image_again(hypervi
     assert hypervisor.found() == ("two", "two", "attesting")
 
 
+@pytest.mark.thorough
 def test_an_image_that_the_broker_knows_by_another_digest_is_not_used(hypervisor):
     """The file on the hypervisor is what the caller says, but it is not what was registered under that name."""
     other = hypervisor.base / "state/images/two.qcow2"
@@ -199,6 +201,7 @@ def test_a_hypervisor_that_refuses_is_named_with_its_reason_and_not_with_an_erro
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.thorough
 @pytest.mark.control("P0-04")
 def test_the_role_pins_the_root_that_the_broker_has_and_follows_no_other(hypervisor):
     play, pinned = hypervisor.base / "trust.yml", hypervisor.base / "state/trust/root.json"

@@ -91,6 +91,7 @@ def test_a_known_part_reaches_the_host_that_the_limit_names(site) -> None:
     assert not chosen["Endpoint detection"] | chosen["Patching"]
 
 
+@pytest.mark.thorough
 def test_no_part_does_nothing_on_any_host(site) -> None:
     done = site("-e", '{"site_parts": []}')
     assert done.returncode == 0, done.stdout + done.stderr

@@ -53,6 +53,7 @@ def test_a_ring_loads_it_breaks_is_halted_and_rolled_back_by_itself(careful: Des
         machine.stop()
 
 
+@pytest.mark.thorough
 @pytest.mark.control("LIF-03")
 def test_where_a_way_back_is_wanted_it_is_signed_first_and_kept_before_anybody_is_offered_the_release(
     careful: Desk,
@@ -81,6 +82,7 @@ def test_a_release_whose_way_back_cannot_be_made_is_not_published(careful: Desk)
     assert (careful.released(), len(careful.rollouts())) == (1, 1)
 
 
+@pytest.mark.thorough
 def test_officers_sign_the_way_back_one_after_the_other(careful: Desk) -> None:
     careful.publish("read-write", 1)
     said = []
@@ -93,6 +95,7 @@ def test_officers_sign_the_way_back_one_after_the_other(careful: Desk) -> None:
     assert careful.rollouts()[0]["rollback"]["state"] == "kept"
 
 
+@pytest.mark.thorough
 def test_a_play_that_is_killed_between_publishing_and_escrow_is_made_good_by_the_next(careful: Desk) -> None:
     careful.publish("read-write", 1)
     # The officers' copy takes over what was published in the same step; the way back comes a second later.
