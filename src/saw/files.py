@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import msgspec
 
+from saw import jsontext
 from saw.errors import ConfigError, SawError
 
 T = TypeVar("T")
@@ -73,7 +74,7 @@ def load_json(path: Path | str, kind: type[T]) -> T:
             f"cannot read {path}: {error.strerror}", cure="check that the file exists and is readable by this user"
         ) from error
     try:
-        return msgspec.json.decode(raw, type=kind)
+        return jsontext.decode(raw, kind=kind)
     except msgspec.DecodeError as error:
         raise ConfigError(f"{path} is not valid: {error}", cure="correct the named field") from error
 

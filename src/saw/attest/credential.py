@@ -11,6 +11,7 @@ import hmac
 import os
 from collections.abc import Callable
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.decrepit.ciphers.modes import CFB
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
@@ -26,7 +27,7 @@ def load_ek(ek_pub_pem: bytes | str) -> rsa.RSAPublicKey:
     raw = ek_pub_pem.encode() if isinstance(ek_pub_pem, str) else ek_pub_pem
     try:
         key = serialization.load_pem_public_key(raw)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise StructureError("the endorsement key is malformed", cure="send its public part as PEM") from error
     if not isinstance(key, rsa.RSAPublicKey) or key.key_size != 2048 or key.public_numbers().e != 65537:
         raise StructureError("the endorsement key is not RSA 2048", cure="use the TPM's default RSA endorsement key")

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from saw import jsontext
 from saw.attest.verifier import RELEASED_PCRS
 from saw.errors import SawError
 
@@ -180,7 +181,7 @@ class ReleaseRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def parse_record(payload: bytes) -> ReleaseRecord:
     """Read a record strictly; raise :class:`RecordInvalid` (``record_malformed``, ``record_incomplete``)."""
     try:
-        record = msgspec.json.decode(payload, type=ReleaseRecord)
+        record = jsontext.decode(payload, kind=ReleaseRecord)
     except msgspec.DecodeError as error:
         raise RecordInvalid(
             "record_malformed", f"the release record is not valid: {error}", cure="correct the named field"

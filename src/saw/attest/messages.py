@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from saw import jsontext
 from saw.errors import SawError
 
 #: A whole evidence message, as JSON, may not be longer. Nothing in it is ever decompressed.
@@ -136,6 +137,6 @@ def parse_evidence(raw: bytes) -> Evidence:
     if len(raw) > MAX_EVIDENCE:
         raise EvidenceError(f"evidence of {len(raw)} bytes is too long", cure=f"send at most {MAX_EVIDENCE} bytes")
     try:
-        return msgspec.json.decode(raw, type=Evidence)
+        return jsontext.decode(raw, kind=Evidence)
     except msgspec.DecodeError as error:
         raise EvidenceError(f"the evidence is malformed: {error}", cure="correct the named field") from error

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import msgspec
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -175,7 +175,7 @@ def _requested_key(csr_pem: str) -> bytes:
     try:
         csr = x509.load_pem_x509_csr(csr_pem.encode())
         key, valid = csr.public_key(), csr.is_signature_valid
-    except ValueError as error:
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as error:
         raise _refused("csr_invalid", "the certificate request is malformed") from error
     if not valid or not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise _refused("csr_invalid", "the certificate request is not one of an EC P-256 key, signed by that key")
@@ -183,7 +183,9 @@ def _requested_key(csr_pem: str) -> bytes:
 
 
 def _pcr_values(pcrs: Mapping[str, str]) -> dict[int, bytes]:
-    values = {int(pcr): bytes.fromhex(value) for pcr, value in pcrs.items() if pcr.isdecimal() and pcr == str(int(pcr))}
+    # Of at most two digits: int() refuses very many of them with an error of its own.
+    numbered = {pcr: value for pcr, value in pcrs.items() if len(pcr) <= 2 and pcr.isdecimal()}
+    values = {int(pcr): bytes.fromhex(value) for pcr, value in numbered.items() if pcr == str(int(pcr))}
     if len(values) != len(pcrs) or any(len(value) != 32 for value in values.values()):
         raise _refused("pcr_values", "a PCR number or value is malformed")
     return values

@@ -17,6 +17,7 @@ import httpx
 import msgspec
 
 import saw
+from saw import jsontext
 from saw.audit.chain import ChainedEvent
 from saw.audit.receiver import DeliveryError, Receiver, tls_context
 from saw.errors import ConfigError, SawError
@@ -138,7 +139,7 @@ def parse_export(line: str) -> Iterator[ChainedEvent]:
     What is not of the audit trail in it is passed over.
     """
     try:
-        value = msgspec.json.decode(line, type=dict[str, Any])
+        value = jsontext.decode(line, kind=dict[str, Any])
         scopes = [scope for one in value.get("resourceLogs", []) for scope in one.get("scopeLogs", [])]
         ours = [scope for scope in scopes if scope.get("scope", {}).get("name") == _SCOPE]
         records = [record for scope in ours for record in scope.get("logRecords", [])]
@@ -154,7 +155,7 @@ def parse_export(line: str) -> Iterator[ChainedEvent]:
                 cure="take it from saw audit export, and raise max_message_bytes here and at the receiver",
             )
         try:
-            event = msgspec.json.decode(record["body"]["stringValue"], type=dict[str, Any])
+            event = jsontext.decode(record["body"]["stringValue"], kind=dict[str, Any])
             source, prev, digest = (str(fields[f"saw.{name}"]) for name in ("source", "prev", "hash"))
             yield ChainedEvent(source, int(str(fields["saw.seq"])), prev, event, digest)
         except (KeyError, TypeError, ValueError, msgspec.MsgspecError) as error:
@@ -206,7 +207,7 @@ def _read(answer: httpx.Response) -> bytes:
 def _partial(address: str, said: bytes) -> tuple[int, str]:
     """Return how many records an answer rejects and why; raise :class:`DeliveryError` for what is no answer of OTLP."""
     try:
-        value = msgspec.json.decode(said or b"{}", type=dict[str, Any])
+        value = jsontext.decode(said or b"{}", kind=dict[str, Any])
         partial = value.get("partialSuccess") or {}
         return int(partial.get("rejectedLogRecords", 0)), str(partial.get("errorMessage", ""))[:200]
     except (msgspec.MsgspecError, ValueError, TypeError, AttributeError) as error:
@@ -218,7 +219,7 @@ def _partial(address: str, said: bytes) -> tuple[int, str]:
 def _refusal(address: str, answer: httpx.Response, said: bytes) -> DeliveryError:
     text = ""
     with contextlib.suppress(msgspec.MsgspecError):
-        text = str(msgspec.json.decode(said, type=dict[str, Any]).get("message", ""))[:200]
+        text = str(jsontext.decode(said, kind=dict[str, Any]).get("message", ""))[:200]
     status = answer.status_code
     if status in _LATER:
         after = answer.headers.get("retry-after", "")

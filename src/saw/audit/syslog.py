@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from saw import jsontext
 from saw.audit.chain import ChainedEvent, ChainError, Head, event_hash
 from saw.audit.removal import is_removed
 from saw.errors import SawError
@@ -91,7 +92,7 @@ def parse(line: str) -> ChainedEvent:
             cure="take it from saw audit export, and raise max_message_bytes here and at the receiver",
         )
     try:
-        event = msgspec.json.decode(found[2] or "", type=dict[str, Any])
+        event = jsontext.decode(found[2] or "", kind=dict[str, Any])
         return ChainedEvent(fields["source"], int(fields["seq"]), fields["prev"], event, fields["hash"])
     except (KeyError, ValueError, msgspec.DecodeError) as error:
         raise SyslogError(f"this message is not whole: {error}", cure="check what the receiver cuts off") from error

@@ -16,6 +16,7 @@ from typing import Protocol
 import msgspec
 import rfc8785
 
+from saw import jsontext
 from saw.audit import merkle
 from saw.audit.chain import ChainedEvent
 from saw.audit.note import Checkpoint
@@ -48,10 +49,11 @@ class Leaf(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def parse(cls, entry: bytes) -> Leaf:
         """Read an entry; raise :class:`TreeError` unless it is exactly what :attr:`raw` writes."""
         try:
-            leaf = msgspec.json.decode(entry, type=cls)
-        except msgspec.DecodeError as error:
+            leaf = jsontext.decode(entry, kind=cls)
+            canonical = leaf.raw
+        except (msgspec.DecodeError, rfc8785.CanonicalizationError) as error:
             raise TreeError(f"an entry is no leaf of the trail: {error}", cure="copy the tiles again") from error
-        if leaf.raw != entry:
+        if canonical != entry:
             raise TreeError("an entry is not in its canonical form", cure="copy the tiles again")
         return leaf
 

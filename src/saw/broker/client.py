@@ -22,6 +22,7 @@ from urllib.parse import urlencode
 import httpx
 import msgspec
 
+from saw import jsontext
 from saw.addressing import INGRESS_BASE, ingress
 from saw.broker.lifecycle import State, check_step
 from saw.broker.signed_in import signed_in_client
@@ -203,7 +204,7 @@ class OperatorClient:
 def answer_of(response: httpx.Response) -> dict[str, Any]:
     """Return the broker's answer; raise :class:`BrokerRefusal` when it is one, :class:`UnavailableError` when it is none."""
     try:
-        body = msgspec.json.decode(response.content)
+        body = jsontext.decode(response.content)
     except msgspec.DecodeError as error:
         raise UnavailableError(
             f"the broker answered {response.status_code} without JSON", cure="see its log"

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 from sqlalchemy import Connection, select
 
+from saw import jsontext
 from saw.audit.merkle import EMPTY_ROOT, Edge, leaf_hash
 from saw.audit.note import LOG, WITNESS, Checkpoint, PublicKey, open_checkpoint
 from saw.audit.ship import Cursor
@@ -127,7 +128,7 @@ def _stored(connection: Connection) -> tuple[Edge, Signed]:
     row = connection.execute(select(audit_covered)).one_or_none()
     if row is None:
         return Edge(), Signed()
-    hashes = [bytes.fromhex(one) for one in msgspec.json.decode(row.edge, type=list[str])]
+    hashes = [bytes.fromhex(one) for one in jsontext.decode(row.edge, kind=list[str])]
     return Edge(row.size, hashes), Signed(row.signed_size, row.signed_root)
 
 

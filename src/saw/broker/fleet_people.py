@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from sqlalchemy import Connection, func, select
 
+from saw import jsontext
 from saw.broker.clock import iso
 from saw.broker.config import BrokerConfig
 from saw.broker.context import Services
@@ -50,12 +50,12 @@ class FleetPeople:
             disabled = _disabled(connection, names)
         found = []
         for row in rows:
-            groups = msgspec.json.decode(row.groups, type=tuple[str, ...])
+            groups = jsontext.decode(row.groups, kind=tuple[str, ...])
             known = [group for group in groups if group in named]
             found.append(
                 {
                     "name": row.name,
-                    "roles": msgspec.json.decode(row.roles, type=tuple[Role, ...]),
+                    "roles": jsontext.decode(row.roles, kind=tuple[Role, ...]),
                     "groups": known,
                     "other_groups": len(groups) - len(known),
                     "first_seen_at": row.first_seen_at,

@@ -12,6 +12,7 @@ from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from saw import jsontext
 from saw.broker.context import Caller, new_request_id
 from saw.broker.errors import BrokerError, MalformedError, NotAttestedError, StorageFull, TooLargeError
 from saw.errors import SawError
@@ -56,7 +57,7 @@ async def read_body(request: Request, limit: int) -> bytes:
 def decode(raw: bytes, kind: type[T]) -> T:
     """Parse ``raw`` strictly; raise :class:`MalformedError` naming the field."""
     try:
-        return msgspec.json.decode(raw, type=kind)
+        return jsontext.decode(raw, kind=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedError(f"the body is not valid: {error}", cure="correct the named field") from error
 

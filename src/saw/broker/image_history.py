@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, select
 
+from saw import jsontext
 from saw.broker.context import Services
 from saw.broker.errors import ConflictError
 from saw.broker.images import ImageState, refusal
@@ -125,7 +126,7 @@ class ImageHistory:
         found = Bindings()
         with connection.execution_options(yield_per=200).execute(query.order_by(columns.position)) as rows:
             for row in rows:
-                event = msgspec.json.decode(row.event)
+                event = jsontext.decode(row.event)
                 if event.get("entity") == {"type": "workspace", "uid": workspace_id}:
                     found.take(event)
         return found

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import msgspec
 from sqlalchemy import Connection, Row, select
 
+from saw import jsontext
 from saw.attest.image_record import PAYLOAD_TYPE, RecordInvalid, ReleaseRecord, parse_record
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
@@ -205,7 +206,7 @@ class Images:
         return {
             "images": [
                 {
-                    **msgspec.json.decode(row.record),
+                    **jsontext.decode(row.record),
                     "state": row.state,
                     "state_reason": row.state_reason,
                     "signed": bool(row.envelope),

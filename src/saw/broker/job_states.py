@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 from sqlalchemy import Connection, Row, delete, select
 
+from saw import jsontext
 from saw.broker.clock import iso
 from saw.broker.context import BROKER, Caller, Services
 from saw.broker.errors import NotFoundError
@@ -74,9 +75,9 @@ def view(row: Row[Any]) -> dict[str, Any]:
     return {
         **found,
         "workspace": row.workspace_id,
-        "parameters": msgspec.json.decode(row.parameters),
-        "progress": msgspec.json.decode(row.progress),
-        "error": None if row.error is None else msgspec.json.decode(row.error),
+        "parameters": jsontext.decode(row.parameters),
+        "progress": jsontext.decode(row.progress),
+        "error": None if row.error is None else jsontext.decode(row.error),
         "resumable": row.state in RESUMABLE,
         "seq": row.seq,
     }
@@ -98,7 +99,7 @@ class JobMoves:
         if tx.connection.execute(jobs.update().where(there).values(**values)).rowcount != 1:
             return None
         found = get_job(tx.connection, row.id)
-        error = None if found.error is None else msgspec.json.decode(found.error)
+        error = None if found.error is None else jsontext.decode(found.error)
         self.record(
             tx, caller, found, comment, _ACTIVITY.get(to, "deactivate"), said={"from": row.state, "to": to}, error=error
         )

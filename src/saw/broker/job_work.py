@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, case, exists, select
 
+from saw import jsontext
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.errors import BrokerError, ConflictError, ForbiddenError
@@ -169,7 +170,7 @@ class JobWork:
             attempt=row.attempt,
             asked_at=row.asked_at,
             lease_s=self._lease_s,
-            parameters=msgspec.json.decode(row.parameters),
+            parameters=jsontext.decode(row.parameters),
             image_sha256=row.image_sha256,
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, func, select
 
+from saw import jsontext
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.errors import BusyError, ConflictError, ForbiddenError, MalformedError, NotFoundError
@@ -152,8 +153,7 @@ class Jobs:
             query = select(job_events).where(job_events.c.job_id == row.id, job_events.c.seq > after)
             found = connection.execute(query.order_by(job_events.c.seq).limit(MAX_EVENTS)).all()
         told = [
-            {"seq": item.seq, "at": item.at, "attempt": item.attempt, **msgspec.json.decode(item.event)}
-            for item in found
+            {"seq": item.seq, "at": item.at, "attempt": item.attempt, **jsontext.decode(item.event)} for item in found
         ]
         return {"job": view(row), "events": told, "next": told[-1]["seq"] if told else after}
 
@@ -316,7 +316,7 @@ def makes_sense(kind: Kind, state: State | str) -> bool:
 def stored_parameters(row: Row[Any]) -> Parameters:
     """Return the parameters of a stored job; raise :class:`MalformedError` when they are none."""
     try:
-        return parse_parameters(row.kind, msgspec.json.decode(row.parameters))
+        return parse_parameters(row.kind, jsontext.decode(row.parameters))
     except (JobMalformed, KeyError) as error:
         raise MalformedError(f"the stored job {row.id} is not valid", cure="ask for a new one") from error
 

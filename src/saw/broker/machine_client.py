@@ -17,6 +17,7 @@ from urllib.parse import quote_plus
 import httpx
 import msgspec
 
+from saw import jsontext
 from saw.broker.client import BrokerRefusal, MachineAccess, OperatorClient, TokenSource, answer_of, load_context, silent
 from saw.errors import ConfigError, UnavailableError
 
@@ -132,7 +133,7 @@ class MachineClient:
                 cure="check machine.token: url, client_id, client_secret_file, parameters",
             )
         try:
-            found = msgspec.json.decode(answer.content, type=_Token)
+            found = jsontext.decode(answer.content, kind=_Token)
         except msgspec.DecodeError as error:
             raise ConfigError(f"the provider's answer is no token: {error}", cure="check machine.token.url") from error
         self._token = (found.access_token, self._clock() + found.expires_in - RENEW_S)

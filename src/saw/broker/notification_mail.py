@@ -10,8 +10,7 @@ import ssl
 import threading
 from typing import Any
 
-import msgspec
-
+from saw import jsontext
 from saw.broker.notification_files import read_secret, tls_context
 from saw.broker.notification_queue import Claimed, NotDelivered
 from saw.broker.notification_settings import Email
@@ -99,7 +98,7 @@ class MailSender:
 
     def _deliver(self, claimed: Claimed, line: _Line) -> None:
         channel = self._channel
-        letter = mail(msgspec.json.decode(claimed.body, type=Message), channel, claimed.recipient, claimed.id)
+        letter = mail(jsontext.decode(claimed.body, kind=Message), channel, claimed.recipient, claimed.id)
         context = None if channel.tls == "none" else tls_context(channel.ca_file)
         password = None if channel.password_file is None else read_secret(channel.password_file)
         connection = _Connection(channel, line, context, self._local_name)

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, select
 
+from saw import jsontext
 from saw.broker.clock import iso
 from saw.broker.errors import ForbiddenError
 from saw.broker.reviewer_names import ReviewerName
@@ -167,7 +168,7 @@ def map_again(store: Store, settings: SsoSettings | None) -> None:
 def _person(row: Row[Any]) -> Person:
     return Person(
         row.name,
-        msgspec.json.decode(row.groups, type=tuple[str, ...]),
-        msgspec.json.decode(row.roles, type=tuple[Role, ...]),
+        jsontext.decode(row.groups, kind=tuple[str, ...]),
+        jsontext.decode(row.roles, kind=tuple[Role, ...]),
         row.entitled_until,
     )

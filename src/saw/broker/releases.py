@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import msgspec
 from sqlalchemy import Connection, Row, func, select
 
+from saw import jsontext
 from saw.broker.clock import iso
 from saw.broker.context import BROKER, Caller, Services
 from saw.broker.errors import ConflictError, MalformedError
@@ -399,7 +400,7 @@ def _split(path: str) -> tuple[str, str]:
 
 def _content(name: str, raw: msgspec.Raw) -> bytes:
     value = bytes(raw)
-    return _base64(name, msgspec.json.decode(value)) if value.startswith(b'"') else value
+    return _base64(name, jsontext.decode(value)) if value.startswith(b'"') else value
 
 
 def _base64(name: str, text: str) -> bytes:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import msgspec
 from sqlalchemy import Connection, text
 
+from saw import jsontext
 from saw.broker.wake import Waker
 
 CHANNEL = "saw_broker_wake"
@@ -38,7 +39,7 @@ def tell(connection: Connection, replica: int, keys: Iterable[str]) -> None:
 def hear(waker: Waker, replica: int, payload: str) -> None:
     """Wake who waits here for what another replica changed. Whatever cannot be read wakes everyone: waking is harmless."""
     try:
-        told = msgspec.json.decode(payload, type=Told)
+        told = jsontext.decode(payload, kind=Told)
     except msgspec.DecodeError:
         waker.wake_all()
         return

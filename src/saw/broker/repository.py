@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from saw import jsontext
 from saw.policy import tuf_repository
 from saw.policy.keys import parse_private_key, public_pem
 from saw.policy.tuf_compared import Compared
@@ -95,7 +96,7 @@ class Repository:
         """Sign the timestamp (and an ageing snapshot) anew when half of its time has passed; return whether it was."""
         if not self._timestamp.exists():
             return False
-        signed = msgspec.json.decode(self._timestamp.read_bytes())["signed"]
+        signed = jsontext.decode(self._timestamp.read_bytes())["signed"]
         if datetime.fromisoformat(signed["expires"]) - now > self._lifetime / 2:
             return False
         tuf_repository.resign_timestamp(self._directory, self._online.private, now, timestamp_lifetime=self._lifetime)
@@ -118,6 +119,6 @@ class Repository:
 
 def _same(one: bytes, other: bytes) -> bool:
     try:
-        return bool(one == other or msgspec.json.decode(one) == msgspec.json.decode(other))
+        return bool(one == other or jsontext.decode(one) == jsontext.decode(other))
     except msgspec.DecodeError:
         return False

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Row, select, tuple_
 
+from saw import jsontext
 from saw.audit.chain import ChainError, event_hash
 from saw.audit.removal import OPERATION, Removal, moment, ranges_of, removal_of
 from saw.broker.context import BROKER, Services
@@ -130,7 +131,7 @@ class Retention:
 
 def _goes(row: Row[Any], held: Held) -> bool:
     """Tell whether the content of an old event goes: not what tells of removals, what is held, or what somebody changed."""
-    event = msgspec.json.decode(row.event)
+    event = jsontext.decode(row.event)
     try:
         unchanged = event_hash(row.source, row.seq, row.prev, event) == row.hash
     except ChainError:
@@ -146,5 +147,5 @@ def _goes(row: Row[Any], held: Held) -> bool:
 
 def _time(row: Row[Any]) -> int:
     """Return the time that an event says, that of its arrival when it says none."""
-    said = msgspec.json.decode(row.event).get("time")
+    said = jsontext.decode(row.event).get("time")
     return said if isinstance(said, int) and said >= 0 else int(row.at)

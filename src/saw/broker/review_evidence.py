@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import msgspec
 from sqlalchemy import Connection, Row, select
 
+from saw import jsontext
 from saw.broker.clock import iso
 from saw.broker.errors import BrokerError, ForbiddenError
 from saw.broker.people import find_person, may_approve
@@ -100,7 +101,7 @@ def signed_decision(row: Row[Any]) -> SignedDecision:
     """Return a stored decision as a receipt carries it."""
     how: dict[str, Any] = {"signature": row.signature}
     if row.kind == "passkey":
-        how = {"passkey": msgspec.json.decode(row.signature, type=Assertion)}
+        how = {"passkey": jsontext.decode(row.signature, kind=Assertion)}
     return SignedDecision(statement=row.statement, public_key=row.public_key, decided_at=row.decided_at, **how)
 
 
@@ -145,7 +146,7 @@ def _said(connection: Connection, row: Row[Any]) -> ReviewStatement | None:
         query = select(reviewers.c.public_key).where(reviewers.c.name == row.approver)
         key = parse_public_key(connection.execute(query).scalar_one().encode(), "of a reviewer")
         return verify_review(row.statement.encode(), row.signature, key)
-    assertion = msgspec.json.decode(row.signature, type=Assertion)
+    assertion = jsontext.decode(row.signature, kind=Assertion)
     held = _held(connection, assertion.credential_id, row.approver)
     if held is None:
         return None

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import msgspec
 from sqlalchemy import Connection, Row, select
 
+from saw import jsontext
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.errors import ConflictError, MalformedError, NotFoundError
@@ -160,7 +161,7 @@ def is_self_approval(review: Row[Any], name: str) -> bool:
 
 
 def _groups(row: Row[Any]) -> list[str]:
-    return msgspec.json.decode(row.groups, type=list[str])
+    return jsontext.decode(row.groups, kind=list[str])
 
 
 def _view(row: Row[Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, select
 
+from saw import jsontext
 from saw.broker.clock import iso
 from saw.broker.errors import ConflictError, MalformedError
 from saw.broker.repository import Repository
@@ -123,7 +124,7 @@ def settle(tx: Transaction, rollout: Row[Any], state: str, reason: str) -> None:
 
 def unpack(row: Row[Any]) -> Escrow:
     """Return the publication of a stored rollback."""
-    return msgspec.json.decode(row.publication, type=Escrow)
+    return jsontext.decode(row.publication, kind=Escrow)
 
 
 def decode_escrow(metadata: Mapping[str, str], targets: Mapping[str, str]) -> Escrow:

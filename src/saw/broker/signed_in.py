@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import msgspec
 
+from saw import jsontext
 from saw.errors import ConfigError, SawError, UnavailableError
 from saw.files import load_json, write_private
 
@@ -107,7 +108,7 @@ def call(place: Place, method: str, path: str, json: object | None = None, *, to
         context = ssl.create_default_context(cafile=place.ca_file)
         with httpx.Client(verify=context, timeout=TIMEOUT_S, headers=headers) as client:
             answer = client.request(method, f"{place.url.rstrip('/')}{path}", json=json)
-        body = msgspec.json.decode(answer.content, type=dict[str, Any])
+        body = jsontext.decode(answer.content, kind=dict[str, Any])
     except (httpx.HTTPError, OSError) as error:
         raise UnavailableError(
             f"{place.url} does not answer: {error or type(error).__name__}", cure="check --url, --ca and the network"

@@ -19,6 +19,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, event, func, select, update
 
+from saw import jsontext
 from saw.audit import Chain, ChainedEvent, Head
 from saw.broker import full_disk, postgres, schema
 from saw.broker.config import BrokerConfig
@@ -240,7 +241,7 @@ def chained_rows(rows: Iterable[Any]) -> Iterator[ChainedEvent]:
 
 def content_of(row: Any) -> dict[str, Any]:
     """Return the event in a row of ``audit_events``, an empty object when it was removed."""
-    return dict(msgspec.json.decode(row.event)) if row.event else {}
+    return dict(jsontext.decode(row.event)) if row.event else {}
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

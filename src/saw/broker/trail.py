@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, func, select
 
+from saw import jsontext
 from saw.audit import ChainedEvent, verify_chain
 from saw.audit.choose import Choice
 from saw.audit.removal import OPERATION, TELLER, Removals, moment
@@ -92,7 +93,7 @@ class Trail:
             query = query.order_by(columns.position.desc())
             with connection.execution_options(yield_per=200).execute(query) as rows:
                 for row in rows:
-                    event = msgspec.json.decode(row.event)
+                    event = jsontext.decode(row.event)
                     if choice.takes(row.source, event, row.event):
                         item = ChainedEvent(row.source, row.seq, row.prev, event, row.hash)
                         found.append({"position": row.position, **msgspec.structs.asdict(item)})

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from saw import jsontext
 from saw.budget.price import Usage
 
 MOST = 10**12
@@ -31,7 +32,7 @@ def read_usage(texts: Iterable[bytes]) -> Usage | None:
     counts: dict[str, int] = {}
     for text in texts:
         try:
-            value = msgspec.json.decode(text)
+            value = jsontext.decode(text)
         except msgspec.DecodeError:
             return None
         if value is None:

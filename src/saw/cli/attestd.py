@@ -8,8 +8,7 @@ import socket
 import sys
 from pathlib import Path
 
-import msgspec
-
+from saw import jsontext
 from saw.errors import UnavailableError
 from saw.files import load_json
 from saw.runtime.attestd import serve
@@ -33,7 +32,7 @@ def main(argv: list[str]) -> int:
         return 0
     answer = ask_status(config.socket)
     print(answer.decode().strip())
-    return 0 if msgspec.json.decode(answer).get("ok") else 1
+    return 0 if jsontext.decode(answer).get("ok") else 1
 
 
 def ask_status(path: Path) -> bytes:

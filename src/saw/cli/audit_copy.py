@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from saw import jsontext
 from saw.audit import ChainedEvent
 from saw.audit.otlp import parse_export
 from saw.audit.removal import Removals, is_removed, moment
@@ -39,7 +40,7 @@ def read_file(path: Path) -> Iterator[ChainedEvent]:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    yield msgspec.json.decode(line, type=ChainedEvent)
+                    yield jsontext.decode(line, kind=ChainedEvent)
                 except msgspec.DecodeError as error:
                     raise IncompleteTrailError(
                         f"line {number} of {path} is no chained event: {error}", cure="export again"

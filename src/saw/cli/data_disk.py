@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from saw import jsontext
 from saw.datadisk import recovery, volume
 from saw.datadisk.config import CONFIG, DataDiskConfig, read_config
 from saw.errors import ConfigError
@@ -74,7 +75,7 @@ def _recovery_key(source: str, key: Path) -> str:
     except OSError as error:
         raise ConfigError(f"cannot read {error.filename}: {error.strerror}", cure="name a readable file") from error
     try:
-        escrow = msgspec.json.decode(raw, type=recovery.Escrow)
+        escrow = jsontext.decode(raw, kind=recovery.Escrow)
     except msgspec.DecodeError as error:
         raise ConfigError(f"the escrow is not valid: {error}", cure="take what saw vm escrow printed") from error
     return recovery.unseal(escrow, private)

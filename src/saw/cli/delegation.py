@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import msgspec
 
+from saw import jsontext
 from saw.cli.operator_options import add_options, fields, show, table
 from saw.errors import SawError
 from saw.policy.governance import duration
@@ -115,7 +116,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     token = _read(Path(options.file)).decode("ascii", "replace").strip()
     if token.startswith("{"):
-        token = str(msgspec.json.decode(token).get("statement", ""))
+        token = str(jsontext.decode(token).get("statement", ""))
     now = datetime.now(UTC)
     verified = verify_statement(token, STATEMENT_TYPE, _read(Path(options.ca)), now)
     record = parse_delegation(verified.payload)

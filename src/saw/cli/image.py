@@ -12,6 +12,7 @@ from urllib.parse import quote, urlencode
 import msgspec
 import rfc8785
 
+from saw import jsontext
 from saw.attest.image_record import PAYLOAD_TYPE, RecordInvalid, parse_record
 from saw.cli import image_compare, image_local, image_record, image_scan, image_secure_boot
 from saw.cli.operator_options import add_options, fields, show, table
@@ -110,7 +111,7 @@ def _held(raw: bytes, options: argparse.Namespace) -> bytes:
         held = Path(options.out).read_bytes()
         payload = payload_of(read_envelope(held, PAYLOAD_TYPE))
         plain = payload_of(read_envelope(raw, PAYLOAD_TYPE)) if b'"payloadType"' in raw else raw
-        record, wanted = (msgspec.json.decode(one, type=dict[str, Any]) for one in (payload, plain))
+        record, wanted = (jsontext.decode(one, kind=dict[str, Any]) for one in (payload, plain))
         until, now = parse_record(payload).not_after, present()
         end, third = _end(wanted, options), timedelta(seconds=duration(options.duration)) / 3
     except (OSError, EnvelopeRefused, RecordInvalid, msgspec.DecodeError, ValueError):
@@ -126,7 +127,7 @@ def _keys(signers: list[Signer]) -> dict[str, PublicKey]:
 
 def _payload(raw: bytes, options: argparse.Namespace) -> bytes:
     try:
-        found = msgspec.json.decode(raw, type=dict[str, Any])
+        found = jsontext.decode(raw, kind=dict[str, Any])
         end = _end(found, options)
     except (msgspec.DecodeError, ValueError) as error:
         raise ConfigError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from saw import jsontext
 from saw.cli.operator_options import fields, show
 from saw.cli.policy_signing import present
 from saw.errors import ConfigError
@@ -233,7 +234,7 @@ def _foreign(record: dict[str, Any], folder: Path) -> list[str]:
     problems = []
     for name in filter(is_cve_report, record.get("evidence", {})):
         try:
-            told = msgspec.json.decode((folder / name).read_bytes(), type=dict[str, Any]).get("image_sha256")
+            told = jsontext.decode((folder / name).read_bytes(), kind=dict[str, Any]).get("image_sha256")
         except (OSError, msgspec.DecodeError):
             continue  # its digest says so already
         if told not in (None, record.get("image_sha256")):
@@ -249,7 +250,7 @@ def _sweep(folder: Path, keep: str) -> None:
         if not is_cve_report(file.name) or file.name == keep:
             continue
         try:
-            failed = bool(msgspec.json.decode(file.read_bytes(), type=dict[str, Any]).get("problems"))
+            failed = bool(jsontext.decode(file.read_bytes(), kind=dict[str, Any]).get("problems"))
         except (OSError, msgspec.DecodeError):
             continue
         if failed:
@@ -285,7 +286,7 @@ def _record(file: Path) -> dict[str, Any]:
         raw = file.read_bytes()
         if b'"payloadType"' in raw:
             raw = payload_of(read_envelope(raw, PAYLOAD_TYPE))
-        return msgspec.json.decode(raw, type=dict[str, Any])
+        return jsontext.decode(raw, kind=dict[str, Any])
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}", cure="name a readable file") from error
     except msgspec.DecodeError as error:

@@ -9,6 +9,7 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
+from saw import jsontext
 from saw.cli.answers import read_file
 from saw.cli.operator_options import add_options, add_pages, fields, more, show, table
 from saw.errors import SawError
@@ -184,7 +185,7 @@ def _verify(options: argparse.Namespace) -> int:
     token = read_file(options.file).decode("ascii", "replace").strip()
     if token.startswith("{"):
         try:
-            token = str(msgspec.json.decode(token).get("receipt", ""))
+            token = str(jsontext.decode(token).get("receipt", ""))
         except msgspec.DecodeError as error:
             raise SawError(f"{options.file} holds no receipt", cure="give what saw review receipt printed") from error
     found = verify_receipt(token, read_file(options.ca))

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import quote
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import SSHCertificate, load_ssh_public_identity
 
 from saw.broker.client import OperatorClient
@@ -150,7 +151,7 @@ def _host(options: argparse.Namespace) -> int:
 def _good(certificate: Path, authority: Path, left: timedelta) -> bool:
     try:
         found = load_ssh_public_identity(certificate.read_bytes().strip())
-    except (OSError, ValueError):
+    except (OSError, ValueError, UnsupportedAlgorithm, NotImplementedError):
         return False
     until = datetime.fromtimestamp(found.valid_before, UTC) if isinstance(found, SSHCertificate) else None
     return authority.exists() and until is not None and until - datetime.now(UTC) > left

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from saw import jsontext
 from saw.conformance.recorder import Plan
 from saw.errors import SawError, UnavailableError
 
@@ -77,7 +78,7 @@ class RecorderProcess:
         self._write(msgspec.json.encode(plan) + b"\n")
         assert self._process.stdout is not None  # noqa: S101 - a pipe was asked for
         try:
-            told = msgspec.json.decode(self._process.stdout.readline() or b"null")
+            told = jsontext.decode(self._process.stdout.readline() or b"null")
             self.bound: list[str] = told["bound"]
             self.failed: list[str] = told["failed"]
         except (msgspec.DecodeError, TypeError, KeyError):
@@ -93,7 +94,7 @@ class RecorderProcess:
     def _read(self) -> None:
         assert self._process.stdout is not None  # noqa: S101 - a pipe was asked for
         for line in self._process.stdout:
-            told = msgspec.json.decode(line)
+            told = jsontext.decode(line)
             with self._changed:
                 if "synced" in told:
                     self._synced = told["synced"]

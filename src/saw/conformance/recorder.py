@@ -21,6 +21,8 @@ from pathlib import Path
 
 import msgspec
 
+from saw import jsontext
+
 NONCE = b"saw-"
 QUIET_S = 0.15
 LONGEST_S = 1.0
@@ -224,7 +226,7 @@ def main() -> int:
         if not piece:
             return 1
         raw += piece
-    Recorder(msgspec.json.decode(raw, type=Plan)).run()
+    Recorder(jsontext.decode(raw, kind=Plan)).run()
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 import saw
+from saw import jsontext
 from saw.conformance.case import SUITES
 from saw.conformance.verdict import CaseResult
 from saw.errors import ConfigError
@@ -94,7 +95,7 @@ def encode(report: Report) -> bytes:
 def load(path: Path | str) -> Report:
     """Read a report; raise :class:`ConfigError` naming file and field."""
     try:
-        report = msgspec.json.decode(Path(path).read_bytes(), type=Report)
+        report = jsontext.decode(Path(path).read_bytes(), kind=Report)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", cure="check the path") from error
     except msgspec.DecodeError as error:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from saw import jsontext
+
 PARTS = ("core", "net", "process", "files", "git", "web", "h2", "far")
 LONGEST_LINE = 8192
 LONGEST_OUTPUT = 4 * 1024 * 1024
@@ -77,9 +79,9 @@ def read(output: bytes, token: str, asked: set[str]) -> Answer:
             continue
         try:
             if text.startswith(b'{"end"'):
-                ended = msgspec.json.decode(text, type=_End).end
+                ended = jsontext.decode(text, kind=_End).end
                 continue
-            told = msgspec.json.decode(text, type=Told)
+            told = jsontext.decode(text, kind=Told)
         except msgspec.DecodeError as error:
             answer.problems.append(f"a line cannot be read: {error}")
             continue

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from saw import jsontext
 from saw.datadisk.recovery import KEY, load_public
 from saw.errors import ConfigError
 from saw.files import load_json
@@ -54,7 +55,7 @@ def read_config(path: Path, environ: Mapping[str, str]) -> tuple[DataDiskConfig,
     told = _credential(folder, CREDENTIAL)
     if told:
         try:
-            said = msgspec.json.decode(told, type=Told)
+            said = jsontext.decode(told, kind=Told)
         except msgspec.DecodeError as error:
             raise ConfigError(
                 f"the credential {CREDENTIAL} is not valid: {error}", cure="create the workspace again"

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from saw import jsontext
 from saw.datadisk.errors import DataDiskError
 
 _BINARY = 4096
@@ -157,7 +158,7 @@ def _copy_at(stream: FileIO, at: int, disk_size: int) -> Header | None:
     if len(text) > _JSON:
         return None
     try:
-        said = msgspec.json.decode(text, type=_Metadata)
+        said = jsontext.decode(text, kind=_Metadata)
         offset = min(int(one["offset"]) for one in said.segments.values())
     except _UNREADABLE:
         return None

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from saw import jsontext
 from saw.audit.drift import RULES, STANDARD, Kind
 from saw.audit.events import EventFactory, Severity, Subject
 from saw.drift.report import Report
@@ -98,7 +99,7 @@ def open_store(state: Path, ways: tuple[Way, ...]) -> Store:
 
 def record(report: Report, store: Store, factory: EventFactory, now: datetime, new_uid: Callable[[], str]) -> list[int]:
     """Write a finding for what is newly wrong and for what is gone, and return their numbers."""
-    known = {msgspec.json.decode(raw, type=Standing): uid for raw, uid in store.known(_AREA).items()}
+    known = {jsontext.decode(raw, kind=Standing): uid for raw, uid in store.known(_AREA).items()}
     new = [(one, new_uid(), False) for one in standing(report) if one not in known]
     over = [(one, known[one], True) for one in gone(known, report)]
     told = [*new, *over]

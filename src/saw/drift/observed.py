@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from saw import jsontext
 from saw.errors import SawError
 
 Name = Annotated[str, msgspec.Meta(max_length=256)]
@@ -78,7 +79,7 @@ class Observed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def read_observed(path: Path) -> Observed | None:
     """Return what was written to ``path``, None when the run did not come to its end; raises :class:`DriftError`."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Observed)
+        return jsontext.decode(path.read_bytes(), kind=Observed)
     except FileNotFoundError:
         return None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from saw import jsontext
 from saw.drift.look import Seen
 from saw.drift.observed import DriftError
 from saw.errors import ConfigError
@@ -163,7 +164,7 @@ def write_report(path: Path | str, report: Report) -> None:
 def read_report(path: Path | str) -> Report:
     """Read a report strictly; raises :class:`DriftError` for another format or version, and for what was cut off."""
     try:
-        return msgspec.json.decode(Path(path).read_bytes(), type=Report)
+        return jsontext.decode(Path(path).read_bytes(), kind=Report)
     except OSError as error:
         raise DriftError(f"cannot read {path}: {error.strerror}", cure="name a report of saw drift check") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import rfc8785
 
+from saw import jsontext
 from saw.edr.config import Integrity
 from saw.edr.detection import Detection, EdrError
 from saw.edr.packages import packages_of
@@ -131,7 +132,7 @@ def _run(config: Integrity, verb: str, lines: list[str]) -> Differences:
     if verb == "--init":
         return Differences()
     try:
-        return msgspec.json.decode(done.stdout.decode(errors="replace"), type=Differences)
+        return jsontext.decode(done.stdout.decode(errors="replace"), kind=Differences)
     except msgspec.DecodeError as error:
         raise EdrError(f"aide {verb} gave no report: {error}", cure="aide 0.18 or later is needed") from error
 

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from saw import jsontext
 from saw.audit.events import Severity
 from saw.edr.config import Alerts
 from saw.edr.detection import ORDER, Detection, printable
@@ -81,7 +82,7 @@ class _Wazuh(msgspec.Struct, frozen=True):
 
 def falco(line: bytes) -> Detection:
     """Return an alert of Falco as a detection; raises :class:`msgspec.DecodeError`. Its ``output`` is not taken over."""
-    found = msgspec.json.decode(line, type=_Falco)
+    found = jsontext.decode(line, kind=_Falco)
     fields = found.output_fields
     subject = next(
         (str(fields[name]) for name in ("fd.name", "proc.exepath", "proc.name") if fields.get(name)), found.rule
@@ -106,7 +107,7 @@ def wazuh(line: bytes) -> Detection:
 
     Levels are read as Wazuh's own pages group them: 15 and more critical, 12 high, 7 medium, less is low.
     """
-    found = msgspec.json.decode(line, type=_Wazuh)
+    found = jsontext.decode(line, kind=_Wazuh)
     level = found.rule.level
     severity: Severity = "critical" if level >= 15 else "high" if level >= 12 else "medium" if level >= 7 else "low"
     evidence: dict[str, Any] = {

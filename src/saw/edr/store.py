@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from saw import jsontext
 from saw.audit.events import EventFactory
 from saw.edr.detection import AT_ONCE, WORST_AT_ONCE, Detection, EdrError, Render, bounded, event_of
 from saw.sqlite import change
@@ -191,7 +192,7 @@ class Store:
 
     def _rows(self, rest: str, values: tuple[object, ...]) -> list[Found]:
         rows = self._database.execute(f"SELECT seq, event, broker, syslog FROM finding {rest}", values)  # noqa: S608
-        return [Found(seq, msgspec.json.decode(event), bool(one), bool(two)) for seq, event, one, two in rows]
+        return [Found(seq, jsontext.decode(event), bool(one), bool(two)) for seq, event, one, two in rows]
 
     @property
     def _open(self) -> str:

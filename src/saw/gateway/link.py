@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import msgspec
 
+from saw import jsontext
 from saw.errors import SawError
 from saw.gateway.config import GatekeeperConfig
 from saw.gateway.errors import StateRefused
@@ -114,7 +115,7 @@ class BrokerLink:
             extensions={"sni_hostname": self._config.broker_name},
         )
         _check(response)
-        accepted = msgspec.json.decode(response.content, type=Accepted).accepted
+        accepted = jsontext.decode(response.content, kind=Accepted).accepted
         if accepted < events[0].seq:
             raise StateRefused(f"the broker has event {accepted}, event {events[0].seq} was sent")
         await asyncio.to_thread(self._spool.acknowledge, min(accepted, events[-1].seq))

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from saw import jsontext
 from saw.audit.events import EventFactory, Subject
 from saw.budget.bounds import Bound, bound
 from saw.budget.counts import Count, Unit
@@ -202,7 +203,7 @@ class Meter:
 
     def _account(self, charge: str) -> Account | None:
         detail = self._ledger.detail(charge)
-        return msgspec.json.decode(detail, type=Account) if detail else None
+        return jsontext.decode(detail, kind=Account) if detail else None
 
     async def run_forever(self) -> None:
         """Let reservations expire and bring every end into the audit trail, until cancelled."""
@@ -236,8 +237,8 @@ class Meter:
         return bool(charges)
 
     def _event(self, charge: Charge) -> dict[str, Any]:
-        account = msgspec.json.decode(charge.detail, type=Account)
-        outcome = msgspec.json.decode(charge.outcome, type=Outcome)
+        account = jsontext.decode(charge.detail, kind=Account)
+        outcome = jsontext.decode(charge.outcome, kind=Outcome)
         payer, usage = account.payer, outcome.usage
         known = {
             **_told(account),

@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 import httpx
 import msgspec
 
+from saw import jsontext
 from saw.errors import SawError
 from saw.gateway.credential_sources import MAX_SECRET
 from saw.gateway.errors import CredentialUnavailable
@@ -209,7 +210,7 @@ def _granted(identifier: str, answer: Answer) -> _Granted:
     """Return what was granted (RFC 6749, section 5.1); raise :class:`_NotGranted`, which says why, for everything else."""
     if answer.status != 200:
         try:
-            code = msgspec.json.decode(answer.body, type=_Denied).error
+            code = jsontext.decode(answer.body, kind=_Denied).error
         except msgspec.DecodeError:
             code = ""
         # Only the code: a description is free text, in which what was handed in could stand.
@@ -217,7 +218,7 @@ def _granted(identifier: str, answer: Answer) -> _Granted:
         LOG.warning("credential %s: the token endpoint answered %d%s", identifier, answer.status, said)
         raise _NotGranted(f"the token endpoint answered {answer.status}{said}")
     try:
-        granted = msgspec.json.decode(answer.body, type=_Granted)
+        granted = jsontext.decode(answer.body, kind=_Granted)
     except msgspec.DecodeError:
         raise _NotGranted("the token endpoint answered something else") from None
     token = granted.access_token

@@ -15,6 +15,7 @@ from typing import Literal
 
 import msgspec
 
+from saw import jsontext
 from saw.errors import SawError
 from saw.gateway.recording import Recorder
 from saw.gateway.records import MAX_LISTED, Listed
@@ -75,7 +76,7 @@ class RecordDesk:
             writer.close()
 
     async def _answer(self, who: str, line: bytes) -> dict[str, object]:
-        asked = msgspec.json.decode(line, type=Question)
+        asked = jsontext.decode(line, kind=Question)
         if asked.action == "list":
             found = await self._recorder.listed(
                 who, workspace=asked.workspace, before=asked.before, limit=max(1, min(asked.limit, MAX_LISTED))

@@ -19,6 +19,7 @@ from typing import Literal
 
 import msgspec
 
+from saw import jsontext
 from saw.errors import ConfigError, SawError
 from saw.identity.sealed import KEY_BYTES, SealBroken, SealKey
 from saw.sqlite import change
@@ -327,7 +328,7 @@ class RecordStore:
 
     def _as_listed(self, row: tuple[object, ...]) -> Listed:
         record = str(row[0])
-        facts = msgspec.json.decode(self._open(record, "facts", row[5]), type=Facts)
+        facts = jsontext.decode(self._open(record, "facts", row[5]), kind=Facts)
         return msgspec.convert(
             {"id": record, "until": row[1], "answer": row[2], "answer_bytes": row[3], "status": row[4], "facts": facts},
             Listed,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from saw import jsontext
 from saw.gateway.config import GatekeeperConfig
 from saw.gateway.envoy_parts import HEALTH_PATH
 
@@ -68,7 +69,7 @@ def ask(path: Path, replica: int) -> Replica:
     try:
         with closing(_Connection(path)) as connection:
             connection.request("GET", HEALTH_PATH)
-            told = msgspec.json.decode(connection.getresponse().read(65536), type=_Told)
+            told = jsontext.decode(connection.getresponse().read(65536), kind=_Told)
     except TimeoutError:
         return Replica(replica=replica, problem=f"it does not answer within {PATIENCE_S:.0f} s")
     except OSError as error:

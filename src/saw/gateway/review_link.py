@@ -8,6 +8,7 @@ from typing import TypeVar
 import httpx
 import msgspec
 
+from saw import jsontext
 from saw.gateway.config import GatekeeperConfig
 from saw.gateway.errors import ReviewRefused, ReviewUnavailable, UnknownReview
 from saw.gateway.link import tls_context
@@ -137,7 +138,7 @@ class ReviewLink:
         if kind is None:
             return None  # type: ignore[return-value]
         try:
-            return msgspec.json.decode(response.content, type=kind)
+            return jsontext.decode(response.content, kind=kind)
         except msgspec.DecodeError as error:
             raise ReviewUnavailable(f"the broker's answer is not valid: {error}") from error
 
@@ -150,6 +151,6 @@ def _code(response: httpx.Response) -> str:
     if response.status_code == httpx.codes.OK:
         return ""
     try:
-        return msgspec.json.decode(response.content, type=_Refusal).code[:64]
+        return jsontext.decode(response.content, kind=_Refusal).code[:64]
     except msgspec.DecodeError:
         return ""

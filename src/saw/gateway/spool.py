@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from saw import jsontext
 from saw.audit.chain import ChainedEvent, ChainError, Head, link
 from saw.gateway.errors import SpoolError
 from saw.sqlite import change
@@ -163,7 +164,7 @@ class Spool:
             rows: Iterable[tuple[bytes]] = self._database.execute(
                 "SELECT chained FROM event WHERE seq > (SELECT acknowledged FROM head) ORDER BY seq LIMIT ?", (limit,)
             ).fetchall()
-        return [msgspec.json.decode(row[0], type=ChainedEvent) for row in rows]
+        return [jsontext.decode(row[0], kind=ChainedEvent) for row in rows]
 
     def acknowledge(self, seq: int) -> None:
         """Note that the broker has everything up to ``seq`` and drop those rows.

@@ -15,6 +15,7 @@ from typing import Literal
 
 import msgspec
 
+from saw import jsontext
 from saw.addressing import Number
 from saw.errors import ConfigError
 from saw.files import load_json, write_private
@@ -91,7 +92,7 @@ def parse_state(raw: bytes) -> PerimeterState:
     if len(raw) > MAX_STATE:
         raise StateRefused(f"the broker's state has {len(raw)} bytes", cure="lower the number of workspaces")
     try:
-        state = msgspec.json.decode(raw, type=PerimeterState)
+        state = jsontext.decode(raw, kind=PerimeterState)
     except msgspec.DecodeError as error:
         raise StateRefused(f"the broker's state is not valid: {error}", cure="update broker and gatekeeper") from error
     times = [state.now]

@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 import msgspec
 import rfc8785
 
+from saw import jsontext
 from saw.files import write_atomic
 from saw.gpu.scratch import Wiped, WipeFailed, wipe
 from saw.policy.envelope import EnvelopeRefused, seal, verify_envelope
@@ -117,7 +118,7 @@ def verify(raw: bytes, keys: dict[str, PublicKey], *, workspace: str = "") -> tu
     """
     try:
         payload, signers = verify_envelope(raw, PAYLOAD_TYPE, keys, 1)
-        record = msgspec.json.decode(payload, type=WipeRecord)
+        record = jsontext.decode(payload, kind=WipeRecord)
     except EnvelopeRefused as error:
         raise RecordRefused(f"the record of the wipe does not count: {error.message}", cure=error.cure) from error
     except msgspec.DecodeError as error:

@@ -15,6 +15,7 @@ from joserfc import jws
 from joserfc.errors import JoseError
 from joserfc.jwk import ECKey, KeySet, RSAKey
 
+from saw import jsontext
 from saw.errors import SawError
 
 ALGORITHMS = frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512"})
@@ -216,7 +217,7 @@ def _signed(token: str, keys: KeySet, allowed: frozenset[str]) -> tuple[dict[str
             )
         if not jws.validate_compact(signed, keys, registry=registry):
             raise TokenRefused("wrong_signature", "the signature of the token is not the provider's")
-        claims = msgspec.json.decode(signed.payload, type=dict[str, Any])
+        claims = jsontext.decode(signed.payload, kind=dict[str, Any])
     except (JoseError, msgspec.DecodeError, ValueError, TypeError, KeyError) as error:
         raise TokenRefused("wrong_signature", "the signature of the token is not the provider's") from error
     return header, claims

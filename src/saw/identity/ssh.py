@@ -173,7 +173,7 @@ def parse_public_key(line: str) -> _PublicKey:
         raise IdentityError("the SSH key is not one plain public key line", cure="send ssh-ed25519, ecdsa or rsa")
     try:
         key = serialization.load_ssh_public_key(" ".join(parts[:2]).encode())
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, UnsupportedAlgorithm, NotImplementedError) as error:
         raise IdentityError("the SSH public key is malformed", cure="send the content of the .pub file") from error
     if isinstance(key, rsa.RSAPublicKey) and key.key_size < 3072:
         raise IdentityError(f"an RSA key of {key.key_size} bits is too short", cure="use ssh-ed25519")

@@ -14,7 +14,7 @@ from typing import Literal, Self
 
 import msgspec
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509 import verification
@@ -292,7 +292,7 @@ def load_csr(csr_pem: bytes | str) -> x509.CertificateSigningRequest:
     try:
         csr = x509.load_pem_x509_csr(_pem(csr_pem))
         valid, key = csr.is_signature_valid, csr.public_key()
-    except (ValueError, InvalidSignature, TypeError) as error:
+    except (ValueError, InvalidSignature, TypeError, UnsupportedAlgorithm) as error:
         raise IdentityError("the certificate request is malformed", cure="send a PEM PKCS#10 request") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise IdentityError("the key of the certificate request is not EC P-256", cure="make an EC P-256 key")
@@ -316,7 +316,9 @@ def parse_svid(cert_pem: bytes | str) -> Svid:
         constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
         digest_extension = certificate.extensions.get_extension_for_oid(POLICY_DIGEST_OID).value
         key = certificate.public_key()
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError) as error:
+    except (
+        x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, UnsupportedAlgorithm, ValueError,
+    ) as error:  # fmt: skip
         raise IdentityError(
             "the certificate is no workspace SVID", cure="present the SVID issued on attestation"
         ) from error

@@ -26,6 +26,7 @@ import httpx
 import msgspec
 from packageurl import PackageURL
 
+from saw import jsontext
 from saw.https import https_client
 from saw.image.disk import ImageError, digest_of
 from saw.image.osv import NAMES, Advisory, Component, Ecosystem, Match, ecosystem_of, latest, match, normalised
@@ -309,7 +310,7 @@ def _records(file: Path) -> Iterator[Advisory]:
 
 def _advisory(raw: bytes, place: str) -> Advisory:
     try:
-        found = msgspec.json.decode(raw, type=Advisory)
+        found = jsontext.decode(raw, kind=Advisory)
     except msgspec.DecodeError as error:
         raise ImageError(f"{place} is no OSV record: {error}", cure=_CURE) from error
     if found.modified.tzinfo is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from saw import jsontext
 from saw.image.disk import ImageError
 from saw.image.inputs import PACKAGES, Inputs
 from saw.image.packages import FILE, PackageSet, compare, read_set, words
@@ -43,8 +44,8 @@ def finished_in(images: Path) -> list[Finished]:
     found = []
     for record in images.glob("workspace-*/build.json"):
         try:
-            image = msgspec.json.decode(record.read_bytes(), type=GoldenImage)
-            inputs = msgspec.json.decode(record.with_name("inputs.json").read_bytes(), type=Inputs)
+            image = jsontext.decode(record.read_bytes(), kind=GoldenImage)
+            inputs = jsontext.decode(record.with_name("inputs.json").read_bytes(), kind=Inputs)
         except (OSError, msgspec.DecodeError):
             continue
         file = record.with_name("image.qcow2")

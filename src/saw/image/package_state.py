@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from saw import jsontext
 from saw.errors import ConfigError
 from saw.files import write_atomic
 from saw.image.base import ask_base, base_kind, base_path, base_tar, known_bases
@@ -85,7 +86,7 @@ class Base:
     def asked(self) -> Asked | None:
         """Return the last time that the archive was asked, None where that is not known."""
         try:
-            return msgspec.json.decode(self.memory.read_bytes(), type=Asked)
+            return jsontext.decode(self.memory.read_bytes(), kind=Asked)
         except (OSError, msgspec.DecodeError):
             return None
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 
+from saw import jsontext
 from saw.files import write_atomic
 from saw.image.base_os import BaseOs
 from saw.image.disk import ImageError, run
@@ -112,7 +113,7 @@ class Archive:
 def read_set(path: Path) -> PackageSet:
     """Read a package set; raises :class:`ImageError` that names file, reason and cure."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=PackageSet)
+        return jsontext.decode(path.read_bytes(), kind=PackageSet)
     except OSError as error:
         raise ImageError(f"cannot read {path}: {error.strerror}", cure=f"name the {FILE} of an image") from error
     except msgspec.DecodeError as error:

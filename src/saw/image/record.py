@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from saw import jsontext
 from saw.attest.image_record import (
     BASELINE_REPORT,
     Baseline,
@@ -145,7 +146,7 @@ def answered(source: Path, raw: bytes) -> Measured:
     """Read the answer of ``saw vm measure --json`` that lies in ``source``; raises :class:`ConfigError`."""
     try:
         lines = raw.decode().strip().splitlines()
-        return msgspec.json.decode(lines[-1] if lines else "", type=Measured)
+        return jsontext.decode(lines[-1] if lines else "", kind=Measured)
     except (UnicodeDecodeError, msgspec.DecodeError) as error:
         raise ConfigError(
             f"{source} is no answer of saw vm measure: {error}", cure="keep what it prints with --json"
@@ -154,8 +155,8 @@ def answered(source: Path, raw: bytes) -> Measured:
 
 def _built(folder: Path) -> tuple[GoldenImage, Inputs]:
     try:
-        image = msgspec.json.decode((folder / "build.json").read_bytes(), type=GoldenImage)
-        inputs = msgspec.json.decode((folder / "inputs.json").read_bytes(), type=Inputs)
+        image = jsontext.decode((folder / "build.json").read_bytes(), kind=GoldenImage)
+        inputs = jsontext.decode((folder / "inputs.json").read_bytes(), kind=Inputs)
     except (OSError, msgspec.DecodeError) as error:
         raise ImageError(
             f"{folder} is no finished image: {error}", cure="name build/images/NAME, or build the image: make image"
@@ -211,7 +212,7 @@ def _missing(measured: Measured) -> list[str]:
 def _reference(file: Path, image_sha256: str, firmware: str) -> Measured | None:
     """Return what an earlier reference boot of these bytes measured, on ``firmware`` where one is named, or None."""
     try:
-        found = msgspec.json.decode(file.read_bytes(), type=Measured)
+        found = jsontext.decode(file.read_bytes(), kind=Measured)
     except (OSError, msgspec.DecodeError):
         return None
     other = found.image_sha256 != image_sha256 or (firmware and found.firmware_sha256 != firmware)
@@ -221,7 +222,7 @@ def _reference(file: Path, image_sha256: str, firmware: str) -> Measured | None:
 def _known(file: Path, image_sha256: str) -> dict[str, Any]:
     """Return the record of these bytes that is there, or an empty one."""
     try:
-        found = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+        found = jsontext.decode(file.read_bytes(), kind=dict[str, Any])
     except (OSError, msgspec.DecodeError):
         return {}
     return found if found.get("image_sha256") == image_sha256 else {}

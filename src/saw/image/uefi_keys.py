@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from saw import jsontext
 from saw.files import write_atomic, write_private
 from saw.image.disk import ImageError, run
 from saw.image.sbom import tool
@@ -193,7 +194,7 @@ def _variables(path: Path) -> dict[tuple[str, str], bytes]:
         listing = Path(scratch) / "store.json"
         try:
             run(tool("virt-fw-vars"), "--input", str(path), "--output-json", str(listing))
-            store = msgspec.json.decode(listing.read_bytes(), type=_Store)
+            store = jsontext.decode(listing.read_bytes(), kind=_Store)
             return {(one.name, one.guid): bytes.fromhex(one.data) for one in store.variables}
         except (ImageError, OSError, ValueError) as error:
             raise ImageError(

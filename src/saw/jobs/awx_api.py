@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 
+from saw import jsontext
 from saw.errors import ConfigError, SawError, UnavailableError
 from saw.https import https_client
 from saw.jobs.config import AwxSettings
@@ -59,7 +60,7 @@ class AwxJob(msgspec.Struct, frozen=True):
     def variables(self) -> Mapping[str, Any]:
         """Return its variables; none when they cannot be read."""
         try:
-            return msgspec.json.decode(self.extra_vars or "{}", type=dict[str, Any])
+            return jsontext.decode(self.extra_vars or "{}", kind=dict[str, Any])
         except msgspec.DecodeError:
             return {}
 
@@ -194,7 +195,7 @@ class AwxApi:
         try:
             if len(answer.content) > MAX_ANSWER:
                 raise msgspec.DecodeError("it is too long")
-            return msgspec.json.decode(answer.content, type=kind)
+            return jsontext.decode(answer.content, kind=kind)
         except msgspec.DecodeError as error:
             raise AwxRefused(
                 "awx_answer", f"AWX answered something else: {error}", "check awx.url and awx.api"

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from saw import jsontext
 from saw.errors import ConfigError, SawError
 from saw.patching.config import PatchConfig
 
@@ -83,7 +84,7 @@ def probe(config: PatchConfig) -> AptState:
             f"apt's library gave no answer: {words}", cure="install python3-apt, and look at `apt-get check`"
         )
     try:
-        return msgspec.json.decode(done.stdout, type=AptState)
+        return jsontext.decode(done.stdout, kind=AptState)
     except msgspec.MsgspecError as error:
         raise PatchError(f"the answer of {PROBE.name} cannot be read: {error}", cure="report this") from error
 

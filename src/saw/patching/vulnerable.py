@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import msgspec
 
+from saw import jsontext
 from saw.audit.events import EventFactory, Severity, Subject
 from saw.errors import ConfigError
 from saw.image.vulnerabilities import Finding, Urgency, match
@@ -42,7 +43,7 @@ class Told(msgspec.Struct, frozen=True):
 def read_told(path: Path) -> Told:
     """Read what a host told; raises :class:`ConfigError` that names file, reason and cure."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Told)
+        return jsontext.decode(path.read_bytes(), kind=Told)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", cure="name a readable file") from error
     except msgspec.DecodeError as error:

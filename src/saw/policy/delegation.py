@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from saw import jsontext
 from saw.errors import SawError
 from saw.policy import globs
 from saw.policy.actions import UPLOAD_PACK, git_service
@@ -100,7 +101,7 @@ def parse_delegation(raw: bytes) -> Delegation:
     if len(raw) > MAX_RECORD:
         raise DelegationInvalid(f"the delegation has {len(raw)} bytes", cure=f"keep it below {MAX_RECORD}")
     try:
-        record = msgspec.json.decode(raw, type=Delegation)
+        record = jsontext.decode(raw, kind=Delegation)
     except msgspec.DecodeError as error:
         raise DelegationInvalid(f"the delegation is not valid: {error}", cure="correct the named field") from error
     check_delegation(record)

@@ -10,6 +10,7 @@ from datetime import datetime
 
 import msgspec
 
+from saw import jsontext
 from saw.errors import SawError
 from saw.policy.delegation import MAX_TOOLS, Tools, ToolScope
 from saw.policy.model import Part
@@ -66,7 +67,7 @@ def read_handed(raw: bytes) -> HandedTools:
     try:
         if len(raw) > MAX_HANDED:
             raise ValueError(f"it has {len(raw)} bytes")
-        said = msgspec.json.decode(raw, type=HandedTools)
+        said = jsontext.decode(raw, kind=HandedTools)
         scopes = [ToolScope(one.tools) for one in said.grants]
         if len(scopes) > MAX_GRANTS or any(len(one.tools or ()) > MAX_TOOLS for one in said.grants):
             raise ValueError("it lists too much")

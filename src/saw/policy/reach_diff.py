@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import rfc8785
 
+from saw import jsontext
 from saw.policy.loader import Bundle
 from saw.policy.model import Request
 from saw.policy.reach_automata import Budget
@@ -63,7 +64,7 @@ class ReachDiff:
 
 def _content(old: str, new: str, gained: tuple[Item, ...], lost: tuple[Item, ...]) -> dict[str, Any]:
     value = {"format": FORMAT, "old": old, "new": new, "gained": gained, "lost": lost}
-    result: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(value))
+    result: dict[str, Any] = jsontext.decode(msgspec.json.encode(value))
     return result
 
 

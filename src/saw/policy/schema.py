@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from saw import jsontext
 from saw.policy.casefile import CaseFile
 from saw.policy.governance import Governance
 from saw.policy.model import Policy
@@ -46,5 +47,5 @@ def schema_of(kind: str) -> dict[str, Any]:
         "$defs": components,
     }
     # Through text, so that tuples of defaults become the lists that a reader of the file sees.
-    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(schema))
+    plain: dict[str, Any] = jsontext.decode(msgspec.json.encode(schema))
     return plain

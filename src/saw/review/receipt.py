@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from saw import jsontext
 from saw.identity.statement import MAX_STATEMENT, Statement, verify_statement
 from saw.policy.errors import KeyFileError
 from saw.policy.keys import parse_public_key, raw_public
@@ -184,6 +185,6 @@ def _payload(token: str) -> bytes:
 
 def _decode(raw: bytes) -> Receipt:
     try:
-        return msgspec.json.decode(raw, type=Receipt)
+        return jsontext.decode(raw, kind=Receipt)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise StatementRefused(f"the receipt is not valid: {error}", cure="present it as it was issued") from error

@@ -15,6 +15,7 @@ import msgspec
 import rfc8785
 from securesystemslib.dsse import Envelope
 
+from saw import jsontext
 from saw.errors import SawError
 from saw.policy.keys import PublicKey, signature_holds
 from saw.policy.signers import Signer, signature_of
@@ -72,7 +73,7 @@ def parse_statement(raw: bytes) -> ReviewStatement:
     if len(raw) > MAX_STATEMENT:
         raise StatementRefused(f"the statement has {len(raw)} bytes", cure=f"keep it below {MAX_STATEMENT}")
     try:
-        statement = msgspec.json.decode(raw, type=ReviewStatement)
+        statement = jsontext.decode(raw, kind=ReviewStatement)
         canonical = encode_statement(statement)
     except (msgspec.DecodeError, UnicodeError, rfc8785.CanonicalizationError) as error:
         raise StatementRefused(f"the statement is not valid: {error}", cure="sign what saw review shows") from error

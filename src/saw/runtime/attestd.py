@@ -19,6 +19,7 @@ from typing import Annotated
 
 import msgspec
 
+from saw import jsontext
 from saw.attest.messages import Digest, RefusalFailure
 from saw.attest.tpm import Tpm
 from saw.files import load_json
@@ -44,7 +45,7 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     """Ask for the present state."""
 
 
-_REQUEST = msgspec.json.Decoder(Measure | Status)
+_REQUEST = Measure | Status
 SYSTEM_CLOCK = Clock(now=lambda: datetime.now(UTC), boottime=lambda: time.clock_gettime(time.CLOCK_BOOTTIME))
 
 
@@ -83,7 +84,7 @@ class _Handler(socketserver.StreamRequestHandler):
         try:
             if len(line) > MAX_LINE:
                 raise msgspec.DecodeError(f"a line may have {MAX_LINE} bytes")
-            request = _REQUEST.decode(line)
+            request = jsontext.decode(line, _REQUEST)
         except msgspec.DecodeError as error:
             return Outcome(ok=False, failures=(RefusalFailure("request_malformed", "attestd", str(error)),))
         if isinstance(request, Status):

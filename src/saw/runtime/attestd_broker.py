@@ -10,6 +10,7 @@ from typing import Self, TypeVar
 import httpx
 import msgspec
 
+from saw import jsontext
 from saw.attest.messages import (
     ActivateAnswer,
     ActivateRequest,
@@ -96,9 +97,9 @@ class BrokerClient:
             ) from error
         try:
             if answer.status_code == httpx.codes.OK:
-                return msgspec.json.decode(answer.content, type=kind)
+                return jsontext.decode(answer.content, kind=kind)
             if answer.is_client_error:
-                refusal = msgspec.json.decode(answer.content, type=Refusal)
+                refusal = jsontext.decode(answer.content, kind=Refusal)
                 raise NotAttestedError(refusal.failures or (RefusalFailure(refusal.error, "broker", path),))
         except msgspec.DecodeError as error:
             raise BrokerUnreachableError(

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import msgspec
 from cryptography import x509
 
+from saw import jsontext
 from saw.addressing import Number
 from saw.errors import ConfigError
 from saw.files import write_atomic
@@ -54,7 +55,7 @@ def credential_path(environ: Mapping[str, str]) -> Path:
 def parse_seed(raw: bytes) -> WorkspaceSeed:
     """Parse and check the credential; raise :class:`ConfigError` that names every wrong field."""
     try:
-        seed = msgspec.json.decode(raw, type=WorkspaceSeed)
+        seed = jsontext.decode(raw, kind=WorkspaceSeed)
     except msgspec.DecodeError as error:
         raise ConfigError(
             f"the workspace credential is not valid: {error}", cure="create the workspace again"
@@ -64,11 +65,7 @@ def parse_seed(raw: bytes) -> WorkspaceSeed:
         for name in ("trust_domain", "broker_name", "ring2_name")
         if not _DNS_NAME.fullmatch(getattr(seed, name))
     ]
-    url = urlsplit(seed.broker_url)
-    if url.scheme != "https" or url.path not in {"", "/"} or url.query or url.fragment or url.username is not None:
-        problems.append("broker_url is not https://address:port")
-    elif not _is_address(url.netloc):
-        problems.append("broker_url does not name an address and a port")
+    problems += _check_broker_url(seed.broker_url)
     if not _is_address(seed.ring2):
         problems.append("ring2 is not address:port")
     problems += _check_authority(seed)
@@ -100,12 +97,22 @@ def bootstrap(source: Path, directory: Path) -> list[Path]:
     return [authority, workspace]
 
 
+def _check_broker_url(text: str) -> list[str]:
+    try:
+        url = urlsplit(text)
+    except ValueError:
+        return ["broker_url is not https://address:port"]
+    if url.scheme != "https" or url.path not in {"", "/"} or url.query or url.fragment or url.username is not None:
+        return ["broker_url is not https://address:port"]
+    return [] if _is_address(url.netloc) else ["broker_url does not name an address and a port"]
+
+
 def _check_authority(seed: WorkspaceSeed) -> list[str]:
     try:
         certificates = x509.load_pem_x509_certificates(seed.ca_pem.encode())
         constraints = certificates[0].extensions.get_extension_for_class(x509.BasicConstraints).value
         names = certificates[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (ValueError, IndexError, x509.ExtensionNotFound):
+    except (ValueError, IndexError, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
         return ["ca_pem is no certificate of an authority"]
     if len(certificates) != 1 or not constraints.ca:
         return ["ca_pem is not exactly one authority"]
@@ -120,4 +127,4 @@ def _is_address(text: str) -> bool:
         ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
     except ValueError:
         return False
-    return bool(separator) and port.isascii() and port.isdecimal() and 0 < int(port) <= 65535
+    return bool(separator) and port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) <= 65535

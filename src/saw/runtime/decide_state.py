@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from saw import jsontext
 from saw.errors import SawError
 from saw.runtime import generation
 
@@ -108,7 +109,7 @@ class Lease:
             self._expires_at = None
             if raw is not None:
                 try:
-                    self._expires_at = msgspec.json.decode(raw, type=LeaseFile).expires_at
+                    self._expires_at = jsontext.decode(raw, kind=LeaseFile).expires_at
                     self._deadline = self._boottime() + (self._expires_at - self._wall()).total_seconds()
                 except (msgspec.MsgspecError, TypeError):
                     self._expires_at = None
@@ -133,7 +134,7 @@ class Heartbeat:
         raw, new = self._file.read()
         if new:
             try:
-                self._last = None if raw is None else msgspec.json.decode(raw, type=HeartbeatFile).boottime
+                self._last = None if raw is None else jsontext.decode(raw, kind=HeartbeatFile).boottime
             except msgspec.MsgspecError:
                 self._last = None
         now = self._boottime()

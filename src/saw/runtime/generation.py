@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from saw import jsontext
 from saw.errors import SawError
 from saw.files import load_json
 from saw.policy.governance import Governance
@@ -184,7 +185,7 @@ def load_from(directory: Path, name: str) -> Loaded:
         raise GenerationInvalid(f"generation {name} cannot be read: {error}", cure="restart saw-policyd") from error
     if hashlib.sha256(manifest).hexdigest() != name or index.policy_digest != name:
         raise GenerationInvalid(f"generation {name}: the manifest is not the one of that digest", cure=_CURE)
-    listed = msgspec.json.decode(manifest)["members"]
+    listed = jsontext.decode(manifest)["members"]
     for member, raw in members.items():
         if listed.get(member, {}).get("sha256") != hashlib.sha256(raw).hexdigest():
             raise GenerationInvalid(f"generation {name}: {member} was changed after it was verified", cure=_CURE)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from saw import jsontext
 from saw.policy.mcp_messages import Json
 from saw.review.messages import FINAL
 from saw.review.tool import ToolView
@@ -236,7 +237,7 @@ async def _exchange(path: str, question: Question) -> ToolView:
     try:
         writer.write(msgspec.json.encode(question) + b"\n")
         await writer.drain()
-        reply = msgspec.json.decode(await reader.readuntil(b"\n"), type=Reply)
+        reply = jsontext.decode(await reader.readuntil(b"\n"), kind=Reply)
     finally:
         writer.close()
     if reply.refused is not None:

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
+from saw import jsontext
 from saw.errors import SawError
 from saw.runtime import netns_rules
 from saw.runtime.netns_rules import Ruleset
@@ -136,7 +135,7 @@ def check(net: SandboxNet) -> list[str]:
     if disabled != "1":
         problems.append("IPv6 is enabled in the sandbox")
     for family in ("-4", "-6"):
-        routes = msgspec.json.decode(_run(*_ip_inside(net), family, "-j", "route", "show") or "[]")
+        routes = jsontext.decode(_run(*_ip_inside(net), family, "-j", "route", "show") or "[]")
         if any(route.get("dst") == "default" or "gateway" in route for route in routes):
             problems.append("the sandbox has a default route")
     return problems
@@ -171,7 +170,7 @@ def _link_problems(net: SandboxNet) -> list[str]:
     inside = (_ip_inside(net), net.sandbox_interface, net.sandbox_address)
     for command, interface, address in (outside, inside):
         try:
-            links = msgspec.json.decode(_run(*command, "-j", "address", "show", "dev", interface))
+            links = jsontext.decode(_run(*command, "-j", "address", "show", "dev", interface))
         except NetnsError:
             problems.append(f"interface {interface} does not exist")
             continue

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from saw import addressing
+from saw import addressing, jsontext
 from saw.errors import SawError
 
 Json = dict[str, object]
@@ -183,7 +183,7 @@ def _normalised(value: object) -> object:
 
 def differences(ruleset: Ruleset, listed: bytes) -> list[str]:
     """Compare ``ruleset`` with the output of ``nft -j list table``; return what differs, empty when nothing does."""
-    document = msgspec.json.decode(listed)
+    document = jsontext.decode(listed)
     found = [_normalised(item) for item in document.get("nftables", []) if "metainfo" not in item]
     expected = [_normalised(item) for item in ruleset.objects()]
     return (

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from saw import jsontext
 from saw.errors import ConfigError, SawError, UnavailableError
 from saw.files import write_atomic
 from saw.policy.errors import PolicyError
@@ -207,7 +208,7 @@ def _note(config: OpenShellConfig, content: bytes) -> None:
 def _stopped_here(config: OpenShellConfig) -> bool:
     """Tell whether the handover itself stopped the sandbox; what a person stopped stays so."""
     try:
-        return "stopped" in msgspec.json.decode(Path(config.state).read_bytes(), type=dict[str, Any])
+        return "stopped" in jsontext.decode(Path(config.state).read_bytes(), kind=dict[str, Any])
     except (OSError, msgspec.MsgspecError):
         return False
 
@@ -232,6 +233,6 @@ def _stopped(config: OpenShellConfig, gateway: Gateway, error: SawError) -> Hand
 def config_of(raw: bytes, name: str) -> OpenShellConfig:
     """Read the configuration; raise :class:`ConfigError` with the reason."""
     try:
-        return msgspec.json.decode(raw, type=OpenShellConfig)
+        return jsontext.decode(raw, kind=OpenShellConfig)
     except (msgspec.MsgspecError, ValueError) as error:
         raise ConfigError(f"{name}: {error}", cure="correct it, or apply the role runtime_openshell again") from error

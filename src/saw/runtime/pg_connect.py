@@ -39,7 +39,7 @@ def parse_place(text: str) -> tuple[str, int] | None:
 def fatal(body: bytes) -> bytes:
     """Return a ring's refusal (JSON) as the ErrorResponse that a client of PostgreSQL shows."""
     told: dict[str, object] = {}
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(body)
         told = found if isinstance(found, dict) else {}
     layer, reason = told.get("layer", "the way out"), told.get("reason", "no answer")
@@ -47,7 +47,10 @@ def fatal(body: bytes) -> bytes:
     steps = told.get("next_steps")
     hint = str(steps[0])[:500] if isinstance(steps, list) and steps else ""
     fields = {"S": "FATAL", "V": "FATAL", "C": "28000", "M": text, **({"H": hint} if hint else {})}
-    content = b"".join(f"{key}{value}".replace("\0", " ").encode() + b"\0" for key, value in fields.items()) + b"\0"
+    content = (
+        b"".join(f"{key}{value}".replace("\0", " ").encode(errors="replace") + b"\0" for key, value in fields.items())
+        + b"\0"
+    )
     return b"E" + struct.pack("!i", len(content) + 4) + content
 
 

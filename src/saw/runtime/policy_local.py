@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from saw import jsontext
 from saw.policy.policy_request import MAX_BODY, Wish, canonical
 from saw.policy.policy_view import as_text, view_policy
 from saw.runtime.attribution import Caller
@@ -130,7 +131,7 @@ class PolicyLocal:
         if body is None:
             raise AskRefused("too_large", f"the body exceeds {MAX_BODY} bytes", "send less")
         try:
-            wish = msgspec.json.decode(body, type=Wish)
+            wish = jsontext.decode(body, kind=Wish)
             path = canonical(wish.path)
         except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
             raise AskRefused(
@@ -179,7 +180,7 @@ class PolicyLocal:
         try:
             writer.write(line)
             await writer.drain()
-            return msgspec.json.decode(await reader.readline(), type=Reply)
+            return jsontext.decode(await reader.readline(), kind=Reply)
         finally:
             writer.close()
             with contextlib.suppress(OSError):

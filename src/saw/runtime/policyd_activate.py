@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import msgspec
 
+from saw import jsontext
 from saw.errors import SawError
 from saw.files import write_atomic
 from saw.runtime import generation, ring1
@@ -146,7 +147,7 @@ class Activator:
         """Tell whether the generation on disk is the one that ``content`` compiles to, its leaf signed by our authority."""
         try:
             found = generation.fingerprint(directory)
-            index = msgspec.json.decode((directory / generation.INDEX).read_bytes(), type=generation.Index)
+            index = jsontext.decode((directory / generation.INDEX).read_bytes(), kind=generation.Index)
         except (OSError, msgspec.MsgspecError):
             return False
         wanted = {
@@ -191,7 +192,7 @@ class Activator:
                 channel.connect(self._config.attest_socket)
                 channel.sendall(msgspec.json.encode(request) + b"\n")
                 line = channel.makefile("rb").readline(1 << 20)
-            answer = msgspec.json.decode(line, type=dict[str, Any])
+            answer = jsontext.decode(line, kind=dict[str, Any])
         except (OSError, msgspec.MsgspecError) as error:
             raise ActivationRefused("measure_failed", f"the attestation agent did not answer: {error}") from error
         if answer.get("ok") is not True:

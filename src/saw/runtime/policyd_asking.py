@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 
+from saw import jsontext
 from saw.errors import SawError
 from saw.runtime.policyd_broker import open_client
 from saw.runtime.policyd_config import Workspace
@@ -56,8 +57,8 @@ class BrokerWay:
             with open_client(self._workspace, self._ca, self._svid, self._timeout_s + wait_s) as client:
                 answer = client.request(method, path, extensions=self._extensions, **sent)
             if answer.is_success:
-                return msgspec.json.decode(answer.content, type=kind)
-            said = msgspec.json.decode(answer.content, type=_Said)
+                return jsontext.decode(answer.content, kind=kind)
+            said = jsontext.decode(answer.content, kind=_Said)
         except (httpx.HTTPError, OSError, msgspec.MsgspecError) as error:
             raise self._unavailable(f"the broker gave no usable answer: {type(error).__name__}") from error
         if answer.is_server_error or said.code in self._unanswered:

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import msgspec
 
+from saw import jsontext
 from saw.audit.chain import ChainedEvent
 from saw.audit.workspace_decisions import Decisions
 from saw.audit.workspace_usage import Usage
@@ -103,7 +104,7 @@ class PolicyBroker:
                 path, params={"workspace_id": self._workspace.workspace_id}, extensions=self._extensions
             )
             answer.raise_for_status()
-            text = msgspec.json.decode(answer.content, type=Given).bundle
+            text = jsontext.decode(answer.content, kind=Given).bundle
             return base64.b64decode(text, validate=True) if text else b""
         except (httpx.HTTPError, msgspec.MsgspecError, binascii.Error) as error:
             raise _unreachable(path, error) from error
@@ -119,7 +120,7 @@ class PolicyBroker:
                 "/v1/workspace/watch", params=query, timeout=wait + self._timeout, extensions=self._extensions
             )
             answer.raise_for_status()
-            return msgspec.json.decode(answer.content, type=Offer) if answer.content else Offer(after)
+            return jsontext.decode(answer.content, kind=Offer) if answer.content else Offer(after)
         except (httpx.HTTPError, msgspec.MsgspecError) as error:
             raise _unreachable("/v1/workspace/watch", error) from error
 
@@ -200,7 +201,7 @@ class PolicyBroker:
         try:
             with self._open(identified=True) as client:
                 answer = client.post("/v1/workspace/report", json=body, extensions=self._extensions).raise_for_status()
-            recorded = msgspec.json.decode(answer.content, type=Recorded).recorded
+            recorded = jsontext.decode(answer.content, kind=Recorded).recorded
         except (httpx.HTTPError, msgspec.MsgspecError) as error:
             raise _unreachable("/v1/workspace/report", error) from error
         if not recorded:
@@ -248,7 +249,7 @@ def open_client(workspace: Workspace, ca: Path, svid: Path | None, timeout: floa
 
 def _code(answer: httpx.Response) -> str:
     try:
-        return msgspec.json.decode(answer.content, type=_Refusal).code
+        return jsontext.decode(answer.content, kind=_Refusal).code
     except msgspec.DecodeError:
         return ""
 

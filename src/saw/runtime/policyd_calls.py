@@ -10,6 +10,7 @@ from collections.abc import Callable
 import httpx
 import msgspec
 
+from saw import jsontext
 from saw.runtime.decide_counts import Counted, Totals
 
 Tell = Callable[[str, Counted, float], None]
@@ -52,6 +53,6 @@ class CallReports:
     def _totals(self) -> Totals | None:
         try:
             with httpx.Client(transport=httpx.HTTPTransport(uds=self._socket), timeout=5) as client:
-                return msgspec.json.decode(client.get("http://decide/counts").content, type=Totals)
+                return jsontext.decode(client.get("http://decide/counts").content, kind=Totals)
         except (httpx.HTTPError, msgspec.MsgspecError):
             return None

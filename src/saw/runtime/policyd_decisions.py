@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from saw import jsontext
 from saw.audit.workspace_decisions import MOST, MOST_IDS, PATH, TEXT, Decided, Decisions
 from saw.errors import SawError
 from saw.files import write_atomic
@@ -126,7 +127,7 @@ class DecisionReports:
 
     def _place(self) -> Place:
         try:
-            return msgspec.json.decode(self._file.read_bytes(), type=Place)
+            return jsontext.decode(self._file.read_bytes(), kind=Place)
         except (FileNotFoundError, msgspec.MsgspecError):
             return Place()
 
@@ -170,7 +171,7 @@ _OF_ONE = frozenset({"uid", "first", "last", "count", "request_ids"})
 def _entries(lines: Iterator[bytes] | Any, limit: int) -> Iterator[Entry]:
     for line in lines:
         with contextlib.suppress(msgspec.MsgspecError):
-            yield msgspec.json.decode(line, type=Entry)
+            yield jsontext.decode(line, kind=Entry)
             limit -= 1
         if limit <= 0:
             return
@@ -182,7 +183,7 @@ def _decided(entry: Entry) -> tuple[Decided, int] | None:
     if not isinstance(entry.message, str) or (entry.unit != _DECIDE and mediator is None):
         return None
     try:
-        record = msgspec.json.decode(entry.message, type=dict[str, Any])
+        record = jsontext.decode(entry.message, kind=dict[str, Any])
     except msgspec.MsgspecError:
         return None
     number = record.get("n")

@@ -8,6 +8,7 @@ from typing import Annotated, Protocol
 
 import msgspec
 
+from saw import jsontext
 from saw.errors import SawError
 from saw.policy.policy_request import MAX_BODY, Asked, AskedList, Wanted
 from saw.review.messages import Message
@@ -83,7 +84,7 @@ class RequestDesk(Desk):
 
 def _answer(broker: Broker, line: bytes) -> bytes:
     try:
-        question = msgspec.json.decode(line, type=Question)
+        question = jsontext.decode(line, kind=Question)
     except msgspec.DecodeError as error:
         return _refused(AskRefused("malformed", f"the question cannot be read: {error}"[:300]))
     try:

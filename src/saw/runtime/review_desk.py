@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Protocol
 
 import msgspec
 
+from saw import jsontext
 from saw.errors import SawError
 from saw.review.messages import Digest, Message, ReviewId, Secret
 from saw.review.tool import MAX_PARAMS, MaybeDigest, Params, Server, ToolView
@@ -114,7 +115,7 @@ class ReviewDesk(Desk):
 
 def _ask(broker: Broker, line: bytes) -> ToolView | ReviewRefused:
     try:
-        question = msgspec.json.decode(line, type=Question)
+        question = jsontext.decode(line, kind=Question)
     except msgspec.DecodeError as error:
         return ReviewRefused("malformed", f"the question cannot be read: {error}"[:300])
     try:

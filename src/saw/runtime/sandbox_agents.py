@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from saw import jsontext
 from saw.files import write_atomic
 from saw.runtime.sandbox import LAUNCH_DIRECTORY, AgentSpec, SandboxError, SandboxSpec
 
@@ -84,6 +85,6 @@ def _identity(agent: AgentSpec, digest: str, unit_directory: str, launch_directo
 def _recorded(record: Path) -> dict[str, str]:
     """Return what the record says; one that cannot be read says nothing, and agents are started once too often."""
     try:
-        return msgspec.json.decode(record.read_bytes(), type=dict[str, str])
+        return jsontext.decode(record.read_bytes(), kind=dict[str, str])
     except (OSError, msgspec.MsgspecError):
         return {}

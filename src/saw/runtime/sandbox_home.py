@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
+from saw import jsontext
 from saw.files import write_atomic
 from saw.policy.persistence import AGENT_FILES, START_FILES
 from saw.runtime.sandbox import SandboxError, SandboxSpec
@@ -63,7 +64,7 @@ def _folder(record: Path) -> Path:
 
 def _recorded(record: Path) -> list[str]:
     try:
-        return msgspec.json.decode(record.read_bytes(), type=list[str])
+        return jsontext.decode(record.read_bytes(), kind=list[str])
     except FileNotFoundError:
         return []
     except (OSError, msgspec.MsgspecError) as error:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from saw import jsontext
 from saw.secrets.store import SecretError, check_name, is_name, missing
 
 VARIABLE = "SAW_TEST_SECRETS"
@@ -27,7 +28,7 @@ class EnvironmentStore:
                 cure="use files, sealed or vault; in a test say only_for_tests",
             )
         try:
-            given = msgspec.json.decode(environ.get(VARIABLE, "{}"), type=dict[str, str])
+            given = jsontext.decode(environ.get(VARIABLE, "{}"), kind=dict[str, str])
             self._values = {name: base64.b64decode(value, validate=True) for name, value in given.items()}
         except (msgspec.DecodeError, binascii.Error) as error:
             raise SecretError(f"{VARIABLE} cannot be read", cure="a JSON object of names and Base64") from error

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 
+from saw import jsontext
 from saw.errors import ConfigError, UnavailableError
 from saw.https import https_client
 from saw.secrets.store import SecretError
@@ -94,7 +95,7 @@ class VaultCalls:
         answer = self.read(path, {})
         if answer.status_code == 404:
             try:
-                return msgspec.json.decode(answer.content, type=_Read).data
+                return jsontext.decode(answer.content, kind=_Read).data
             except msgspec.DecodeError:
                 return None
         return self.decoded(answer, _Read).data
@@ -175,7 +176,7 @@ class VaultCalls:
     def decoded(self, answer: httpx.Response, kind: type[T]) -> T:
         """Return what an answer says; raise :class:`SecretError` when it is something else."""
         try:
-            return msgspec.json.decode(answer.content, type=kind)
+            return jsontext.decode(answer.content, kind=kind)
         except msgspec.DecodeError:
             # Without the cause: its words could repeat a part of the answer, which may be a secret.
             raise SecretError(
@@ -202,7 +203,7 @@ class VaultCalls:
 def errors_of(answer: httpx.Response) -> str:
     """Return what an answer says is wrong; never its data."""
     try:
-        return "; ".join(msgspec.json.decode(answer.content, type=_Said).errors)[:300]
+        return "; ".join(jsontext.decode(answer.content, kind=_Said).errors)[:300]
     except msgspec.DecodeError:
         return "it gave no reason"
 

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO, Self, TypeVar
 import httpx
 import msgspec
 
+from saw import jsontext
 from saw.errors import SawError, UnavailableError
 from saw.sessions.config import BastionConfig
 from saw.sessions.messages import Closing, Granted, HostKey, Redeem, Watched
@@ -101,7 +102,7 @@ class BrokerLink:
             ) from error
         try:
             if answer.is_error:
-                raise Refused(msgspec.json.decode(answer.content, type=dict[str, Any]))
-            return msgspec.json.decode(answer.content, type=kind)
+                raise Refused(jsontext.decode(answer.content, kind=dict[str, Any]))
+            return jsontext.decode(answer.content, kind=kind)
         except msgspec.DecodeError as error:
             raise UnavailableError("the broker's answer cannot be read", cure="see its log") from error

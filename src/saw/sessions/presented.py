@@ -52,7 +52,7 @@ def read_presented(environ: Mapping[str, str]) -> Presented:
         raise NotPresented("a session takes one certificate and nothing else", cure=cure)
     try:
         certificate = load_ssh_public_identity(keys[0].encode())
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, UnsupportedAlgorithm, NotImplementedError) as error:
         raise NotPresented("what you logged in with is no certificate", cure=cure) from error
     if not isinstance(certificate, SSHCertificate):
         raise NotPresented("a plain key opens no session", cure=cure)

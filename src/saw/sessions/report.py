@@ -20,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 
+from saw import jsontext
 from saw.errors import SawError
 from saw.files import write_private
 from saw.sessions.config import BastionConfig
@@ -145,7 +146,7 @@ def _send_alone(config: BastionConfig, path: Path) -> _Found:
 def _send(config: BastionConfig, path: Path) -> bool:
     """Send the report in ``path``; return whether nothing of it is left to be sent."""
     try:
-        said = msgspec.json.decode(path.read_bytes(), type=Closing)
+        said = jsontext.decode(path.read_bytes(), kind=Closing)
         _tell(config, path.name.removesuffix(SUFFIX), said)
     except FileNotFoundError:
         pass  # another process has sent it
@@ -176,7 +177,7 @@ def _main(argv: list[str]) -> int:
     )
     if unsaid:
         with contextlib.suppress(SawError, OSError):
-            _tell(config, unsaid[0], msgspec.json.decode(unsaid[1], type=Closing))
+            _tell(config, unsaid[0], jsontext.decode(unsaid[1], kind=Closing))
     return 1 if send_reports(config) else 0
 
 

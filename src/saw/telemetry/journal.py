@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from saw import jsontext
 from saw.telemetry.config import TelemetryConfig, TelemetryError
 
 #: Most entries of one reading.
@@ -226,7 +227,7 @@ class Reading:
 def _entry(line: bytes) -> Entry | Untold | None:
     """Return the entry of a line; None for what is no entry at all."""
     try:
-        return msgspec.json.decode(line, type=Entry)
+        return jsontext.decode(line, kind=Entry)
     except msgspec.MsgspecError:
         found = _CURSOR.search(line)
         return Untold(found[1].decode("ascii", "replace")) if found else None

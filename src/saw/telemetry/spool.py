@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from saw import jsontext
 from saw.audit.chain import ChainedEvent, Head, link
 from saw.audit.ocsf import validate
 from saw.sqlite import change
@@ -73,7 +74,7 @@ class Spool:
         """The end of the chain."""
         with self._reading():
             text = self._note("head")
-        return msgspec.json.decode(text, type=Head) if text else Head()
+        return jsontext.decode(text, kind=Head) if text else Head()
 
     @property
     def full_since(self) -> str:
@@ -143,7 +144,7 @@ class Spool:
                 "SELECT chained FROM event WHERE seq > coalesce((SELECT seq FROM way WHERE name = ?), 0) ORDER BY seq LIMIT ?",
                 (way, limit),
             ).fetchall()
-            return [msgspec.json.decode(raw, type=ChainedEvent) for (raw,) in rows]
+            return [jsontext.decode(raw, kind=ChainedEvent) for (raw,) in rows]
 
     def acknowledged(self, way: Way, seq: int) -> None:
         """Note that everything up to ``seq`` has arrived on ``way``, and let go of what has arrived everywhere."""
@@ -155,7 +156,7 @@ class Spool:
         """Return the newest events, oldest first, those that have arrived too."""
         with self._reading():
             rows = self._database.execute("SELECT chained FROM event ORDER BY seq DESC LIMIT ?", (limit,)).fetchall()
-            return [msgspec.json.decode(raw, type=ChainedEvent) for (raw,) in reversed(rows)]
+            return [jsontext.decode(raw, kind=ChainedEvent) for (raw,) in reversed(rows)]
 
     def waiting(self) -> dict[str, int]:
         """Return how many events wait, by way."""

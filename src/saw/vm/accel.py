@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from saw import jsontext
 from saw.files import write_atomic
 from saw.vm.spec import VmError
 
@@ -45,7 +46,7 @@ def probe(kernel: Path, cache: Path, *, patience: float = 20.0) -> Acceleration:
     The answer is cached for this boot of the machine in ``cache``. Raises :class:`VmError` when qemu is missing.
     """
     try:
-        known = msgspec.json.decode(cache.read_bytes(), type=dict[str, str])
+        known = jsontext.decode(cache.read_bytes(), kind=dict[str, str])
         if known["boot_id"] == boot_id():
             return Acceleration(known["name"], known["reason"], known["cure"])
     except (OSError, msgspec.DecodeError, KeyError):

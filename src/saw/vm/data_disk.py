@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from saw import jsontext
 from saw.datadisk import luks2, recovery
 from saw.datadisk.config import CREDENTIAL, ONCE, Told
 from saw.files import load_json, write_private
@@ -180,4 +181,4 @@ def evidence_of(spec: VmSpec) -> Path:
 def evidence(spec: VmSpec) -> dict[str, Any]:
     """Return ``{erased: evidence}`` where there is some, for the answer of ``destroy``."""
     place = evidence_of(spec)
-    return {"erased": msgspec.json.decode(place.read_bytes())} if place.exists() else {}
+    return {"erased": jsontext.decode(place.read_bytes())} if place.exists() else {}

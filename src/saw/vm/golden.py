@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from saw import jsontext
 from saw.files import write_private
 from saw.vm.programs import run
 from saw.vm.spec import STATE, VmError, VmSpec, load_spec
@@ -100,9 +101,7 @@ def matches(hashed: Hashed, wanted: str) -> None:
             cure="copy the released image there again; if it was right before, find out who changed it",
             details={"image": hashed.path, "found": hashed.sha256, "wanted": wanted},
         )
-    shown: dict[str, Any] = msgspec.json.decode(
-        run("qemu-img", "info", "-f", "qcow2", "--output=json", hashed.path).stdout
-    )
+    shown: dict[str, Any] = jsontext.decode(run("qemu-img", "info", "-f", "qcow2", "--output=json", hashed.path).stdout)
     outside = shown.get("backing-filename") or shown.get("format-specific", {}).get("data", {}).get("data-file")
     if outside:
         raise ImageRefusedError(
@@ -121,7 +120,7 @@ def remember(spec: VmSpec, hashed: Hashed) -> None:
 def recorded(spec: VmSpec) -> Hashed | None:
     """Return what was verified for this VM, or None."""
     try:
-        return msgspec.json.decode((spec.directory / RECORD).read_bytes(), type=Hashed)
+        return jsontext.decode((spec.directory / RECORD).read_bytes(), kind=Hashed)
     except (OSError, msgspec.DecodeError):
         return None
 

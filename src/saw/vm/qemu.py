@@ -24,7 +24,7 @@ import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from saw import addressing
+from saw import addressing, jsontext
 from saw.datadisk.config import ONCE
 from saw.files import write_atomic, write_private
 from saw.vm import data_disk, devices, golden, released, secure_boot, wiped
@@ -323,7 +323,7 @@ def qmp(spec: VmSpec, *commands: dict[str, Any]) -> list[dict[str, Any]]:
             stream.write(msgspec.json.encode(command) + b"\n")
             stream.flush()
             while True:
-                answer = msgspec.json.decode(stream.readline() or b'{"error":"closed"}')
+                answer = jsontext.decode(stream.readline() or b'{"error":"closed"}')
                 if "return" in answer or "error" in answer:
                     answers.append(answer)
                     break
@@ -401,7 +401,7 @@ def status(spec: VmSpec) -> dict[str, Any]:
     tail = console.read_bytes()[-400:].decode("utf-8", "replace") if console.exists() else ""
     accel = ""
     with contextlib.suppress(OSError, msgspec.DecodeError):
-        accel = str(msgspec.json.decode((RUNTIME / "accel.json").read_bytes()).get("name", ""))
+        accel = str(jsontext.decode((RUNTIME / "accel.json").read_bytes()).get("name", ""))
     return {
         "id": spec.id,
         "active": active(spec.id),

@@ -18,6 +18,7 @@ from typing import Literal
 
 import msgspec
 
+from saw import jsontext
 from saw.attest.image_record import ReleaseRecord
 from saw.errors import ConfigError
 from saw.policy.envelope import MAX_ENVELOPE
@@ -44,7 +45,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def required() -> bool:
     """Tell whether this hypervisor asks for records; a file that cannot be read is refused, not taken for a no."""
     try:
-        settings = msgspec.json.decode(SETTINGS.read_bytes(), type=Settings)
+        settings = jsontext.decode(SETTINGS.read_bytes(), kind=Settings)
     except FileNotFoundError:
         return True
     except (OSError, msgspec.DecodeError) as error:

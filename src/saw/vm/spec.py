@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from saw import addressing
+from saw import addressing, jsontext
 from saw.datadisk.config import CREDENTIAL as DATA_DISK
 from saw.datadisk.config import ONCE as DATA_DISK_ONCE
 from saw.datadisk.recovery import load_public
@@ -99,7 +99,7 @@ class VmSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def parse_spec(raw: bytes) -> VmSpec:
     """Read a specification; raise :class:`ConfigError` that names field, reason and cure."""
     try:
-        spec = msgspec.json.decode(raw, type=VmSpec)
+        spec = jsontext.decode(raw, kind=VmSpec)
     except msgspec.DecodeError as error:
         raise ConfigError(f"the VM specification is not valid: {error}", cure="correct the named field") from error
     if not NAME.fullmatch(spec.id):

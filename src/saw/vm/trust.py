@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from saw import jsontext
 from saw.attest.image_record import PAYLOAD_TYPE, Hex, RecordInvalid, ReleaseRecord, parse_record
 from saw.errors import ConfigError
 from saw.files import locked, write_atomic
@@ -85,7 +86,7 @@ def revoked() -> frozenset[Revoked]:
     """Return the images that were revoked; a list that cannot be read is no empty one, so it raises."""
     file = place() / "revoked.json"
     try:
-        return frozenset(msgspec.json.decode(file.read_bytes(), type=tuple[Revoked, ...]))
+        return frozenset(jsontext.decode(file.read_bytes(), kind=tuple[Revoked, ...]))
     except FileNotFoundError:
         return frozenset()
     except (OSError, msgspec.DecodeError) as error:
@@ -131,7 +132,7 @@ def take(raw: bytes, now: datetime, *, pin: bool = False, dry: bool = False) -> 
     try:
         if len(raw) > MAX_HANDED:
             raise msgspec.ValidationError(f"it has more than {MAX_HANDED} bytes")
-        given = msgspec.json.decode(raw, type=HandOver)
+        given = jsontext.decode(raw, kind=HandOver)
     except msgspec.DecodeError as error:
         raise ConfigError(
             f"the hand-over is not valid: {error}", cure="pass what saw image hand-over prints"

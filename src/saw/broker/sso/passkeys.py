@@ -18,6 +18,7 @@ from webauthn.helpers.structs import (
     UserVerificationRequirement,
 )
 
+from saw import jsontext
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.errors import BrokerError, ConflictError, ForbiddenError, NotFoundError
@@ -99,7 +100,7 @@ class Passkeys:
             exclude_credentials=held,
             supported_pub_key_algs=list(ALGORITHMS),
         )
-        found: dict[str, Any] = msgspec.json.decode(options_to_json(options))
+        found: dict[str, Any] = jsontext.decode(options_to_json(options))
         return found
 
     def register(self, caller: Caller, session: Session, body: NewCredential) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import httpx
 import msgspec
 from joserfc.jwk import KeySet
 
+from saw import jsontext
 from saw.broker.errors import BrokerError, ForbiddenError
 from saw.broker.sso_settings import ProviderSettings
 from saw.errors import ConfigError
@@ -225,7 +226,7 @@ class Provider:
             raise _unavailable(place, str(error) or type(error).__name__) from error
         if 400 <= response.status_code < 500 and method == "POST":
             try:
-                raise ProviderRefused(msgspec.json.decode(raw, type=_Error).error)
+                raise ProviderRefused(jsontext.decode(raw, kind=_Error).error)
             except msgspec.DecodeError:
                 pass
         if response.status_code == 401:
@@ -233,7 +234,7 @@ class Provider:
         if response.status_code != 200:
             raise _unavailable(place, f"it answered {response.status_code}")
         try:
-            return msgspec.json.decode(raw, type=kind)
+            return jsontext.decode(raw, kind=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _unavailable(place, f"its answer is not valid: {error}") from error
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import msgspec
 from sqlalchemy import func, select
 
+from saw import jsontext
 from saw.broker.clock import iso
 from saw.broker.context import Caller, Services
 from saw.broker.errors import BrokerError, BusyError, ForbiddenError
@@ -127,7 +128,7 @@ class SignIn:
             row = tx.connection.execute(select(sso_logins).where(mine)).one_or_none()
             if row is None or row.expires_at <= iso(now):
                 raise _unknown()
-            begun = msgspec.json.decode(self._seal.open(key, row.sealed), type=_Begun)
+            begun = jsontext.decode(self._seal.open(key, row.sealed), kind=_Begun)
             early = row.poll_at > iso(now)
             later = iso(now + timedelta(seconds=begun.interval))
             if not early:
@@ -209,7 +210,7 @@ class SignIn:
             raise ForbiddenError(
                 "this sign-in was begun in another browser", cure="begin again here", code="other_browser"
             )
-        return msgspec.json.decode(self._seal.open(key, row.sealed), type=_Begun)
+        return jsontext.decode(self._seal.open(key, row.sealed), kind=_Begun)
 
     def _forget(self, key: str) -> bool:
         with self._s.store.write() as tx:
