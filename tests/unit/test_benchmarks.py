@@ -304,6 +304,7 @@ def test_an_interrupted_run_is_not_noted(checkout):
     assert bring_up(checkout, 40.0, 130) == (130, [])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
 def test_each_finds_what_it_imports(name):
     script = f"import runpy; runpy.run_path({str(BENCHMARKS / name)!r} + '.py', run_name='looked_at')"

@@ -65,6 +65,39 @@ def test_a_gatekeeper_that_stands_still_is_ended_and_another_one_leads(host):
     assert not replicas(host)[first["replica"]]["leads"]
 
 
+def dumps_after_a_crash(host, *more):
+    """What a gatekeeper that may write where it runs leaves behind when it ends by a fault of memory."""
+    folder, place = "/run/systemd/system/saw-gatekeeper@1.service.d", "/var/lib/saw/gatekeeper"
+    settings = "\\n".join(["[Service]", f"WorkingDirectory={place}", *more])
+    host.run_expect(
+        [0], f"mkdir -p {folder} && printf '{settings}\\n' > {folder}/crash.conf && systemctl daemon-reload"
+    )
+    try:
+        host.run_expect([0], "systemctl restart saw-gatekeeper@1")
+        until(host, "the gatekeeper decides", lambda found: not found[1]["problem"])
+        ended = replicas(host)[1]["pid"]
+        host.run_expect([0], f"kill -SEGV {ended}")
+        until(host, "it is back", lambda found: not found[1]["problem"] and found[1]["pid"] != ended)
+        return host.check_output(f"find {place} -name 'core*' -printf '%f '; rm -f {place}/core*").split()
+    finally:
+        host.run_expect([0], f"rm -r {folder} && systemctl daemon-reload && systemctl restart saw-gatekeeper@1")
+
+
+@pytest.mark.control("CRED-01")
+def test_a_crash_leaves_no_memory_on_the_disk(host):
+    """Credentials are in the memory of both services. With the limit taken away, the same crash leaves all of it in a file."""
+    assert host.file("/proc/sys/kernel/core_pattern").content_string.strip() == "core", (
+        "dumps are handed to a program here"
+    )
+    assert dumps_after_a_crash(host) == []
+    assert len(dumps_after_a_crash(host, "LimitCORE=infinity")) == 1
+    until(host, "both decide", lambda found: not any(replica["problem"] for replica in found.values()))
+    limits = host.check_output("cat /proc/$(systemctl show --property=MainPID --value saw-ring2)/limits")
+    assert [line.split()[-3:-1] for line in limits.splitlines() if line.startswith("Max core file size")] == [
+        ["0", "0"]
+    ]
+
+
 def test_the_gatekeeper_is_in_touch_with_the_broker(host):
     held = json.loads(host.file("/var/lib/saw/gatekeeper/state.json").content_string)
     assert held, "no state has come from the broker"

@@ -58,7 +58,7 @@ def decode(raw: bytes, kind: type[T]) -> T:
     """Parse ``raw`` strictly; raise :class:`MalformedError` naming the field."""
     try:
         return jsontext.decode(raw, kind=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except msgspec.DecodeError as error:
         raise MalformedError(f"the body is not valid: {error}", cure="correct the named field") from error
 
 

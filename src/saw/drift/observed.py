@@ -82,7 +82,7 @@ def read_observed(path: Path) -> Observed | None:
         return jsontext.decode(path.read_bytes(), kind=Observed)
     except FileNotFoundError:
         return None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except msgspec.DecodeError as error:
         raise DriftError(
             f"what callback drift wrote cannot be read: {error}",
             cure="let the collection and the Python package be of one version",

@@ -167,7 +167,7 @@ def read_report(path: Path | str) -> Report:
         return jsontext.decode(Path(path).read_bytes(), kind=Report)
     except OSError as error:
         raise DriftError(f"cannot read {path}: {error.strerror}", cure="name a report of saw drift check") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except msgspec.DecodeError as error:
         raise DriftError(
             f"{path} is no drift report of format 1: {error}", cure="make it with saw drift check"
         ) from error

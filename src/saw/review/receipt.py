@@ -186,5 +186,5 @@ def _payload(token: str) -> bytes:
 def _decode(raw: bytes) -> Receipt:
     try:
         return jsontext.decode(raw, kind=Receipt)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except msgspec.DecodeError as error:
         raise StatementRefused(f"the receipt is not valid: {error}", cure="present it as it was issued") from error

@@ -133,7 +133,7 @@ class PolicyLocal:
         try:
             wish = jsontext.decode(body, kind=Wish)
             path = canonical(wish.path)
-        except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
+        except ValueError as error:
             raise AskRefused(
                 "malformed",
                 f"the body is not valid: {error}"[:300],

@@ -213,6 +213,7 @@ def play(fleet: Fleet, database: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_the_playbook_keeps_the_answer_and_fails_with_the_names_of_images_that_lack_a_fix(
     fleet: Fleet, tmp_path: Path
 ) -> None:

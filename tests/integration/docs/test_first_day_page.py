@@ -111,6 +111,7 @@ def terminal_that_is_kept(there: People, folder: Path) -> Iterator[None]:
             load(before)
 
 
+@pytest.mark.thorough
 @pytest.mark.control("ID-02")
 def test_plain_ssh_finds_at_work_what_was_left_running(there: People, screen: Chromium, tmp_path: Path) -> None:
     environment = sign_in(there, "u-ada")
@@ -134,6 +135,7 @@ def test_plain_ssh_finds_at_work_what_was_left_running(there: People, screen: Ch
             assert leave(again, 60)
 
 
+@pytest.mark.thorough
 @pytest.mark.control("AUD-02")
 def test_the_trail_is_proved_where_there_is_no_broker(there: People, screen: Chromium, tmp_path: Path) -> None:
     control, elsewhere = tmp_path / "control", tmp_path / "elsewhere"

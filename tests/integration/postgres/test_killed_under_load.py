@@ -96,6 +96,7 @@ def settled() -> Iterator[Path]:
     shutil.rmtree(found)
 
 
+@pytest.mark.thorough
 @pytest.mark.sqlite("copies the register's file")
 @pytest.mark.parametrize(
     ("kind", "error"),

@@ -245,6 +245,7 @@ def state_of(root: Path) -> list[tuple[str, int, bytes]]:
     return sorted((str(path), path.lstat().st_mode, path.read_bytes()) for path in files)
 
 
+@pytest.mark.thorough
 def test_a_host_as_it_should_be_has_an_empty_report(rig: Rig, clean: Ended) -> None:
     assert clean.code == 0, clean.printed
     report = clean.report

@@ -286,6 +286,7 @@ def test_no_agent_enrols_in_a_tree_that_is_not_booted(values, booted, taken):
     assert templar.evaluate_conditional(trust_as_template(task["ansible.builtin.assert"]["that"])) is taken
 
 
+@pytest.mark.thorough
 def test_a_fresh_host_is_forecast_and_the_key_of_a_repository_is_the_named_one(tmp_path):
     key, ca, rule = (tmp_path / name for name in ("key.asc", "ca.pem", "ours.yaml"))
     key.write_text("-----BEGIN PGP PUBLIC KEY BLOCK-----\n")

@@ -72,6 +72,7 @@ def folder(tmp_path: Path) -> str:
     return write_bundle(tmp_path / "coding")
 
 
+@pytest.mark.thorough
 @pytest.mark.control("POL-01")
 def test_reach_diff_compares_folders_and_signed_files(template, folder, tmp_path, officers: Officers):
     from datetime import UTC, datetime, timedelta

@@ -180,6 +180,7 @@ def test_an_image_that_is_revoked_is_not_started_by_hand_either(hypervisor):
     assert (refused.returncode, f"image {name} is revoked" in refused.stderr) == (1, True), refused
 
 
+@pytest.mark.thorough
 @pytest.mark.control("P0-04")
 def test_a_hypervisor_that_refuses_is_named_with_its_reason_and_not_with_an_error_of_the_playbook(hypervisor):
     name, root = f"{hypervisor.name}-one", hypervisor.base / "state/trust/root.json"

@@ -235,7 +235,7 @@ class Provider:
             raise _unavailable(place, f"it answered {response.status_code}")
         try:
             return jsontext.decode(raw, kind=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except msgspec.DecodeError as error:
             raise _unavailable(place, f"its answer is not valid: {error}") from error
 
     def _client(self) -> httpx.Client:
