@@ -133,6 +133,7 @@ def test_the_portal_works_without_javascript(lab: SsoLab, page: Chromium) -> Non
     )  # fmt: skip
 
 
+@pytest.mark.thorough
 @pytest.mark.control("LIF-01")
 def test_an_operator_stops_a_workspace_and_the_page_goes_on_by_itself(lab: SsoLab, page: Chromium) -> None:
     lab.provider.change("u-dan", groups=["staff", "operators"])

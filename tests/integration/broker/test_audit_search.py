@@ -78,6 +78,7 @@ class _Services:
         self.store = Store.open(broker.config, Waker())
 
 
+@pytest.mark.thorough
 def test_a_follower_sees_each_event_once_across_a_restart_of_the_broker(own_broker, capsys) -> None:
     lab = own_broker
     context = lab.directory / "context.json"

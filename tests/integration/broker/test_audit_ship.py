@@ -262,6 +262,7 @@ def test_what_cannot_be_trusted_is_shipped_and_marked(lab, siem, forwarder) -> N
     assert (found.returncode, "was too long to be sent" in found.stderr) == (1, True)
 
 
+@pytest.mark.thorough
 def test_a_broker_that_restarts_is_followed_and_a_trail_that_went_back_is_shipped_again_and_marked(
     siem, tmp_path
 ) -> None:

@@ -175,6 +175,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.control("AUD-02")
 @pytest.mark.control("AUD-01")
 def test_a_broker_killed_under_load_loses_no_answered_row_and_its_chain_stays_whole(own_broker) -> None:

@@ -65,6 +65,7 @@ def far(tmp_path: Path):
         shutil.rmtree(directory)
 
 
+@pytest.mark.thorough
 def test_a_witness_follows_the_tree_and_fails_for_a_fork_and_a_broker_that_is_away(far: Far) -> None:
     far.feed("edge-a", 300)
     first = far.checkpoint()

@@ -42,6 +42,7 @@ def broker(lab: Lab, verb: str) -> Any:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
 def test_a_taken_port_is_named_with_its_holder_and_cure(lab: Lab, address: str) -> None:
     port = lab.config.listen.port

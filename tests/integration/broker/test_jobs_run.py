@@ -90,6 +90,7 @@ def job_events(lab: Lab, job: str) -> list[dict]:
     return [item["event"] for item in lab.events() if item["event"].get("entity") == {"type": "job", "uid": job}]
 
 
+@pytest.mark.thorough
 def test_a_run_whose_worker_is_killed_ends_with_it_is_interrupted_and_resumed(lab: Lab, rig: WorkerRig) -> None:
     job = waiting_at_the_gate(rig, "ws-a")
     rig.stop(signal.SIGKILL)

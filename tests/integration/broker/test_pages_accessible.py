@@ -251,6 +251,7 @@ def page_kinds() -> list[Route]:
     return shown
 
 
+@pytest.mark.thorough
 def test_every_page_is_accessible_in_light_and_dark(pages: Pages, page: Chromium) -> None:
     lab, found = pages.lab, dict[str, list[str]]()
     page.go(f"{pages.origin}/sign-in")

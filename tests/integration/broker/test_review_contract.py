@@ -123,6 +123,7 @@ def test_from_opening_to_the_answer_both_sides_understand_each_other(
     asyncio.run(ended(review))
 
 
+@pytest.mark.thorough
 @pytest.mark.control("REV-01")
 def test_what_the_broker_takes_in_for_no_review_is_told_apart_from_a_broker_that_is_away(
     own_broker: Lab, link: ReviewLink

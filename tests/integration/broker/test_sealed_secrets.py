@@ -78,6 +78,7 @@ def test_it_signs_and_goes_on_after_a_crash_and_nothing_of_it_lies_open(lab: Lab
     assert b"PRIVATE KEY" not in raw and b"BEGIN CERTIFICATE" in raw
 
 
+@pytest.mark.thorough
 def test_with_another_key_or_none_it_refuses_and_names_what_is_missing(lab: Lab, credentials: Path) -> None:
     before = signed(lab)[1]
     lab.stop()
@@ -95,6 +96,7 @@ def test_with_another_key_or_none_it_refuses_and_names_what_is_missing(lab: Lab,
     assert signed(lab)[1] == before
 
 
+@pytest.mark.thorough
 def test_an_installation_on_files_moves_when_its_unit_starts_and_serves_as_before(credentials: Path) -> None:
     with running_broker() as lab:
         before = signed(lab)[1]

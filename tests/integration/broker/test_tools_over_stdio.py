@@ -308,6 +308,7 @@ def test_of_two_mediators_with_one_approval_one_calls(place: Place) -> None:
         agent.close()
 
 
+@pytest.mark.thorough
 @pytest.mark.control("RUN-05")
 def test_without_broker_identity_or_policy_agent_nothing_is_called(place: Place) -> None:
     agent = Client(place.mediator())

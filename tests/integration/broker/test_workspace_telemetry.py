@@ -32,6 +32,7 @@ def told(broker: Lab, name: str) -> list[dict]:
     return [one for one in ours if "chain" in one["unmapped"]["saw"] or one["unmapped"]["saw"].get("why")]
 
 
+@pytest.mark.thorough
 def test_events_of_a_workspace_reach_the_trail_and_wait_for_a_broker_that_is_away(
     own_broker: Lab, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ SOAK = Path(__file__).parents[2] / "soak"
 sys.path[:0] = [str(SOAK), str(SOAK.parent / "integration")]
 
 
+@pytest.mark.thorough
 @pytest.mark.control("AUD-01")
 @pytest.mark.control("RUN-01")
 def test_mixed_traffic_is_recorded_call_by_call_and_a_signal_ends_it_with_its_verdict(tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ def _requested(desk: Desk, person: str = "") -> str:
     return session
 
 
+@pytest.mark.thorough
 @pytest.mark.control("ID-03")
 def test_the_page_on_ansible(desk: Desk) -> None:
     for name, text in files(ANSIBLE).items():

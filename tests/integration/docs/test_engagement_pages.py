@@ -158,6 +158,7 @@ def make_evidence(folder: Path, record: dict[str, Any]) -> None:
     (folder / "waivers.yml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
 
 
+@pytest.mark.thorough
 @pytest.mark.control("P0-04")
 @pytest.mark.control("IMG-01")
 def test_the_page_on_images(desk: tuple[Lab, Path]) -> None:

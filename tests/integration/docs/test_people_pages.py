@@ -44,6 +44,7 @@ def table(page: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in text.split("\n")[2:]]
 
 
+@pytest.mark.thorough
 @pytest.mark.control("ID-01")
 def test_the_portal_page_leads_from_the_browser_into_a_workspace(there: People) -> None:
     context = {

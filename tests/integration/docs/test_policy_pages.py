@@ -54,6 +54,7 @@ def test_the_page_on_reach(desk: tuple[Lab, Path]) -> None:
     assert "Content-Security-Policy" in (desk[1] / "diff.html").read_text()
 
 
+@pytest.mark.thorough
 def test_the_page_on_releasing(desk: tuple[Lab, Path]) -> None:
     lab, folder = desk
 

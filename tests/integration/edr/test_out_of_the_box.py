@@ -39,6 +39,7 @@ DEEDS: tuple[tuple[str, Callable[[Path], Any], str], ...] = (
 )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("kind", "deed", "subject"), DEEDS, ids=[kind for kind, _, _ in DEEDS])
 def test_what_is_done_to_files_leaves_the_host(
     host: Host, kind: str, deed: Callable[[Path], Any], subject: str, record_property: Callable[[str, object], None]

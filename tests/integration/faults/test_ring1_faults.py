@@ -98,6 +98,7 @@ def test_without_the_proxy_nothing_leaves_and_what_waits_is_decided_by_the_polic
     works_again(rig)
 
 
+@pytest.mark.thorough
 @pytest.mark.control("RUN-01")
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_without_the_decision_service_every_call_is_refused(rig: Rig, how: str) -> None:
@@ -112,6 +113,7 @@ def test_without_the_decision_service_every_call_is_refused(rig: Rig, how: str) 
     works_again(rig)
 
 
+@pytest.mark.thorough
 @pytest.mark.control("RUN-01")
 def test_a_call_on_a_way_to_ring_2_that_went_silent_ends_with_the_reason(rig: Rig) -> None:
     with partitioned(rig.vm, f"tcp dport {RING2_PORT}", f"tcp sport {RING2_PORT}"):

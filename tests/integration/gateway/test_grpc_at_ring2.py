@@ -197,6 +197,7 @@ def talk(calls: Calls) -> Iterator[Callable[[], Talk]]:
         process.communicate()
 
 
+@pytest.mark.thorough
 @pytest.mark.control("POL-05")
 @pytest.mark.control("LIF-02")
 @pytest.mark.parametrize(

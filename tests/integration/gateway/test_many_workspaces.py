@@ -35,6 +35,7 @@ def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
         yield rig
 
 
+@pytest.mark.thorough
 @pytest.mark.control("NET-01")
 def test_each_is_served_at_its_own_place_and_at_no_other(crowd: Rig) -> None:
     for number in SEEN:
@@ -56,6 +57,7 @@ def test_what_another_perimeter_serves_has_no_listener_here(crowd: Rig) -> None:
     assert not crowd.listens(FAR, addressing.ingress_port(COUNT + 1))
 
 
+@pytest.mark.thorough
 @pytest.mark.control("LIF-02")
 def test_one_that_is_cut_off_is_cut_off_alone(crowd: Rig) -> None:
     crowd.broker.put("ws-501", state="quarantined")

@@ -345,6 +345,7 @@ def test_a_statement_is_cancelled_with_the_key_of_its_session_alone(sessions: Se
     door.close()
 
 
+@pytest.mark.thorough
 @pytest.mark.control("POL-04")
 @pytest.mark.parametrize(
     "sent",

@@ -127,6 +127,7 @@ def leader(rig: Rig) -> int:
     return next((replica for replica in rig.gatekeepers if rig.told(replica).leads), 0)
 
 
+@pytest.mark.thorough
 @pytest.mark.control("AUD-01")
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_replica_that_is_killed_under_load_loses_no_decision(rig: Rig, number: int) -> None:
@@ -145,6 +146,7 @@ def test_a_replica_that_is_killed_under_load_loses_no_decision(rig: Rig, number:
     assert lost.total() <= 3, "what it recorded and could not answer any more"
 
 
+@pytest.mark.thorough
 @pytest.mark.control("AUD-01")
 def test_a_replica_that_stands_still_lets_nothing_pass_late(rig: Rig) -> None:
     stopped = rig.gatekeepers[1]

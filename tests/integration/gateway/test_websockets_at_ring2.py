@@ -303,6 +303,7 @@ def http_2(streams: Streams, directory: Path) -> Iterator[Callable[[str], tuple[
         envoy.wait(10)
 
 
+@pytest.mark.thorough
 @pytest.mark.control("POL-05")
 @pytest.mark.control("LIF-02")
 @pytest.mark.parametrize(
@@ -364,6 +365,7 @@ def test_a_delegation_covers_opening_it_and_what_may_be_sent(
     wait_for(settled, f"{status} in place of {outcome}")
 
 
+@pytest.mark.thorough
 @pytest.mark.control("DEL-01")
 def test_a_websocket_ends_when_its_delegation_is_taken_back(streams: Streams) -> None:
     before, _ = streams.accepted()

@@ -159,6 +159,7 @@ def test_a_refused_connection_is_told_from_a_missing_route(rig: Rig) -> None:
     assert (seen["verdict"], seen["reason"]) == ("deny", "connection_refused"), seen
 
 
+@pytest.mark.thorough
 def test_an_address_that_never_answers_is_told_too(rig: Rig) -> None:
     done = rig.inside(
         "nft",

@@ -365,6 +365,7 @@ def crash():
     process.stdout.close()
 
 
+@pytest.mark.thorough
 @pytest.mark.control("POL-02")
 @pytest.mark.parametrize(
     ("step", "in_force"),

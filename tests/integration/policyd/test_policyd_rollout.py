@@ -221,6 +221,7 @@ agent.cycle()
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.control("POL-02")
 @pytest.mark.parametrize(
     ("moment", "in_force"),

@@ -66,6 +66,7 @@ def service(lab):
     made.end()
 
 
+@pytest.mark.thorough
 @pytest.mark.control("POL-05")
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 def test_without_a_running_agent_every_call_is_denied_until_it_runs_again(service, how):

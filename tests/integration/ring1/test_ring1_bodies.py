@@ -187,6 +187,7 @@ def test_a_compressed_body_is_refused_and_plain_it_passes(spoken: Rig, tmp_path)
     assert post(spoken, "/graphql", '{"query": "{viewer}"}', "--header", "transfer-encoding: chunked").status == 200
 
 
+@pytest.mark.thorough
 def test_a_stream_of_a_session_flows_and_needs_its_headers(spoken: Rig) -> None:
     """The answer comes piece by piece: the first line is there although the far end never ends the stream."""
     accept = ("--header", "accept: text/event-stream")

@@ -86,6 +86,7 @@ def test_a_websocket_of_the_policy_is_opened_and_carries_text_both_ways(rig: Rig
     until(lambda: stream.ended, "the end at the service")
 
 
+@pytest.mark.thorough
 @pytest.mark.control("RUN-01")
 @pytest.mark.parametrize(
     ("url", "passes", "refused"),

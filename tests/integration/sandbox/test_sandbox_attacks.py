@@ -93,6 +93,7 @@ def outside(networked):
     return json.loads(networked.run(PYTHON, str(PROBE), netns=True).stdout)
 
 
+@pytest.mark.thorough
 @pytest.mark.control("RUN-03")
 @pytest.mark.parametrize("case", sorted(REFUSED))
 def test_refused_inside_for_this_reason_and_not_outside(case, inside, outside):

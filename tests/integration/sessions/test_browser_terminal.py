@@ -59,6 +59,7 @@ def type_line(page: Chromium, text: str) -> None:
     page.key("Enter", "\r", 13)
 
 
+@pytest.mark.thorough
 def test_a_person_with_a_browser_alone_works_in_a_terminal_and_plays_the_recording(
     there: tuple[SsoLab, Bastion], tmp_path: Path
 ) -> None:
@@ -313,6 +314,7 @@ def test_ssh_of_a_terminal_reads_nothing_of_the_broker(there: tuple[SsoLab, Bast
     assert b"Permission denied" in client.seen
 
 
+@pytest.mark.thorough
 def test_a_broker_that_was_killed_leaves_no_ssh_and_no_key(there: tuple[SsoLab, Bastion], ada: Browser) -> None:
     lab, bastion = there
     page = Page(lab, ada, ticket(ada))

@@ -51,6 +51,7 @@ def folder(path: Path, names: list[str]) -> Path:
     return path
 
 
+@pytest.mark.thorough
 def test_files_go_there_and_back_under_their_own_names(bastion: Bastion, tmp_path: Path) -> None:
     here, there = folder(tmp_path / "here", ODD), folder(tmp_path / "there", [])
     told = copied(bastion, *(f"{here}/{name}" for name in ODD), f"ws-a:{there}")
@@ -95,6 +96,7 @@ def test_folders_go_with_all_that_is_in_them_and_need_r(bastion: Bastion, tmp_pa
     assert copied(bastion, "-r", f"ws-a:{tmp_path}/copy", str(back))["files"] == 3, "written again"
 
 
+@pytest.mark.thorough
 def test_what_is_missing_is_said_with_a_cure(bastion: Bastion, tmp_path: Path) -> None:
     here = folder(tmp_path / "here", ["one", "two"])
     before = count(bastion)

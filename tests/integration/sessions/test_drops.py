@@ -224,6 +224,7 @@ def test_without_a_broker_a_session_lasts_as_long_as_its_lease_and_the_report_co
         shutil.rmtree(directory)
 
 
+@pytest.mark.thorough
 @pytest.mark.control("ID-03")
 def test_a_session_lasts_no_longer_than_a_session_may() -> None:
     directory = Path(tempfile.mkdtemp(prefix="saw-bastion-"))

@@ -174,6 +174,7 @@ def test_a_page_is_seen_by_a_grant_and_the_recording_has_times_and_bytes_and_no_
     assert [one.get("forward_port", one.get("port")) for one in told] == [page] * 4, "granted, asked, opened, closed"
 
 
+@pytest.mark.thorough
 def test_the_person_to_whom_it_is_granted_sees_it_and_another_does_not(
     there: tuple[SsoLab, Bastion], ports: Bastion, page: int, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ def run(line: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.thorough
 @pytest.mark.control("ID-01")
 def test_who_is_signed_in_reaches_their_own_workspace_and_nobody_elses(
     there: tuple[SsoLab, Bastion], tmp_path: Path
@@ -45,6 +46,7 @@ def test_who_is_signed_in_reaches_their_own_workspace_and_nobody_elses(
     assert lab.audited(class_uid=3002, status_detail="not_your_workspace")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("loss", ["signed-out", "at-the-provider", "role"])
 def test_a_live_session_goes_with_its_sign_in(there: tuple[SsoLab, Bastion], tmp_path: Path, loss: str) -> None:
     lab, bastion = there

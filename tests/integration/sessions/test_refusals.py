@@ -209,6 +209,7 @@ def test_a_session_that_was_ended_before_its_login_is_refused(bastion: Bastion) 
     assert bastion.show(session)["state"] == "closed"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("broken", ["missing", "full", "broker", "keys"])
 def test_what_cannot_be_recorded_is_not_opened(bastion: Bastion, tmp_path: Path, broken: str) -> None:
     changes = {

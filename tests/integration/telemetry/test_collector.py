@@ -46,6 +46,7 @@ def test_every_event_arrives_in_order_and_the_collectors_file_proves_itself(host
     assert proved.returncode == 0, proved.stdout + proved.stderr
 
 
+@pytest.mark.thorough
 def test_a_collector_that_is_killed_and_away_while_events_are_made_misses_none(host: Host, siem: Siem) -> None:
     host.configure(receiver=receiver(siem))
     users: list[str] = []
@@ -65,6 +66,7 @@ def test_a_collector_that_is_killed_and_away_while_events_are_made_misses_none(h
     assert host.findings("telemetry_gap") == []
 
 
+@pytest.mark.thorough
 def test_a_service_that_is_killed_in_the_middle_leaves_no_gap_at_the_collector(host: Host, siem: Siem) -> None:
     host.configure(receiver=receiver(siem))
     users: list[str] = []
@@ -98,6 +100,7 @@ def test_a_full_spool_empties_into_a_collector_that_is_back_and_the_gap_arrives(
     assert gap["unmapped"]["saw"]["cause"] == "spool_full"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("case", "words"),
     [

@@ -25,6 +25,7 @@ def test_entries_from_before_and_from_now_become_events_in_order_and_once(host: 
     assert host.findings("telemetry_gap") == []
 
 
+@pytest.mark.thorough
 def test_what_was_written_before_a_kill_is_there_once_after_it(host: Host) -> None:
     users: list[str] = []
     for _ in range(3):

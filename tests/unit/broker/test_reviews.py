@@ -589,6 +589,7 @@ def test_an_operator_cancels_what_waits_and_nothing_that_was_claimed(world: Worl
 # --- the one claim -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.control("REV-03")
 @pytest.mark.regression("AGT-ADR-0030-09")
 def test_of_many_who_claim_at_once_each_approval_goes_to_one(world: World) -> None:

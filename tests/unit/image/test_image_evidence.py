@@ -70,6 +70,7 @@ def test_every_package_wheel_and_npm_module_is_in_a_bill(built: Path) -> None:
         assert {(name.rpartition("/")[2], version) for name, version in locked} <= short
 
 
+@pytest.mark.thorough
 def test_equal_inputs_give_equal_bills_and_another_seed_another_number(
     sources: Sources, built: Path, tmp_path: Path
 ) -> None:

@@ -102,6 +102,7 @@ def checkout(sources: Sources, tmp_path: Path) -> Checkout:
     return Checkout(folder, golden, tuple(keys), tmp_path / "tracker.json")
 
 
+@pytest.mark.thorough
 def test_one_command_scores_searches_and_signs_and_a_second_one_changes_nothing(checkout: Checkout) -> None:
     given = {
         "DATABASE": checkout.track(status="resolved", fixed_version="1:10.0p1-7", urgency="high"),

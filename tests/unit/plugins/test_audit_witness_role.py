@@ -140,6 +140,7 @@ def test_the_control_host_signs_the_tree_and_serves_it_where_it_is_written(tmp_p
     assert "audit" not in plain["broker.json"] + plain["sysusers.conf"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("tree", "good"),
     [

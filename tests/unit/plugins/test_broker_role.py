@@ -116,6 +116,7 @@ def test_every_limit_of_a_rollout_can_be_set(tmp_path: Path) -> None:
         assert rendered(tmp_path, **values).rollout == wanted
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "value"),
     [("max_silent_s", 9), ("max_deny_rate_increase", 1.5), ("min_calls", 0), ("soak_s", -1), ("max_refused", -1)],

@@ -109,6 +109,7 @@ def played(broker_context, tmp_path_factory) -> Played:
     return Played(words, log)
 
 
+@pytest.mark.thorough
 def test_credentials_are_given_once_for_the_group(played: Played) -> None:
     # Without the group's defaults each of these would ask the socket of this machine, and fail.
     assert played.of("register")["status_id"] == 1

@@ -211,6 +211,7 @@ def test_an_image_is_not_released_without_a_search_and_that_it_was_let_through_i
     assert "WARNING" not in done
 
 
+@pytest.mark.thorough
 @pytest.mark.control("IMG-01")
 @pytest.mark.parametrize(("spelling", "let"), [("true", True), ("yes", True), ("false", False), ("no", False)])
 def test_that_an_image_is_let_through_is_said_as_the_pages_spell_it(office: Office, spelling: str, let: bool) -> None:

@@ -108,6 +108,7 @@ def test_what_a_filter_cannot_read_is_named(template, folder, text, words):
     assert words in str(refused.value)
 
 
+@pytest.mark.thorough
 def test_the_lookup_explains_calls(template, folder):
     call = f"policy='{folder}', binary='/usr/bin/git'"
     allowed = template(f"lookup('{NAME}.policy_rule', 'https://git.example.com/x', {call})")

@@ -34,6 +34,7 @@ def desk(free: Office, request: pytest.FixtureRequest) -> Desk:
 # ------------------------------------------------------------ shown, approved, signed, published
 
 
+@pytest.mark.thorough
 @pytest.mark.control("POL-01")
 def test_a_first_release_is_shown_refused_without_approval_and_then_released_once(desk: Desk) -> None:
     before = desk.fingerprint()
@@ -151,6 +152,7 @@ def test_a_copy_that_somebody_published_past_is_refused(desk: Desk, tmp_path: Pa
     assert current.ok, current.text
 
 
+@pytest.mark.thorough
 def test_a_play_that_is_killed_between_staging_and_publishing_goes_on_where_it_was(desk: Desk) -> None:
     digest = desk.change()
     staged = desk.releases / f"{desk.name}-1-{desk.ring}/metadata/targets.json"
@@ -165,6 +167,7 @@ def test_a_play_that_is_killed_between_staging_and_publishing_goes_on_where_it_w
 # ------------------------------------------------------------ what the ring says
 
 
+@pytest.mark.thorough
 @pytest.mark.control("POL-02")
 def test_a_ring_that_says_nothing_is_halted(desk: Desk) -> None:
     desk.workspace("ws-late")

@@ -116,6 +116,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return {host: (int(changed), int(failed)) for host, changed, failed in recap}, folder, done.stdout + done.stderr
 
 
+@pytest.mark.thorough
 def test_without_a_certificate_nothing_is_done(run: Run) -> None:
     assert run[0]["never"] == (0, 0), run[2]
 

@@ -102,6 +102,7 @@ def hypervisor(tmp_path, broker_context, request):
     return Hypervisor(tmp_path, broker_context, f"reb-{abs(hash(request.node.name)) % 100000}")
 
 
+@pytest.mark.thorough
 @pytest.mark.control("LIF-03")
 def test_a_rebuild_binds_the_workspace_and_makes_the_disk(hypervisor):
     said = hypervisor.rebuild()

@@ -138,6 +138,7 @@ BAD = {
 }
 
 
+@pytest.mark.thorough
 def test_what_cannot_work_is_refused_before_anything_is_changed(tmp_path):
     plays = []
     for name, variables in BAD.items():

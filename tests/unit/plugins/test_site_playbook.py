@@ -57,6 +57,7 @@ def hosts_of(listing: str) -> dict[str, set[str]]:
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("limit", [[], ["-l", "edge"]], ids=["all hosts", "one host"])
 @pytest.mark.parametrize(
     ("parts", "words"),

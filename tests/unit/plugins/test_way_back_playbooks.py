@@ -24,6 +24,7 @@ def careful(guarded: Office, request: pytest.FixtureRequest) -> Desk:
     return Desk(guarded, blueprint_of(request.node.name))
 
 
+@pytest.mark.thorough
 @pytest.mark.control("LIF-03")
 @pytest.mark.control("POL-02")
 def test_a_ring_loads_it_breaks_is_halted_and_rolled_back_by_itself(careful: Desk) -> None:

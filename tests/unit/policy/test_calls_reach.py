@@ -217,6 +217,7 @@ def several(request: Request) -> bool:
     ).count(b"sha256Hash") > 1
 
 
+@pytest.mark.thorough
 @given(bundles(), bundles(), st.lists(requests(), min_size=15, max_size=15))
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 def test_everything_newly_allowed_is_reported_and_nothing_else(

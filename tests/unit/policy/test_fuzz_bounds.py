@@ -98,6 +98,7 @@ def limited(expression: str, load: str = "load_policy") -> str:
     return done.stdout
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_are_refused_in_bounded_time_and_memory(name: str) -> None:
     expression, reason = HOSTILE[name]

@@ -298,6 +298,7 @@ def check_exact(diff: ReachDiff, old: Side, new: Side, request: Request) -> None
         assert wider or several, request
 
 
+@pytest.mark.thorough
 @given(pairs(), st.lists(requests(), min_size=20, max_size=20))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 def test_everything_newly_allowed_is_reported_and_nothing_else(
@@ -329,6 +330,7 @@ def pieces(items: Iterable[Item]) -> set[tuple[str, str, Region]]:
     return found
 
 
+@pytest.mark.thorough
 @given(pairs())
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 def test_what_one_direction_gains_the_other_loses(pair: tuple[Bundle, Bundle]) -> None:

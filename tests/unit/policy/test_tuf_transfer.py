@@ -312,6 +312,7 @@ def damaged(files: dict[str, bytes], how: str) -> dict[str, bytes]:
     return files
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "how",
     [

@@ -243,6 +243,7 @@ def test_secrets_go_from_place_to_place_and_leave_nothing_behind(config: BrokerC
     ]
 
 
+@pytest.mark.thorough
 def test_a_vault_that_is_away_keeps_a_broker_from_starting_and_not_from_serving(
     config: BrokerConfig, vault: Contract, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -268,6 +269,7 @@ def test_a_vault_that_is_away_keeps_a_broker_from_starting_and_not_from_serving(
     broker.close()
 
 
+@pytest.mark.thorough
 def test_a_move_that_is_killed_at_any_step_leaves_every_secret_readable_and_goes_on(
     config: BrokerConfig, tmp_path: Path
 ) -> None:

@@ -139,6 +139,7 @@ REPORT = "SAW-BOOT-REPORT-BEGIN\\n" + PCR + "\\nSecureBoot: {}\\nSAW-BOOT-REPORT
 STAYS = "exec sleep 60"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("boot", "words"),
     [
