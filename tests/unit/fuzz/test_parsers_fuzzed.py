@@ -10,6 +10,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
 from urllib.parse import quote
 
 import httpx
@@ -33,7 +36,7 @@ from examples import examples
 from saw.attest import verifier
 from saw.attest.credential import load_ek
 from saw.attest.structures import StructureError, parse_attestation_key, parse_quote, parse_signature
-from saw.audit import note
+from saw.audit import note, otlp
 from saw.audit.note import NoteError
 from saw.audit.otlp import OtlpError, parse_export
 from saw.audit.tiles import Leaf, TreeError
@@ -45,7 +48,7 @@ from saw.errors import ConfigError
 from saw.gateway import oauth2, pg_login, pg_wire
 from saw.gateway.errors import PeerRefused, StateRefused
 from saw.gateway.peer import PeerReader
-from saw.gateway.placeholders import headers_with_placeholder, target_with_placeholder
+from saw.gateway.placeholders import holds_placeholder
 from saw.gateway.state import decode_release, parse_state
 from saw.gpu.check import GpuError, read_gpus
 from saw.identity.names import IdentityError, parse_spiffe_id
@@ -63,6 +66,7 @@ from saw.runtime.bootstrap import parse_seed
 from saw.runtime.decide import Asked, Refused, target_of
 from saw.runtime.pg_connect import fatal, parse_place
 from saw.runtime.policy_local import PolicyLocal
+from saw.runtime.request_desk import AskRefused
 from saw.runtime.shell_execd import RequestInvalid, parse_request
 from saw.secrets.vault_calls import errors_of
 from saw.vm.measure import parse_report, saw_secure_boot
@@ -172,7 +176,7 @@ def export() -> tuple[bytes, ...]:
     attributes: list[object] = [{"key": f"saw.{name}", "value": {"stringValue": one}} for name, one in fields.items()]
     attributes.append({"key": "saw.seq", "value": {"intValue": "1"}})
     record = {"body": {"stringValue": "{}"}, "attributes": attributes}
-    return json_of({"resourceLogs": [{"scopeLogs": [{"scope": {"name": "saw.audit"}, "logRecords": [record]}]}]})()
+    return json_of({"resourceLogs": [{"scopeLogs": [{"scope": {"name": otlp._SCOPE}, "logRecords": [record]}]}]})()
 
 
 def seeds() -> tuple[bytes, ...]:
@@ -187,17 +191,17 @@ def seeds() -> tuple[bytes, ...]:
 
 
 class Hands:
-    """A wish goes into the text of policy.local's own parser, which is a method."""
+    """What policy.local looks at beside the wish: the policy in force, and who asks."""
 
-    def current(self) -> None:
-        return None
+    def current(self) -> Any:
+        return SimpleNamespace(digest="ab" * 32)
 
-    def caller(self, source: str) -> None:  # noqa: ARG002 - the other side's form
+    def caller(self, _source: str) -> None:
         return None
 
 
 def wish(raw: bytes) -> object:
-    return asyncio.run(PolicyLocal(Hands(), Path("/nowhere"), lambda: 0.0).answer("POST", "/requests", "", raw))
+    return PolicyLocal(Hands(), Path("/nowhere"), lambda: 0.0)._more("", raw)
 
 
 def grant(raw: bytes) -> object:
@@ -216,20 +220,15 @@ class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def probe(raw: bytes) -> object:
-    return transfer.read(raw, "t0ken", {"a", "b"})
+    return transfer.read(raw, "t0ken", {"a", "b"}).told
 
 
 def told() -> tuple[bytes, ...]:
-    return (b'hello\nsaw-probe:t0ken {"id":"a","result":"refused"}\nsaw-probe:t0ken {"end":2}\n',)
+    return (b'hello\nsaw-probe:t0ken {"id":"a","outcome":"refused","errno":"EPERM"}\nsaw-probe:t0ken {"end":2}\n',)
 
 
 def gpus() -> tuple[bytes, ...]:
     return (", ".join(["GPU-1", "NVIDIA H200", "580.1", "Enabled", "Enabled", "0", "0", "No"]).encode() + b"\n",)
-
-
-def placeholders(raw: bytes) -> object:
-    headers = {"authorization": raw.decode("latin-1"), "x": base64.b64encode(raw).decode()}
-    return headers_with_placeholder(headers), target_with_placeholder("/" + raw.decode("latin-1"))
 
 
 def served(raw: bytes) -> object:
@@ -259,6 +258,18 @@ def destination(raw: bytes) -> object:
     ]
 
 
+@cache
+def connection() -> tuple[socket.socket, socket.socket]:
+    """A connection of this process, and who listens."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    return socket.create_connection(listener.getsockname()), listener
+
+
+def source() -> tuple[bytes, ...]:
+    host, port = connection()[0].getsockname()
+    return (f"{host}:{port}".encode(),)
+
+
 def program(raw: bytes) -> object:
     return Attribution(Path("/proc/self/ns/net")).caller(raw.decode("latin-1"))
 
@@ -266,7 +277,7 @@ def program(raw: bytes) -> object:
 PARSERS = {
     # what an agent, its programs and its workspace's root send
     "policy.local: a wish": Parser(
-        wish, json_of({"host": "api.example.com", "reason": "why", "path": "/v1", "port": 443})
+        wish, json_of({"host": "api.example.com", "reason": "why", "path": "/v1", "port": 443}), (AskRefused,)
     ),
     "execd: a request": Parser(
         parse_request,
@@ -280,10 +291,13 @@ PARSERS = {
     "ring 1: where a call goes": Parser(
         destination, lambda: (b"a.example.com:443|a.example.com:443|a.example.com",), (Refused,)
     ),
-    "ring 1: which program calls": Parser(program, lambda: (b"127.0.0.1:8080", b"[::1]:80")),
+    "ring 1: which program calls": Parser(program, source),
     "ring 2: who calls": Parser(peer, lambda: (in_header(authority()[2]),), (PeerRefused,)),
     "ring 2: the certificate of who calls": Parser(peer_of_certificate, lambda: (authority()[2],), (IdentityError,)),
-    "ring 2: placeholders": Parser(placeholders, lambda: (b"Bearer saw-placeholder-git-token", b"a%73b")),
+    "ring 2: placeholders": Parser(
+        text(holds_placeholder),
+        lambda: (b"Bearer openshell%3Aresolve:env:GIT", b"Basic " + base64.b64encode(b"u:openshell:resolve:env:GIT")),
+    ),
     "broker: a request for a certificate": Parser(load_csr, lambda: (authority()[1],), (IdentityError,)),
     "broker: the key of a request": Parser(
         lambda raw: verifier._requested_key(raw.decode("latin-1")), lambda: (authority()[1],), (verifier._Refused,)
@@ -416,7 +430,7 @@ def good(name: str) -> tuple[bytes, ...]:
 @pytest.mark.parametrize("name", [name for name, parser in PARSERS.items() if parser.reads])
 def test_what_is_right_is_read(name: str) -> None:
     for raw in good(name):
-        PARSERS[name].read(raw)
+        assert PARSERS[name].read(raw), "it was passed over, so that its fuzzer would see nothing"
 
 
 P256, UNKNOWN = bytes.fromhex("06082a8648ce3d030107"), bytes.fromhex("06082a8648ce3d03017f")
@@ -452,7 +466,7 @@ FOUND: dict[str, tuple[str, Callable[[], bytes]]] = {
         lambda: b'{"policy_keys": {"threshold": 1, "keys": {"\xff": ""}}}',
     ),
     "a grant that is nested deeply": ("gatekeeper: what was granted", lambda: b'{"x": ' + b"[" * 60_000),
-    "a wish that is nested deeply": ("broker: a body", lambda: b'{"name": "x", "parameters": {"a": ' + b"[" * 60_000),
+    "a body that is nested deeply": ("broker: a body", lambda: b'{"name": "x", "parameters": {"a": ' + b"[" * 60_000),
 }
 """What the fuzzers found once, each an error that nobody had thought of."""
 
