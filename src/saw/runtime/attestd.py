@@ -45,7 +45,6 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     """Ask for the present state."""
 
 
-_REQUEST = Measure | Status
 SYSTEM_CLOCK = Clock(now=lambda: datetime.now(UTC), boottime=lambda: time.clock_gettime(time.CLOCK_BOOTTIME))
 
 
@@ -84,7 +83,7 @@ class _Handler(socketserver.StreamRequestHandler):
         try:
             if len(line) > MAX_LINE:
                 raise msgspec.DecodeError(f"a line may have {MAX_LINE} bytes")
-            request = jsontext.decode(line, _REQUEST)
+            request = jsontext.decode(line, Measure | Status)
         except msgspec.DecodeError as error:
             return Outcome(ok=False, failures=(RefusalFailure("request_malformed", "attestd", str(error)),))
         if isinstance(request, Status):
