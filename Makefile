@@ -93,7 +93,7 @@ image-reproducible: tools ## build the image twice and compare, boot two machine
 start stop rebuild kill destroy: tools-python ## (each) do that to the demonstration workspace
 	@$(SAW) lab $@
 
-test: tools ## all tests: lint, unit and integration, roles on booted hosts, end to end
+test: tools ## all tests but those run by choice (test-…): lint, unit and integration, roles on booted hosts, end to end
 	@scripts/test.sh
 
 test-unit: tools ## unit, property and integration tests
