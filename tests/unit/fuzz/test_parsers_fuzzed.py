@@ -25,6 +25,7 @@ from urllib.parse import quote
 import httpx
 import msgspec
 import pytest
+from attest_lab import NONCE, SoftTpm, boot_events, boot_pcrs
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -135,24 +136,6 @@ def public(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> bytes:
 
 def ssh_line(key: Ed25519PrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
     return key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-
-
-def sized(content: bytes) -> bytes:
-    return struct.pack(">H", len(content)) + content
-
-
-def quoted() -> tuple[bytes, ...]:
-    clock = struct.pack(">QIIBQ", 5000, 7, 0, 1, 1)
-    head = struct.pack(">IH", 0xFF544347, 0x8018) + sized(b"\x00\x0b" + bytes(32)) + sized(bytes(32))
-    return (head + clock + struct.pack(">IHB", 1, 0xB, 3) + b"\xff\x40\x00" + sized(bytes(32)),)
-
-
-def attestation_key() -> tuple[bytes, ...]:
-    numbers = ec.generate_private_key(ec.SECP256R1()).public_key().public_numbers()
-    head = (
-        struct.pack(">HHI", 0x23, 0xB, 0x50072) + sized(b"") + b"\x00\x10\x00\x18\x00\x0b" + struct.pack(">HH", 3, 0x10)
-    )
-    return (sized(head + sized(numbers.x.to_bytes(32, "big")) + sized(numbers.y.to_bytes(32, "big"))),)
 
 
 def keys_of_notes() -> tuple[bytes, ...]:
@@ -317,13 +300,15 @@ PARSERS = {
     "broker: an endorsement key": Parser(
         load_ek, lambda: (public(rsa.generate_private_key(65537, 2048)),), (StructureError,)
     ),
-    "broker: a quote": Parser(parse_quote, quoted, (StructureError,)),
+    "broker: a quote": Parser(
+        parse_quote, lambda: (SoftTpm.attest(NONCE, boot_pcrs(boot_events())),), (StructureError,)
+    ),
     "broker: a signature of a TPM": Parser(
         parse_signature,
-        lambda: (struct.pack(">HH", 0x18, 0xB) + sized(bytes(31) + b"\1") + sized(bytes(31) + b"\2"),),
+        lambda: (SoftTpm().sign(NONCE),),
         (StructureError,),
     ),
-    "broker: an attestation key": Parser(parse_attestation_key, attestation_key, (StructureError,)),
+    "broker: an attestation key": Parser(parse_attestation_key, lambda: (SoftTpm().ak_pub(),), (StructureError,)),
     "broker: a body": Parser(
         lambda raw: read_body(raw, Body),
         json_of({"name": "x", "parameters": {"a": [1, {"b": None}]}}),
